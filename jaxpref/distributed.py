@@ -19,6 +19,8 @@ import zlib
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from absl import flags
+
 from jaxpref import supervise
 
 MODES = ("auto", "true", "false")
@@ -200,26 +202,41 @@ def _compute_engine_tpu_hosts() -> int:
 # ---- Start -------------------------------------------------------------------------------------------------------
 
 
-def start(
+def define_flags() -> None:
+  """Defines the flags of `start` and `join`; `given_flags` has their values."""
+  flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    MODES,
+    "Whether this is one of several processes of a run: auto (TPU slices, SLURM, Open MPI, indexed Kubernetes Jobs, or "
+    "the three flags below), true, false. docs/operations.md.",
+    case_sensitive=False,
+  )
+  flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where no launcher tells.")
+  flags.DEFINE_integer("num_processes", None, "Processes of this run, where no launcher tells.")
+  flags.DEFINE_integer("process_id", None, "Which one this is, from 0, where no launcher tells.")
+
+
+def given_flags() -> dict[str, Any]:
+  """The values of the flags, as the arguments of `find_launch`."""
+  names = ("coordinator_address", "num_processes", "process_id")
+  return {"mode": flags.FLAGS.distributed, **{name: flags.FLAGS[name].value for name in names}}
+
+
+def find_launch(
   mode: str,
-  workdir: str | os.PathLike,
   *,
   coordinator_address: str | None = None,
   num_processes: int | None = None,
   process_id: int | None = None,
-) -> supervise.Reporter | None:
-  """Joins this process to the others of its run.
-
-  To be called before anything imports JAX: what goes on is a child of the process that called it (`supervise.fork`).
+) -> Launch | None:
+  """How this process was started together with others, None if it is alone.
 
   Args:
     mode: "auto": if there are others, see `detect`; "true": there have to be; "false": never.
-    workdir: of the run, for messages.
     coordinator_address, num_processes, process_id: as of `detect`.
-  Returns:
-    To be told if this process fails, see `leave`; None if it is alone.
   Raises:
-    ValueError: one sentence on what is missing, contradicts itself, or did not answer.
+    ValueError: one sentence on what is missing or contradicts itself.
   """
   by_hand: dict[str, Any] = dict(
     coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id
@@ -230,12 +247,55 @@ def start(
       raise ValueError(f"--distributed=false contradicts --{given[0]}; leave out one of them.")
     return None
   launch = detect(os.environ, tpu_hosts=_compute_engine_tpu_hosts(), **by_hand)
-  if launch is None and mode == "auto":
+  return launch or (None if mode == "auto" else Launch("any launcher"))
+
+
+def start(launch: Launch | None, workdir: str | os.PathLike) -> supervise.Reporter | None:
+  """Joins this process to the others of its run, watched: when one is lost, all end within seconds.
+
+  To be called before anything imports JAX: what goes on is a child of the process that called it (`supervise.fork`).
+
+  Args:
+    launch: as of `find_launch`.
+    workdir: of the run, for messages.
+  Returns:
+    To be told if this process fails, see `leave`; None if it is alone.
+  Raises:
+    ValueError: one sentence on who did not answer.
+  """
+  if launch is None:
     return None
-  launch = launch or Launch("any launcher")
   reporter = supervise.fork()
-  import jax
+  reporter.starting(_did_not_meet(launch))
+  join(launch)
   from jax._src import distributed as runtime
+
+  state: Any = runtime.global_state
+  client, index = state.client, state.process_id
+  try:
+    client.key_value_set(f"jaxpref/hosts/{index}", socket.gethostname())
+    if index == 0:
+      client.key_value_set("jaxpref/supervisor", f"{reporter.port} {reporter.token}")
+    client.wait_at_barrier("jaxpref/started", START_SECONDS * 1000)
+    hosts = {int(key.rpartition("/")[2]): host for key, host in client.key_value_dir_get("jaxpref/hosts/")}
+    port, token = client.key_value_try_get("jaxpref/supervisor").split()
+  except (ValueError, RuntimeError) as error:
+    raise _cannot_start(launch, error) from error
+  group = supervise.Group(index, tuple(hosts[i] for i in range(state.num_processes)), os.fspath(workdir))
+  leader = state.coordinator_address.rpartition(":")[0].strip("[]")
+  reporter.joined(group, (leader, int(port)), token)
+  return reporter
+
+
+def join(launch: Launch | None) -> None:
+  """Joins this process to the others, if there are any; JAX ends it when one of them is lost for HEARTBEAT_SECONDS.
+
+  Raises:
+    ValueError: one sentence on who did not answer.
+  """
+  if launch is None:
+    return
+  import jax
 
   options: dict[str, Any] = dict(
     coordinator_address=launch.coordinator_address,
@@ -247,27 +307,18 @@ def start(
     heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     shutdown_timeout_seconds=EXIT_SECONDS,
   )
-  reporter.starting(_did_not_meet(launch))
   accepted = inspect.signature(jax.distributed.initialize).parameters
   try:
     jax.distributed.initialize(**{k: v for k, v in options.items() if k in accepted})
-    state: Any = runtime.global_state
-    client, index = state.client, state.process_id
-    client.key_value_set(f"jaxpref/hosts/{index}", socket.gethostname())
-    if index == 0:
-      client.key_value_set("jaxpref/supervisor", f"{reporter.port} {reporter.token}")
-    client.wait_at_barrier("jaxpref/started", START_SECONDS * 1000)
-    hosts = {int(key.rpartition("/")[2]): host for key, host in client.key_value_dir_get("jaxpref/hosts/")}
-    port, token = client.key_value_try_get("jaxpref/supervisor").split()
   except (ValueError, RuntimeError) as error:
-    raise ValueError(
-      f"jax.distributed cannot start for {launch.launcher} ({_first_line(error)}); give --coordinator_address, "
-      "--num_processes and --process_id, or --distributed=false to train in this process alone."
-    ) from error
-  group = supervise.Group(index, tuple(hosts[i] for i in range(state.num_processes)), os.fspath(workdir))
-  leader = state.coordinator_address.rpartition(":")[0].strip("[]")
-  reporter.joined(group, (leader, int(port)), token)
-  return reporter
+    raise _cannot_start(launch, error) from error
+
+
+def _cannot_start(launch: Launch, error: Exception) -> ValueError:
+  return ValueError(
+    f"jax.distributed cannot start for {launch.launcher} ({_first_line(error)}); give --coordinator_address, "
+    "--num_processes and --process_id, or --distributed=false to go on in this process alone."
+  )
 
 
 def _did_not_meet(launch: Launch) -> str:

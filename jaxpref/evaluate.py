@@ -87,7 +87,7 @@ def draw(
       )
     return to_uint8(model.decode(weights, latents))
 
-  sample = jax.jit(sample) if mesh is None else jax.jit(sample, out_shardings=whole)
+  sample = jax.jit(sample) if mesh is None else jax.jit(sharding.on_mesh(mesh, sample), out_shardings=whole)
   unit = 1 if mesh is None else sharding.batch_devices(mesh)
   batch_size = -(-batch_size // unit) * unit
   with tqdm(total=numbers.size, desc=progress, disable=progress is None) as bar:

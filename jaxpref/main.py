@@ -24,17 +24,7 @@ _WORKDIR = flags.DEFINE_string(
   "Folder of checkpoints, metrics and results, the same for all processes; the same command resumes. Default: "
   "runs/NAME of the recipe.",
 )
-_DISTRIBUTED = flags.DEFINE_enum(
-  "distributed",
-  "auto",
-  distributed.MODES,
-  "Whether this is one of several processes of a run: auto (TPU slices, SLURM, Open MPI, indexed Kubernetes Jobs, or "
-  "the three flags below), true, false. docs/operations.md.",
-  case_sensitive=False,
-)
-_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where no launcher tells.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this run, where no launcher tells.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0, where no launcher tells.")
+distributed.define_flags()
 flags.mark_flag_as_required("config")
 
 
@@ -65,13 +55,7 @@ def main(argv: list[str]) -> None:
   if "://" in workdir:
     sys.exit(f"error: --workdir={workdir}: expected a folder; mount the bucket (docs/operations.md) and give its path.")
   try:
-    reporter = distributed.start(
-      _DISTRIBUTED.value,
-      workdir,
-      coordinator_address=_COORDINATOR.value,
-      num_processes=_NUM_PROCESSES.value,
-      process_id=_PROCESS_ID.value,
-    )
+    reporter = distributed.start(distributed.find_launch(**distributed.given_flags()), workdir)
   except ValueError as error:
     sys.exit(f"error: {error}")
   from jaxpref import train  # after the start, as it imports JAX

@@ -5,8 +5,9 @@
 
 Training then takes the same steps as without: what is drawn from the VAE's posterior, which captions are dropped and
 which images are mirrored is still decided there. Interrupted at any moment, the same command continues. All devices of
-a host take part. Several hosts share the files among them if each runs the command with --distributed and the same
-FOLDER, on a disk that all of them see or in a bucket (gs://); each waits at the end until all have finished.
+a host take part. Several hosts, started as for training (docs/operations.md), share the files among them if they are
+given the same FOLDER, on a disk that all of them see or in a bucket (gs://); each waits at the end until all have
+finished.
 
     python -m jaxpref.precompute --verify --out=FOLDER    # reads all files and names the damaged ones
 
@@ -30,7 +31,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 import jaxpref
-from jaxpref import build, sharding
+from jaxpref import build, distributed, sharding
 from jaxpref import config as config_lib
 from jaxpref.data import latents, paths, pipeline
 from jaxpref.models.text_to_image import TextToImage
@@ -344,8 +345,7 @@ def main(argv: list[str]) -> None:
       sys.exit("\n".join(f"error: {p}" for p in problems) if problems else 0)
     if options.config is None:
       raise ValueError("--config is missing; give the recipe, e.g. --config=configs/dpo_sdxl.py.")
-    if options.distributed:
-      jax.distributed.initialize()
+    distributed.join(distributed.find_launch(**distributed.given_flags()))
     run(options.config, options.out, rows_per_file=options.rows_per_file, batch_size=options.batch_size)
   except (ValueError, OSError) as error:
     if logging.get_verbosity() > 0:
@@ -360,7 +360,7 @@ def start() -> None:
   flags.DEFINE_integer("rows_per_file", 2048, "Pairs or images in a file; what is lost at most when a process dies.")
   flags.DEFINE_integer("batch_size", 8, "Images, or prompts, on each device at a time.")
   flags.DEFINE_bool("verify", False, "Compare all files with the checksums of manifest.json.")
-  flags.DEFINE_bool("distributed", False, "Start jax.distributed (several hosts; automatic on TPU pods).")
+  distributed.define_flags()
   flags.mark_flag_as_required("out")
   app.run(main, flags_parser=config_lib.parse_flags)
 

@@ -4,14 +4,15 @@ A mesh has the axes `data`, `fsdp` and `tensor`. Batches are split over `data` x
 split over `fsdp` (their largest divisible axis) and, where a rule says so, over `tensor`.
 """
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -70,7 +71,7 @@ def path_name(path: Sequence[Any]) -> str:
   return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
 
 
-def _fsdp_spec(shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def _fsdp_spec(shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
   size = mesh.shape["fsdp"]
   axes = [i for i, n in enumerate(shape) if n % size == 0 and n >= size]
   if size == 1 or not axes or np.prod(shape) < MIN_FSDP_SIZE:
@@ -79,9 +80,7 @@ def _fsdp_spec(shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
   return PartitionSpec(*("fsdp" if i == largest else None for i in range(largest + 1)))
 
 
-def tree_shardings(
-  mesh: Mesh, tree: Any, rules: Sequence[tuple[str, Any]] = DEFAULT_RULES
-) -> Any:
+def tree_shardings(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, Any]] = DEFAULT_RULES) -> Any:
   """NamedShardings for a pytree of arrays or ShapeDtypeStructs, from regex rules on the path.
 
   A rule that does not fit an array (too few axes, sizes that do not divide) falls back to "fsdp".
@@ -100,6 +99,61 @@ def tree_shardings(
     return NamedSharding(mesh, _fsdp_spec(leaf.shape, mesh))
 
   return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+# ---- Inside of a step ------------------------------------------------------------------------------------------
+
+
+def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+  """A function, to be jitted, whose networks know the mesh: `gathered` does nothing without."""
+
+  @functools.wraps(function)
+  def traced(*args: Any, **kwargs: Any) -> Any:
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return function(*args, **kwargs)
+
+  return traced
+
+
+def gathered(kernel: jax.Array, tensor_axis: int | None = None) -> jax.Array:
+  """A layer's kernel where it is used: whole on every device, but for what `tensor` splits; its gradient split again.
+
+  Layers call it on the kernel in their compute dtype. So each device brings the kernel of a layer together just before
+  the layer is applied, again in the backward pass wherever that computes the layer anew, and sums gradients into its
+  own part. Left to itself, a compiler moves activations between devices instead wherever kernels are the smaller.
+
+  Args:
+    kernel: parameters of one layer, not of a stack.
+    tensor_axis: the axis that `DEFAULT_RULES` split over `tensor`, if they do.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return kernel if mesh.empty or mesh.shape["fsdp"] == 1 else _gathered(kernel, tensor_axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(kernel: jax.Array, tensor_axis: int | None) -> jax.Array:
+  whole: list[str | None] = [None] * kernel.ndim
+  if tensor_axis is not None and kernel.shape[tensor_axis] % jax.sharding.get_abstract_mesh().shape["tensor"] == 0:
+    whole[tensor_axis] = "tensor"
+  return jax.lax.with_sharding_constraint(kernel, PartitionSpec(*whole))
+
+
+def _gathered_forward(kernel: jax.Array, tensor_axis: int | None) -> tuple[jax.Array, None]:
+  return _gathered(kernel, tensor_axis), None
+
+
+def _gathered_backward(tensor_axis: int | None, unused_residual: None, g: jax.Array) -> tuple[jax.Array]:
+  mesh = jax.sharding.get_abstract_mesh()
+  spec = _fsdp_spec(g.shape, mesh)
+  if tensor_axis is not None:
+    spec = PartitionSpec(*("tensor" if i == tensor_axis % g.ndim else "fsdp" for i in range(g.ndim)))
+  return (jax.lax.with_sharding_constraint(g, spec),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+# ---- Batches ---------------------------------------------------------------------------------------------------
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, accumulation: int = 1) -> None:

@@ -95,21 +95,23 @@ def make_step(
   """One training step, (state, frozen, batch) -> (state, metrics), not yet jitted."""
   update_reference = _reference_updater(config, experiment)
   if experiment.objective is not None:
-    return step.offline_step(
+    step_fn = step.offline_step(
       experiment.objective,
       optimizer,
       seed=config.seed,
       accumulation=config.accumulation,
       update_reference=update_reference,
     )
-  assert experiment.online_step is not None
-  rows = sharding.batch_sharding(mesh)
-  return experiment.online_step(
-    optimizer,
-    update_reference=update_reference,
-    constrain=lambda tree: jax.lax.with_sharding_constraint(tree, rows) if mesh.size > 1 else tree,
-    row_multiple=sharding.batch_devices(mesh),
-  )
+  else:
+    assert experiment.online_step is not None
+    rows = sharding.batch_sharding(mesh)
+    step_fn = experiment.online_step(
+      optimizer,
+      update_reference=update_reference,
+      constrain=lambda tree: jax.lax.with_sharding_constraint(tree, rows) if mesh.size > 1 else tree,
+      row_multiple=sharding.batch_devices(mesh),
+    )
+  return sharding.on_mesh(mesh, step_fn)
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:

@@ -191,9 +191,10 @@ def test_jax_finds_the_coordinator_of_the_jobs_that_are_left_to_it(monkeypatch):
 def test_distributed_false_starts_nothing(monkeypatch, tmp_path):
   for name, value in SLURM.items():
     monkeypatch.setenv(name, value)
-  assert distributed.start("false", tmp_path) is None
+  launch = distributed.find_launch("false")
+  assert launch is None and distributed.start(launch, tmp_path) is None
   with pytest.raises(ValueError, match="--distributed=false contradicts --num_processes; leave out one"):
-    distributed.start("false", tmp_path, num_processes=2)
+    distributed.find_launch("false", num_processes=2)
 
 
 def test_flags_that_contradict_each_other_end_in_one_sentence(tmp_path):
@@ -327,7 +328,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, before, af
 JOIN = """
 import os
 from jaxpref import distributed
-reporter = distributed.start("auto", "runs/none")
+reporter = distributed.start(distributed.find_launch("auto"), "runs/none")
 import jax
 from jax._src import xla_bridge
 assert jax.process_count() == 2 and jax.device_count() == 2 * jax.local_device_count()

@@ -17,13 +17,10 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 NUM_PAIRS, ROWS_PER_FILE = 22, 3
 NUM_FILES = -(-NUM_PAIRS // ROWS_PER_FILE)
 
-# The command, except that jax.distributed is told where the others are, and that a process may kill itself.
+# The command, except that a process may kill itself.
 COMMAND = """
-import functools, os, signal, sys
-import jax
-address, rank, dies_in = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-if address:
-  jax.distributed.initialize = functools.partial(jax.distributed.initialize, address, 2, rank)
+import os, signal, sys
+dies_in = int(sys.argv[1])
 from jaxpref import precompute
 from jaxpref.data import latents
 
@@ -37,7 +34,7 @@ def until_killed(folder, name, records, **kwargs):
 
 latents.write_file = until_killed
 precompute.WAIT_SECONDS = 0.1
-sys.argv[1:] = sys.argv[4:]
+sys.argv[1:] = sys.argv[2:]
 precompute.start()
 """
 
@@ -67,11 +64,11 @@ def start(pairs, out, *, address="", rank=0, dies_in=0):
   fields = {"data.source": "pairs_file", "data.path": pairs, "data.flip": True}
   return subprocess.Popen(
     [
-      *(sys.executable, "-c", COMMAND, address, str(rank), str(dies_in)),
+      *(sys.executable, "-c", COMMAND, str(dies_in)),
       f"--config={REPOSITORY / 'configs' / 'dpo_sd15.py'}:smoke",
       *(f"--config.{name}={value}" for name, value in fields.items()),
       *(f"--out={out}", f"--rows_per_file={ROWS_PER_FILE}", "--batch_size=4"),
-      *(["--distributed"] if address else []),
+      *([f"--coordinator_address={address}", "--num_processes=2", f"--process_id={rank}"] if address else []),
     ],
     env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
   )  # fmt: skip

@@ -1,12 +1,17 @@
 """Meshes, specs of parameters, and batches that must divide."""
 
+import functools
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from jaxpref import sharding
+from jaxpref import hlo, sharding
+from jaxpref.models import attention, clip, presets
 
 
 def mesh_of(data, fsdp, tensor):
@@ -125,3 +130,70 @@ def test_batches_that_divide():
   sharding.check_batch_size(mesh_of(2, 2, 1), 8)
   sharding.check_batch_size(mesh_of(1, 1, 2), 3)  # tensor parallel devices share a batch
   sharding.check_batch_size(mesh_of(2, 1, 1), 8, 4)
+
+
+# ---- Kernels are gathered where they are used ------------------------------------------------------------------
+
+
+def stack_of_blocks(remat):
+  """A transformer of two blocks of 128 channels, ShapeDtypeStructs of its parameters and of x, context."""
+  model = attention.Transformer2DModel(4, 2, True, 32, remat=remat)
+  inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 8, 8, 128), (8, 7, 64))]
+  return model, jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"], inputs
+
+
+def sent(mesh, function, remat):
+  """Bytes that a device sends for the gradient of `function(model)`, by kind of collective."""
+  model, params, inputs = stack_of_blocks(remat)
+  where, rows = sharding.tree_shardings(mesh, params), sharding.batch_sharding(mesh)
+  place = lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to)
+  step = function(lambda p, x, c: jax.grad(lambda p: jnp.sum(model.apply({"params": p}, x, c) ** 2))(p))
+  arguments = jax.tree.map(place, params, where), *(place(x, rows) for x in inputs)
+  text = jax.jit(step, out_shardings=where).lower(*arguments).compile().as_text()
+  return {kind: found["bytes"] for kind, found in hlo.collective_bytes(text).items()}
+
+
+@pytest.mark.parametrize(("remat", "uses"), [("none", 1), ("block", 2)])
+def test_a_stack_sends_its_kernels_once_a_use_and_its_gradients_once(remat, uses):
+  """A device sends its quarter to 3 others, for the forward pass and where the backward pass computes it anew."""
+  mesh = mesh_of(1, 4, 1)
+  kernels = [k.size * 4 for k in jax.tree.leaves(stack_of_blocks(remat)[1]) if k.size >= sharding.MIN_FSDP_SIZE]
+  found = sent(mesh, functools.partial(sharding.on_mesh, mesh), remat)
+  assert set(found) == {"all-gather", "all-reduce"}
+  assert found["all-gather"] == pytest.approx(uses * sum(kernels) * 3 / 4, rel=0.05)
+  assert found["all-reduce"] <= 2 * sum(kernels) * 3 / 4 * 1.05
+  # Left to itself, the compiler sends several times as much.
+  assert sum(found.values()) < 0.5 * sum(sent(mesh, lambda step: step, remat).values())
+
+
+def test_gathering_follows_the_rules_of_tensor_parallelism():
+  """Each layer's `tensor_axis` is the axis that the rules split."""
+  seen = {}
+
+  def record(next_fun, args, kwargs, context):
+    product = getattr(context.module, "dot_general", None)
+    if isinstance(context.module, nn.Dense) and isinstance(product, functools.partial):
+      seen["/".join(context.module.path)] = product.keywords["tensor_axis"]
+    return next_fun(*args, **kwargs)
+
+  model, _, inputs = stack_of_blocks("none")
+  text = clip.CLIPTextModel(presets.SD15_MINIATURE.text_encoder)
+  with nn.intercept_methods(record):
+    shapes = {
+      **jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"],
+      **jax.eval_shape(text.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 16), jnp.int32))["params"],
+    }
+  with mock.patch.object(sharding, "MIN_FSDP_SIZE", 1):
+    found = sharding.tree_shardings(mesh_of(1, 2, 2), shapes)
+  rules = {sharding.path_name(path): tuple(s.spec) for path, s in jax.tree_util.tree_leaves_with_path(found)}
+  assert len(seen) > 10
+  for name, axis in seen.items():
+    spec = rules[f"{name}/kernel"][-2:]
+    assert (spec.index("tensor") if "tensor" in spec else None) == axis, name
+
+
+def test_without_a_mesh_kernels_are_left_alone():
+  kernel = jnp.ones((4, 4))
+  assert sharding.gathered(kernel) is kernel
+  mesh = mesh_of(8, 1, 1)
+  assert "constraint" not in str(jax.make_jaxpr(sharding.on_mesh(mesh, sharding.gathered))(kernel))

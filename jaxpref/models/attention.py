@@ -93,11 +93,11 @@ class Attention(nn.Module):
     channels = x.shape[-1]
 
     def heads(name, x):
-      y = dense(channels, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(x)
+      y = dense(channels, use_bias=self.qkv_bias, dtype=self.dtype, name=name, tensor_axis=1)(x)
       return y.reshape(*y.shape[:2], self.num_heads, channels // self.num_heads)
 
     y_BxLxHxD = attention(heads("to_q", x), heads("to_k", context), heads("to_v", context))
-    return dense(channels, dtype=self.dtype, name="to_out.0")(y_BxLxHxD.reshape(x.shape))
+    return dense(channels, dtype=self.dtype, name="to_out.0", tensor_axis=0)(y_BxLxHxD.reshape(x.shape))
 
 
 class SpatialAttention(Attention):
@@ -121,7 +121,7 @@ class GEGLU(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    y = dense(2 * self.width, dtype=self.dtype, name="proj")(x)
+    y = dense(2 * self.width, dtype=self.dtype, name="proj", tensor_axis=1)(x)
     x, gate = jnp.split(y, 2, axis=-1)
     # By erf, as in torch: `nn.gelu` goes by erfc, whose gradient is several times slower on a CPU.
     return x * gate * (0.5 + 0.5 * jax.lax.erf(gate * 0.5**0.5))
@@ -135,7 +135,7 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     y = GEGLU(4 * x.shape[-1], dtype=self.dtype, name="net.0")(x)
-    return dense(x.shape[-1], dtype=self.dtype, name="net.2")(y)
+    return dense(x.shape[-1], dtype=self.dtype, name="net.2", tensor_axis=0)(y)
 
 
 class BasicTransformerBlock(nn.Module):

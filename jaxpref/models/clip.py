@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxpref.models.attention import attention
-from jaxpref.models.resnet import flat_dot_general
+from jaxpref.models.resnet import dense
 
 Array = jax.Array
 
@@ -206,16 +206,9 @@ def _dense(
   features: int,
   dtype: Any,
   name: str,
-  use_bias: bool = True,
+  **kwargs: Any,
 ) -> nn.Dense:
-  return nn.Dense(
-    features,
-    use_bias=use_bias,
-    dtype=dtype,
-    dot_general=flat_dot_general,
-    name=name,
-    kernel_init=_init(config, name),
-  )
+  return dense(features, dtype=dtype, name=name, kernel_init=_init(config, name), **kwargs)
 
 
 class CLIPAttention(nn.Module):
@@ -229,11 +222,11 @@ class CLIPAttention(nn.Module):
     c = self.config
     batch, length, width = x.shape
     heads = (batch, length, c.num_attention_heads, width // c.num_attention_heads)
-    q = _dense(c, width, self.dtype, "q_proj")(x).reshape(heads)
-    k = _dense(c, width, self.dtype, "k_proj")(x).reshape(heads)
-    v = _dense(c, width, self.dtype, "v_proj")(x).reshape(heads)
+    q = _dense(c, width, self.dtype, "q_proj", tensor_axis=1)(x).reshape(heads)
+    k = _dense(c, width, self.dtype, "k_proj", tensor_axis=1)(x).reshape(heads)
+    v = _dense(c, width, self.dtype, "v_proj", tensor_axis=1)(x).reshape(heads)
     out = attention(q, k, v, mask).reshape(x.shape)
-    return _dense(c, width, self.dtype, "out_proj")(out)
+    return _dense(c, width, self.dtype, "out_proj", tensor_axis=0)(out)
 
 
 class CLIPMLP(nn.Module):
@@ -245,9 +238,9 @@ class CLIPMLP(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     c = self.config
-    x = _dense(c, c.intermediate_size, self.dtype, "fc1")(x)
+    x = _dense(c, c.intermediate_size, self.dtype, "fc1", tensor_axis=1)(x)
     x = _ACTIVATIONS[c.hidden_act](x)
-    return _dense(c, c.hidden_size, self.dtype, "fc2")(x)
+    return _dense(c, c.hidden_size, self.dtype, "fc2", tensor_axis=0)(x)
 
 
 class AdaLN(nn.Module):

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxpref.sharding import gathered
+
 Dtype = Any
 
 
@@ -47,7 +49,7 @@ class GroupNorm(nn.Module):
     return y.astype(self.dtype)
 
 
-def flat_dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers, **kwargs) -> jax.Array:
+def flat_dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers, *, tensor_axis=None, **kwargs) -> jax.Array:
   """`jax.lax.dot_general` of a Dense layer with all leading axes of x merged into one.
 
   The same numbers. But the gradient of the kernel then contracts one axis instead of several,
@@ -56,13 +58,20 @@ def flat_dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers, **kwarg
   """
   assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ())), dimension_numbers
   x_NxC = x.reshape(-1, x.shape[-1])
-  y = jax.lax.dot_general(x_NxC, kernel, (((1,), (0,)), ((), ())), **kwargs)
+  y = jax.lax.dot_general(x_NxC, gathered(kernel, tensor_axis), (((1,), (0,)), ((), ())), **kwargs)
   return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def dense(features: int, *, use_bias: bool = True, dtype: Dtype, name: str) -> nn.Dense:
-  """A Dense layer on the last of any number of axes (see `flat_dot_general`)."""
-  return nn.Dense(features, use_bias=use_bias, dtype=dtype, dot_general=flat_dot_general, name=name)
+def dense(features: int, *, dtype: Dtype, name: str, tensor_axis: int | None = None, **kwargs: Any) -> nn.Dense:
+  """A Dense layer on the last of any number of axes (see `flat_dot_general`).
+
+  Args:
+    tensor_axis: the kernel's axis that `sharding.DEFAULT_RULES` split over `tensor`: 1, the features out, of layers
+      that open an attention or a feed-forward; 0, the features in, of those that close it; None of others.
+    **kwargs: others of `nn.Dense`.
+  """
+  product = functools.partial(flat_dot_general, tensor_axis=tensor_axis)
+  return nn.Dense(features, dtype=dtype, dot_general=product, name=name, **kwargs)
 
 
 def _product_1x1(x, kernel, *unused_args, **unused_kwargs) -> jax.Array:
@@ -126,7 +135,7 @@ _NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 def _conv_of_layer(x, kernel, strides, padding, **unused_kwargs) -> jax.Array:
-  return _conv(x, kernel, strides[0], tuple(padding[0]))
+  return _conv(x, gathered(kernel), strides[0], tuple(padding[0]))
 
 
 def conv3x3(channels: int, *, dtype: Dtype, name: str) -> nn.Conv:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxpref.models.attention import Transformer2DModel
 from jaxpref.models.config import ModelConfig
-from jaxpref.models.resnet import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv3x3
+from jaxpref.models.resnet import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv3x3, dense
 
 Dtype = Any
 
@@ -150,8 +150,8 @@ class TimestepEmbedding(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    x = nn.silu(nn.Dense(self.width, dtype=self.dtype, name="linear_1")(x))
-    return nn.Dense(self.width, dtype=self.dtype, name="linear_2")(x)
+    x = nn.silu(dense(self.width, dtype=self.dtype, name="linear_1")(x))
+    return dense(self.width, dtype=self.dtype, name="linear_2")(x)
 
 
 class _Block(nn.Module):
