@@ -453,7 +453,7 @@ def _load(
   )
 
 
-def _networks(config: Config) -> tuple[str, ...]:
+def networks(config: Config) -> tuple[str, ...]:
   """Those that a run of `_text_to_image` needs: with precomputed data only the UNet, unless it draws pictures."""
   draws = config.sample.every or (config.judge and config.evaluation.num_prompts)
   return weights.NETWORKS if config.data.source != "precomputed" or draws else ("unet",)
@@ -466,8 +466,8 @@ def _text_to_image(config: Config, sharding: weights.Sharding, vae_slicing: int 
     components = ("unet", "text_encoder") if config.train_text_encoder else ("unet",)
   if config.data.source == "precomputed":
     open_precomputed(config)  # what is wrong with it is said now, not after gigabytes were read
-  networks = _networks(config)
-  pipe = _load(config, sharding, trained=components, components=networks)
+  needed = networks(config)
+  pipe = _load(config, sharding, trained=components, components=needed)
   pipe = dataclasses.replace(pipe, unet=pipe.unet.clone(remat=_remat(config.remat)))
   frozen = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
   adapter = initial_adapter(config, pipe.unet.config, frozen["unet"])

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxpref import build, sharding, train
+from jaxpref import build, precompute, sharding, train, weights
 from jaxpref import config as config_lib
 from jaxpref.models import presets
 
@@ -26,6 +26,8 @@ LORA_RANK = 64  # of the adapter that `changes` propose in the place of full tra
 
 def without_weights(config: ConfigDict) -> ConfigDict:
   """The same recipe on shapes alone, and on the embedded data resized to the model's images.
+
+  Of precomputed data, the folder of `data.path` is not looked at, and need not be there.
 
   Raises:
     ValueError: a model whose shapes are not known.
@@ -43,7 +45,8 @@ def without_weights(config: ConfigDict) -> ConfigDict:
     config.preference_model = f"zeros:{preset}" if config.objective in ("spo", "spm") else None
     config.judge = None
     config.lora.init_from = None
-    config.data.update(source="emoji", folder=None, prompts=None)
+    precomputed = config.data.source == "precomputed"
+    config.data.update(source="precomputed" if precomputed else "emoji", folder=None, prompts=None)
   config_lib.check(config)
   return config
 
@@ -52,6 +55,7 @@ def _build(config: ConfigDict, batch_devices: int) -> tuple[build.Experiment, An
   """The experiment of a config `without_weights`, and the shapes of its trained and its frozen parameters."""
   row = config.copy_and_resolve_references()
   row.batch_size = 1  # what is built does not depend on it, but for the data
+  row.data.source = "emoji"
   built: list[build.Experiment] = []
 
   def shapes():
@@ -59,7 +63,8 @@ def _build(config: ConfigDict, batch_devices: int) -> tuple[build.Experiment, An
     return built[0].params, built[0].frozen
 
   params, frozen = jax.eval_shape(shapes)
-  return built[0], params, frozen
+  unused = set(weights.NETWORKS) - set(build.networks(config))
+  return built[0], params, {name: tree for name, tree in frozen.items() if name not in unused}
 
 
 def abstract_inputs(config: ConfigDict, mesh: Mesh) -> tuple[Any, Any, Any, Any]:
@@ -72,11 +77,32 @@ def abstract_inputs(config: ConfigDict, mesh: Mesh) -> tuple[Any, Any, Any, Any]
   optimizer, _ = train.make_optimizer(config)
   state, frozen = _placed(config, mesh, experiment, params, frozen)
   rows = sharding.batch_sharding(mesh)
+  one = next(experiment.batches())
+  if config.data.source == "precomputed":
+    one = _precomputed(config, experiment, one)
   batch = {
     key: jax.ShapeDtypeStruct((config.batch_size, *value.shape[1:]), value.dtype, sharding=rows)
-    for key, value in next(experiment.batches()).items()
+    for key, value in one.items()
   }
   return train.make_step(config, experiment, optimizer, mesh), state, frozen, batch
+
+
+def _precomputed(config: ConfigDict, experiment: build.Experiment, batch: Mapping[str, Any]) -> dict[str, Any]:
+  """A batch of images and prompts, as the shapes of what `precompute` makes of them."""
+  assert experiment.model is not None
+  whole = config.copy_and_resolve_references()
+  whole.data.source = "emoji"
+  encoders = _build(whole, 1)[2]
+  stored = functools.partial(jax.eval_shape, functools.partial(precompute.stored_moments, experiment.model), encoders)
+  found = {}
+  for key, value in batch.items():
+    if key == "input_ids":
+      found |= jax.eval_shape(functools.partial(precompute.stored_text, experiment.model), encoders, value)
+    elif key.startswith("pixels"):
+      found[key.replace("pixels", "moments")] = stored(value)
+    else:
+      found[key] = value
+  return found
 
 
 def state_bytes(config: ConfigDict, mesh: Mesh) -> dict[str, int]:

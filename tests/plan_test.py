@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import dpo_sd15, dpo_sdxl, spo_sd15, spo_sdxl
-from jaxpref import build, plan, sharding, train
+from jaxpref import build, plan, precompute, sharding, train
 
 MESH = sharding.make_mesh(devices=jax.devices()[:1])
 
@@ -31,6 +31,21 @@ def test_the_arguments_are_those_of_training(recipe):
   config = recipe.get_config("smoke")
   _, *shapes = plan.abstract_inputs(plan.without_weights(config), MESH)
   assert plan.argument_bytes(*shapes) == real_bytes(config)
+
+
+def test_precomputed_data_need_neither_vae_nor_text_encoders(tmp_path):
+  config = dpo_sdxl.get_config("smoke")
+  config.batch_size = 4
+  assert precompute.run(config, str(tmp_path / "made"), rows_per_file=2048, batch_size=8)
+  config.data.update(source="precomputed", path=str(tmp_path / "made"))
+  config.sample.every, config.evaluation.num_prompts = 0, 0
+  _, state, frozen, batch = plan.abstract_inputs(plan.without_weights(config), MESH)
+  assert set(frozen) <= {"unet", "empty_ids"}
+  assert plan.argument_bytes(state, frozen, batch) == real_bytes(config)
+  real = next(build.build(config).batches())
+  assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {k: (v.shape, v.dtype) for k, v in real.items()}
+  config.data.path = str(tmp_path / "not_there")
+  plan.without_weights(config)  # nothing is read from it
 
 
 def test_recipes_of_published_models_need_neither_network_nor_weights():
