@@ -94,7 +94,7 @@ def _precomputed(config: ConfigDict, experiment: build.Experiment, batch: Mappin
   whole.data.source = "emoji"
   encoders = _build(whole, 1)[2]
   stored = functools.partial(jax.eval_shape, functools.partial(precompute.stored_moments, experiment.model), encoders)
-  found = {}
+  found: dict[str, Any] = {}
   for key, value in batch.items():
     if key == "input_ids":
       found |= jax.eval_shape(functools.partial(precompute.stored_text, experiment.model), encoders, value)

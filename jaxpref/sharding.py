@@ -105,7 +105,7 @@ def tree_shardings(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, Any]] = DEF
 
 
 def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-  """A function, to be jitted, whose networks know the mesh: `gathered` does nothing without."""
+  """A function, to be jitted, whose networks know the mesh: `apply_gathered` does nothing special without."""
 
   @functools.wraps(function)
   def traced(*args: Any, **kwargs: Any) -> Any:
@@ -115,42 +115,39 @@ def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
   return traced
 
 
-def gathered(kernel: jax.Array, tensor_axis: int | None = None) -> jax.Array:
-  """A layer's kernel where it is used: whole on every device, but for what `tensor` splits; its gradient split again.
+def apply_gathered(
+  product: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, kernel: jax.Array, tensor_axis: int | None = None
+) -> jax.Array:
+  """`product(x, kernel)` of a layer whose kernel is split over `fsdp`: a device applies the whole kernel to its rows.
 
-  Layers call it on the kernel in their compute dtype. So each device brings the kernel of a layer together just before
-  the layer is applied, again in the backward pass wherever that computes the layer anew, and sums gradients into its
-  own part. Left to itself, a compiler moves activations between devices instead wherever kernels are the smaller.
+  It brings the kernel together just before, again in the backward pass, and sums the kernel's gradient into its own
+  part. Left to itself, a compiler moves activations between devices instead wherever they are the smaller of the two.
 
   Args:
-    kernel: parameters of one layer, not of a stack.
+    product: linear in each argument, row by row: [B, ...], kernel -> [B, ...].
+    x: [B, ...]; split over data x fsdp if that divides B.
+    kernel: parameters of one layer, not of a stack, in the dtype of the computation.
     tensor_axis: the axis that `DEFAULT_RULES` split over `tensor`, if they do.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  return kernel if mesh.empty or mesh.shape["fsdp"] == 1 else _gathered(kernel, tensor_axis)
+  if mesh.empty or mesh.shape["fsdp"] == 1:
+    return product(x, kernel)
+  if mesh.shape["tensor"] > 1 or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    split = tensor_axis is not None and kernel.shape[tensor_axis] % mesh.shape["tensor"] == 0
+    whole = PartitionSpec(*("tensor" if split and i == tensor_axis else None for i in range(kernel.ndim)))
+    return product(x, jax.lax.with_sharding_constraint(kernel, whole))
+  spec = _fsdp_spec(kernel.shape, mesh)
+  if tensor_axis is not None and kernel.shape[1 - tensor_axis] % mesh.shape["fsdp"] == 0:
+    spec = PartitionSpec(*("fsdp" if i == 1 - tensor_axis else None for i in range(2)))
 
+  @jax.checkpoint  # the backward pass keeps the part of the kernel, not the whole one
+  def of_rows(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    if "fsdp" in spec:
+      kernel = jax.lax.all_gather(kernel, "fsdp", axis=spec.index("fsdp"), tiled=True)
+    return product(x, kernel)
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gathered(kernel: jax.Array, tensor_axis: int | None) -> jax.Array:
-  whole: list[str | None] = [None] * kernel.ndim
-  if tensor_axis is not None and kernel.shape[tensor_axis] % jax.sharding.get_abstract_mesh().shape["tensor"] == 0:
-    whole[tensor_axis] = "tensor"
-  return jax.lax.with_sharding_constraint(kernel, PartitionSpec(*whole))
-
-
-def _gathered_forward(kernel: jax.Array, tensor_axis: int | None) -> tuple[jax.Array, None]:
-  return _gathered(kernel, tensor_axis), None
-
-
-def _gathered_backward(tensor_axis: int | None, unused_residual: None, g: jax.Array) -> tuple[jax.Array]:
-  mesh = jax.sharding.get_abstract_mesh()
-  spec = _fsdp_spec(g.shape, mesh)
-  if tensor_axis is not None:
-    spec = PartitionSpec(*("tensor" if i == tensor_axis % g.ndim else "fsdp" for i in range(g.ndim)))
-  return (jax.lax.with_sharding_constraint(g, spec),)
-
-
-_gathered.defvjp(_gathered_forward, _gathered_backward)
+  rows = PartitionSpec(("data", "fsdp"))
+  return jax.shard_map(of_rows, mesh=mesh, in_specs=(rows, spec), out_specs=rows, check_vma=False)(x, kernel)
 
 
 # ---- Batches ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxpref.sharding import gathered
+from jaxpref.models.resnet import flat_dot_general
 from jaxpref.tensor_files import is_stacked, layer_path
 
 Tree = Mapping[str, Any]
@@ -156,10 +156,10 @@ def apply(
       return y
     pending.discard(layer.path)
     a, b = (layer.get_variable("lora", name).astype(y.dtype) for name in ("lora_A", "lora_B"))
-    a, b = (gathered(f.reshape(f.shape[-2:])) for f in (a, b))  # those of a 1x1 convolution have more axes
-    # Leading axes merged, as in `resnet.flat_dot_general`: a faster gradient on a CPU.
-    x_NxI = args[0].astype(y.dtype).reshape(-1, args[0].shape[-1])
-    return y + jnp.asarray(scale, y.dtype) * ((x_NxI @ a) @ b).reshape(y.shape)
+    a, b = a.reshape(a.shape[-2:]), b.reshape(b.shape[-2:])  # of a 1x1 convolution
+    merge = (((args[0].ndim - 1,), (0,)), ((), ()))
+    x = flat_dot_general(flat_dot_general(args[0].astype(y.dtype), a, merge), b, merge)
+    return y + jnp.asarray(scale, y.dtype) * x
 
   with nn.intercept_methods(add_lora):
     out = module.apply({"params": params, "lora": adapter}, *args, **kwargs)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxpref.sharding import gathered
+from jaxpref.sharding import apply_gathered
 
 Dtype = Any
 
@@ -57,9 +57,12 @@ def flat_dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers, *, tens
   layer on [B, L, C] takes a third of the time on a CPU.
   """
   assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ())), dimension_numbers
-  x_NxC = x.reshape(-1, x.shape[-1])
-  y = jax.lax.dot_general(x_NxC, gathered(kernel, tensor_axis), (((1,), (0,)), ((), ())), **kwargs)
-  return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+  def product(x, kernel):
+    y = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **kwargs)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+  return apply_gathered(product, x, kernel, tensor_axis)
 
 
 def dense(features: int, *, dtype: Dtype, name: str, tensor_axis: int | None = None, **kwargs: Any) -> nn.Dense:
@@ -135,7 +138,8 @@ _NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 def _conv_of_layer(x, kernel, strides, padding, **unused_kwargs) -> jax.Array:
-  return _conv(x, gathered(kernel), strides[0], tuple(padding[0]))
+  product = functools.partial(_conv, stride=strides[0], pad=tuple(padding[0]))
+  return apply_gathered(product, x, kernel)
 
 
 def conv3x3(channels: int, *, dtype: Dtype, name: str) -> nn.Conv:
