@@ -89,7 +89,7 @@ _ASSETS = pathlib.Path(__file__).parent / "assets"
 SHIPPED = ("tiny-sd", "tiny-clip", "tiny-spm", "tiny-judge")
 
 
-def _folder(name: str) -> str | pathlib.Path:
+def folder_of(name: str) -> str | pathlib.Path:
   """The folder of a shipped model, or the name itself: a folder or a hub name."""
   return _ASSETS / name if name in SHIPPED else name
 
@@ -149,7 +149,7 @@ def load_text_to_image(
       params = jax.device_put(params, sharding(params) if callable(sharding) else sharding)
     return dataclasses.replace(pipe, params=params)
   return weights.load_pipeline(
-    _folder(name), dtype=jnp.dtype(dtype), param_dtype=param_dtypes, sharding=sharding, components=components
+    folder_of(name), dtype=jnp.dtype(dtype), param_dtype=param_dtypes, sharding=sharding, components=components
   )
 
 
@@ -157,7 +157,7 @@ def unet_config(name: str) -> UNetConfig:
   """Of a pipeline, without reading its weights; name as for `load_text_to_image`."""
   if (preset := _preset(name)) is not None:
     return preset.unet
-  file = weights.resolve_folder(_folder(name), "*/*.safetensors") / "unet" / "config.json"
+  file = weights.resolve_folder(folder_of(name), "*/*.safetensors") / "unet" / "config.json"
   return UNetConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
 
 
@@ -189,7 +189,7 @@ def load_scorer(
     params = _initialiser(name)(module, jax.random.key(seed))
     return module, jax.tree.map(lambda x: x.astype(param_dtype), params)
   return weights.load_preference_model(
-    _folder(name), dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), sharding=sharding
+    folder_of(name), dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), sharding=sharding
   )
 
 
@@ -202,7 +202,7 @@ def load_tokenizer(*models: str) -> Any:
   for name in models:
     if _preset(name) is not None:
       return weights.tiny_tokenizer()
-    folder = weights.resolve_folder(_folder(name), "tokenizer/*.safetensors")  # no weights
+    folder = weights.resolve_folder(folder_of(name), "tokenizer/*.safetensors")  # no weights
     for place in (folder / "tokenizer", folder):
       with contextlib.suppress(FileNotFoundError):
         return weights.load_tokenizer(place)
@@ -221,7 +221,7 @@ def load_judge(name: str | None, *, style: str, num_classes: int) -> tuple[Judge
     module = Judge(presets.get_preset(name.removeprefix("random:")).judge)
     params = presets.init_params(module, jax.random.key(1))
   else:
-    module, params = weights.load_judge(_folder(name))
+    module, params = weights.load_judge(folder_of(name))
   if style not in module.config.styles:
     raise ValueError(
       f"judge {name} knows the styles {', '.join(module.config.styles) or '(none)'}, not "
@@ -301,7 +301,7 @@ def encoder_fingerprints(config: Config) -> dict[str, str]:
   """Of the weights whose results are precomputed, by component; none of random ones: their name and seed say it all."""
   files: dict[str, list[pathlib.Path]] = {}
   if _preset(config.model) is None:
-    folder = weights.resolve_folder(_folder(config.model), "*/*.safetensors")
+    folder = weights.resolve_folder(folder_of(config.model), "*/*.safetensors")
     names = [n for n in weights.NETWORKS if n != "unet" and (folder / n).is_dir()]
     files = {n: tensor_files.weight_files(folder / n) for n in names if n != "vae" or not config.vae_model}
   if config.vae_model:

@@ -5,7 +5,6 @@ iterator's state and, for each array, name, type, shape and a fingerprint of its
 arrays are not what was saved is damaged: `Checkpointer.restore` takes the one before it.
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -29,8 +28,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxpref import sharding
 
 FORMAT = 1  # of the record
-_KEYS = {"format", "data", "leaves", "checksum"}  # of the record; before there was a format it was the data's state
-_LATER = ("skipped",)  # fields of a state that were not there either, and begin as 0
 
 # Memory that is full and storage that does not answer or does not let us in: what lies there may be whole.
 _NOT_DAMAGE = (MemoryError, PermissionError, TimeoutError, jax.errors.JaxRuntimeError)
@@ -290,8 +287,8 @@ def _checksum(record: Mapping[str, Any]) -> int:
   return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
-def _read_record(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, list[Any]] | None]:
-  """(state of the data iterator, leaves or None if it was saved before there was a record) of a checkpoint.
+def _read_record(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+  """(state of the data iterator, leaves) of a checkpoint.
 
   Raises:
     DamagedError: it is not what was saved.
@@ -299,10 +296,8 @@ def _read_record(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, list[A
   """
   try:
     record = ocp.JsonCheckpointHandler().restore(folder / "data")
-    if not isinstance(record, dict):
-      raise ValueError(f"{folder / 'data'} holds no mapping")
-    if not _KEYS & record.keys():
-      return record, None
+    if not isinstance(record, dict) or "checksum" not in record:
+      raise ValueError(f"{folder / 'data'} holds no record")
     checksum = record.pop("checksum")
   except Exception as error:
     raise _damage("its record", error) from error
@@ -325,40 +320,27 @@ def _read(folder: pathlib.Path, abstract_state: Any) -> tuple[Any, dict[str, Any
   """
   state: Any = None
   data: dict[str, Any] = {}
-  leaves, damage = None, ""
+  leaves: dict[str, list[Any]] = {}
+  damage = ""
   try:
     data, leaves = _read_record(folder)
-    if leaves is not None:
-      _refuse_another_state(folder, leaves, _describe(abstract_state))
-    state = _read_state(folder, abstract_state, recorded=leaves is not None)
+    _refuse_another_state(folder, leaves, _describe(abstract_state))
+    state = _read_state(folder, abstract_state)
   except DamagedError as error:
     damage = str(error)
   read = np.ravel(multihost_utils.process_allgather(np.asarray(not damage)))
   if not np.all(read):
     raise DamagedError(damage or f"process {int(np.argmin(read))} cannot read its part")
-  if leaves is not None:
-    _compare(state, leaves)
+  _compare(state, leaves)
   return state, data
 
 
-def _read_state(folder: pathlib.Path, abstract_state: Any, *, recorded: bool) -> Any:
+def _read_state(folder: pathlib.Path, abstract_state: Any) -> Any:
   """The arrays; not through a Checkpointer, in which processes wait for one another."""
   _quiet_reads()
-  path, reader = folder / "state", ocp.StandardCheckpointHandler()
   try:
-    if recorded or not dataclasses.is_dataclass(abstract_state) or isinstance(abstract_state, type):
-      return reader.restore(path, args=ocp.args.StandardRestore(abstract_state))
-    there = ocp.PyTreeCheckpointHandler().metadata(path).tree
-    fields = {f.name: getattr(abstract_state, f.name) for f in dataclasses.fields(abstract_state)}
-    later = {name: fields.pop(name) for name in _LATER if name in fields and name not in there}
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), later)
-    return dataclasses.replace(abstract_state, **reader.restore(path, args=ocp.args.StandardRestore(fields)), **zeros)
+    return ocp.StandardCheckpointHandler().restore(folder / "state", args=ocp.args.StandardRestore(abstract_state))
   except Exception as error:  # of many kinds
-    if not recorded:  # then it may as well be of another state
-      raise ValueError(
-        f"checkpoint {folder} cannot be restored ({_reason(error)}); move that folder away to use the one before it, "
-        "or choose another --workdir."
-      ) from error
     raise _damage("its arrays", error) from error
 
 
@@ -440,8 +422,7 @@ def load_params(workdir: str | os.PathLike, step: int | None = None) -> tuple[An
     numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), params)
     args = ocp.args.PyTreeRestore(item=params, restore_args=numpy, partial_restore=True)
     params = reader.restore(state, args=args)
-    if leaves is not None:
-      _compare(params, leaves)
+    _compare(params, leaves)
     return params["params"], step
   except Exception as error:
     raise ValueError(

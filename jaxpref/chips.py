@@ -1,4 +1,4 @@
-"""What TPU chips can do, and the least time that a step takes on one."""
+"""What TPU chips and GPUs can do, and the least time that a step takes on one."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,21 +9,81 @@ GIB = 2.0**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """A kind of TPU.
+  """A kind of TPU or GPU.
 
   Attributes:
     flops: peak of matrix products in bfloat16, operations a second.
     capacity: bytes of HBM.
     memory: bytes a second of HBM.
     interconnect: bytes a second that a chip can send to its neighbours, over all its links together.
-    shapes: of the topologies that Google rents, up to 256 chips.
+    shapes: of the topologies that Google rents, up to 256 chips; () for a GPU.
+    gpu: what XLA has to know of a GPU to compile for it where there is none; None for a TPU.
   """
 
   flops: float
   capacity: float
   memory: float
   interconnect: float
-  shapes: tuple[str, ...]
+  shapes: tuple[str, ...] = ()
+  gpu: "Gpu | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+  """Of a GPU with CUDA.
+
+  Attributes:
+    name: as its driver has it.
+    capability: compute capability; "9.0a" with the instructions of that architecture alone.
+    cores: streaming multiprocessors.
+    clock: GHz.
+    l2: bytes of the L2 cache.
+    shared: bytes of shared memory of a core, of which a block can have all but 1 KiB.
+    threads: of a core.
+  """
+
+  name: str
+  capability: str
+  cores: int
+  clock: float
+  l2: int
+  shared: int
+  threads: int
+
+  def target_config(self, chip: Chip) -> str:
+    """As XLA reads it, a text of the protocol buffer stream_executor.GpuTargetConfigProto."""
+    major, minor = self.capability.rstrip("a").split(".")
+    extension = "ACCELERATED_FEATURES" if self.capability.endswith("a") else "NONE"
+    device = {
+      "threads_per_block_limit": 1024,
+      "threads_per_warp": 32,
+      "shared_memory_per_block": 49152,
+      "shared_memory_per_core": self.shared,
+      "shared_memory_per_block_optin": self.shared - 1024,
+      "threads_per_core_limit": self.threads,
+      "core_count": self.cores,
+      "fpus_per_core": 128 if float(f"{major}.{minor}") > 8.0 else 64,
+      "block_dim_limit_x": 2**31 - 1,
+      "block_dim_limit_y": 65535,
+      "block_dim_limit_z": 65535,
+      "thread_dim_limit_x": 1024,
+      "thread_dim_limit_y": 1024,
+      "thread_dim_limit_z": 64,
+      "registers_per_core_limit": 65536,
+      "registers_per_block_limit": 65536,
+      "memory_bandwidth": int(chip.memory),
+      "l2_cache_size": self.l2,
+      "clock_rate_ghz": self.clock,
+      "device_memory_size": int(chip.capacity),
+      "cuda_compute_capability": f"{{ major: {major} minor: {minor} feature_extension: {extension} }}",
+      "driver_version": '"13.0.0"',
+      "runtime_version": '"12.9.0"',
+      "compile_time_toolkit_version": '"12.9.0"',
+      "dnn_version": '"9.10.0"',
+    }
+    fields = "\n".join(f"{key}{'' if str(value).startswith('{') else ':'} {value}" for key, value in device.items())
+    lines = [f"gpu_device_info {{\n{fields}\n}}", 'platform_name: "CUDA"', f'device_description_str: "{self.name}"']
+    return "\n".join([*lines, "dnn_version_info { major: 9 minor: 10 patch: 0 }\n"])
 
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -36,6 +96,23 @@ CHIPS: dict[str, Chip] = {
   "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, _FLAT),
   "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, _CUBES),
   "v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9, _FLAT),
+  # NVIDIA's data sheets of A100, H100, H200 (SXM; dense, half of the NVLink bandwidth goes out) and of the Ada
+  # architecture (with accumulation in float32; PCIe 4.0 x16). What the driver has of the memory for programs.
+  "a100-40": Chip(
+    312e12, 39.4 * GIB, 1555e9, 300e9, gpu=Gpu("NVIDIA A100-SXM4-40GB", "8.0", 108, 1.41, 40 * 2**20, 167936, 2048)
+  ),
+  "a100-80": Chip(
+    312e12, 79.1 * GIB, 2039e9, 300e9, gpu=Gpu("NVIDIA A100-SXM4-80GB", "8.0", 108, 1.41, 40 * 2**20, 167936, 2048)
+  ),
+  "h100": Chip(
+    989e12, 79.1 * GIB, 3352e9, 450e9, gpu=Gpu("NVIDIA H100 80GB HBM3", "9.0a", 132, 1.98, 50 * 2**20, 233472, 2048)
+  ),
+  "h200": Chip(
+    989e12, 139.7 * GIB, 4800e9, 450e9, gpu=Gpu("NVIDIA H200", "9.0a", 132, 1.98, 50 * 2**20, 233472, 2048)
+  ),
+  "rtx4090": Chip(
+    165e12, 23.5 * GIB, 1008e9, 32e9, gpu=Gpu("NVIDIA GeForce RTX 4090", "8.9", 128, 2.52, 72 * 2**20, 102400, 1536)
+  ),
 }
 
 

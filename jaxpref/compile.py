@@ -3,10 +3,12 @@ r"""Compiles a recipe's training step for hardware that is not there: does it fi
     pip install libtpu
     python -m jaxpref.compile --config=configs/spo_sdxl.py --config.batch_size=32 --topology=v5e:4x4
     python -m jaxpref.compile --config=configs/dpo_sdxl.py --topology=v5e:4x4 --search
+    pip install 'jax[cuda12]'
+    python -m jaxpref.compile --config=configs/dpo_sdxl.py --topology=h200:8
 
 needs no accelerator and no weights: the program is the one that training runs, with the shapes of the published models.
-Without --topology it compiles for the devices of this machine. GPUs cannot be compiled for without one: JAX describes
-absent devices by the CUDA plugin, which wants a driver.
+Without --topology it compiles for the devices of this machine. For absent GPUs no kernels are timed, cuDNN's
+work space is not counted, and long attention goes in pieces where training takes cuDNN's.
 
 What it prints is of one chip. Memory is the compiler's. Operations are counted in the traced step (`jaxpref.flops`,
 recomputation included) and divided by the devices; bytes are counted in the compiled program (`jaxpref.hlo`). Times are
@@ -35,11 +37,11 @@ from jaxpref import flops as flops_lib
 from jaxpref.chips import GIB
 
 # For programs that are only to be looked at. A TPU's compiler spends most of its time on the instructions of each
-# convolution's tile. A residual block of 1280 channels with its gradient takes it 14 CPU seconds with tiles of 5 MiB (by
-# default they have 16 MiB and more) and 1.8 with less effort besides. What a step sends is the same; temporaries in HBM
-# were the same within 2 % for a residual block of 320 channels and a transformer, and larger for the block of 1280.
+# convolution's tile. With tiles of 5 MiB (the default is 16 MiB and more) a residual block of 1280 channels with its
+# gradient takes it 14 CPU seconds, with less effort besides 1.8. What a step sends is the same; temporaries in HBM were
+# the same within 2 % for a residual block of 320 channels and a transformer, and larger for the block of 1280.
 TILES = "xla_tpu_scoped_vmem_limit_kib"
-QUICK = {TILES: "5120", "xla_optimization_level": "EFFORT_O1"}
+QUICK: dict[str, Any] = {TILES: "5120", "xla_optimization_level": "EFFORT_O1"}
 
 
 def compile_step(
@@ -178,22 +180,41 @@ def advise(
 
 
 def topology_devices(name: str) -> list[Any]:
-  """The devices of a TPU topology such as v5e:4x4; needs libtpu, but no TPU.
+  """The devices of a TPU topology such as v5e:4x4, or of a server with GPUs such as h200:8; needs none of them.
 
   Raises:
-    ValueError: libtpu is not there, or does not know the name.
+    ValueError: the compiler (libtpu, or JAX's plug-in for CUDA) is not there, or does not know the name.
   """
-  chip = chips.CHIPS.get(name.partition(":")[0])
-  shapes = (
-    f"a shape like {', '.join(chip.shapes)}" if chip else f"one of {', '.join(chips.CHIPS)} and a shape, e.g. v5e:4x4"
-  )
-  # Two TensorCores of a chip are one device, as Google's machines have it.
-  options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+  kind, _, shape = name.partition(":")
+  chip = chips.CHIPS.get(kind)
+  if chip is None:
+    raise ValueError(f"--topology={name}; expected one of {', '.join(chips.CHIPS)}, and a shape: v5e:4x4, or h200:8.")
+  if chip.gpu is None:
+    needs, shapes = "libtpu (pip install libtpu)", f"a shape like {', '.join(chip.shapes)}"
+    # Two TensorCores of a chip are one device, as Google's machines have it.
+    options = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    platform, topology_name = "tpu", name
+  else:
+    needs, shapes = "JAX's plug-in for CUDA (pip install 'jax[cuda12]')", "a number of GPUs of one server, such as 8"
+    if shape and not shape.isdecimal() or shape == "0":
+      raise ValueError(f"--topology={name}; expected {kind} and {shapes}: {kind}:8.")
+    platform, topology_name = "cuda", chip.gpu.name
+    options = {"target_config": chip.gpu.target_config(chip), "topology": f"1x1x{shape or 1}"}
   try:
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
-  except Exception as error:  # of several types, from libtpu
+    return list(topologies.get_topology_desc(platform=platform, topology_name=topology_name, **options).devices)
+  except Exception as error:  # of several types, from the plug-in
     reason = str(error).splitlines()[0]
-    raise ValueError(f"--topology={name}: {reason}; expected {shapes}, and libtpu (pip install libtpu).") from error
+    raise ValueError(f"--topology={name}: {reason}; expected {shapes}, and {needs}.") from error
+
+
+def compiler_options(chip: chips.Chip | None, *, quick: bool) -> dict[str, Any]:
+  """For a chip that is not there; {} for this machine's devices."""
+  if chip is None:
+    return {}
+  if chip.gpu is not None:
+    # Nothing can be timed, and without, Triton's products are of tiles that do not fit every shape.
+    return {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False}
+  return dict(QUICK) if quick else {}
 
 
 def main(argv: list[str]) -> None:
@@ -209,7 +230,7 @@ def main(argv: list[str]) -> None:
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     sharding.check_batch_size(mesh, config.batch_size, 1 if config.objective == "spo" else config.accumulation)
     print(f"compiling a step of {config.objective} for {len(devices)} x {devices[0].device_kind} ...", file=sys.stderr)
-    options = QUICK if topology and flags.FLAGS.quick else {}
+    options = compiler_options(chip, quick=flags.FLAGS.quick)
     report = compile_step(config, mesh, compiler_options=options)
   except ValueError as error:
     sys.exit(f"error: {error}")
@@ -241,7 +262,9 @@ def main(argv: list[str]) -> None:
 def run() -> None:
   """The console entry point."""
   config_flags.DEFINE_config_file("config", None, "The recipe; change a field with --config.NAME=VALUE.")
-  flags.DEFINE_string("topology", None, "TPU chips to compile for, e.g. v5e:4x4; default: the devices of this machine.")
+  flags.DEFINE_string(
+    "topology", None, "What to compile for, e.g. v5e:4x4 or h200:8; default: the devices of this machine."
+  )
   flags.DEFINE_bool("search", False, "Where it does not fit, compile changes until one does.")
   flags.DEFINE_bool(
     "quick", True, "For TPUs: small tiles, which compile in a fifth of the time; their program is slower."

@@ -1,220 +1,383 @@
-"""Compares a model with the one it started from: same prompts, same seeds, an independent judge, honest intervals."""
+"""Compares models by pictures of the same prompts from the same seeds:
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+    python -m jaxpref.evaluate --models base=tiny-sd aligned=runs/spo_tiny --prompts=emoji --scorers judge tiny-clip
+
+The first model is the one that the others are compared with. --out gets the pictures, their scores, tables (Markdown,
+LaTeX, CSV, JSON) and report.html, a page by itself with intervals and the pictures side by side. An interrupted run
+continues with the same command; models and scorers can be added to a finished one. All devices take part.
+"""
+
+import argparse
+import concurrent.futures
+import hashlib
+import importlib.metadata
+import io
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 from tqdm import tqdm
 
-from jaxpref import rollout, sharding
-from jaxpref.models.preference import Judge
-from jaxpref.models.text_to_image import TextToImage, guided
+import jaxpref
+from jaxpref import build, comparison, drawing, sample, scorers, sharding, tensor_files, weights
+from jaxpref.data import emoji, paths, prompt_sets
 
-SAMPLERS = ("ddim", "dpmpp_2m")
+IMAGES_AT_A_TIME = 256  # read for scoring
+PACKAGES = ("jax", "flax", "numpy")
+# Of the arguments: what decides the pictures, and so has to stay the same in a folder.
+OF_PICTURES = (
+  "seeds", "seed", "scheduler", "steps", "karras", "eta", "guidance_scale", "guidance_rescale", "negative_prompt",
+  "clip_skip", "height", "width", "dtype",
+)  # fmt: skip
 
 
-def draw(
-  model: TextToImage,
-  weights: Any,
-  input_ids: np.ndarray,
-  *,
-  seeds_per_prompt: int,
-  num_inference_steps: int,
-  guidance_scale: float,
-  eta: float,
-  seed: int,
-  batch_size: int,
-  progress: str | None = None,
-  negative_ids: np.ndarray | None = None,
-  guidance_rescale: float = 0.0,
-  sampler: str = "ddim",
-  karras: bool = False,
-  size: tuple[int, int] | None = None,
-  mesh: Mesh | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Draws every prompt from the same seeds, whatever the weights, the batch size and the devices.
+# ---- Command -----------------------------------------------------------------------------------------------------
 
-  The picture numbered prompt * seeds_per_prompt + i has its own noise, which follows from `seed` and that number.
 
-  Args:
-    weights: parameters by component, with `empty_ids`.
-    input_ids: i32[P, L].
-    eta: of DDIM: 0 is deterministic, 1 ancestral sampling.
-    progress: label of a progress bar; None for none.
-    negative_ids: i32[1, L] of a negative prompt; None for none.
-    guidance_rescale: as of `text_to_image.guided`.
-    sampler: "ddim", or "dpmpp_2m" for DPM-Solver++ 2M.
-    karras: noise levels of "dpmpp_2m", as of `rollout.dpm_solver_sample`.
-    size: height and width in pixels; the model's own by default.
-    mesh: splits each batch, made a multiple, over its devices, on which the weights are.
-  Yields:
-    numbers i64[n] of pictures, in order, and the pictures u8[n, H, W, 3]; n at most the batch size.
-    2 * P * S * num_inference_steps UNet evaluations in all with guidance, S = seeds_per_prompt.
-  """
-  if sampler not in SAMPLERS:
-    raise ValueError(f"sampler={sampler!r}, expected one of {', '.join(SAMPLERS)}.")
-  latent_shape = model.latent_shape if size is None else model.latent_shape_for(*size)
-  sized = {}  # SDXL is told the size
-  if size is not None and model.text_encoder_2 is not None:
-    sized["time_ids"] = jnp.asarray([[*size, 0.0, 0.0, *size]], jnp.float32)
-  numbers = np.arange(input_ids.shape[0] * seeds_per_prompt)
-  base = jax.random.key(seed)
-  whole, split = (None, None) if mesh is None else (sharding.replicated(mesh), sharding.batch_sharding(mesh))
+def main(argv: list[str] | None = None) -> None:
+  """Parses the arguments and evaluates; expected errors end in one sentence."""
+  parser = argparse.ArgumentParser(
+    prog="python -m jaxpref.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = parser.add_argument
+  add(
+    "--models",
+    nargs="+",
+    required=True,
+    metavar="NAME=MODEL",
+    help="a folder, hub name, shipped model or run; NAME=MODEL+FILE.safetensors adds a LoRA",
+  )
+  add("--prompts", required=True, help="emoji (the embedded test captions), or a file of prompts: docs/evaluation.md")
+  add("--prompts_kind", choices=prompt_sets.KINDS, help="format of the file (default: by its name and content)")
+  add("--num_prompts", type=int, help="so many of them, evenly spread (default: all)")
+  add(
+    "--scorers",
+    nargs="+",
+    default=["pickscore"],
+    help=f"{', '.join(scorers.PUBLISHED)}; NAME=FOLDER for weights elsewhere; or MODULE:FUNCTION of your own "
+    "(default: %(default)s)",
+  )
+  add("--diversity", default=None, help="CLIP for the distance among a prompt's pictures (default: one of --scorers)")
+  add("--preferred_style", default="noto", help="that the judge looks for (default: %(default)s)")
+  add("--score_batch_size", type=int, default=32, help="pictures scored at a time (default: %(default)s)")
+  sample.add_arguments(parser)
+  add("--pictures", type=int, default=12, help="in each section of report.html (default: %(default)s)")
+  add("--geneval_layout", type=pathlib.Path, metavar="FOLDER", help="also lay out pictures for GenEval's own scorer")
+  add("--out", type=pathlib.Path, default=pathlib.Path("evaluation"), help="new folder, or one to continue")
+  args = parser.parse_args(argv)
+  try:
+    print(evaluate(args))
+  except (ValueError, OSError) as error:
+    sys.exit(f"error: {error}")
 
-  def sample(weights, ids, number):
-    if split is not None:
-      ids, number = jax.lax.with_sharding_constraint((ids, number), split)
-    keys = jax.vmap(lambda i: jax.random.fold_in(base, i))(number)
-    noise = jax.vmap(lambda k: jax.random.normal(k, latent_shape))(keys)
-    cond = model.encode_text(weights, ids, **sized)
-    if negative_ids is None:
-      uncond = model.encode_empty(weights, 1, **sized)
-    else:
-      uncond = model.encode_negative(weights, jnp.asarray(negative_ids), **sized)
-    eps = guided(
-      lambda x, t, c: model.predict(weights, x, t, c), uncond, guidance_scale, guidance_rescale=guidance_rescale
+
+def evaluate(args: argparse.Namespace) -> str:
+  """Draws, scores and writes; returns the table."""
+  sample.check_settings(args)
+  models = parse_models(args.models)
+  prompts = read_prompts(args.prompts, kind=args.prompts_kind, count=args.num_prompts)
+  for spec in (*args.scorers, *filter(None, [args.diversity])):
+    scorers.check(spec)
+  sizes = check_sizes(models, height=args.height, width=args.width)
+  folder = args.out
+  manifest = open_folder(folder, args, models, prompts, sizes)
+  if args.geneval_layout:
+    prompt_sets.check_geneval(prompts)
+  mesh = sharding.make_mesh()
+
+  # ---- Pictures
+  for name, model in models.items():
+    draw_missing(folder, name, model, prompts, args, mesh)
+
+  # ---- Scores
+  found: dict[str, dict[str, Any]] = {name: {} for name in models}
+  described = []
+  for spec in args.scorers:
+    scorer = scorers.load(
+      spec, batch_size=args.score_batch_size, mesh=mesh, preferred_style=args.preferred_style, dtype=args.dtype
     )
-    predict = lambda x, t: eps(x, t, cond)
-    if sampler == "ddim":
-      steps = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed + 1), i))(number)  # each row's own noise
-      latents = rollout.ddim_sample(predict, model.schedule, noise, steps, num_steps=num_inference_steps, eta=eta)
-    else:
-      latents = rollout.dpm_solver_sample(
-        predict, model.schedule, noise, num_steps=num_inference_steps, karras=karras
+    described.append({"name": scorer.name, "version": scorer.version, "scale": scorer.scale})
+    known = {"version": scorer.version, "scale": scorer.scale}
+    for name in models:
+      scores = read_scores(folder, name, scorer.name, known)
+      if scores is None:
+        scores = score_images(folder, name, scorer, prompts, args.seeds).tolist()
+        write_scores(folder, name, scorer.name, known, scores)
+      found[name][scorer.name] = scores
+  results: dict[str, Any] = {
+    "models": list(models),
+    "baseline": next(iter(models)) if len(models) > 1 else None,
+    "prompts": [{"text": p.text, "category": p.category, "id": p.id} for p in prompts],
+    "seeds_per_prompt": args.seeds,
+    "settings": manifest["settings"] | {"models": manifest["models"], "versions": manifest["versions"]},
+    "scorers": described,
+    "scores": found,
+  }
+  clip = args.diversity or next((s for s in args.scorers if s.partition("=")[0] in scorers.CLIPS), None)
+  if clip is not None and args.seeds > 1:
+    results["settings"]["diversity"] = f"mean of 1 - cosine between the pictures of a prompt, by {clip}"
+    embed = scorers.image_embedder(clip, batch_size=args.score_batch_size, mesh=mesh, dtype=args.dtype)
+    results["diversity"] = {name: image_diversity(folder, name, embed, len(prompts), args.seeds) for name in models}
+
+  # ---- Files
+  place = lambda model, p, s: image_file(folder, model, p, s)
+  comparison.write(folder, results, place, pictures=args.pictures)
+  for name in models if args.geneval_layout else ():
+    of_prompt = lambda p, name=name: [image_file(folder, name, p, s) for s in range(args.seeds)]
+    prompt_sets.geneval_layout(args.geneval_layout / name, prompts, of_prompt)
+  return f"{(folder / 'table.md').read_text(encoding='utf-8')}\n{folder / 'report.html'}"
+
+
+# ---- What is asked for -----------------------------------------------------------------------------------------------
+
+
+def parse_models(specs: Sequence[str]) -> dict[str, tuple[str, pathlib.Path | None]]:
+  """NAME=MODEL or NAME=MODEL+FILE.safetensors -> name: (model, file of a LoRA or None), in order.
+
+  Raises:
+    ValueError: no name, a name that cannot be a folder's, or one given twice.
+  """
+  found: dict[str, tuple[str, pathlib.Path | None]] = {}
+  for spec in specs:
+    name, equals, source = spec.partition("=")
+    if not equals or not source:
+      raise ValueError(f"--models {spec!r}; expected NAME=MODEL, such as base=tiny-sd.")
+    if not re.fullmatch(r"[\w][\w.\- ]*", name):
+      raise ValueError(f"--models {spec!r}: the name becomes a folder's; use letters, digits, dots, dashes.")
+    if name in found:
+      raise ValueError(f"--models names {name!r} twice; give each model its own name.")
+    base, _, file = source.rpartition("+") if source.endswith(".safetensors") else (source, "", "")
+    if file and not pathlib.Path(file).is_file():
+      raise FileNotFoundError(f"--models {spec!r}: there is no file {file}; give a LoRA of diffusers, PEFT or kohya.")
+    found[name] = (base or source, pathlib.Path(file) if file and base else None)
+  return found
+
+
+def read_prompts(name: str, *, kind: str | None = None, count: int | None = None) -> list[prompt_sets.Prompt]:
+  """The embedded test captions ("emoji"), or those of a file; `count` of them, evenly spread."""
+  if name == "emoji":
+    prompts = [prompt_sets.Prompt(e.caption, e.group, e.id) for e in emoji.load_index("core", "test")]
+  else:
+    prompts = prompt_sets.read(name, kind=kind)
+  if count is not None:
+    if not 1 <= count <= len(prompts):
+      raise ValueError(f"--num_prompts={count}; {name} has {len(prompts)}, expected 1 to that.")
+    prompts = [prompts[i] for i in np.linspace(0, len(prompts) - 1, count).round().astype(int)]
+  return prompts
+
+
+def check_sizes(
+  models: dict[str, tuple[str, pathlib.Path | None]], *, height: int | None, width: int | None
+) -> dict[str, list[int]]:
+  """Height and width of each model's pictures, from its configs alone.
+
+  Raises:
+    ValueError: they differ, so that pictures cannot be compared.
+    FileNotFoundError: a model is not there.
+  """
+  found = {}
+  for name, (source, _) in models.items():
+    model = build.text_to_image(build.load_text_to_image(sample.model_folder(source), dtype="float32", components=()))
+    found[name] = [height or model.image_size, width or model.image_size]
+  first = next(iter(found))
+  for name, size in found.items():
+    if size != found[first]:
+      raise ValueError(
+        f"{first} draws {' x '.join(map(str, found[first]))} pixels and {name} {' x '.join(map(str, size))}; set "
+        "--height and --width, or compare models of one size."
       )
-    return to_uint8(model.decode(weights, latents))
-
-  sample = jax.jit(sample) if mesh is None else jax.jit(sharding.on_mesh(mesh, sample), out_shardings=whole)
-  unit = 1 if mesh is None else sharding.batch_devices(mesh)
-  batch_size = -(-batch_size // unit) * unit
-  with tqdm(total=numbers.size, desc=progress, disable=progress is None) as bar:
-    for start in range(0, numbers.size, batch_size):
-      rows = numbers[start : start + batch_size]
-      padded = np.resize(rows, batch_size)  # one shape, so one compilation
-      images = np.asarray(sample(weights, input_ids[padded // seeds_per_prompt], padded.astype(np.int32)))
-      bar.update(rows.size)
-      yield rows, images[: rows.size]
+  return found
 
 
-def generate(
-  model: TextToImage, weights: Any, input_ids: np.ndarray, *, seeds_per_prompt: int, **arguments: Any
-) -> np.ndarray:
-  """All that `draw`, whose arguments these are, yields: u8[P, S, H, W, 3], S = seeds_per_prompt."""
-  parts = draw(model, weights, input_ids, seeds_per_prompt=seeds_per_prompt, **arguments)
-  flat = np.concatenate([images for _, images in parts])
-  return flat.reshape(input_ids.shape[0], seeds_per_prompt, *flat.shape[1:])
+def fingerprint(source: str, adapter: pathlib.Path | None) -> str:
+  """Of the weights that a model of `parse_models` has."""
+  if source.partition(":")[0] in ("random", "zeros"):
+    return source
+  folder = weights.resolve_folder(build.folder_of(sample.model_folder(source)), "*/*.safetensors")
+  files = [f for name in weights.NETWORKS if (folder / name).is_dir() for f in tensor_files.weight_files(folder / name)]
+  by_network = [tensor_files.fingerprint([file]) for file in [*files, *filter(None, [adapter])]]
+  return hashlib.sha256(" ".join(by_network).encode()).hexdigest()[:16]
 
 
-def to_uint8(images: jax.Array) -> jax.Array:
-  """f32[..., 3] in [-1, 1] to u8, rounded and clipped as diffusers does."""
-  return jnp.round(jnp.clip(images * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+# ---- The folder ------------------------------------------------------------------------------------------------------
 
 
-def judge_images(
-  judge: Judge, params: Any, images: np.ndarray, *, batch_size: int = 256
-) -> tuple[np.ndarray, np.ndarray]:
-  """Log-probabilities of styles f32[N, S] and logits of captions f32[N, C] for u8[N, H, W, 3]."""
-
-  @jax.jit
-  def apply(x):
-    style, classes = judge.apply({"params": params}, x.astype(jnp.float32) / 127.5 - 1.0)
-    return jax.nn.log_softmax(style), classes
-
-  parts = []
-  for start in range(0, len(images), batch_size):
-    rows = images[start : start + batch_size]
-    out = apply(np.resize(rows, (batch_size, *rows.shape[1:])))
-    parts.append([np.asarray(o)[: len(rows)] for o in out])
-  style, classes = (np.concatenate(p) for p in zip(*parts, strict=True))
-  return style, classes
+def image_file(folder: pathlib.Path, model: str, prompt: int, seed: int) -> pathlib.Path:
+  """Where a picture is."""
+  return folder / "images" / model / f"{prompt:05d}_{seed}.png"
 
 
-def bootstrap_interval(
-  values: np.ndarray, *, samples: int, seed: int, statistic: Callable[..., np.ndarray] = np.mean
-) -> tuple[float, float]:
-  """Percentile bootstrap, 95 %, over the first axis (prompts: the images of one prompt are not independent)."""
-  rng = np.random.default_rng(seed)
-  index = rng.integers(0, len(values), (samples, len(values)))
-  low, high = np.percentile(statistic(values[index], axis=1), [2.5, 97.5])
-  return float(low), float(high)
-
-
-def win_rate(new: np.ndarray, old: np.ndarray, *, samples: int, seed: int) -> dict[str, Any]:
-  """Share of pairs (same prompt, same seed) where `new` scores higher; ties count half.
-
-  Args:
-    new, old: f32[P, S] scores.
-  Returns:
-    `win_rate` and `win_rate_interval`, 95 %, bootstrapped over prompts.
-  """
-  wins = ((new > old) + 0.5 * (new == old)).mean(axis=1)
-  return {
-    "win_rate": float(wins.mean()),
-    "win_rate_interval": bootstrap_interval(wins, samples=samples, seed=seed),
-  }
-
-
-def caption_accuracy(class_logits: np.ndarray, class_ids: Sequence[int], *, candidates: int, seed: int) -> np.ndarray:
-  """f32[P, S] 1 where the judge picks the true caption among `candidates`, the others drawn at random.
-
-  Args:
-    class_logits: f32[P, S, C].
-    class_ids: the true class of each prompt.
-  """
-  rng = np.random.default_rng(seed)
-  prompts, seeds, classes = class_logits.shape
-  right = np.zeros((prompts, seeds), np.float32)
-  for p, true in enumerate(class_ids):
-    for s in range(seeds):
-      others = rng.choice(np.delete(np.arange(classes), true), candidates - 1, replace=False)
-      right[p, s] = class_logits[p, s, true] > class_logits[p, s, others].max()
-  return right
-
-
-def score(
-  judge: Judge, params: Any, images: np.ndarray, class_ids: Sequence[int], *, style: str, candidates: int, seed: int
-) -> dict[str, np.ndarray]:
-  """What the judge says of u8[P, S, H, W, 3]: each f32[P, S].
-
-  `style_log_prob` of the preferred style, `preferred` 1 where it is the most likely one, `correct` 1 where the caption
-  is recognised among the candidates.
-  """
-  if style not in judge.config.styles:
-    raise ValueError(f"the judge knows the styles {', '.join(judge.config.styles)}, not {style!r}.")
-  prompts, seeds = images.shape[:2]
-  column = judge.config.styles.index(style)
-  styles, classes = judge_images(judge, params, images.reshape(-1, *images.shape[2:]))
-  return {
-    "style_log_prob": styles[:, column].reshape(prompts, seeds),
-    "preferred": (np.argmax(styles, axis=1) == column).astype(np.float32).reshape(prompts, seeds),
-    "correct": caption_accuracy(
-      classes.reshape(prompts, seeds, -1), class_ids, candidates=candidates, seed=seed
-    ),
-  }
-
-
-def compare(
-  base: Mapping[str, np.ndarray] | None, aligned: Mapping[str, np.ndarray], *, samples: int, seed: int
+def open_folder(
+  folder: pathlib.Path,
+  args: argparse.Namespace,
+  models: dict[str, tuple[str, pathlib.Path | None]],
+  prompts: Sequence[prompt_sets.Prompt],
+  sizes: dict[str, list[int]],
 ) -> dict[str, Any]:
-  """The table's numbers from the scores of both models; without a base, those of one."""
+  """Starts the folder, or continues it; returns its manifest.
 
-  def one(scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    return {
-      name: {
-        "mean": float(scores[key].mean()),
-        "interval": bootstrap_interval(scores[key].mean(axis=1), samples=samples, seed=seed),
-      }
-      for name, key in (("preferred_share", "preferred"), ("caption_accuracy", "correct"))
-    }
+  Raises:
+    ValueError: it was begun with other settings, prompts or weights, or is something else.
+  """
+  texts = "\n".join(p.text for p in prompts)
+  settings = {name: getattr(args, name) for name in OF_PICTURES} | {
+    "prompts": args.prompts,
+    "num_prompts": len(prompts),
+    "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
+    "image_size": next(iter(sizes.values())),
+  }
+  described = {
+    name: {"model": source, "lora": None if adapter is None else str(adapter), "weights": fingerprint(source, adapter)}
+    for name, (source, adapter) in models.items()
+  }
+  file = folder / "manifest.json"
+  if file.is_file():
+    try:
+      begun = json.loads(file.read_text(encoding="utf-8"))
+      old_settings, old_models = begun["settings"], begun["models"]
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(f"{file} cannot be read ({error}); choose another --out.") from error
+    for name, value in settings.items():
+      if name != "prompts" and old_settings.get(name) != value:
+        raise ValueError(
+          f"{folder} was begun with {name}={old_settings.get(name)!r}, not {value!r}; choose another --out, or the "
+          "same settings."
+        )
+    for name, entry in described.items():
+      if name in old_models and old_models[name]["weights"] != entry["weights"]:
+        raise ValueError(
+          f"{folder} has pictures of other weights under the name {name} ({old_models[name]['model']}); choose another "
+          f"name than {name}, or another --out."
+        )
+    described = old_models | described
+  elif folder.is_dir() and any(folder.iterdir()):
+    raise ValueError(f"--out={folder} is not empty and has no manifest.json; choose another folder.")
+  elif folder.exists() and not folder.is_dir():
+    raise ValueError(f"--out={folder} is a file; name a folder.")
+  manifest = {
+    "settings": settings,
+    "models": described,
+    "versions": {"jaxpref": jaxpref.__version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
+  }
+  with paths.cannot_be_written(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+  paths.write(file, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+  return manifest | {"models": {name: described[name] for name in models}}
 
-  results: dict[str, Any] = {"aligned": one(aligned)}
-  if base is not None:
-    results["base"] = one(base)
-    results |= win_rate(aligned["style_log_prob"], base["style_log_prob"], samples=samples, seed=seed)
-    change = aligned["correct"].mean(axis=1) - base["correct"].mean(axis=1)
-    results["caption_accuracy_change"] = float(change.mean())
-    results["caption_accuracy_change_interval"] = bootstrap_interval(change, samples=samples, seed=seed)
-  return results
+
+def read_image(file: pathlib.Path) -> np.ndarray:
+  """u8[H, W, 3].
+
+  Raises:
+    OSError: it is not there, or damaged.
+  """
+  with Image.open(file) as picture:
+    return np.asarray(picture.convert("RGB"))
+
+
+def _is_whole(file: pathlib.Path) -> bool:
+  try:
+    read_image(file)
+  except (OSError, SyntaxError):
+    return False
+  return True
+
+
+def draw_missing(
+  folder: pathlib.Path,
+  name: str,
+  model: tuple[str, pathlib.Path | None],
+  prompts: Sequence[prompt_sets.Prompt],
+  args: argparse.Namespace,
+  mesh: Mesh,
+) -> None:
+  """Draws those pictures of a model that are not in the folder, or damaged, and forgets the scores it had."""
+  files = [image_file(folder, name, p, s) for p in range(len(prompts)) for s in range(args.seeds)]
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    missing = np.flatnonzero(~np.asarray(list(pool.map(_is_whole, files))))
+  if not missing.size:
+    return
+  module, params, tokenize = sample.load(*model, args, mesh)
+  if missing.size < len(files):
+    print(f"{name}: {len(files) - missing.size} of {len(files)} pictures are there", file=sys.stderr)
+  batches = drawing.draw(
+    module,
+    params,
+    tokenize([p.text for p in prompts]),
+    batch_size=min(args.batch_size, len(files)),
+    progress=f"{name}: {len(prompts)} prompts x {args.seeds} seeds",
+    mesh=mesh,
+    numbers=missing,
+    **sample.settings(args, module, tokenize),
+  )
+  with paths.cannot_be_written(folder):
+    for file in (folder / "scores" / name).glob("*.json"):  # of the pictures before
+      file.unlink()
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+  for numbers, images in batches:
+    for number, image in zip(numbers, images, strict=True):
+      encoded = io.BytesIO()
+      Image.fromarray(image).save(encoded, format="PNG")
+      paths.write(files[number], encoded.getvalue())
+
+
+# ---- Scores ----------------------------------------------------------------------------------------------------------
+
+
+def _scores_file(folder: pathlib.Path, model: str, scorer: str) -> pathlib.Path:
+  return folder / "scores" / model / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', scorer)}.json"
+
+
+def read_scores(folder: pathlib.Path, model: str, scorer: str, known: dict[str, str]) -> list[list[float]] | None:
+  """The scores of an earlier run by the same version of a scorer, on the same scale; None without."""
+  try:
+    found = json.loads(_scores_file(folder, model, scorer).read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    return None
+  return found["scores"] if all(found.get(key) == value for key, value in known.items()) else None
+
+
+def write_scores(
+  folder: pathlib.Path, model: str, scorer: str, known: dict[str, str], scores: list[list[float]]
+) -> None:
+  """For `read_scores`."""
+  file = _scores_file(folder, model, scorer)
+  with paths.cannot_be_written(folder):
+    file.parent.mkdir(parents=True, exist_ok=True)
+  paths.write(file, json.dumps(known | {"scorer": scorer, "scores": scores}).encode())
+
+
+def score_images(
+  folder: pathlib.Path, model: str, scorer: scorers.Scorer, prompts: Sequence[prompt_sets.Prompt], seeds: int
+) -> np.ndarray:
+  """f64[P, S] of a model's pictures."""
+  places = [(p, s) for p in range(len(prompts)) for s in range(seeds)]
+  found: list[np.ndarray] = []
+  with tqdm(total=len(places), desc=f"{scorer.name}: {model}", unit=" pictures") as bar:
+    for start in range(0, len(places), IMAGES_AT_A_TIME):
+      part = places[start : start + IMAGES_AT_A_TIME]
+      images = [read_image(image_file(folder, model, p, s)) for p, s in part]
+      found.append(np.asarray(scorer.score(images, [prompts[p].text for p, _ in part]), np.float64))
+      bar.update(len(part))
+  return np.concatenate(found).reshape(len(prompts), seeds)
+
+
+def image_diversity(folder: pathlib.Path, model: str, embed: Any, num_prompts: int, seeds: int) -> list[float]:
+  """Of each prompt's pictures: see `scorers.diversity`."""
+  at_a_time = max(1, IMAGES_AT_A_TIME // seeds)
+  found: list[float] = []
+  for start in range(0, num_prompts, at_a_time):
+    part = range(start, min(start + at_a_time, num_prompts))
+    images = [read_image(image_file(folder, model, p, s)) for p in part for s in range(seeds)]
+    found += scorers.diversity(embed(images).reshape(len(part), seeds, -1)).tolist()
+  return found
+
+
+if __name__ == "__main__":
+  main()

@@ -12,7 +12,7 @@ from jax.extend import core
 
 
 def count(fn: Callable[..., Any], *args: Any, while_trips: float = 1.0) -> float:
-  """Operations of one call of a function.
+  """Operations of one call of a function, of all devices together.
 
   Args:
     fn: anything that can be traced.
@@ -42,6 +42,8 @@ def _of_equation(eqn: Any, while_trips: float) -> float:
   if name == "cond":
     return max(of_jaxpr(branch.jaxpr, while_trips=while_trips) for branch in eqn.params["branches"])
   times = {"scan": eqn.params.get("length", 1), "while": while_trips}.get(name, 1)
+  if name == "shard_map":  # its arrays are those of one device
+    times = eqn.params["mesh"].size
   return times * sum(of_jaxpr(inner, while_trips=while_trips) for inner in _inner(eqn))
 
 

@@ -84,7 +84,7 @@ def curves(path: pathlib.Path, rows: Sequence[Mapping[str, Any]], names: Sequenc
 
 
 def table(results: Mapping[str, Any], *, style: str, candidates: int) -> str:
-  """The results of `evaluate.compare` as a Markdown table, intervals in brackets (95 %, bootstrap over prompts)."""
+  """The results of `judging.compare` as a Markdown table, intervals in brackets (95 %, bootstrap over prompts)."""
 
   def cell(entry: Mapping[str, Any]) -> str:
     low, high = entry["interval"]

@@ -10,13 +10,16 @@ import json
 import pathlib
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxpref import build, evaluate, lora_files, report, sharding
+from jaxpref import build, drawing, lora_files, report, sharding
 from jaxpref.data import sources
+from jaxpref.models.text_to_image import TextToImage
 
 TABLE_ROWS = 24  # prompts in a folder's grid.png
 
@@ -32,10 +35,23 @@ def main(argv: list[str] | None = None) -> None:
   prompts = parser.add_mutually_exclusive_group(required=True)
   prompts.add_argument("--prompt", help="one prompt")
   prompts.add_argument("--prompts", nargs="+", help="prompts, or one file: a prompt a line (.txt), or .json")
+  add_arguments(parser)
+  add("--out", type=pathlib.Path, default=pathlib.Path("samples"), help="new folder, or NAME.png for one table")
+  add("--overwrite", action="store_true", help="write into a folder that holds files")
+  args = parser.parse_args(argv)
+  try:
+    draw(args)
+  except (ValueError, OSError) as error:
+    sys.exit(f"error: {error}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the arguments that say how pictures are drawn; `check`, `load` and `settings` take them."""
+  add = parser.add_argument
   add("--negative_prompt", help='what to lead away from (default: none, which for SDXL differs from "")')
   add("--seeds", type=int, default=4, help="pictures of each prompt (default: %(default)s)")
   add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
-  add("--scheduler", choices=evaluate.SAMPLERS, default="ddim", help="dpmpp_2m: DPM-Solver++ (default: %(default)s)")
+  add("--scheduler", choices=drawing.SAMPLERS, default="ddim", help="dpmpp_2m: DPM-Solver++ (default: %(default)s)")
   add("--steps", type=int, default=20, help="of the scheduler (default: %(default)s)")
   add("--karras", action="store_true", help="Karras' noise levels, for dpmpp_2m")
   add("--eta", type=float, default=0.0, help="of ddim; 0: deterministic, 1: ancestral (default: %(default)s)")
@@ -46,13 +62,6 @@ def main(argv: list[str] | None = None) -> None:
   add("--width", type=int, help="pixels (default: the model's size)")
   add("--batch_size", type=int, default=8, help="pictures at a time, on all devices together (default: %(default)s)")
   add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of computation and stored weights")
-  add("--out", type=pathlib.Path, default=pathlib.Path("samples"), help="new folder, or NAME.png for one table")
-  add("--overwrite", action="store_true", help="write into a folder that holds files")
-  args = parser.parse_args(argv)
-  try:
-    draw(args)
-  except (ValueError, OSError) as error:
-    sys.exit(f"error: {error}")
 
 
 def draw(args: argparse.Namespace) -> None:
@@ -62,43 +71,17 @@ def draw(args: argparse.Namespace) -> None:
   prompts = [args.prompt] if args.prompt is not None else args.prompts
   if args.prompt is None and len(prompts) == 1 and pathlib.Path(prompts[0]).suffix in (".txt", ".json"):
     prompts = sources.read_prompts(prompts[0])
-  folder = model_folder(args.model)
-
   mesh = sharding.make_mesh()
-  everywhere = sharding.replicated(mesh)
-  pipe = build.load_text_to_image(folder, dtype=args.dtype, param_dtype=args.dtype, sharding=everywhere)
-  weights = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
-  scale = 1.0
-  if args.lora is not None:
-    adapter, scale, text_encoders = lora_files.load_pipeline_lora(args.lora, pipe.unet.config, pipe.params)
-    weights = lora_files.merge_text_encoders(weights, text_encoders) | {"unet_lora": adapter}
-  model = dataclasses.replace(build.text_to_image(pipe, lora_scale=scale), clip_skip=args.clip_skip)
-  if args.scheduler == "dpmpp_2m":
-    # Where the folder does not say, diffusers' DPMSolverMultistepScheduler has another default than its DDIMScheduler.
-    spacing = pipe.scheduler_config.get("timestep_spacing", "linspace")
-    model = dataclasses.replace(model, schedule=dataclasses.replace(model.schedule, timestep_spacing=spacing))
-  size = None
-  if args.height or args.width:
-    size = (args.height or model.image_size, args.width or model.image_size)
-
+  model, weights, tokenize = load(args.model, args.lora, args, mesh)
   names = [f"{p:04d}_{i}{slug(prompt)}.png" for p, prompt in enumerate(prompts) for i in range(args.seeds)]
-  batches = evaluate.draw(
+  batches = drawing.draw(
     model,
-    jax.device_put(weights, everywhere),
-    pipe.tokenize(prompts),
-    seeds_per_prompt=args.seeds,
-    num_inference_steps=args.steps,
-    guidance_scale=args.guidance_scale,
-    eta=args.eta,
-    seed=args.seed,
+    weights,
+    tokenize(prompts),
     batch_size=min(args.batch_size, len(names)),
     progress=f"{len(prompts)} prompts x {args.seeds} seeds",
-    negative_ids=None if args.negative_prompt is None else pipe.tokenize([args.negative_prompt]),
-    guidance_rescale=args.guidance_rescale,
-    sampler=args.scheduler,
-    karras=args.karras,
-    size=size,
     mesh=mesh,
+    **settings(args, model, tokenize),
   )
   shown = prompts if only_table else prompts[:TABLE_ROWS]
   table: list[np.ndarray] = []
@@ -115,8 +98,63 @@ def draw(args: argparse.Namespace) -> None:
   print(args.out)
 
 
+def load(
+  name: str, adapter_file: pathlib.Path | None, args: argparse.Namespace, mesh: Mesh
+) -> tuple[TextToImage, dict[str, Any], Callable[[list[str]], np.ndarray]]:
+  """A model with its parameters on all devices of a mesh, and its tokenizer.
+
+  Args:
+    name: as of --model.
+    adapter_file: as of --lora.
+  """
+  everywhere = sharding.replicated(mesh)
+  pipe = build.load_text_to_image(model_folder(name), dtype=args.dtype, param_dtype=args.dtype, sharding=everywhere)
+  weights = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
+  scale = 1.0
+  if adapter_file is not None:
+    adapter, scale, text_encoders = lora_files.load_pipeline_lora(adapter_file, pipe.unet.config, pipe.params)
+    weights = lora_files.merge_text_encoders(weights, text_encoders) | {"unet_lora": adapter}
+  model = dataclasses.replace(build.text_to_image(pipe, lora_scale=scale), clip_skip=args.clip_skip)
+  if args.scheduler == "dpmpp_2m":
+    # Where the folder does not say, diffusers' DPMSolverMultistepScheduler has another default than its DDIMScheduler.
+    spacing = pipe.scheduler_config.get("timestep_spacing", "linspace")
+    model = dataclasses.replace(model, schedule=dataclasses.replace(model.schedule, timestep_spacing=spacing))
+  return model, jax.device_put(weights, everywhere), pipe.tokenize
+
+
+def settings(
+  args: argparse.Namespace, model: TextToImage, tokenize: Callable[[list[str]], np.ndarray]
+) -> dict[str, Any]:
+  """The arguments of `drawing.draw` that follow from those of the command."""
+  size = (args.height or model.image_size, args.width or model.image_size) if args.height or args.width else None
+  return dict(
+    seeds_per_prompt=args.seeds,
+    num_inference_steps=args.steps,
+    guidance_scale=args.guidance_scale,
+    eta=args.eta,
+    seed=args.seed,
+    negative_ids=None if args.negative_prompt is None else tokenize([args.negative_prompt]),
+    guidance_rescale=args.guidance_rescale,
+    sampler=args.scheduler,
+    karras=args.karras,
+    size=size,
+  )
+
+
 def check(args: argparse.Namespace) -> None:
   """Refuses what cannot work before anything is loaded."""
+  check_settings(args)
+  if args.out.suffix.lower() == ".png":
+    if args.out.is_dir():
+      raise ValueError(f"--out={args.out} is a folder; choose another name.")
+  elif args.out.exists() and not args.out.is_dir():
+    raise ValueError(f"--out={args.out} is a file; name a folder, or a file that ends in .png.")
+  elif args.out.is_dir() and any(args.out.iterdir()) and not args.overwrite:
+    raise ValueError(f"--out={args.out} exists and is not empty; choose another folder, or pass --overwrite.")
+
+
+def check_settings(args: argparse.Namespace) -> None:
+  """Refuses settings of `add_arguments` that cannot work."""
   for name in ("seeds", "steps", "batch_size", "height", "width"):
     value = getattr(args, name)
     if value is not None and value < 1:
@@ -128,13 +166,6 @@ def check(args: argparse.Namespace) -> None:
     raise ValueError("--karras is for --scheduler=dpmpp_2m; leave it out, or choose that.")
   if args.scheduler == "dpmpp_2m" and args.eta:
     raise ValueError(f"--eta={args.eta} is for --scheduler=ddim; dpmpp_2m is deterministic, leave it out.")
-  if args.out.suffix.lower() == ".png":
-    if args.out.is_dir():
-      raise ValueError(f"--out={args.out} is a folder; choose another name.")
-  elif args.out.exists() and not args.out.is_dir():
-    raise ValueError(f"--out={args.out} is a file; name a folder, or a file that ends in .png.")
-  elif args.out.is_dir() and any(args.out.iterdir()) and not args.overwrite:
-    raise ValueError(f"--out={args.out} exists and is not empty; choose another folder, or pass --overwrite.")
 
 
 def model_folder(name: str) -> str:
@@ -168,12 +199,12 @@ def start_folder(args: argparse.Namespace, prompts: list[str], names: list[str])
       earlier = []
     for name in earlier:
       (args.out / name).unlink(missing_ok=True)
-  settings: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in ("prompt", "prompts", "out", "overwrite")}
-  settings["images"] = [
+  found: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in ("prompt", "prompts", "out", "overwrite")}
+  found["images"] = [
     {"file": name, "prompt": prompts[i // args.seeds], "index": i % args.seeds} for i, name in enumerate(names)
   ]
   args.out.mkdir(parents=True, exist_ok=True)
-  file.write_text(json.dumps(settings, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+  file.write_text(json.dumps(found, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import optax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from jaxpref import build, checkpoint, distributed, evaluate, monitor, optim, reference, report, sharding, step
+from jaxpref import build, checkpoint, distributed, drawing, judging, monitor, optim, reference, report, sharding, step
 from jaxpref import config as config_lib
 from jaxpref import metrics as metrics_lib
 from jaxpref.data import emoji, pipeline
@@ -155,9 +155,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   first_step = 0
   if saver.latest_step() is not None:
     first_step, state, saved = saver.restore(checkpoint.abstract(shapes, shardings))
-    batches.set_state(saved.get("batches", saved))  # of the first versions, which saved nothing else
-    if "loss" in saved:
-      loss_monitor.set_state(saved["loss"])
+    batches.set_state(saved["batches"])
+    loss_monitor.set_state(saved["loss"])
     _say(f"resuming {folder} at step {first_step}")
   else:
     state = jax.jit(init_state, out_shardings=shardings)(params)
@@ -330,7 +329,7 @@ def _generate(
 ) -> np.ndarray:
   assert experiment.model is not None and experiment.tokenize is not None
   e = config.evaluation
-  return evaluate.generate(
+  return drawing.generate(
     experiment.model,
     weights,
     experiment.tokenize(captions),
@@ -388,7 +387,7 @@ def _evaluate(
       batch_size=e.batch_size,
       progress=f"{name}: {len(captions)} prompts x {e.seeds_per_prompt} seeds" if jax.process_index() == 0 else None,
     )
-    scores[name] = evaluate.score(
+    scores[name] = judging.score(
       experiment.judge,
       experiment.judge_params,
       images[name],
@@ -397,7 +396,7 @@ def _evaluate(
       candidates=e.candidates,
       seed=e.seed,
     )
-  results = evaluate.compare(scores.get("base"), scores["aligned"], samples=e.bootstrap_samples, seed=e.seed)
+  results = judging.compare(scores.get("base"), scores["aligned"], samples=e.bootstrap_samples, seed=e.seed)
   results["table"] = report.table(results, style=config.data.preferred_style, candidates=e.candidates)
   results["protocol"] = config_lib.to_dict(config)["evaluation"] | {"preferred_style": config.data.preferred_style}
   if jax.process_index() == 0:

@@ -18,7 +18,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxpref.diffusion import Schedule, schedule_from_config
-from jaxpref.models import presets
+from jaxpref.models import open_clip, presets
 from jaxpref.models.clip import CLIPModel, CLIPTextConfig, CLIPTextModel
 from jaxpref.models.deduce import contradicted_fields
 from jaxpref.models.preference import (
@@ -575,6 +575,38 @@ def load_preference_model(
   return module, _merge(added, clip_params)
 
 
+def load_clip(
+  folder: Path,
+  *,
+  dtype: Any = jnp.float32,
+  param_dtype: Any = jnp.float32,
+  sharding: jax.sharding.Sharding | None = None,
+) -> tuple[CLIPModel, Tree]:
+  """Opens a plain CLIP, without a time condition: in transformers' layout or in open_clip's.
+
+  Args:
+    folder: path or hub name with config.json and model.safetensors, or with open_clip_config.json and
+      open_clip_model.safetensors.
+    dtype, param_dtype: as for `load_preference_model`.
+    sharding: of all parameters.
+
+  Raises:
+    FileNotFoundError, ValueError: as `load_pipeline`.
+  """
+  folder = resolve_folder(folder, "model*.safetensors")
+  if not (folder / "config.json").is_file() and (folder / "open_clip_config.json").is_file():
+    config = open_clip.config_from_dict(_read_json(folder / "open_clip_config.json"))
+    module = CLIPModel(config, dtype)
+    file = folder / "open_clip_model.safetensors"
+    if not file.is_file():
+      raise FileNotFoundError(f"{file} is missing, expected it beside open_clip_config.json; download it.")
+    shapes = jax.eval_shape(lambda p: open_clip.from_clip(p, config), presets.abstract_params(module))
+    tree = load_tree(file, shapes, param_dtype=param_dtype, sharding=sharding)
+    return module, open_clip.to_clip(tree, config)
+  module = CLIPModel(StepAwareCLIPConfig.from_dict(_read_json(folder / "config.json")), dtype)
+  return module, _load(module, weight_files(folder), presets.abstract_params(module), param_dtype, sharding)
+
+
 def _without(tree: Mapping[str, Any], shapes: Mapping[str, Any]) -> Tree:
   """The part of a tree that `shapes` lacks."""
   out = {}
@@ -641,6 +673,7 @@ def _save_single(
 
 __all__ = [
   "Pipeline",
+  "load_clip",
   "load_judge",
   "load_pipeline",
   "load_preference_model",

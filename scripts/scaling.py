@@ -248,10 +248,10 @@ for them; none of it was run. Made by `python scripts/scaling.py`; the numbers w
   all-gather, and twice that of an all-reduce.
 - The least time is that of the resource which is busy longest at its published peak. A step takes longer: no program
   reaches the peak, and slices without wrap-around links have less than the links' sum.
-- Compiled with small tiles, as `python -m jaxpref.compile` does unless --noquick is given: their operands are read
-  more often than in the program that training runs (the options of each row are in scaling.json). Compile times are
-  of two CPU cores that much other work shared; of the processors' time, in parentheses, the compiler takes the same
-  on a quiet machine.
+- Compiled with small tiles and less effort, as `python -m jaxpref.compile` does unless --noquick is given: operands are
+  read more often than in the program that training runs, and so "memory" bounds steps that may be bound otherwise (the
+  options of each row are in scaling.json). Compile times are of two CPU cores that much other work shared; of the
+  processors' time, in parentheses, the compiler takes the same on a quiet machine.
 """
 _GROWTH = """Bytes that a chip sends in a step at the same batch of a chip, GiB:
 """
@@ -260,12 +260,11 @@ _GROWTH = """Bytes that a chip sends in a step at the same batch of a chip, GiB:
 # Measured apart from the rows, with the same compiler.
 _FULL = """## Full training with fsdp
 
-The compiler is free to move activations instead of parameters, and does: a residual block of 1,280 channels, applied
-twice to 2 rows of 16 x 16 a chip, forward and backward on v5e-16, sends 520 MiB in 287 collectives, 427 MiB of it in
-collective-permutes, and takes 92 MiB of temporaries. With parameters that are gathered whole, in bfloat16, before they
-are used it sends 167 MiB in 5 collectives and takes 36 MiB. Training does not ask for that yet. A step of SD1.5 with 8
-pairs a chip in two micro-batches and fsdp 16 was refused on v5e-16: 18.96 GiB of temporaries, where 15.75 GiB can be
-used."""
+Each layer's kernel is gathered, in bfloat16, where it is applied, again in the backward pass, and its gradient is
+summed into the parts (`jaxpref.sharding.apply_gathered`); no array of activations leaves its chip. Left to itself, the
+compiler moves activations: a residual block of 1,280 channels, applied twice to 4 rows of 16 x 16 a chip, forward and
+backward on v5e-16, then sends 700 MiB in 393 collectives. Now it sends 384 MiB in 9, of which 223 are all-reduces: for
+TPUs this compiler makes no reduce-scatters of the gradients, which would be half of that."""
 
 
 def write(reports: dict[str, Any], docs: pathlib.Path) -> None:

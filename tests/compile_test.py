@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -137,13 +138,41 @@ def test_topologies_have_a_device_for_each_chip(name, chips_expected, monkeypatc
 
 
 @pytest.mark.parametrize(
-  "name, shapes",
+  ("name", "message"),
   [
-    ("v99:1x1", "one of v4, v5e, v5p, v6e and a shape, e.g. v5e:4x4"),
-    ("v5e-16", "e.g. v5e:4x4"),
-    ("v5e:3x3", "4x4, 4x8"),
+    ("v99:1x1", r"expected one of v4, v5e, v5p, v6e, a100-40.*rtx4090, and a shape: v5e:4x4, or h200:8"),
+    ("v5e-16", "a shape: v5e:4x4, or h200:8"),
+    ("v5e:3x3", "; expected a shape like 1x1, .*4x4, 4x8.*, and libtpu"),
+    ("h200:0", "expected h200 and a number of GPUs of one server, such as 8: h200:8"),
+    ("h200:2x4", "expected h200 and a number of GPUs"),
   ],
 )
-def test_a_wrong_topology_is_one_sentence(name, shapes):
-  with pytest.raises(ValueError, match=f"--topology={name}: .*; expected .*{shapes}.*, and libtpu"):
+def test_a_wrong_topology_is_one_sentence(name, message):
+  with pytest.raises(ValueError, match=f"--topology={name}.*{message}"):
     compile.topology_devices(name)
+
+
+def _has_cuda_plugin():
+  try:
+    return importlib.util.find_spec("jax_plugins.xla_cuda12") is not None
+  except ModuleNotFoundError:
+    return False
+
+
+@pytest.mark.skipif(not _has_cuda_plugin(), reason="needs JAX's plug-in for CUDA")
+def test_the_command_compiles_for_gpus_that_are_not_there(tmp_path):
+  out = tmp_path / "report.json"
+  command = [sys.executable, "-m", "jaxpref.compile", "--config=configs/spm_sd15.py:smoke", "--topology=rtx4090:2"]
+  done = subprocess.run(
+    [*command, "--config.batch_size=4", "--config.accumulation=1", f"--out={out}"],
+    cwd=pathlib.Path(__file__).parents[1],
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  assert "2 x NVIDIA GeForce RTX 4090" in done.stderr and "of the 24 GiB of a chip" in done.stdout
+  report = json.loads(out.read_text())
+  # The gradients, which are of bfloat16 for kernels.
+  assert report["collectives"]["all-reduce"]["bytes"] >= report["arguments"]["trained"] / 2

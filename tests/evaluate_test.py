@@ -1,180 +1,211 @@
-"""Intervals that cover, ties that count half, chance that is chance, and pictures that depend on their seed only."""
+"""The command that compares models: drawing, resuming, scoring, and what it refuses."""
 
-import types
+import dataclasses
+import json
+import pathlib
+import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from jaxpref import evaluate, report
-from tests.stub_model import IMAGE_SIZE, StubModel, init
+from jaxpref import evaluate, lora_files, weights
+from jaxpref.models import lora, presets
 
-
-def draw(seed, *shape):
-  return np.random.default_rng(seed).standard_normal(shape)
-
-
-# ---------------------------------------------------------------------------------------------
-# Statistics
+PROMPTS = ("red apple", "volcano", "grinning cat")
+FEW = ("--steps=2", "--seeds=2", "--guidance_scale=2")
 
 
-def test_bootstrap_intervals_cover_the_truth():
-  """Of 300 samples of 60 skewed values about 95 % of the intervals hold the mean; some miss it."""
-  hits = []
-  for i in range(300):
-    values = np.exp(0.5 * draw(i, 60))
-    low, high = evaluate.bootstrap_interval(values, samples=400, seed=i)
-    assert low < values.mean() < high
-    hits.append(low < np.exp(0.125) < high)
-  assert 0.88 < np.mean(hits) < 0.985
+def brightness(images, prompts):
+  """Mean of the pixels, 0 to 255."""
+  assert len(images) == len(prompts)
+  return [float(image.mean()) for image in images]
 
 
-def test_bootstrap_resamples_prompts_not_images():
-  """Four images that always agree are one observation: the interval is that of one image each."""
-  one = draw(0, 40, 1)
-  single = evaluate.win_rate(one, np.zeros((40, 1)), samples=1000, seed=0)
-  copies = evaluate.win_rate(one.repeat(4, 1), np.zeros((40, 4)), samples=1000, seed=0)
-  assert single == copies
-  low, high = single["win_rate_interval"]
-  assert high - low > 0.2
+def redness(images, prompts):
+  """Mean red above mean blue, -255 to 255."""
+  return np.asarray([image[..., 0].mean() - image[..., 2].mean() for image in images])
 
 
-def test_win_rate_counts_ties_half():
-  new = np.array([[1.0, 2.0], [3.0, 3.0], [0.0, 5.0], [1.0, 1.0]])
-  old = np.array([[1.0, 1.0], [4.0, 3.0], [1.0, 4.0], [1.0, 1.0]])
-  found = evaluate.win_rate(new, old, samples=100, seed=0)
-  assert found["win_rate"] == (0.5 + 1 + 0 + 0.5 + 0 + 1 + 0.5 + 0.5) / 8
-  assert evaluate.win_rate(new, new, samples=100, seed=0)["win_rate_interval"] == (0.5, 0.5)
-  other = evaluate.win_rate(old, new, samples=100, seed=0)
-  assert found["win_rate"] + other["win_rate"] == 1.0
+BRIGHTNESS, REDNESS = (f"tests.evaluate_test:{name}" for name in ("brightness", "redness"))
 
 
-def test_caption_accuracy_of_random_logits_is_chance():
-  ids = np.random.default_rng(1).integers(0, 50, 250)
-  right = evaluate.caption_accuracy(draw(0, 250, 4, 50), ids, candidates=10, seed=0)
-  assert right.shape == (250, 4)
-  assert abs(right.mean() - 0.1) < 4 * (0.1 * 0.9 / 1000) ** 0.5
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+  """Folders of two models of random weights with a UNet of one level, of a larger one, and a LoRA of the first."""
+  folder = tmp_path_factory.mktemp("models")
+  preset = presets.get_preset("sd15-miniature")
+  blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+  unet = dataclasses.replace(preset.unet, block_out_channels=(16,), **blocks)
+  preset = dataclasses.replace(preset, unet=unet)
+  for seed, name in enumerate(("one", "two")):
+    pipe = weights.random_pipeline(preset, seed=seed)
+    weights.save_pipeline(folder / name, pipe)
+  large = dataclasses.replace(unet, sample_size=2 * unet.sample_size)
+  weights.save_pipeline(folder / "large", weights.random_pipeline(dataclasses.replace(preset, unet=large)))
+  adapter = lora.init_lora(jax.random.key(1), pipe.params["unet"], rank=2)
+  adapter = jax.tree.map(lambda x: 0.5 * jax.random.normal(jax.random.key(x.size), x.shape), adapter)
+  lora_files.save_diffusers(folder / "lora.safetensors", adapter, 1.0)
+  (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+  return folder
 
 
-def test_caption_accuracy_of_the_truth_is_one_and_of_no_opinion_zero():
-  ids = np.arange(30) % 7
-  truth = np.broadcast_to(np.eye(7)[ids][:, None], (30, 3, 7))
-  assert evaluate.caption_accuracy(truth, ids, candidates=5, seed=0).min() == 1
-  assert evaluate.caption_accuracy(np.zeros((30, 3, 7)), ids, candidates=5, seed=0).max() == 0
+def run(models, out, *arguments, names=("one", "two"), prompts="prompts.txt", scorers=(BRIGHTNESS,)):
+  specs = [f"{name}={models / name}" if "=" not in name else name for name in names]
+  evaluate.main(["--models", *specs, f"--prompts={models / prompts}", "--scorers", *scorers, f"--out={out}", *FEW,
+                 *arguments])  # fmt: skip
 
 
-def test_base_and_aligned_are_given_the_same_candidates():
-  logits, ids = draw(0, 50, 2, 20), np.arange(50) % 20
-  one, other = (evaluate.caption_accuracy(logits, ids, candidates=8, seed=3) for _ in range(2))
-  np.testing.assert_array_equal(one, other)
+def pictures(folder, model):
+  return {p.name: p.read_bytes() for p in sorted((folder / "images" / model).iterdir())}
 
 
-class Judge:
-  """Style and caption of a picture that is one colour: red is the style, green the caption."""
-
-  config = types.SimpleNamespace(styles=("flat", "shaded", "outlined"))
-
-  def apply(self, variables, images):
-    del variables
-    red, green = (jnp.round((images[:, 0, 0, c] + 1) * 127.5).astype(jnp.int32) for c in (0, 1))
-    return 4.0 * jax.nn.one_hot(red, 3), jax.nn.one_hot(green, 8)
+def results(folder):
+  return json.loads((folder / "results.json").read_text())
 
 
-def pictures(styles, captions):
-  """u8[P, S, 4, 4, 3]."""
-  colour = np.stack([styles, captions, np.zeros_like(styles)], axis=-1).astype(np.uint8)
-  return np.broadcast_to(colour[:, :, None, None], (*styles.shape, 4, 4, 3))
+@pytest.fixture(scope="module")
+def evaluated(models, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("evaluated") / "out"
+  run(models, folder)
+  return folder
 
 
-def test_scores_and_table():
-  ids = np.array([3, 5, 7])
-  base_styles, styles = np.array([[1, 1], [0, 2], [0, 0]]), np.array([[1, 1], [1, 0], [1, 2]])
-  captions = np.array([[3, 3], [5, 0], [7, 7]])
-  scores = [
-    evaluate.score(
-      Judge(), {}, pictures(s, c), ids, style="shaded", candidates=4, seed=0
-    )
-    for s, c in ((base_styles, captions), (styles, np.array([[3, 3], [0, 0], [7, 7]])))
-  ]
-  np.testing.assert_array_equal(scores[1]["preferred"], styles == 1)
-  np.testing.assert_array_equal(scores[0]["correct"], captions == ids[:, None])
-  logs = np.where(styles == 1, 4.0, 0.0) - np.log(np.exp(4.0) + 2)
-  np.testing.assert_allclose(scores[1]["style_log_prob"], logs, rtol=1e-5)
-
-  results = evaluate.compare(*scores, samples=200, seed=0)
-  assert results["base"]["preferred_share"]["mean"] == pytest.approx(2 / 6)
-  assert results["aligned"]["preferred_share"]["mean"] == pytest.approx(4 / 6)
-  # Two pairs better, none worse, four equal.
-  assert results["win_rate"] == pytest.approx((2 + 4 * 0.5) / 6)
-  assert results["caption_accuracy_change"] == pytest.approx(-1 / 6)
-  table = report.table(results, style="shaded", candidates=4)
-  assert "share of shaded" in table and "66.7%" in table and "chance 25.0%" in table
-  alone = evaluate.compare(None, scores[1], samples=200, seed=0)
-  assert "win_rate" not in alone and len(report.table(alone, style="x", candidates=4).split("\n")) == 3
+def test_pictures_scores_tables_and_a_manifest(models, evaluated):
+  names = {p.name for p in evaluated.iterdir()}
+  assert names == {"images", "manifest.json", "report.html", "results.json", "scores", "scores.csv", "table.md",
+                   "table.tex"}  # fmt: skip
+  assert list(pictures(evaluated, "one")) == [f"0000{p}_{s}.png" for p in range(3) for s in range(2)]
+  found = results(evaluated)
+  assert found["baseline"] == "one" and [p["text"] for p in found["prompts"]] == list(PROMPTS)
+  for name in ("one", "two"):
+    of_files = [np.asarray(Image.open(evaluated / "images" / name / f"0000{p}_{s}.png")).mean() for p in range(3)
+                for s in range(2)]  # fmt: skip
+    np.testing.assert_allclose(np.ravel(found["scores"][name][BRIGHTNESS]), of_files, rtol=1e-6)
+  assert found["scorers"][0]["scale"] == "Mean of the pixels, 0 to 255."
+  manifest = json.loads((evaluated / "manifest.json").read_text())
+  assert manifest["settings"]["steps"] == 2 and manifest["settings"]["scheduler"] == "ddim"
+  assert len(manifest["settings"]["prompts_sha256"]) == 64 and set(manifest["versions"]) >= {"jax", "jaxpref"}
+  assert manifest["models"]["one"]["weights"] != manifest["models"]["two"]["weights"]
 
 
-def test_a_style_that_the_judge_does_not_know_is_named():
-  with pytest.raises(ValueError, match="knows the styles flat, shaded, outlined, not 'noto'"):
-    evaluate.score(
-      Judge(), {}, pictures(np.zeros((1, 1)), np.zeros((1, 1))), [0], style="noto", candidates=2, seed=0
-    )
+def copy(evaluated, folder):
+  for file in evaluated.rglob("*"):
+    if file.is_file():
+      (folder / file.relative_to(evaluated)).parent.mkdir(parents=True, exist_ok=True)
+      (folder / file.relative_to(evaluated)).write_bytes(file.read_bytes())
+  return folder
 
 
-# ---------------------------------------------------------------------------------------------
-# Pictures
-
-IDS = np.random.default_rng(0).integers(1, 32, (5, 5)).astype(np.int32)
-
-
-def generate(*, batch_size, eta=0.0, seed=3, scale=1.0):
-  weights = init()
-  weights["unet"] = jax.tree.map(lambda k: scale * k, weights["unet"])
-  return evaluate.generate(
-    StubModel(),
-    weights,
-    IDS,
-    seeds_per_prompt=3,
-    num_inference_steps=4,
-    guidance_scale=2.0,
-    eta=eta,
-    seed=seed,
-    batch_size=batch_size,
-  )
+def test_missing_and_damaged_pictures_are_drawn_again_and_scored_again(models, evaluated, tmp_path):
+  folder = copy(evaluated, tmp_path / "out")
+  before = pictures(folder, "two")
+  lost, damaged = (folder / "images" / "two" / name for name in ("00000_1.png", "00002_0.png"))
+  lost.unlink()
+  damaged.write_bytes(damaged.read_bytes()[:100])
+  kept = {p: p.stat().st_mtime_ns for p in (folder / "images").rglob("*.png") if p not in (lost, damaged)}
+  stale = folder / "scores" / "two" / next((folder / "scores" / "two").iterdir()).name
+  stale.write_text(stale.read_text().replace("[[", "[[1000.0, ", 1))
+  run(models, folder)
+  assert pictures(folder, "two") == before
+  assert {p: p.stat().st_mtime_ns for p in kept} == kept
+  assert results(folder)["scores"] == results(evaluated)["scores"]
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_pictures_do_not_depend_on_the_batch_size(eta):
-  """Nor on what fills the last batch: 15 pictures in batches of 4 and of 15."""
-  one, other = (generate(batch_size=n, eta=eta) for n in (4, 15))
-  assert one.shape == (5, 3, IMAGE_SIZE, IMAGE_SIZE, 3) and one.dtype == np.uint8
-  assert np.abs(one.astype(int) - other).max() <= 1
-  flat = one.reshape(15, -1).astype(int)
-  distances = np.abs(flat[:, None] - flat[None]).mean(-1) + 1e3 * np.eye(15)
-  assert distances.min() > 1  # every prompt and every seed its own picture
+def test_models_and_scorers_are_added_to_a_folder(models, evaluated, tmp_path, capsys, monkeypatch):
+  folder = copy(evaluated, tmp_path / "out")
+  with_lora = f"lora={models / 'one'}+{models / 'lora.safetensors'}"
+  run(models, folder, names=("one", with_lora), scorers=(BRIGHTNESS, REDNESS))
+  found = results(folder)
+  assert found["models"] == ["one", "lora"] and set(found["scores"]["lora"]) == {BRIGHTNESS, REDNESS}
+  assert found["scores"]["one"][BRIGHTNESS] == results(evaluated)["scores"]["one"][BRIGHTNESS]
+  assert pictures(folder, "lora") != pictures(folder, "one")
+  assert set(json.loads((folder / "manifest.json").read_text())["models"]) == {"one", "two", "lora"}
+  # Nothing is drawn or scored a second time.
+  monkeypatch.setattr(evaluate.drawing, "draw", None)
+  monkeypatch.setattr(evaluate, "score_images", None)
+  run(models, folder, names=("one", with_lora, "two"), scorers=(BRIGHTNESS,))
+  assert results(folder)["models"] == ["one", "lora", "two"]
 
 
-def test_pictures_follow_seed_and_weights():
-  one, again, other = (generate(batch_size=15, seed=s) for s in (3, 3, 4))
-  np.testing.assert_array_equal(one, again)
-  assert np.abs(one.astype(int) - other).mean() > 1
-  # From the same noise: weights that are almost the same give almost the same pictures.
-  near = generate(batch_size=15, scale=1.001)
-  assert np.abs(one.astype(int) - near).mean() < 0.5
+def test_one_prompt_has_no_interval_and_identical_models_are_even(models, tmp_path, capsys):
+  same = f"same={models / 'one'}"
+  run(models, tmp_path / "out", "--num_prompts=1", names=("one", same))
+  found = results(tmp_path / "out")["summary"]
+  text = json.dumps(found)
+  assert "null" in text
+  table = capsys.readouterr().out
+  assert "50.0%" in table and "[" not in table.split("In brackets")[0].split("| one |")[1].split("\n")[0]
+  assert "one prompt" in table.lower()
 
 
-def test_pixels_are_rounded_and_clipped():
-  values = jnp.asarray([-3.0, -1.0, 0.0, 0.999, 1.0, 2.0])
-  assert evaluate.to_uint8(values).tolist() == [0, 0, 128, 255, 255, 255]
+def test_the_shipped_models_with_the_shipped_scorers(tmp_path, capsys):
+  """Offline, with the diversity of their pictures, on the embedded captions."""
+  arguments = ["--models", "base=tiny-sd", "--prompts=emoji", "--num_prompts=2", "--steps=2", "--seeds=2"]
+  evaluate.main([*arguments, "--scorers", "judge", "tiny-clip", f"--out={tmp_path / 'out'}"])
+  found = results(tmp_path / "out")
+  assert found["baseline"] is None and set(found["scores"]["base"]) == {"judge", "tiny-clip"}
+  assert np.shape(found["diversity"]["base"]) == (2,) and min(found["diversity"]["base"]) > 0
+  assert all(p["category"] for p in found["prompts"])
+  assert "tiny-clip" in capsys.readouterr().out
 
 
-def test_grid_places_rows_and_columns(tmp_path):
-  images = np.arange(6, dtype=np.uint8).reshape(2, 3, 1, 1, 1) * np.ones((1, 1, 4, 5, 3), np.uint8)
-  picture = report.grid(images, scale=2)
-  assert picture.shape == (2 * (2 * 6 + 2), 2 * (3 * 7 + 2), 3)
-  assert picture[2 * 8, 2 * 9, 0] == 4  # second row, second column
-  report.picture_table(tmp_path / "a" / "b.png", {"before": images, "after": images}, ["one", "a very long " * 9])
-  rows = [{"step": i, "loss": 1.0 / i} for i in range(1, 20)]
-  report.curves(tmp_path / "curves.png", rows, ("loss", "reward"))
-  assert (tmp_path / "a" / "b.png").stat().st_size > 0
-  assert (tmp_path / "curves.png").stat().st_size > 0
+def test_geneval_layout(models, tmp_path):
+  prompts = tmp_path / "evaluation_metadata.jsonl"
+  objects = [{"class": "bench", "count": 1}]
+  rows = [{"tag": "single_object", "include": objects, "prompt": f"a photo of {i}"} for i in "ab"]
+  prompts.write_text("\n".join(map(json.dumps, rows)))
+  run(models, tmp_path / "out", f"--geneval_layout={tmp_path / 'geneval'}", prompts=prompts, names=("one",))
+  assert json.loads((tmp_path / "geneval/one/00001/metadata.jsonl").read_text()) == rows[1]
+  drawn = tmp_path / "geneval/one/00001/samples/0001.png"
+  assert np.array_equal(Image.open(drawn), Image.open(tmp_path / "out/images/one/00001_1.png"))
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"names": ("one", "gone=nowhere/at_all")}, "nowhere/at_all"),
+    ({"names": ("one", "two=")}, "expected NAME=MODEL"),
+    ({"names": ("one", "a/b=tiny-sd")}, "the name becomes a folder's"),
+    ({"names": ("one", "one")}, "names 'one' twice"),
+    ({"names": ("one", "large")}, r"one draws 16 x 16 pixels and large 32 x 32; set --height and --width"),
+    ({"names": ("one", "l=tiny-sd+gone.safetensors")}, "there is no file gone.safetensors"),
+    ({"prompts": "gone.txt"}, "gone.txt"),
+    ({"scorers": ("beauty",)}, "beauty"),
+    ({"scorers": ("imagereward",)}, "ImageReward.pt.*convert_scorer.py"),
+    ({"arguments": ("--num_prompts=4",)}, "has 3, expected 1 to that"),
+    ({"arguments": ("--steps=0",)}, "--steps=0; expected at least 1"),
+    ({"arguments": ("--geneval_layout=x",)}, "prompt 0, 'red apple', has no tag"),
+  ],
+)
+def test_bad_input_is_refused_in_a_sentence_before_anything_is_drawn(
+  models, tmp_path, monkeypatch, change, message, capsys
+):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  change = dict(change)
+  arguments = change.pop("arguments", ())
+  with pytest.raises(SystemExit) as error:
+    run(models, tmp_path / "out", *arguments, **change)
+  assert re.search(message, str(error.value)), error.value
+  assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
+  assert not (tmp_path / "out" / "images").exists()
+
+
+def test_a_folder_of_other_settings_prompts_or_weights_is_left_alone(models, evaluated, tmp_path):
+  folder = copy(evaluated, tmp_path / "out")
+  before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+  other = pathlib.Path(tmp_path / "other.txt")
+  other.write_text("something else\nand more\nand more yet")
+  for arguments, message in (
+    ({"arguments": ("--seed=1",)}, "was begun with seed=0, not 1"),
+    ({"prompts": other}, "was begun with prompts_sha256="),
+    ({"names": (f"one={models / 'two'}",)}, "pictures of other weights under the name one"),
+  ):
+    with pytest.raises(SystemExit, match=message):
+      run(models, folder, *arguments.pop("arguments", ()), **arguments)
+  assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+  (tmp_path / "full").mkdir()
+  (tmp_path / "full" / "mine").touch()
+  with pytest.raises(SystemExit, match="full is not empty and has no manifest.json"):
+    run(models, tmp_path / "full")

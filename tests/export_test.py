@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import build, evaluate, rollout, weights
+from jaxpref import build, drawing, rollout, weights
 from jaxpref.models.text_to_image import guided
 
 torch = pytest.importorskip("torch")
@@ -35,7 +35,7 @@ def sampler(request):
       lambda x, t: eps(x, t, cond), model.schedule, latents, jax.random.key(0),
       num_steps=STEPS, eta=0.0,
     )
-    return evaluate.to_uint8(model.decode(params, clean))
+    return drawing.to_uint8(model.decode(params, clean))
 
   return request.param, pipe, sample
 

@@ -15,10 +15,13 @@ LAYERS = {
   1: ["models", "weights", "tensor_files", "lora_files", "rollout", "sharding"],
   2: [
     "data", "optim", "checkpoint", "metrics", "config", "report", "flops", "monitor", "distributed",
-    "supervise", "hlo", "chips",
+    "supervise", "hlo", "chips", "statistics", "comparison", "comparison_page",
   ],  # fmt: skip
   3: ["objectives", "pretraining", "step"],
-  4: ["train", "evaluate", "score", "sample", "export", "precompute", "compile", "plan", "replay", "build", "inputs"],
+  4: [
+    "train", "evaluate", "drawing", "judging", "score", "scorers", "sample", "export", "precompute", "compile", "plan",
+    "replay", "build", "inputs",
+  ],  # fmt: skip
   5: ["main"],
 }
 PURE = LAYERS[0]

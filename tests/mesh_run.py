@@ -26,7 +26,8 @@ def recipe(objective, mesh, model):
   c.update(objective=objective, model=str(model), num_steps=STEPS, batch_size=16, seed=3)
   c.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
   c.accumulation = 2 if objective != "tdpo" else 1
-  c.optimizer.update(learning_rate=LEARNING_RATE, warmup_steps=2, clip_norm=1.0)
+  # With Adam's epsilon of 1e-8, gradients that are rounding alone would make whole steps.
+  c.optimizer.update(learning_rate=LEARNING_RATE, warmup_steps=2, clip_norm=1.0, eps=1e-6)
   c.data.update(caption_dropout=0.2, flip=True)
   c.logging.every = 1
   c.checkpoint.every = STEPS

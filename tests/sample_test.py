@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from jaxpref import build, evaluate, lora_files, report, sample, weights
+from jaxpref import build, drawing, lora_files, report, sample, weights
 from jaxpref.models import lora, presets
 
 FEW = ["--steps=2", "--seeds=2"]
@@ -116,7 +116,7 @@ def test_a_table_alone_with_a_lora_file_and_another_seed(drawn, few, pipe, tmp_p
 
   merged = dict(pipe.params) | {"unet": lora.merge_lora(pipe.params["unet"], adapter, 0.5)}
   merged["text_encoder"] = lora.merge_lora(pipe.params["text_encoder"], text_encoder)
-  images = evaluate.generate(
+  images = drawing.generate(
     build.text_to_image(pipe),
     merged | {"empty_ids": pipe.tokenize([""])},
     pipe.tokenize(PROMPTS),

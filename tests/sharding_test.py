@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from jaxpref import hlo, sharding
+from jaxpref import flops, hlo, sharding
 from jaxpref.models import attention, clip, presets
 
 
@@ -184,6 +184,14 @@ def test_gathered_layers_compute_the_same():
   # A batch that cannot be split is computed by all.
   found = jax.jit(sharding.on_mesh(mesh, step))(sharding.put_tree(mesh, params), x[:3], context[:3])
   jax.tree.map(close, jax.device_get(found), jax.device_get(jax.jit(step)(params, x[:3], context[:3])))
+
+
+def test_gathered_layers_have_the_same_operations():
+  """Those of all devices together: none of them computes a product again."""
+  model, params, (x, context) = stack_of_blocks()
+  step = jax.grad(lambda p, x, c: jnp.sum(model.apply({"params": p}, x, c) ** 2))
+  on_four = sharding.on_mesh(mesh_of(2, 2, 1), step)
+  assert flops.count(on_four, params, x, context) == flops.count(step, params, x, context) > 1e9
 
 
 def test_gathering_follows_the_rules_of_tensor_parallelism():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import build, evaluate, rollout, weights
+from jaxpref import build, drawing, rollout, weights
 from jaxpref.models.text_to_image import guided
 
 torch = pytest.importorskip("torch")
@@ -117,7 +117,7 @@ def noise(shape):
 def draw(models, **kwargs):
   model, params, pipe, _ = models
   options = {"clip_skip": kwargs.pop("clip_skip", None)}
-  images = evaluate.generate(
+  images = drawing.generate(
     dataclasses.replace(model, **options),
     params,
     pipe.tokenize(PROMPTS),
@@ -187,7 +187,7 @@ def test_sizes_and_crops_of_sdxl_draw_what_diffusers_draws(models):
     clean = rollout.ddim_sample(
       lambda x, t: eps(x, t, cond), model.schedule, latents, jax.random.key(0), num_steps=STEPS, eta=0.0
     )
-    return evaluate.to_uint8(model.decode(params, clean))
+    return drawing.to_uint8(model.decode(params, clean))
 
   latents = noise(model.latent_shape)
   sizes = {"original_size": (48, 40), "crops_coords_top_left": (3, 5), "target_size": (20, 24)}

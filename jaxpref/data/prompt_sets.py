@@ -1,0 +1,346 @@
+"""Sets of prompts in their published formats, and the folders that GenEval's own scorer reads.
+
+  kind     file                                                            category
+  text     a prompt a line                                                 none
+  json     a list of strings, or of objects with a caption or a prompt     of the object, if it has one
+  table    .csv or .jsonl with a column caption or prompt, and optionally  of the row, if it has one
+           category and id, such as Pick-a-Pic's test or test_unique
+  parti    PartiPrompts.tsv: Prompt, Category, Challenge, Note             Category
+  hpdv2    HPDv2's benchmark: a folder of anime.json, concept-art.json,    the name of the file
+           paintings.json and photo.json, or one of these
+  geneval  evaluation_metadata.jsonl: objects with tag, include, prompt    tag
+
+The kind follows from the name and the content. A path may be in a bucket (`jaxpref.data.paths`).
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxpref.data import paths
+
+Path = str | os.PathLike
+logger = logging.getLogger(__name__)
+
+KINDS = ("text", "json", "table", "parti", "hpdv2", "geneval")
+STYLES = ("anime", "concept-art", "paintings", "photo")  # of HPDv2's benchmark
+TEXT_COLUMNS = ("caption", "prompt")
+PARTI_COLUMNS = ("Prompt", "Category", "Challenge", "Note")
+GENEVAL_FIELDS = ("tag", "include", "prompt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """A prompt of a set.
+
+  Attributes:
+    text: what is drawn.
+    category: by which results are broken down; empty if the set has none.
+    id: that the set gives it; empty if it gives none.
+    extra: what else the set says of it: the other columns, or GenEval's whole object.
+  """
+
+  text: str
+  category: str = ""
+  id: str = ""
+  extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def read(path: Path, *, kind: str | None = None) -> list[Prompt]:
+  """The prompts of a file, or of HPDv2's folder, in order; those that are there twice stay, and a warning counts them.
+
+  Args:
+    path: of the file or folder.
+    kind: one of KINDS; None: what it looks like.
+
+  Raises:
+    FileNotFoundError: there is nothing, or a file of HPDv2 is missing.
+    ValueError: not of that kind; the line is named.
+  """
+  if kind is not None and kind not in KINDS:
+    raise ValueError(f"kind={kind!r} of prompts; expected one of {', '.join(KINDS)}.")
+  place = paths.open_path(path)
+  if place.is_dir():
+    if kind not in (None, "hpdv2"):
+      raise ValueError(f"{place} is a folder; expected a file of kind {kind}.")
+    prompts = _read_hpdv2_folder(place)
+  elif place.is_file():
+    text = _decoded(place)
+    prompts = _READERS[kind or detect_kind(place.name, text)](place, text)
+  else:
+    raise FileNotFoundError(f"there is no file of prompts {path}; expected one of the kinds {', '.join(KINDS)}.")
+  if not prompts:
+    raise ValueError(f"{place} has no prompts; expected at least one.")
+  repeated = repeats(prompts)
+  if repeated:
+    first = next(iter(repeated))
+    logger.warning(
+      "%s: %d prompts are there more than once, such as %r (%d times); each is kept and counts by itself.",
+      place, len(repeated), first, repeated[first],
+    )  # fmt: skip
+  return prompts
+
+
+def repeats(prompts: Sequence[Prompt]) -> dict[str, int]:
+  """Text -> how often, of the prompts that are there more than once."""
+  return {text: n for text, n in Counter(p.text for p in prompts).items() if n > 1}
+
+
+def detect_kind(name: str, text: str) -> str:
+  """Which of KINDS a file is, from its name and its content."""
+  suffix = pathlib.PurePosixPath(name).suffix.lower()
+  first = next((line for line in _lines(text) if line.strip()), "")
+  if suffix == ".json" or (suffix != ".jsonl" and re.match(r'\[\s*("|\{|$)', first.strip())):
+    return "hpdv2" if pathlib.PurePosixPath(name).stem in STYLES else "json"
+  if suffix == ".jsonl" or _is_object(first):
+    return "geneval" if '"tag"' in first and '"include"' in first else "table"
+  if suffix == ".tsv" or "\t" in first and first.split("\t")[0].strip() == PARTI_COLUMNS[0]:
+    return "parti"
+  return "table" if suffix == ".csv" else "text"
+
+
+def _is_object(line: str) -> bool:
+  try:
+    return isinstance(json.loads(line), dict)
+  except json.JSONDecodeError:
+    return False
+
+
+def _decoded(place: Any) -> str:
+  try:
+    text = paths.read(place).decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{place} is not UTF-8 text ({error}); expected a text file of prompts, or convert it.") from error
+  if "\0" in text:
+    raise ValueError(f"{place} is no text; expected one of the kinds {', '.join(KINDS)}.")
+  return text
+
+
+def _lines(text: str) -> Iterator[str]:
+  """With the ends of Unix, Windows and old Macs alone: JSON may hold other separators as they are."""
+  return (line.rstrip("\n") for line in io.StringIO(text, newline=None))
+
+
+def _prompt(fields: Mapping[str, Any], where: str, number: int, columns: Sequence[str]) -> Prompt:
+  """A row or an object as a prompt; names in any case."""
+  names = {str(name).strip().lower(): name for name in fields}
+  column = next((names[c] for c in columns if c in names), None)
+  if column is None:
+    found = ", ".join(map(str, fields)) or "nothing"
+    raise ValueError(f"{where} {number}: found {found}; expected a field {' or '.join(columns)}.")
+  text = fields[column]
+  if not isinstance(text, str) or not text.strip():
+    raise ValueError(f"{where} {number}: {column} = {text!r}; expected a text that is not empty.")
+  known = {key: names[key] for key in ("category", "id") if key in names}
+  given = {key: str(fields[name]) for key, name in known.items() if fields[name] is not None}
+  extra = {name: value for name, value in fields.items() if name not in (column, *known.values())}
+  return Prompt(text, **given, extra=extra)
+
+
+# ---- Kinds -----------------------------------------------------------------------------------------------------
+
+
+def _read_text(place: Any, text: str) -> list[Prompt]:
+  return [Prompt(line) for line in text.splitlines() if line.strip()]  # as sources.read_prompts
+
+
+def _read_json(place: Any, text: str) -> list[Prompt]:
+  rows = _json_list(place, text)
+  return [
+    _prompt({"prompt": row} if isinstance(row, str) else row, f"{place}, entry", i, TEXT_COLUMNS)
+    for i, row in enumerate(rows, 1)
+  ]
+
+
+def _json_list(place: Any, text: str) -> list[Any]:
+  try:
+    rows = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{place} is no JSON ({error}); expected a list of prompts.") from error
+  if not isinstance(rows, list):
+    raise ValueError(f"{place}: found a JSON {type(rows).__name__}; expected a list of strings or objects.")
+  for i, row in enumerate(rows, 1):
+    if not isinstance(row, str | dict):
+      raise ValueError(f"{place}, entry {i}: {row!r}; expected a string, or an object with a caption or a prompt.")
+  return rows
+
+
+def _read_hpdv2(place: Any, text: str) -> list[Prompt]:
+  style = place.stem
+  rows = _json_list(place, text)
+  wrong = next((i for i, row in enumerate(rows, 1) if not isinstance(row, str)), None)
+  if wrong is not None:
+    raise ValueError(f"{place}, entry {wrong}: {rows[wrong - 1]!r}; expected HPDv2's list of strings.")
+  return [
+    dataclasses.replace(prompt, category=style, id=f"{style}/{i:05}")
+    for i, prompt in enumerate(_read_json(place, text))
+  ]
+
+
+def _read_hpdv2_folder(folder: Any) -> list[Prompt]:
+  missing = [f"{style}.json" for style in STYLES if not (folder / f"{style}.json").is_file()]
+  if missing:
+    raise FileNotFoundError(
+      f"{folder} has no {', '.join(missing)}; expected the four files of HPDv2's benchmark, or give the path of a file."
+    )
+  files = [folder / f"{style}.json" for style in STYLES]
+  return [prompt for file in files for prompt in _read_hpdv2(file, _decoded(file))]
+
+
+def _read_parti(place: Any, text: str) -> list[Prompt]:
+  """Cells are as they stand between the tabs: the published file has quotes in prompts, and quotes no cells."""
+  lines = ((number, line.split("\t")) for number, line in enumerate(_lines(text), 1) if line.strip())
+  _, header = next(lines, (0, []))
+  header = [name.strip() for name in header]
+  missing = [name for name in PARTI_COLUMNS[:2] if name not in header]
+  if missing:
+    raise ValueError(
+      f"{place}: no column {' or '.join(missing)} in {header}; expected PartiPrompts' {', '.join(PARTI_COLUMNS)}, "
+      "separated by tabs."
+    )
+  prompts = []
+  for number, cells in lines:
+    if len(cells) > len(header):
+      raise ValueError(f"{place}, line {number}: {len(cells)} cells; expected {len(header)}, separated by tabs.")
+    fields = dict(zip(header, cells + [""] * (len(header) - len(cells)), strict=True))
+    prompts.append(_prompt(fields, f"{place}, line", number, ("prompt",)))
+  return prompts
+
+
+def _read_geneval(place: Any, text: str) -> list[Prompt]:
+  prompts: list[Prompt] = []
+  for number, row in _json_lines(place, text):
+    missing = [name for name in GENEVAL_FIELDS if name not in row]
+    if missing:
+      raise ValueError(
+        f"{place}, line {number}: no {', '.join(missing)}; expected {', '.join(GENEVAL_FIELDS)} in each of GenEval's "
+        "objects."
+      )
+    prompt = _prompt(row, f"{place}, line", number, ("prompt",))
+    prompts.append(Prompt(prompt.text, str(row["tag"]), f"{len(prompts):05}", row))
+  return prompts
+
+
+def _read_table(place: Any, text: str) -> list[Prompt]:
+  is_csv = place.suffix.lower() == ".csv"
+  rows = _csv_rows(place, text) if is_csv else _json_lines(place, text)
+  return [_prompt(row, f"{place}, line", number, TEXT_COLUMNS) for number, row in rows]
+
+
+def _json_lines(place: Any, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+  for number, line in enumerate(_lines(text), 1):
+    if not line.strip():
+      continue
+    try:
+      row = json.loads(line)
+    except json.JSONDecodeError as error:
+      raise ValueError(f"{place}, line {number}: no JSON ({error}); expected an object a line.") from error
+    if not isinstance(row, dict):
+      raise ValueError(f"{place}, line {number}: found {row!r}; expected an object a line.")
+    yield number, row
+
+
+def _csv_rows(place: Any, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+  reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+  try:
+    for row in reader:
+      if None in row:
+        raise ValueError(
+          f"{place}, line {reader.line_num}: more cells than the header has; quote the texts that hold commas."
+        )
+      if any(isinstance(cell, str) and cell.strip() for cell in row.values()):
+        yield reader.line_num, row
+  except csv.Error as error:
+    raise ValueError(f"{place}, line {reader.line_num}: no CSV ({error}); expected commas and quotes.") from error
+
+
+_READERS: dict[str, Callable[[Any, str], list[Prompt]]] = {
+  "text": _read_text,
+  "json": _read_json,
+  "table": _read_table,
+  "parti": _read_parti,
+  "hpdv2": _read_hpdv2,
+  "geneval": _read_geneval,
+}
+
+
+# ---- GenEval ---------------------------------------------------------------------------------------------------
+
+
+def check_geneval(prompts: Sequence[Prompt]) -> None:
+  """Refuses prompts that GenEval's scorer could not read.
+
+  Raises:
+    ValueError: they are of another kind.
+  """
+  for i, prompt in enumerate(prompts):
+    missing = [name for name in GENEVAL_FIELDS if name not in prompt.extra]
+    if missing:
+      raise ValueError(
+        f"prompt {i}, {prompt.text!r}, has no {', '.join(missing)}; GenEval's scorer needs the prompts of its own "
+        "evaluation_metadata.jsonl."
+      )
+
+
+def geneval_layout(folder: Path, prompts: Sequence[Prompt], image_of: Callable[[int], Iterable[Path]]) -> None:
+  """Writes the folders that evaluate_images.py of github.com/djghosh13/geneval reads.
+
+  FOLDER/00000/metadata.jsonl has the object of the first prompt, FOLDER/00000/samples/0000.png and so on its pictures.
+
+  Args:
+    folder: is made; may have the same prompts already, which are written anew.
+    prompts: of kind geneval, all of them: the numbers of the folders are theirs.
+    image_of: number of a prompt -> the files of its pictures; those that are no PNG are converted.
+
+  Raises:
+    ValueError: prompts of another kind, or the folder has pictures that are none of these.
+    FileNotFoundError: a picture is missing.
+    CannotBeWritten: see `paths`.
+  """
+  check_geneval(prompts)
+  place = pathlib.Path(folder)
+  files = [[pathlib.Path(file) for file in image_of(i)] for i in range(len(prompts))]
+  absent = [str(file) for of_prompt in files for file in of_prompt if not file.is_file()]
+  if absent:
+    raise FileNotFoundError(f"there is no picture {absent[0]} ({len(absent)} are missing); draw them first.")
+  _refuse_others(place, [len(of_prompt) for of_prompt in files])
+  with paths.cannot_be_written(place):
+    for i, (prompt, sources) in enumerate(zip(prompts, files, strict=True)):
+      samples = place / f"{i:05}" / "samples"
+      samples.mkdir(parents=True, exist_ok=True)
+      paths.write(samples.parent / "metadata.jsonl", (json.dumps(dict(prompt.extra)) + "\n").encode())
+      for s, source in enumerate(sources):
+        _write_png(source, samples / f"{s:04}.png")
+
+
+def _refuse_others(place: pathlib.Path, counts: Sequence[int]) -> None:
+  """GenEval's scorer reads every numbered folder and picture, so none may be left from before."""
+  for entry in sorted(paths.names(place)):
+    if not re.fullmatch("[0-9]+", entry):
+      continue
+    known = {f"{s:04}.png" for s in range(counts[int(entry)])} if int(entry) < len(counts) else set()
+    others = sorted(name for name in paths.names(place / entry / "samples") - known if name.endswith(".png"))
+    if others or not known or entry != f"{int(entry):05}":
+      found = f"{entry}/samples/{others[0]}" if others else entry
+      raise ValueError(f"{place} has {found}, which is none of these pictures; empty it, or choose another folder.")
+
+
+def _write_png(source: pathlib.Path, target: pathlib.Path) -> None:
+  with paths.part_of(target) as part:
+    if source.suffix.lower() == ".png":
+      shutil.copyfile(source, part)
+    else:
+      from PIL import Image
+
+      with Image.open(source) as image:
+        image.convert("RGB").save(part, "PNG")
+    part.replace(target)

@@ -1,0 +1,115 @@
+"""Draws prompts with a text-to-image model: the same pictures whatever the batch size and the devices."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from jaxpref import rollout, sharding
+from jaxpref.models.text_to_image import TextToImage, guided
+
+SAMPLERS = ("ddim", "dpmpp_2m")
+
+
+def draw(
+  model: TextToImage,
+  weights: Any,
+  input_ids: np.ndarray,
+  *,
+  seeds_per_prompt: int,
+  num_inference_steps: int,
+  guidance_scale: float,
+  eta: float,
+  seed: int,
+  batch_size: int,
+  progress: str | None = None,
+  negative_ids: np.ndarray | None = None,
+  guidance_rescale: float = 0.0,
+  sampler: str = "ddim",
+  karras: bool = False,
+  size: tuple[int, int] | None = None,
+  mesh: Mesh | None = None,
+  numbers: np.ndarray | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Draws every prompt from the same seeds, whatever the weights, the batch size and the devices.
+
+  The picture numbered prompt * seeds_per_prompt + i has its own noise, which follows from `seed` and that number.
+
+  Args:
+    weights: parameters by component, with `empty_ids`.
+    input_ids: i32[P, L].
+    eta: of DDIM: 0 is deterministic, 1 ancestral sampling.
+    progress: label of a progress bar; None for none.
+    negative_ids: i32[1, L] of a negative prompt; None for none.
+    guidance_rescale: as of `text_to_image.guided`.
+    sampler: "ddim", or "dpmpp_2m" for DPM-Solver++ 2M.
+    karras: noise levels of "dpmpp_2m", as of `rollout.dpm_solver_sample`.
+    size: height and width in pixels; the model's own by default.
+    mesh: splits each batch, made a multiple, over its devices, on which the weights are.
+    numbers: i64[N] of the pictures to draw; all by default.
+  Yields:
+    numbers i64[n] of pictures, in order, and the pictures u8[n, H, W, 3]; n at most the batch size.
+    2 * P * S * num_inference_steps UNet evaluations in all with guidance, S = seeds_per_prompt.
+  """
+  if sampler not in SAMPLERS:
+    raise ValueError(f"sampler={sampler!r}, expected one of {', '.join(SAMPLERS)}.")
+  latent_shape = model.latent_shape if size is None else model.latent_shape_for(*size)
+  sized = {}  # SDXL is told the size
+  if size is not None and model.text_encoder_2 is not None:
+    sized["time_ids"] = jnp.asarray([[*size, 0.0, 0.0, *size]], jnp.float32)
+  if numbers is None:
+    numbers = np.arange(input_ids.shape[0] * seeds_per_prompt)
+  base = jax.random.key(seed)
+  whole, split = (None, None) if mesh is None else (sharding.replicated(mesh), sharding.batch_sharding(mesh))
+
+  def sample(weights, ids, number):
+    if split is not None:
+      ids, number = jax.lax.with_sharding_constraint((ids, number), split)
+    keys = jax.vmap(lambda i: jax.random.fold_in(base, i))(number)
+    noise = jax.vmap(lambda k: jax.random.normal(k, latent_shape))(keys)
+    cond = model.encode_text(weights, ids, **sized)
+    if negative_ids is None:
+      uncond = model.encode_empty(weights, 1, **sized)
+    else:
+      uncond = model.encode_negative(weights, jnp.asarray(negative_ids), **sized)
+    eps = guided(
+      lambda x, t, c: model.predict(weights, x, t, c), uncond, guidance_scale, guidance_rescale=guidance_rescale
+    )
+    predict = lambda x, t: eps(x, t, cond)
+    if sampler == "ddim":
+      steps = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed + 1), i))(number)  # each row's own noise
+      latents = rollout.ddim_sample(predict, model.schedule, noise, steps, num_steps=num_inference_steps, eta=eta)
+    else:
+      latents = rollout.dpm_solver_sample(
+        predict, model.schedule, noise, num_steps=num_inference_steps, karras=karras
+      )
+    return to_uint8(model.decode(weights, latents))
+
+  sample = jax.jit(sample) if mesh is None else jax.jit(sharding.on_mesh(mesh, sample), out_shardings=whole)
+  unit = 1 if mesh is None else sharding.batch_devices(mesh)
+  batch_size = -(-batch_size // unit) * unit
+  with tqdm(total=numbers.size, desc=progress, disable=progress is None) as bar:
+    for start in range(0, numbers.size, batch_size):
+      rows = numbers[start : start + batch_size]
+      padded = np.resize(rows, batch_size)  # one shape, so one compilation
+      images = np.asarray(sample(weights, input_ids[padded // seeds_per_prompt], padded.astype(np.int32)))
+      bar.update(rows.size)
+      yield rows, images[: rows.size]
+
+
+def generate(
+  model: TextToImage, weights: Any, input_ids: np.ndarray, *, seeds_per_prompt: int, **arguments: Any
+) -> np.ndarray:
+  """All that `draw`, whose arguments these are, yields: u8[P, S, H, W, 3], S = seeds_per_prompt."""
+  parts = draw(model, weights, input_ids, seeds_per_prompt=seeds_per_prompt, **arguments)
+  flat = np.concatenate([images for _, images in parts])
+  return flat.reshape(input_ids.shape[0], seeds_per_prompt, *flat.shape[1:])
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+  """f32[..., 3] in [-1, 1] to u8, rounded and clipped as diffusers does."""
+  return jnp.round(jnp.clip(images * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)

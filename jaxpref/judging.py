@@ -1,0 +1,93 @@
+"""What an independent judge says of the pictures of an emoji model, and of the model that it started from."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpref.models.preference import Judge
+from jaxpref.statistics import bootstrap_interval, win_rate
+
+
+def judge_images(
+  judge: Judge, params: Any, images: np.ndarray, *, batch_size: int = 256
+) -> tuple[np.ndarray, np.ndarray]:
+  """Log-probabilities of styles f32[N, S] and logits of captions f32[N, C] for u8[N, H, W, 3]."""
+
+  @jax.jit
+  def apply(x):
+    style, classes = judge.apply({"params": params}, x.astype(jnp.float32) / 127.5 - 1.0)
+    return jax.nn.log_softmax(style), classes
+
+  parts = []
+  for start in range(0, len(images), batch_size):
+    rows = images[start : start + batch_size]
+    out = apply(np.resize(rows, (batch_size, *rows.shape[1:])))
+    parts.append([np.asarray(o)[: len(rows)] for o in out])
+  style, classes = (np.concatenate(p) for p in zip(*parts, strict=True))
+  return style, classes
+
+
+def caption_accuracy(class_logits: np.ndarray, class_ids: Sequence[int], *, candidates: int, seed: int) -> np.ndarray:
+  """f32[P, S] 1 where the judge picks the true caption among `candidates`, the others drawn at random.
+
+  Args:
+    class_logits: f32[P, S, C].
+    class_ids: the true class of each prompt.
+  """
+  rng = np.random.default_rng(seed)
+  prompts, seeds, classes = class_logits.shape
+  right = np.zeros((prompts, seeds), np.float32)
+  for p, true in enumerate(class_ids):
+    for s in range(seeds):
+      others = rng.choice(np.delete(np.arange(classes), true), candidates - 1, replace=False)
+      right[p, s] = class_logits[p, s, true] > class_logits[p, s, others].max()
+  return right
+
+
+def score(
+  judge: Judge, params: Any, images: np.ndarray, class_ids: Sequence[int], *, style: str, candidates: int, seed: int
+) -> dict[str, np.ndarray]:
+  """What the judge says of u8[P, S, H, W, 3]: each f32[P, S].
+
+  `style_log_prob` of the preferred style, `preferred` 1 where it is the most likely one, `correct` 1 where the caption
+  is recognised among the candidates.
+  """
+  if style not in judge.config.styles:
+    raise ValueError(f"the judge knows the styles {', '.join(judge.config.styles)}, not {style!r}.")
+  prompts, seeds = images.shape[:2]
+  column = judge.config.styles.index(style)
+  styles, classes = judge_images(judge, params, images.reshape(-1, *images.shape[2:]))
+  return {
+    "style_log_prob": styles[:, column].reshape(prompts, seeds),
+    "preferred": (np.argmax(styles, axis=1) == column).astype(np.float32).reshape(prompts, seeds),
+    "correct": caption_accuracy(
+      classes.reshape(prompts, seeds, -1), class_ids, candidates=candidates, seed=seed
+    ),
+  }
+
+
+def compare(
+  base: Mapping[str, np.ndarray] | None, aligned: Mapping[str, np.ndarray], *, samples: int, seed: int
+) -> dict[str, Any]:
+  """The table's numbers from the scores of both models; without a base, those of one."""
+
+  def one(scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return {
+      name: {
+        "mean": float(scores[key].mean()),
+        "interval": bootstrap_interval(scores[key].mean(axis=1), samples=samples, seed=seed),
+      }
+      for name, key in (("preferred_share", "preferred"), ("caption_accuracy", "correct"))
+    }
+
+  results: dict[str, Any] = {"aligned": one(aligned)}
+  if base is not None:
+    results["base"] = one(base)
+    results |= win_rate(aligned["style_log_prob"], base["style_log_prob"], samples=samples, seed=seed)
+    change = aligned["correct"].mean(axis=1) - base["correct"].mean(axis=1)
+    results["caption_accuracy_change"] = float(change.mean())
+    results["caption_accuracy_change_interval"] = bootstrap_interval(change, samples=samples, seed=seed)
+  return results

@@ -1,0 +1,194 @@
+"""Statistics of the scores of pictures: f[P, S], a row for each prompt and a column for each seed.
+
+The unit of all intervals and tests is the prompt: the pictures of one prompt are not independent. Two models are
+compared in pairs, same prompt and same seed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+SAMPLES = 2000  # of the bootstrap
+CHUNK = 2**22  # values that are resampled at once
+
+
+def check_scores(scores: Any, *, of: str = "scores") -> np.ndarray:
+  """The scores as f64[P, S].
+
+  Args:
+    scores: f[P, S], as an array or lists.
+    of: whose scores these are, for the errors.
+
+  Raises:
+    ValueError: not of that form, or some scores are no numbers, which are named.
+  """
+  try:
+    found = np.asarray(scores, np.float64)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{of}: not a number for each prompt and seed ({error}); expected P rows of S.") from error
+  if found.ndim != 2 or not found.size:
+    raise ValueError(f"{of}: shape {found.shape}, expected [prompts, seeds] with at least one of each.")
+  bad = np.argwhere(~np.isfinite(found))
+  if len(bad):
+    places = ", ".join(f"prompt {p} seed {s}" for p, s in bad[:3].tolist())
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    raise ValueError(f"{of}: no finite number for {places}{more} (counted from 0); score these pictures again.")
+  return found
+
+
+def _pair(new: Any, old: Any) -> tuple[np.ndarray, np.ndarray]:
+  new, old = check_scores(new, of="the new model's scores"), check_scores(old, of="the old model's scores")
+  if new.shape != old.shape:
+    raise ValueError(f"scores of shapes {new.shape} and {old.shape} make no pairs; draw the same prompts and seeds.")
+  return new, old
+
+
+def bootstrap_interval(
+  values: np.ndarray, *, samples: int = SAMPLES, seed: int = 0, statistic: Callable[..., np.ndarray] = np.mean
+) -> tuple[float, float]:
+  """Percentile bootstrap, 95 %, over the first axis (prompts: the images of one prompt are not independent)."""
+  rng = np.random.default_rng(seed)
+  rows = max(1, CHUNK // values.size)
+  found = []
+  for start in range(0, samples, rows):
+    index = rng.integers(0, len(values), (min(rows, samples - start), len(values)))
+    found.append(statistic(values[index], axis=1))
+  low, high = np.percentile(np.concatenate(found), [2.5, 97.5])
+  return float(low), float(high)
+
+
+def interval(values: np.ndarray, *, samples: int = SAMPLES, seed: int = 0) -> tuple[float, float] | None:
+  """`bootstrap_interval` of the mean of f[P], a value for each prompt; None of one prompt, which tells no spread."""
+  return bootstrap_interval(values, samples=samples, seed=seed) if len(values) > 1 else None
+
+
+def describe(scores: Any, *, samples: int = SAMPLES, seed: int = 0) -> dict[str, Any]:
+  """`mean`, its `interval`, and `median` of the scores f[P, S] of one model."""
+  scores = check_scores(scores)
+  return {
+    "mean": float(scores.mean()),
+    "interval": interval(scores.mean(axis=1), samples=samples, seed=seed),
+    "median": float(np.median(scores)),
+  }
+
+
+def win_rate(new: Any, old: Any, *, samples: int = SAMPLES, seed: int = 0) -> dict[str, Any]:
+  """Share of pairs (same prompt, same seed) where `new` scores higher; ties count half.
+
+  Args:
+    new, old: f[P, S] scores.
+  Returns:
+    `win_rate` and `win_rate_interval`, 95 %, bootstrapped over prompts; None with one prompt.
+  """
+  new, old = _pair(new, old)
+  wins = ((new > old) + 0.5 * (new == old)).mean(axis=1)
+  return {"win_rate": float(wins.mean()), "win_rate_interval": interval(wins, samples=samples, seed=seed)}
+
+
+def difference(new: Any, old: Any, *, samples: int = SAMPLES, seed: int = 0) -> dict[str, Any]:
+  """How much higher `new` scores than `old`.
+
+  Args:
+    new, old: f[P, S] scores.
+  Returns:
+    `difference` of the means, its `difference_interval`, 95 % over prompts (None with one prompt), and `effect_size`:
+    the mean of the prompts' differences in units of their standard deviation (Cohen's d of paired samples), 0 where
+    nothing differs, None where all differ by the same or there is one prompt.
+  """
+  new, old = _pair(new, old)
+  change = (new - old).mean(axis=1)
+  mean, effect = float(change.mean()), 0.0 if not change.any() else None
+  if len(change) > 1 and np.ptp(change) > 1e-9 * abs(mean):
+    effect = mean / float(change.std(ddof=1))
+  return {
+    "difference": mean,
+    "difference_interval": interval(change, samples=samples, seed=seed),
+    "effect_size": effect,
+  }
+
+
+def binomial_test(wins: int, losses: int) -> float:
+  """Exact two-sided p of at least so uneven a split where both are equally likely; 1 of none.
+
+  >>> binomial_test(8, 2)
+  0.109375
+  """
+  n, k = wins + losses, min(wins, losses)
+  term = total = 1  # n over 0
+  for i in range(k):
+    term = term * (n - i) // (i + 1)
+    total += term
+  return min(1.0, 2 * total / 2**n)  # whole numbers: their quotient is rounded once
+
+
+def sign_test(new: Any, old: Any) -> dict[str, Any]:
+  """Exact two-sided sign test over prompts.
+
+  A prompt is won where `new` scores higher for most of its seeds, lost where `old` does, else tied; ties are left out.
+
+  Args:
+    new, old: f[P, S] scores.
+  Returns:
+    `prompts_won`, `prompts_lost`, `prompts_tied`, and `p`, 1 where all are tied.
+  """
+  new, old = _pair(new, old)
+  majority = np.sign(new - old).sum(axis=1)
+  won, lost = int((majority > 0).sum()), int((majority < 0).sum())
+  tied = len(majority) - won - lost
+  return {"prompts_won": won, "prompts_lost": lost, "prompts_tied": tied, "p": binomial_test(won, lost)}
+
+
+def holm(p: Sequence[float]) -> list[float]:
+  """Holm's adjusted p of a family of tests: one below alpha holds with a family-wise error of at most alpha.
+
+  >>> holm([0.01, 0.04, 0.03])
+  [0.03, 0.06, 0.06]
+  """
+  adjusted, highest = [0.0] * len(p), 0.0
+  for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+    highest = max(highest, min(1.0, (len(p) - rank) * p[i]))
+    adjusted[i] = highest
+  return adjusted
+
+
+def compare(
+  new: Any, old: Any, *, categories: Sequence[str] | None = None, samples: int = SAMPLES, seed: int = 0
+) -> dict[str, Any]:
+  """All of `win_rate`, `difference` and `sign_test`; and `categories`: the same for the prompts of each.
+
+  `prompts` is how many there are.
+
+  Args:
+    new, old: f[P, S] scores.
+    categories: of the P prompts; None, or all the same: no breakdown.
+  """
+  new, old = _pair(new, old)
+
+  def of(rows: np.ndarray | slice) -> dict[str, Any]:
+    pair = new[rows], old[rows]
+    return {
+      "prompts": len(pair[0]),
+      **win_rate(*pair, samples=samples, seed=seed),
+      **difference(*pair, samples=samples, seed=seed),
+      **sign_test(*pair),
+    }
+
+  return of(slice(None)) | {"categories": {name: of(rows) for name, rows in rows_of(categories or ()).items()}}
+
+
+def rows_of(categories: Sequence[str]) -> Mapping[str, np.ndarray]:
+  """Category -> the numbers of its prompts, in the order of first appearance; none if there is one category or none."""
+  names = list(dict.fromkeys(categories))
+  values = np.asarray(categories, object)
+  return {name: np.flatnonzero(values == name) for name in names} if len(names) > 1 else {}
+
+
+def change(new: Any, old: Any, *, samples: int = SAMPLES, seed: int = 0) -> dict[str, Any]:
+  """`change` of the mean of f[P], a value for each prompt (such as diversity), its `change_interval`, and `falls`.
+
+  `falls` says whether the whole interval is below 0; with one prompt nothing is said.
+  """
+  values = difference(np.asarray(new)[:, None], np.asarray(old)[:, None], samples=samples, seed=seed)
+  bounds = values["difference_interval"]
+  return {"change": values["difference"], "change_interval": bounds, "falls": bounds is not None and bounds[1] < 0}

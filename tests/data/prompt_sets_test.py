@@ -1,0 +1,224 @@
+"""Prompts in every published format, one sentence for what is none of them, and GenEval's folders."""
+
+import json
+import logging
+import re
+
+import pytest
+from PIL import Image
+
+from jaxpref.data import prompt_sets, sources
+from jaxpref.data.prompt_sets import Prompt
+
+GENEVAL = [
+  {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+  {
+    "tag": "counting",
+    "include": [{"class": "clock", "count": 2}],
+    "exclude": [{"class": "clock", "count": 3}],
+    "prompt": "a photo of two clocks",
+  },
+]
+
+
+def write(tmp_path, name, content):
+  file = tmp_path / name
+  file.write_bytes(content if isinstance(content, bytes) else content.encode())
+  return file
+
+
+def lines(rows):
+  return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+# ---- Formats ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "pick_test", "prompts.md"])
+@pytest.mark.parametrize("form", ["{}", "\ufeff{}", "{}\n\n  \n"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_text(tmp_path, name, form, end):
+  text = form.format('a cat\n\n{red|blue} dog, "quoted"\n [x]\n').replace("\n", end)
+  file = write(tmp_path, name, text)
+  assert prompt_sets.read(file) == [Prompt("a cat"), Prompt('{red|blue} dog, "quoted"'), Prompt(" [x]")]
+  assert [p.text for p in prompt_sets.read(file)] == sources.read_prompts(file)
+
+
+def test_json(tmp_path):
+  rows = ["a cat", {"caption": "a dog", "category": "Animals", "id": 7, "seed": 3}, {"prompt": "a cow"}]
+  expected = [Prompt("a cat"), Prompt("a dog", "Animals", "7", {"seed": 3}), Prompt("a cow")]
+  assert prompt_sets.read(write(tmp_path, "prompts.json", json.dumps(rows))) == expected
+  assert prompt_sets.read(write(tmp_path, "prompts.txt", json.dumps(rows, indent=2))) == expected
+  assert prompt_sets.read(write(tmp_path, "data", json.dumps(rows)), kind="json") == expected
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_parti_prompts(tmp_path, end):
+  """Quotes are a part of the prompts, wherever they are; the last cell may be missing."""
+  content = (
+    "Prompt\tCategory\tChallenge\tNote\n"
+    "bond\tAbstract\tBasic\tBiology-inspired concepts with multiple meanings\n"
+    'A robot. The words "Fly an airplane" are written on the wall.\tOutdoor Scenes\tComplex\t\n'
+    '"Hello" in the sand \tFood & Beverage\tWriting & Symbols\n\n'
+  ).replace("\n", end)
+  expected = [
+    Prompt("bond", "Abstract", "", {"Challenge": "Basic", "Note": "Biology-inspired concepts with multiple meanings"}),
+    Prompt(
+      'A robot. The words "Fly an airplane" are written on the wall.',
+      "Outdoor Scenes", "", {"Challenge": "Complex", "Note": ""},
+    ),
+    Prompt('"Hello" in the sand ', "Food & Beverage", "", {"Challenge": "Writing & Symbols", "Note": ""}),
+  ]  # fmt: skip
+  for name in ("PartiPrompts.tsv", "parti.txt"):
+    assert prompt_sets.read(write(tmp_path, name, content)) == expected
+
+
+def test_hpdv2(tmp_path):
+  for style in prompt_sets.STYLES:
+    write(tmp_path, f"{style}.json", json.dumps([f"{style} one", f"{style} two"]))
+  write(tmp_path, "drawbench.json", json.dumps([{"prompts": "of another benchmark"}]))
+  found = prompt_sets.read(tmp_path)
+  assert [p.category for p in found] == [s for s in prompt_sets.STYLES for _ in range(2)]
+  assert found[3] == Prompt("concept-art two", "concept-art", "concept-art/00001")
+  assert prompt_sets.read(tmp_path / "concept-art.json") == found[2:4]
+  (tmp_path / "photo.json").unlink()
+  with pytest.raises(FileNotFoundError, match=r"has no photo.json; expected the four files"):
+    prompt_sets.read(tmp_path)
+
+
+def test_geneval(tmp_path):
+  found = prompt_sets.read(write(tmp_path, "evaluation_metadata.jsonl", lines(GENEVAL)))
+  assert found == [
+    Prompt("a photo of a bench", "single_object", "00000", GENEVAL[0]),
+    Prompt("a photo of two clocks", "counting", "00001", GENEVAL[1]),
+  ]
+
+
+def test_tables_such_as_pick_a_pics(tmp_path):
+  csv = 'ranking_id,caption,label_0\r\n3,"a cat, sitting",1\r\n\r\n4,"a\nb",0.5\r\n'
+  found = prompt_sets.read(write(tmp_path, "test_unique.csv", "\ufeff" + csv))
+  assert found == [
+    Prompt("a cat, sitting", "", "", {"ranking_id": "3", "label_0": "1"}),
+    Prompt("a\nb", "", "", {"ranking_id": "4", "label_0": "0.5"}),
+  ]
+  rows = [{"caption": "a cat \u2028", "category": None}, {"Prompt": "a dog", "Category": "x", "ID": 5}]
+  raw = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+  expected = [Prompt("a cat \u2028"), Prompt("a dog", "x", "5")]
+  assert prompt_sets.read(write(tmp_path, "test.jsonl", raw)) == expected
+  assert prompt_sets.read(write(tmp_path, "test_unique", raw)) == expected
+
+
+def test_repeated_prompts_stay_and_are_reported(tmp_path, caplog):
+  file = write(tmp_path, "a.txt", "a cat\na dog\na cat\na cat\n")
+  with caplog.at_level(logging.WARNING):
+    found = prompt_sets.read(file)
+  assert [p.text for p in found] == ["a cat", "a dog", "a cat", "a cat"]
+  assert prompt_sets.repeats(found) == {"a cat": 3}
+  assert "1 prompts are there more than once, such as 'a cat' (3 times)" in caplog.text
+
+
+# ---- Bad input -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "message"),
+  [
+    ("a.txt", "", "has no prompts; expected at least one"),
+    ("a.txt", " \n\n", "has no prompts"),
+    ("a.txt", b"\xff\xfe\xfa", "is not UTF-8 text"),
+    ("a.png", b"\x89PNG\r\n\x1a\n\0\0", "is not UTF-8 text"),
+    ("a.parquet", b"PAR1\0\0", "is no text; expected one of the kinds text, json"),
+    ("a.json", "[]", "has no prompts"),
+    ("a.json", '["a", 3]', r"entry 2: 3; expected a string, or an object with a caption or a prompt"),
+    ("a.json", '[{"text": "a"}]', r"entry 1: found text; expected a field caption or prompt"),
+    ("a.json", '{"a": 1}', r"found a JSON dict; expected a list"),
+    ("a.json", '["a', r"is no JSON .*; expected a list of prompts"),
+    ("photo.json", '[{"prompt": "a"}]', r"entry 1: .*expected HPDv2's list of strings"),
+    ("a.jsonl", '{"caption": "a"}\n\n{"caption": " "}', r"line 3: caption = ' '; expected a text that is not empty"),
+    ("a.jsonl", '{"caption": "a"}\n{"caption": ', r"line 2: no JSON .*; expected an object a line"),
+    ("a.jsonl", '["a"]\n', r"line 1: found \['a'\]; expected an object a line"),
+    ("a.jsonl", lines([*GENEVAL, {"tag": "colors", "prompt": "x"}]), r"line 3: no include; expected tag, include, p"),
+    ("a.csv", "a cat\na dog\n", r"line 2: found a cat; expected a field caption or prompt"),
+    ("a.csv", "id;caption\n1;a cat\n", r"line 2: found id;caption; expected a field caption or prompt"),
+    ("a.csv", "caption\na cat, sitting\n", r"line 2: more cells than the header has; quote"),
+    ("a.csv", 'caption\n"a cat\n', r"no CSV .*expected commas and quotes"),
+    ("a.csv", "caption,id\n", "has no prompts"),
+    ("a.tsv", "caption\tscore\na\t1\n", r"no column Prompt or Category in .*expected PartiPrompts' Prompt, Category"),
+    ("a.tsv", "Prompt\tCategory\na\tb\tc\n", r"line 2: 3 cells; expected 2, separated by tabs"),
+    ("a.tsv", "Prompt\tCategory\n\tb\n", r"line 2: Prompt = ''; expected a text that is not empty"),
+  ],
+)
+def test_a_file_of_the_wrong_form_is_refused_in_one_sentence(tmp_path, name, content, message):
+  file = write(tmp_path, name, content)
+  with pytest.raises(ValueError, match=message) as caught:
+    prompt_sets.read(file)
+  assert str(file) in str(caught.value) and "\n" not in str(caught.value).strip()
+
+
+def test_the_kind_that_is_asked_for_is_expected(tmp_path):
+  text = write(tmp_path, "prompts.txt", "a cat\n")
+  for kind, message in (
+    ("parti", "no column Prompt or Category"),
+    ("geneval", "line 1: no JSON"),
+    ("json", "is no JSON"),
+    ("hpdv2", "is no JSON"),
+    ("table", "line 1: no JSON"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      prompt_sets.read(text, kind=kind)
+  with pytest.raises(ValueError, match="kind='parquet' of prompts; expected one of text, json, table"):
+    prompt_sets.read(text, kind="parquet")
+  with pytest.raises(ValueError, match="is a folder; expected a file of kind text"):
+    prompt_sets.read(tmp_path, kind="text")
+  with pytest.raises(FileNotFoundError, match=r"no file of prompts .*nothing.txt"):
+    prompt_sets.read(tmp_path / "nothing.txt")
+
+
+# ---- GenEval ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn(tmp_path):
+  """Prompts of GenEval and the file of each picture; one is no PNG."""
+  prompts = prompt_sets.read(write(tmp_path, "evaluation_metadata.jsonl", lines(GENEVAL)))
+  files = [[tmp_path / f"{p}-{s}.{'webp' if p else 'png'}" for s in range(3)] for p in range(2)]
+  for p, of_prompt in enumerate(files):
+    for s, file in enumerate(of_prompt):
+      Image.new("RGB", (8, 8), (100 * p, 40 * s, 0)).save(file, lossless=True)
+  return prompts, files
+
+
+def test_geneval_layout_is_what_its_scorer_reads(tmp_path, drawn):
+  prompts, files = drawn
+  folder = tmp_path / "geneval"
+  for _ in range(2):  # again into the same folder
+    prompt_sets.geneval_layout(folder, prompts, lambda p: files[p])
+  seen = []
+  for place in sorted(folder.iterdir()):  # as evaluate_images.py does
+    assert place.is_dir() and place.name.isdigit()
+    with open(place / "metadata.jsonl") as stream:
+      metadata = json.load(stream)
+    for image in sorted((place / "samples").iterdir()):
+      assert re.match(r"\d+\.png", image.name)
+      with Image.open(image) as opened:
+        assert opened.format == "PNG"
+        colour = opened.convert("RGB").getpixel((0, 0))
+      seen.append((place.name, metadata["tag"], metadata["prompt"], image.name, colour))
+  assert [s[3] for s in seen[:3]] == ["0000.png", "0001.png", "0002.png"]
+  assert seen[1] == ("00000", "single_object", "a photo of a bench", "0001.png", (0, 40, 0))
+  assert seen[5] == ("00001", "counting", "a photo of two clocks", "0002.png", (100, 80, 0))
+  assert (folder / "00000" / "samples" / "0002.png").read_bytes() == files[0][2].read_bytes()
+
+
+def test_geneval_layout_refuses(tmp_path, drawn):
+  prompts, files = drawn
+  with pytest.raises(ValueError, match=r"prompt 1, 'a cat', has no tag, include, prompt; GenEval's scorer needs"):
+    prompt_sets.geneval_layout(tmp_path / "a", [prompts[0], Prompt("a cat")], lambda p: files[p])
+  with pytest.raises(FileNotFoundError, match=r"there is no picture .*nothing.png \(2 are missing\)"):
+    prompt_sets.geneval_layout(tmp_path / "a", prompts, lambda p: [tmp_path / "nothing.png"])
+  assert not (tmp_path / "a").exists()
+  prompt_sets.geneval_layout(tmp_path / "a", prompts, lambda p: files[p])
+  with pytest.raises(ValueError, match=r"has 00000/samples/0002.png, which is none of these pictures; empty it"):
+    prompt_sets.geneval_layout(tmp_path / "a", prompts, lambda p: files[p][:2])
+  with pytest.raises(ValueError, match=r"has 00001/samples/0000.png, which is none"):
+    prompt_sets.geneval_layout(tmp_path / "a", prompts[:1], lambda p: files[p])
