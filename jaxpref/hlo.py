@@ -263,6 +263,9 @@ def memory_bytes(text: str, *, while_trips: float = 1.0) -> float:
       return {"bytes": 2 * hbm(instruction.shape)}
     if opcode == "dynamic-update-slice":
       return {"bytes": 2 * hbm(shapes[1])}
+    if opcode == "custom-call" and re.search('custom_call_target="__cu(blas|dnn)', instruction.text):
+      result = _ARRAY.search(instruction.shape)  # what follows is work space
+      return {"bytes": hbm(result[0] if result else "") + sum(map(hbm, shapes))}
     if opcode.endswith("-start"):  # its result repeats its operands
       return {"bytes": 2 * max(map(hbm, shapes), default=0) if opcode != "copy-start" else _copy_bytes(instruction)}
     return {"bytes": hbm(instruction.shape) + sum(map(hbm, shapes))}

@@ -162,3 +162,16 @@ backend_config={{"async_collective_fusion_config":{{"flag_start":"{flag}","flag_
     entry += f"  {root}%f.{i} = bf16[1024,128]{{1,0}} fusion(%x), kind=kCustom, calls=%{name}\n"
   text = f"HloModule m, num_partitions=32\n\n{fusions}\n{entry}}}\n"
   assert hlo.collective_bytes(text) == {"all-gather": {"bytes": 64 * 128 * 2 * 15, "count": 1}}
+
+
+def test_work_space_of_gpu_libraries_is_not_written():
+  text = """HloModule jit_f, num_partitions=1
+
+ENTRY %main (x: bf16[8,16], k: bf16[16,4]) -> bf16[8,4] {
+  %x = bf16[8,16]{1,0} parameter(0)
+  %k = bf16[16,4]{1,0} parameter(1)
+  %product = (bf16[8,4]{1,0}, s8[4194304]{0}) custom-call(%x, %k), custom_call_target="__cublas$gemm"
+  ROOT %y = bf16[8,4]{1,0} get-tuple-element(%product), index=0
+}
+"""
+  assert hlo.memory_bytes(text) == 2 * (8 * 16 + 16 * 4 + 8 * 4)
