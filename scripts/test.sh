@@ -13,4 +13,5 @@ python=.venv-test/bin/python
 "$python" -m ruff check .
 "$python" -m mypy
 # Compilation uses one core, so two processes help; a file's tests stay together and share what they compiled.
-"$python" -m pytest -q --numprocesses=2 --dist=loadfile "$@"
+# In the order of their names, so that the long files are not all among the last.
+"$python" -m pytest -q --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

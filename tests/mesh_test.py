@@ -71,6 +71,8 @@ def assert_same(found, expected, objective):
     worst[jax.tree_util.keystr(path)] = float(np.linalg.norm(a - b) / max(np.linalg.norm(b), way))
 
   jax.tree_util.tree_map_with_path(compare, found[1], expected[1])
+  # A bias of CLIP's keys changes no attention weight: its gradient is rounding, which Adam makes steps of.
+  worst = {name: value for name, value in worst.items() if "['k_proj']['bias']" not in name}
   name = max(worst, key=lambda k: worst[k])
   assert worst[name] <= TOLERANCE, (name, worst[name])
 
