@@ -264,8 +264,8 @@ Each layer's kernel is gathered, in bfloat16, where it is applied, again in the 
 summed into the parts (`jaxpref.sharding.apply_gathered`); no array of activations leaves its chip. Left to itself, the
 compiler moves activations: a residual block of 1,280 channels, applied twice to 4 rows of 16 x 16 a chip, forward and
 backward on v5e-16, then sends 700 MiB in 393 collectives. Now it sends 384 MiB in 9, of which 223 are all-reduces: for
-TPUs this compiler makes no reduce-scatters of the gradients, which would be half of that. A step of SD1.5 with 8 pairs a
-chip in two micro-batches and fsdp 16 was refused on v5e-16, for 18.96 GiB of temporaries; now it takes 4.05."""
+TPUs this compiler makes no reduce-scatters of the gradients, which would be half of that. A step of SD1.5 with 8 pairs
+a chip in two micro-batches and fsdp 16 was refused on v5e-16, for 18.96 GiB of temporaries; now it takes 4.05."""
 
 
 def write(reports: dict[str, Any], docs: pathlib.Path) -> None:
