@@ -1,0 +1,291 @@
+"""The study of methods: its plan, the rule of tuning, resuming, and the report, from made-up runs."""
+
+import importlib
+import itertools
+import json
+import pathlib
+import re
+import sys
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from jaxpref import config as config_lib
+from jaxpref import objectives, rollout
+from scripts import study
+
+# Stands in for `python -m jaxpref.main`: writes what a run leaves behind, from its own command line.
+FAKE = """
+import json, pathlib, sys
+fields = dict(a.removeprefix("--").split("=", 1) for a in sys.argv[1:])
+folder = pathlib.Path(fields["workdir"])
+folder.mkdir(parents=True, exist_ok=True)
+with open(folder.parents[1] / "calls.txt", "a") as calls:
+  calls.write(folder.parent.name + "/" + folder.name + "\\n")
+if (folder.parents[1] / "nan").exists():
+  sys.exit("error: step 3: loss or gradient was not finite in 6 steps in a row")
+if (folder.parents[1] / "broken").exists():
+  sys.exit("error: no such folder")
+made = json.loads((folder.parents[1] / "made.json").read_text())
+for name, text in made.items():
+  (folder / name).write_text(text)
+"""
+
+
+def files(run, *, share=0.6, fall=0.0, win=0.7, divergences=()):
+  """What a run leaves behind, by file name; the divergences are (step, D, moves so far)."""
+  made = config_lib.to_dict(study.load_config(run.variant))
+  for name, value in run.fields().items():
+    *parents, last = name.split(".")
+    node = made
+    for parent in parents:
+      node = node[parent]
+    node[last] = value
+  one = lambda share, accuracy: {"preferred_share": {"mean": share}, "caption_accuracy": {"mean": accuracy}}
+  results = {"aligned": one(share, 0.8 - fall), "base": one(0.4, 0.8), "win_rate": win}
+  results |= {"caption_accuracy_change": 0.0 - fall, "protocol": made["evaluation"]}
+  row = {"images_per_second": 32.0, "valid_pairs": 0.5, "updates": 4.0}
+  metrics = [{"step": 1, **row, "images_per_second": 0.1}, {"step": 10, **row}, {"step": 20, **row}]
+  if divergences:
+    metrics = [{"step": s, "divergence": d, "reference_updates": n, **row} for s, d, n in divergences]
+  lines = "".join(json.dumps(m) + "\n" for m in metrics)
+  return {"config.json": json.dumps(made), "results.json": json.dumps(results), "metrics.jsonl": lines + '{"step": 3'}
+
+
+def write(folder, run, **numbers):
+  place = folder / run.path
+  place.mkdir(parents=True)
+  for name, text in files(run, **numbers).items():
+    (place / name).write_text(text)
+
+
+def tune(folder, variant, rows=((0.5, 0.0), (0.6, 0.0), (0.7, 0.1))):
+  """Rows: (preferred share, fall of caption accuracy) of each learning rate; by default the middle one is chosen."""
+  for run, (share, fall) in zip(study.tuning_runs(variant), rows, strict=True):
+    write(folder, run, share=share, fall=fall)
+
+
+def test_every_variant_is_a_config():
+  names = [v.name for v in study.VARIANTS]
+  assert len(set(names)) == len(names) and {v.part for v in study.VARIANTS} == set(study.PARTS)
+  known = config_lib.names()
+  for variant in study.VARIANTS:
+    run = study.Run(variant, 1e-5, 0, "test")
+    assert set(run.fields()) <= set(known)
+    config = importlib.import_module(f"configs.{variant.config_file}").get_config()
+    config.update_from_flattened_dict(run.fields())
+    config_lib.check(config)
+    recipe = importlib.import_module(f"configs.{variant.config_file}").get_config()
+    changed = {n for n in known if value(config, n) != value(recipe, n)}
+    assert set(variant.overrides) - {"reference.delta"} <= changed | {"reference.mode"}  # none says what holds anyway
+    assert variant.baseline in names
+    assert not variant.tuned_as or not study.BY_NAME[variant.tuned_as].tuned_as
+  moving = [v for v in study.VARIANTS if v.overrides.get("reference.mode") == "update"]
+  assert all(value(study.load_config(v), "reference.tau") % study.load_config(v).logging.every == 0 for v in moving)
+
+
+def value(config, name):
+  for key in name.split("."):
+    config = config[key]
+  return config
+
+
+def test_all_pair_losses_are_there():
+  with pytest.raises(ValueError) as error:
+    objectives.pair_loss("?", beta=1.0)
+  known = str(error.value).split("one of ")[1].rstrip(".").split(", ")
+  assert {study.load_config(v).loss.name for v in study.VARIANTS if v.part in "AC"} == set(known)
+
+
+def test_commands_are_those_of_the_trainer():
+  run = study.Run(study.BY_NAME["ungated_tau4"], 4e-5, 3, "test")
+  command = study.command(run, pathlib.Path("runs"))
+  assert command[1:4] == ["-m", "jaxpref.main", "--config=configs/dpo_tiny.py"]
+  assert command[-1] == "--workdir=runs/ungated_tau4/test_4e-05_seed3"
+  assert {"--config.seed=3", "--config.reference.tau=4", "--config.optimizer.learning_rate=4e-05"} <= set(command)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize("name", study.BY_NAME)
+def test_commands_set_the_fields_as_they_are_meant(name, monkeypatch):
+  run = study.Run(study.BY_NAME[name], 1e-5, 3, "test")
+  monkeypatch.setattr(sys, "argv", study.command(run, pathlib.Path("runs"))[2:-1])  # where fields are looked for
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", flag_values=values)
+  values(sys.argv)
+  assert {field: value(values.config, field) for field in run.fields()} == run.fields()
+
+
+def test_evaluations_by_hand():
+  config = lambda name: study.load_config(study.BY_NAME[name])
+  # 32 pairs: two reference passes, two of the policy, two backward passes that count twice.
+  assert study.evaluations(config("dpo")) == 300 * 32 * (2 + 2 + 4)
+  assert study.evaluations(config("dpo_quarter")) == 75 * 32 * 8
+  assert study.evaluations(config("kto")) == 300 * 64 * (1 + 1 + 2)
+  # A move of the reference: two passes of 8 samples.
+  assert study.evaluations(config("freeze_tau16")) == 300 * 32 * 8 + 18 * 16
+  # 8 prompts: 65 guided calls, and 17 of reference and policy, forward and (twice) backward, of the valid pairs.
+  assert study.evaluations(config("spo")) == 40 * 8 * (65 * 2 + 17 * 2 * 4)
+  assert study.evaluations(config("spo"), 0.5) == 40 * 8 * (65 * 2 + 17 * 4)
+  assert study.evaluations(config("spo_reference")) == 40 * 8 * (65 * 2 + 17 * 2 * 4) + 5 * 16
+  sdxl = importlib.import_module("configs.spo_sdxl").get_config()  # groups of four steps: 4 shared starts, 12 not
+  s = sdxl.spo
+  calls = rollout.pool_calls(num_steps=s.num_inference_steps, warmup_steps=s.warmup_steps, pool_size=s.pool_size)
+  assert study.evaluations(sdxl, 0.0) == sdxl.num_steps * sdxl.batch_size * 2 * calls
+  assert study.evaluations(sdxl) == sdxl.num_steps * sdxl.batch_size * 2 * (calls + 4 * (4 + 2 * 12))
+
+
+@pytest.mark.parametrize(
+  "rows, factor",
+  [
+    (((0.5, 0.0), (0.6, 0.01), (0.7, 0.03)), 1.0),  # the highest falls too far
+    (((0.5, 0.0), (0.6, 0.01), (0.7, 0.02)), 2.0),  # 2 points are allowed
+    (((0.6, 0.0), (0.6, -0.01), (0.6, 0.0)), 0.5),  # of equal ones the smallest
+    (((0.5, 0.05), (0.6, 0.04), (0.7, 0.06)), 1.0),  # none is allowed: the one that falls least
+  ],
+)
+def test_learning_rate_is_chosen_by_the_rule(tmp_path, rows, factor):
+  dpo = study.BY_NAME["dpo"]
+  assert study.test_runs(dpo, tmp_path, 2) == []
+  tune(tmp_path, dpo, rows)
+  for name in ("dpo", "dpo_half"):
+    tests = study.test_runs(study.BY_NAME[name], tmp_path, 2)
+    assert [(r.learning_rate, r.seed, r.split) for r in tests] == [(factor * 2e-5, seed, "test") for seed in (0, 1)]
+
+
+def test_failed_runs_are_not_chosen():
+  row = {"learning_rate": 1.0, "preferred_share": 0.5, "caption_accuracy_change": 0.0}
+  assert study.choose([{"failed": "NaN"}, row]) == 1.0
+  assert study.choose([{"failed": "NaN"}]) is None
+
+
+def fake_command(run, folder):
+  (folder / "made.json").write_text(json.dumps(files(run, share=0.5 + 0.01 * run.seed)))
+  return [sys.executable, "-S", "-c", FAKE, f"--workdir={folder / run.path}"]
+
+
+def test_runs_are_made_once_and_in_order(tmp_path, monkeypatch):
+  monkeypatch.setattr(study, "command", fake_command)
+  monkeypatch.setattr(study, "plots", lambda *_: None)
+  study_of = ["--only", "C ipo", "--seeds", "2", "--runs", str(tmp_path), "--docs", str(tmp_path / "docs")]
+  study.main([*study_of, "--until", "00:00"])
+  assert not (tmp_path / "calls.txt").exists()
+  study.main(study_of)
+  expected = [f"ipo/validation_{r}_seed100" for r in ("1e-05", "2e-05", "4e-05")]
+  expected += [f"ipo/test_1e-05_seed{s}" for s in (0, 1)]
+  assert (tmp_path / "calls.txt").read_text().split() == expected
+  (tmp_path / expected[-1] / "results.json").unlink()  # as if it had been interrupted
+  study.main(study_of)
+  assert (tmp_path / "calls.txt").read_text().split() == [*expected, expected[-1]]
+  assert [r["seed"] for r in json.loads((tmp_path / "docs" / "study.json").read_text())["runs"]["ipo"]] == [0, 1]
+
+
+def test_nan_is_a_result_and_other_errors_stop_the_study(tmp_path, monkeypatch):
+  monkeypatch.setattr(study, "command", fake_command)
+  run = study.Run(study.BY_NAME["ipo"], 1e-5, 0, "test")
+  (tmp_path / "broken").touch()
+  with pytest.raises(RuntimeError, match=r"ipo/test_1e-05_seed0 ended with status 1 .* no such folder"):
+    study.train(run, tmp_path, float("inf"))
+  assert study.read_run(run, tmp_path) is None
+  (tmp_path / "nan").touch()
+  study.train(run, tmp_path, float("inf"))
+  assert "not finite" in study.read_run(run, tmp_path)["failed"]
+
+
+def test_a_run_in_time_is_stopped(tmp_path, monkeypatch):
+  monkeypatch.setattr(study, "command", lambda *_: [sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+  with pytest.raises(TimeoutError, match="was not ready in time"):
+    study.train(study.Run(study.BY_NAME["ipo"], 1e-5, 0, "test"), tmp_path, 0.0)
+
+
+def test_a_folder_of_another_config_is_refused(tmp_path):
+  run = study.Run(study.BY_NAME["dpo"], 2e-5, 0, "test")
+  write(tmp_path, run)
+  config = json.loads((tmp_path / run.path / "config.json").read_text())
+  config["sample"]["every"] = 200
+  (tmp_path / run.path / "config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match=r"made with config\.sample\.every=200, expected 0"):
+    study.read_run(run, tmp_path)
+
+
+def test_numbers_of_a_run(tmp_path):
+  dpo = study.Run(study.BY_NAME["dpo"], 2e-5, 0, "test")
+  write(tmp_path, dpo)
+  row = study.read_run(dpo, tmp_path)
+  assert row["minutes"] == pytest.approx(300 * 64 / 32 / 60)  # without the first step, which was slow
+  assert (row["updates"], row["evaluations"]) == (300, 300 * 32 * 8) and "last_d" not in row
+  spo = study.Run(study.BY_NAME["spo"], 2e-5, 0, "test")
+  write(tmp_path, spo)
+  row = study.read_run(spo, tmp_path)
+  assert row["minutes"] == pytest.approx(40 * 8 / 32 / 60)
+  assert (row["updates"], row["evaluations"]) == (160, 40 * 8 * (130 + 68))
+  gated = study.Run(study.BY_NAME["freeze_tau16"], 2e-5, 0, "test")
+  write(tmp_path, gated, divergences=[(1, 0.0, 0), (16, 0.002, 1), (32, 0.009, 1), (48, 0.004, 2), (64, 0.006, 2)])
+  row = study.read_run(gated, tmp_path)
+  assert (row["last_d"], row["largest_d"], row["accepted_d"], row["moves"]) == (0.006, 0.009, 0.004, 2)
+
+
+def test_differences_are_of_the_same_seeds():
+  rows = lambda shares: [
+    {"seed": s, "preferred_share": x, "caption_accuracy_change": 0.0} for s, x in enumerate(shares)
+  ]
+  found = study.compare(rows([0.6, 0.7, 0.8]), rows([0.5, 0.5, 0.5, 0.9]))
+  assert found["change"] == pytest.approx([0.1, 0.2, 0.3]) and found["p"] == 2 / 8
+  assert study.compare(rows([0.5] * 5), rows([0.4] * 5))["p"] == 2 / 32
+  assert study.compare(rows([0.5]), [{"seed": 0, "failed": "NaN"}]) is None
+  assert study.compare(rows([0.5, 0.6]), rows([0.6, 0.5]))["p"] == 1.0
+
+
+def report(folder):
+  study.main(["--report", "--runs", str(folder), "--docs", str(folder / "docs")])
+  return (folder / "docs" / "study.md").read_text()
+
+
+def test_report_of_nothing_names_all_that_is_missing(tmp_path):
+  text = report(tmp_path)
+  for variant in study.VARIANTS:
+    assert f"- {variant.name}/test_*: no learning rate is chosen" in text
+    assert variant.tuned_as or text.count(f"- {variant.name}/validation_") == 3
+  assert not re.search(r"[{}]|None|nan", text)
+
+
+def test_report_says_what_the_numbers_say(tmp_path):
+  every = {name: study.BY_NAME[name] for name in ("dpo", "spo", "kto", "ungated_tau16", "freeze_tau16")}
+  shares = {"dpo": 0.6, "spo": 0.5, "kto": 0.7, "ungated_tau16": 0.55, "freeze_tau16": 0.65}
+  curves = {"freeze_tau16": [(4, 0.0, 0), (16, 0.004, 1), (32, 0.011, 1)]}
+  for name, variant in every.items():
+    tune(tmp_path, variant)
+    rate = study.test_runs(variant, tmp_path, 1)[0].learning_rate
+    also = {"ungated_tau16": ("ungated_tau64", "ungated_tau4"), "dpo": ("dpo_half",)}.get(name, ())
+    for member, seed in itertools.product((name, *also), range(3)):
+      last = {"ungated_tau64": 0.01, "ungated_tau16": 0.02, "ungated_tau4": 0.03 + 0.01 * seed}.get(member)
+      curve = [(4, 0.0, 0), (64, last, 1)] if last else curves.get(member, ())
+      run = study.Run(study.BY_NAME[member], rate, seed, "test")
+      write(tmp_path, run, share=shares[name] + 0.01 * seed, divergences=curve)
+  text = report(tmp_path)
+  assert not re.search(r"[{}]|None|nan", text)
+  assert "| dpo | 3 | 61.0% (60.0% to 62.0%) | 70.0% | +0.0% | 300 | 10.0 | 76,800 |" in text
+  assert "| spo | dpo | 3 | -10.0 (-10.0 to -10.0) | 0.25 | +0.0 |" in text
+  assert "- Without a gate the last D rises as tau falls: 0.0100 at 64, 0.0200 at 16, 0.0400 at 4." in text
+  assert "- freeze_tau16: the largest D of a move that was made, 0.0040, is not above delta, 0.005." in text
+  assert "Above what it is compared with, in all seeds there are: kto." in text
+  missing = text.partition("## Missing")[2]
+  assert "- dpo/test_2e-05_seed3" in missing and "- dpo/test_2e-05_seed2" not in missing
+  assert "- ipo/test_*: no learning rate is chosen" in missing
+  assert {p.name for p in (tmp_path / "docs").iterdir()} == {
+    "study.md", "study.json", "study_divergence.png", "study_budget.png",
+  }  # fmt: skip
+  saved = json.loads((tmp_path / "docs" / "study.json").read_text())
+  assert saved["tuning"]["dpo"]["chosen"] == 2e-5 and len(saved["runs"]["kto"]) == 3
+
+
+def test_the_plan_counts_what_is_left(tmp_path, capsys):
+  tune(tmp_path, study.BY_NAME["dpo"])
+  write(tmp_path, study.Run(study.BY_NAME["dpo"], 2e-5, 0, "test"))
+  study.main(["--list", "--runs", str(tmp_path)])
+  text = capsys.readouterr().out
+  assert re.search(r"^A dpo +4 of 8 runs left", text, flags=re.MULTILINE)
+  assert re.search(r"^B dpo_half +5 of 5 runs left.*num_steps=150$", text, flags=re.MULTILINE)
+  left = [int(n) for n in re.findall(r"(\d+) of \d+ runs left", text)]
+  assert text.splitlines()[-1].startswith(f"{sum(left)} runs left, about ")
