@@ -250,10 +250,13 @@ for them; none of it was run. Made by `python scripts/scaling.py`; the numbers w
   reaches the peak, and slices without wrap-around links have less than the links' sum.
 - Compiled with small tiles and less effort, as `python -m jaxpref.compile` does unless --noquick is given: operands are
   read more often than in the program that training runs, and so "memory" bounds steps that may be bound otherwise (the
-  options of each row are in scaling.json). Compile times are of two CPU cores that much other work shared; of the
-  processors' time, in parentheses, the compiler takes the same on a quiet machine.
+  options of each row are in scaling.json). Compile times are of two CPU cores that much other work shared, and that of
+  SPO on SDXL includes a pause of 26 minutes; of the processors' time, in parentheses, the compiler takes the same on a
+  quiet machine.
 """
-_GROWTH = """Bytes that a chip sends in a step at the same batch of a chip, GiB:
+_GROWTH = """Bytes that a chip sends in a step at the same batch of a chip, GiB. Where SPO's all-reduces come from, which
+grow with the number of chips, was not looked into; they are small beside the least time of an iteration in the table
+above.
 """
 
 
@@ -261,11 +264,12 @@ _GROWTH = """Bytes that a chip sends in a step at the same batch of a chip, GiB:
 _FULL = """## Full training with fsdp
 
 Each layer's kernel is gathered, in bfloat16, where it is applied, again in the backward pass, and its gradient is
-summed into the parts (`jaxpref.sharding.apply_gathered`); no array of activations leaves its chip. Left to itself, the
-compiler moves activations: a residual block of 1,280 channels, applied twice to 4 rows of 16 x 16 a chip, forward and
-backward on v5e-16, then sends 700 MiB in 393 collectives. Now it sends 384 MiB in 9, of which 223 are all-reduces: for
-TPUs this compiler makes no reduce-scatters of the gradients, which would be half of that. A step of SD1.5 with 8 pairs
-a chip in two micro-batches and fsdp 16 was refused on v5e-16, for 18.96 GiB of temporaries; now it takes 4.05."""
+summed into the parts (`jaxpref.sharding.apply_gathered`). Activations stay on their chip, but for at most what the
+tables have under all-to-all and collective-permute. Left to itself, the compiler moves them: a residual block of 1,280
+channels, applied twice to 4 rows of 16 x 16 a chip, forward and backward on v5e-16, then sends 700 MiB in 393
+collectives. Now it sends 384 MiB in 9, of which 223 are all-reduces: for TPUs this compiler makes no reduce-scatters of
+the gradients, which would be half of that. A step of SD1.5 with 8 pairs a chip in two micro-batches and fsdp 16 was
+refused on v5e-16, for 18.96 GiB of temporaries; now it takes 4.05."""
 
 
 def write(reports: dict[str, Any], docs: pathlib.Path) -> None:
