@@ -254,11 +254,10 @@ for them; none of it was run. Made by `python scripts/scaling.py`; the numbers w
   SPO on SDXL includes a pause of 26 minutes; of the processors' time, in parentheses, the compiler takes the same on a
   quiet machine.
 """
-_GROWTH = """Bytes that a chip sends in a step at the same batch of a chip, GiB. SPO's all-reduces grow with the number of
-chips, and where they come from was not looked into; they are small beside the least time of an iteration in the table
-above.
+_GROWTH = """Bytes that a chip sends in a step at the same batch of a chip, GiB. SPO's all-reduces grow with
+the number of chips, and where they come from was not looked into; they are small beside the least time of an
+iteration in the table above.
 """
-
 
 # Measured apart from the rows, with the same compiler.
 _FULL = """## Full training with fsdp
