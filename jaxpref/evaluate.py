@@ -80,6 +80,9 @@ def main(argv: list[str] | None = None) -> None:
 def evaluate(args: argparse.Namespace) -> str:
   """Draws, scores and writes; returns the table."""
   sample.check_settings(args)
+  for name in ("score_batch_size", "pictures"):
+    if getattr(args, name) < 1:
+      raise ValueError(f"--{name}={getattr(args, name)}; expected at least 1.")
   models = parse_models(args.models)
   prompts = read_prompts(args.prompts, kind=args.prompts_kind, count=args.num_prompts)
   for spec in (*args.scorers, *filter(None, [args.diversity])):
@@ -240,7 +243,8 @@ def open_folder(
   if file.is_file():
     try:
       begun = json.loads(file.read_text(encoding="utf-8"))
-      old_settings, old_models = begun["settings"], begun["models"]
+      old_settings, old_models = dict(begun["settings"]), dict(begun["models"])
+      old_weights = {name: entry["weights"] for name, entry in old_models.items()}
     except (ValueError, KeyError, TypeError) as error:
       raise ValueError(f"{file} cannot be read ({error}); choose another --out.") from error
     for name, value in settings.items():
@@ -250,10 +254,9 @@ def open_folder(
           "same settings."
         )
     for name, entry in described.items():
-      if name in old_models and old_models[name]["weights"] != entry["weights"]:
+      if old_weights.get(name, entry["weights"]) != entry["weights"]:
         raise ValueError(
-          f"{folder} has pictures of other weights under the name {name} ({old_models[name]['model']}); choose another "
-          f"name than {name}, or another --out."
+          f"{folder} has pictures of other weights under the name {name}; choose another name, or another --out."
         )
     described = old_models | described
   elif folder.is_dir() and any(folder.iterdir()):
@@ -340,7 +343,8 @@ def read_scores(folder: pathlib.Path, model: str, scorer: str, known: dict[str, 
     found = json.loads(_scores_file(folder, model, scorer).read_text(encoding="utf-8"))
   except (OSError, ValueError):
     return None
-  return found["scores"] if all(found.get(key) == value for key, value in known.items()) else None
+  same = isinstance(found, dict) and all(found.get(key) == value for key, value in known.items())
+  return found.get("scores") if same else None
 
 
 def write_scores(

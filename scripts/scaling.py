@@ -267,8 +267,15 @@ summed into the parts (`jaxpref.sharding.apply_gathered`). Activations stay on t
 tables have under all-to-all and collective-permute. Left to itself, the compiler moves them: a residual block of 1,280
 channels, applied twice to 4 rows of 16 x 16 a chip, forward and backward on v5e-16, then sends 700 MiB in 393
 collectives. Now it sends 384 MiB in 9, of which 223 are all-reduces: for TPUs this compiler makes no reduce-scatters of
-the gradients, which would be half of that. A step of SD1.5 with 8 pairs a chip in two micro-batches and fsdp 16 was
-refused on v5e-16, for 18.96 GiB of temporaries; now it takes 4.05."""
+the gradients, which would be half of that. These numbers of one block have no command in the repository.
+
+A step of SD1.5 with 8 pairs a chip in two micro-batches and fsdp 16 was refused on v5e-16 before, for 18.96 GiB of
+temporaries; now it takes 4.05 ([scaling_fsdp.json](scaling_fsdp.json), 837 s to compile while other work ran):
+
+```sh
+python -m jaxpref.compile --config=configs/dpo_sd15.py --topology=v5e:4x4 --config.batch_size=128 \\
+  --config.accumulation=2 --config.mesh.fsdp=16 --config.vae_slicing=1 --out=docs/scaling_fsdp.json
+```"""
 
 
 def write(reports: dict[str, Any], docs: pathlib.Path) -> None:

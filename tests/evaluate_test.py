@@ -176,6 +176,7 @@ def test_geneval_layout(models, tmp_path):
     ({"scorers": ("imagereward",)}, "ImageReward.pt.*convert_scorer.py"),
     ({"arguments": ("--num_prompts=4",)}, "has 3, expected 1 to that"),
     ({"arguments": ("--steps=0",)}, "--steps=0; expected at least 1"),
+    ({"arguments": ("--score_batch_size=0",)}, "--score_batch_size=0; expected at least 1"),
     ({"arguments": ("--geneval_layout=x",)}, "prompt 0, 'red apple', has no tag"),
   ],
 )
@@ -205,6 +206,9 @@ def test_a_folder_of_other_settings_prompts_or_weights_is_left_alone(models, eva
     with pytest.raises(SystemExit, match=message):
       run(models, folder, *arguments.pop("arguments", ()), **arguments)
   assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+  (folder / "manifest.json").write_text('{"settings": {}, "models": {"one": {}}}')
+  with pytest.raises(SystemExit, match=r"manifest.json cannot be read .*choose another --out"):
+    run(models, folder)
   (tmp_path / "full").mkdir()
   (tmp_path / "full" / "mine").touch()
   with pytest.raises(SystemExit, match="full is not empty and has no manifest.json"):
