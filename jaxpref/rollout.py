@@ -193,13 +193,17 @@ def pool_rollout(
     xs, preds, _ = walk(members, jnp.append(ts[1:], end_t), jnp.append(prev_ts[1:], end_t), key_walk)
     return xs, preds[-1]
 
+  def of_pool(values, index):
+    """Of each pool the candidate at its index: [B*k,...] -> [B,...]; each device finds those of its own prompts."""
+    return jax.vmap(lambda pool, i: pool[i])(values.reshape(batch, k, *shape), index)
+
   def choose(x, path, scores, ts, prev_ts):
     """Transitions of best and worst: x [B,...] and path [j,B*k,...] -> fields [B,j,...]."""
     best, worst, valid = losses.select_pair(scores, threshold=threshold)
     j = path.shape[0]
 
     def pick(index):
-      members = path.reshape(j, batch, k, *shape)[:, jnp.arange(batch), index]
+      members = jax.vmap(lambda values: of_pool(values, index))(path)
       return jnp.moveaxis(jnp.concatenate([x[None], members]), 0, 1)  # [B,j+1,h,w,C]
 
     w, l = pick(best), pick(worst)
@@ -214,7 +218,7 @@ def pool_rollout(
       index = jax.random.randint(key, (batch,), 0, k)
     else:
       index = jnp.argmax(scores, axis=1) if next_latent == "winner" else jnp.argmin(scores, axis=1)
-    return values.reshape(batch, k, *shape)[jnp.arange(batch), index]
+    return of_pool(values, index)
 
   def group(carry, inputs):
     x, pred = carry

@@ -74,6 +74,9 @@ def _finish(
   state = dataclasses.replace(state, step=state.step + 1)
   skipped = state.skipped - before.skipped
   found = {"skipped_updates": skipped.astype(jnp.float32)}
+  # All transformations of a chain count alike; a skipped update is not counted.
+  if counts := optax.tree_utils.tree_get_all_with_path(state.opt_state, "count"):
+    found["optimizer_updates"] = counts[0][1].astype(jnp.float32)
   if update_reference is None:
     return state, found
 

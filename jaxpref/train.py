@@ -64,7 +64,7 @@ def _reference_updater(config: ml_collections.ConfigDict, experiment: build.Expe
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """The config's optimiser and its learning rate by step."""
+  """The config's optimiser and its learning rate by the number of updates before."""
   o = config.optimizer
   schedule = optim.learning_rate(o.schedule, o.learning_rate, num_steps=config.num_steps, warmup_steps=o.warmup_steps)
   optimizer = optim.make_optimizer(
@@ -216,7 +216,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       scalars |= distributed.host_metrics(own / (done - since_step), (now - since) / (done - since_step))
       scalars["images_per_second"] = (done - since_step) * experiment.images_per_step / (now - since)
       scalars["data_wait_share"] = waited / (now - since)
-      scalars["learning_rate"] = float(schedule(done - 1))
+      scalars["learning_rate"] = float(schedule(max(scalars["optimizer_updates"] - 1, 0)))  # of the last update
       scalars["skipped_records"] = float(batches.num_skipped())
       on_devices = time.perf_counter() - now  # all of this waits for the devices, too
       since, since_step = now, done

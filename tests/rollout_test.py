@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import diffusion, rollout
+from jaxpref import diffusion, rollout, sharding
 
 SHAPE = (2, 2, 1)
 STABLE_DIFFUSION = {
@@ -409,3 +409,31 @@ def test_equals_a_rollout_without_scans(case, next_latent):
         close(end, ends[n, rows, index])
   _, ends, _, chosen = groups[-1]
   np.testing.assert_allclose(result.latents, ends[-1, rows, chosen], rtol=1e-3, atol=1e-3)
+
+
+def test_devices_choose_among_their_own_prompts():
+  """Sharded over prompts, a rollout sends no candidate from one device to another."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:4])
+  rows = sharding.batch_sharding(mesh)
+
+  def run(x, key):
+    # Noise is the same on any mesh, and made for all devices wherever it is needed: out of the picture here.
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(jax.random, "normal", lambda key, shape: jnp.zeros(shape))
+      return rollout.pool_rollout(
+        lambda x, t: jnp.sin(x),
+        lambda x0, t: jnp.mean(x0, axis=(1, 2, 3)),
+        SCHEDULE,
+        x,
+        key,
+        num_steps=6,
+        eta=1.0,
+        warmup_steps=2,
+        pool_size=2,
+        inner_steps=1,
+        threshold=0.0,
+      )
+
+  x = jax.ShapeDtypeStruct((8, *SHAPE), jnp.float32, sharding=rows)
+  text = jax.jit(run).lower(x, jax.random.key(0)).compile().as_text()
+  assert "all-reduce" not in text and "all-gather" not in text

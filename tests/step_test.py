@@ -398,6 +398,7 @@ def test_an_iteration_learns_and_reports():
   assert 0 < found["valid_pairs"] < 1
   pairs = round(float(found["valid_pairs"]) * 8 * 3)
   assert found["updates"] >= math.ceil(pairs / 6) > 1
+  assert found["optimizer_updates"] == found["updates"]
   assert abs(found["loss"] - math.log(2)) < 0.2
   assert not equal(state.params, start.params)
   assert equal(state.ref_params, start.ref_params)
@@ -408,6 +409,7 @@ def test_an_iteration_learns_and_reports():
   jax.tree.map(np.testing.assert_array_equal, found, found_again)
   second, later = run(state, FROZEN, PROMPTS)
   assert later["reward"] != found["reward"]
+  assert later["optimizer_updates"] == found["updates"] + later["updates"]
   assert seen[0] == (8, *LATENT) and "divergence" in found
   assert equal(second.ref_params, second.params)
 

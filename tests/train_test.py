@@ -162,6 +162,7 @@ def test_a_finished_run_is_not_trained_again(run):
 def test_steps_that_are_not_finite_are_left_out_and_counted(run, capsys):
   """Their number follows from the config alone, whatever is logged and when the run is interrupted."""
   options = {"num_steps": 8, "logging.every": 4, "max_bad_steps": 2}
+  options |= {"optimizer.learning_rate": 0.01, "optimizer.warmup_steps": 10}
   run(toy_config(**options), Batches(poisoned=(3, 5, 6)), folder="whole")
   said = capsys.readouterr().err
   assert "step 5: loss nan" in said and "(2 in a row; after more than 2 training stops)" in said
@@ -169,6 +170,9 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(run, capsys):
   assert [r["step"] for r in found] == [1, 3, 4, 5, 6, 8]
   assert [r["skipped_updates"] for r in found] == [0, 1, 0, 1, 1, 0]
   assert ["loss" in r for r in found] == [True, False, True, False, False, True]
+  # The learning rate follows the updates that were made, and a row has that of the last one.
+  assert [r["optimizer_updates"] for r in found] == [1, 2, 3, 3, 3, 5]
+  np.testing.assert_allclose([r["learning_rate"] for r in found], [0, 1e-3, 2e-3, 2e-3, 2e-3, 4e-3], rtol=1e-5)
   run(toy_config(**options | {"num_steps": 5}), Batches(poisoned=(3, 5, 6)))
   run(toy_config(**options), Batches(poisoned=(3, 5, 6)))
   assert rows(run.folder / "run") == found  # step 5 was the last for a while
