@@ -12,14 +12,16 @@ the data, every row of metrics.jsonl but for times, and all files of export/. Wi
 another mesh (1 device, or 8 virtual ones as 8 x 1 x 1 or 2 x 2 x 2); then parameters and losses may be a relative 1e-5
 apart.
 
-Flags --config.NAME=VALUE are passed on. Restarted processes are forked from one that has imported everything, and share
-a cache of compiled programs. Exit status 1: something differs, or a process failed; its folder is then kept.
+Flags --config.NAME=VALUE are passed on, and --program names another module to run in the place of jaxpref.main, which
+takes the same arguments in its function `run()`. Restarted processes are forked from one that has imported everything,
+and share a cache of compiled programs. Exit status 1: something differs, or a process failed; its folder is then kept.
 """
 
 import argparse
 import collections
 import dataclasses
 import hashlib
+import importlib
 import json
 import math
 import multiprocessing
@@ -78,16 +80,14 @@ def small(num_steps: int) -> list[str]:
   return [f"--config.{name}={value}" for name, value in fields.items()]
 
 
-def live(arguments: list[str], environment: dict[str, str], log: str) -> None:
-  """One process of the run: what `python -m jaxpref.main ARGUMENTS` does, with the imports done already."""
+def live(program: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
+  """One process of the run: what `python -m PROGRAM ARGUMENTS` does, with the imports done already."""
   os.environ.update(environment)  # before the devices are looked for
   file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
   os.dup2(file, 1)
   os.dup2(file, 2)
   sys.argv = ["jaxpref", *arguments]
-  from jaxpref import main
-
-  main.run()
+  importlib.import_module(program).run()
 
 
 def devices(count: int) -> dict[str, str]:
@@ -98,13 +98,16 @@ def devices(count: int) -> dict[str, str]:
 class Life:
   """A process of the killed run, and what can be seen of it from outside."""
 
-  def __init__(self, context: Any, arguments: list[str], mesh: str, workdir: pathlib.Path, log: pathlib.Path):
+  def __init__(
+    self, context: Any, program: str, arguments: list[str], mesh: str, workdir: pathlib.Path, log: pathlib.Path
+  ):
     self.workdir, self.log = workdir, log
     self.metrics = workdir / "metrics.jsonl"
     self.file_before = self._file()  # of earlier lives; a life begins with a new one, in which it keeps their rows
     self.first_row: int | None = None
     self.started = time.monotonic()
-    self.process = context.Process(target=live, args=([*arguments, *on_mesh(mesh)], devices(MESHES[mesh]), str(log)))
+    of_mesh = ([*arguments, *on_mesh(mesh)], devices(MESHES[mesh]))
+    self.process = context.Process(target=live, args=(program, *of_mesh, str(log)))
     self.process.start()
 
   def _file(self) -> int:
@@ -190,6 +193,8 @@ def kill(life: Life, moment: str, rng: random.Random, num_steps: int, startup: f
   life.process.join()
   code = life.process.exitcode
   if number == signal.SIGKILL:
+    if code == 0:  # it ended by itself just before
+      return None
     hit = life.phase(num_steps)
     good = code == -number
   else:  # it saved and ended, or was already past the last step
@@ -203,14 +208,14 @@ def kill(life: Life, moment: str, rng: random.Random, num_steps: int, startup: f
 
 
 def run_killed(
-  context: Any, arguments: list[str], workdir: pathlib.Path, logs: pathlib.Path, *, num_steps: int, kills: int,
-  meshes: Sequence[str], rng: random.Random,
+  context: Any, program: str, arguments: list[str], workdir: pathlib.Path, logs: pathlib.Path, *, num_steps: int,
+  kills: int, meshes: Sequence[str], rng: random.Random,
 ) -> list[dict[str, Any]]:  # fmt: skip
   """Starts the run again and again until it has been killed so many times, then lets it end; what hit where."""
   found: list[dict[str, Any]] = []
   startup, mesh = 5.0, meshes[0]
   for number in range(1, 100 * kills):
-    life = Life(context, arguments, mesh, workdir, logs / f"life_{number:03d}.log")
+    life = Life(context, program, arguments, mesh, workdir, logs / f"life_{number:03d}.log")
     hit = None
     try:
       if len(found) < kills:
@@ -255,7 +260,7 @@ def left_by(workdir: pathlib.Path, step: int) -> dict[str, Any]:
   shapes = reader.metadata(folder / "state").tree
   numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
   state = reader.restore(folder / "state", args=ocp.args.PyTreeRestore(restore_args=numpy))
-  files = [*sorted((workdir / "export").rglob("*")), workdir / "results.json"]
+  files = [*sorted((workdir / "export").rglob("*")), workdir / "export", workdir / "results.json"]
   return {
     "state": {sharding.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)},
     "data": json.loads((folder / "data" / "metadata").read_text())["data"],
@@ -307,6 +312,7 @@ def main() -> None:
   parser.add_argument("--kills", type=int, default=25, metavar="N")
   parser.add_argument("--seed", type=int, default=0, help="of the moments")
   parser.add_argument("--config", default=str(ROOT / "configs" / "dpo_tiny.py"), metavar="FILE", help="the recipe")
+  parser.add_argument("--program", default="jaxpref.main", metavar="MODULE", help="what is run (default: %(default)s)")
   parser.add_argument("--mesh_changes", action="store_true", help="restart on another mesh")
   parser.add_argument("--out", type=pathlib.Path, metavar="PATH", help="writes PATH.json and PATH.md")
   args, fields = parser.parse_known_args()
@@ -326,7 +332,7 @@ def main() -> None:
   )
   sys.path.insert(0, str(ROOT))
   context = multiprocessing.get_context("forkserver")
-  context.set_forkserver_preload(list(IMPORTS))
+  context.set_forkserver_preload([*IMPORTS, args.program])
   (folder / "logs").mkdir()
   num_steps = STEPS_PER_KILL * args.kills
   # An error, of about 1, is rounded to 6e-8, on another mesh to another side; beta makes that part of the loss.
@@ -334,7 +340,7 @@ def main() -> None:
   arguments = [f"--config={args.config}", *small(num_steps), f"--config.model={save_model(folder / 'model')}", *fields]
 
   alone, killed = folder / "alone", folder / "killed"
-  command = [sys.executable, "-m", "jaxpref.main", *arguments, *on_mesh("1x1x1"), f"--workdir={alone}"]
+  command = [sys.executable, "-m", args.program, *arguments, *on_mesh("1x1x1"), f"--workdir={alone}"]
   with (folder / "logs" / "alone.log").open("w") as log:
     begun = time.monotonic()
     if subprocess.run(command, stdout=log, stderr=log, cwd=folder, check=False).returncode:
@@ -342,8 +348,8 @@ def main() -> None:
   say(f"left alone: {num_steps} steps", time.monotonic() - begun)
   try:
     kills = run_killed(
-      context, [*arguments, f"--workdir={killed}"], killed, folder / "logs", num_steps=num_steps, kills=args.kills,
-      meshes=list(MESHES) if args.mesh_changes else ["1x1x1"], rng=random.Random(args.seed),
+      context, args.program, [*arguments, f"--workdir={killed}"], killed, folder / "logs", num_steps=num_steps,
+      kills=args.kills, meshes=list(MESHES) if args.mesh_changes else ["1x1x1"], rng=random.Random(args.seed),
     )  # fmt: skip
   except (RuntimeError, TimeoutError) as error:
     sys.exit(f"error: {error}")

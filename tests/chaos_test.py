@@ -182,10 +182,17 @@ def run_chaos(tmp_path, *arguments):
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(tmp_path):
-  report = run_chaos(tmp_path, "--kills=4")
+  report = run_chaos(tmp_path, "--kills=3")
   assert report["passed"] and all(report["equal"].values()) and report["every_step_once"]
-  assert len(report["kills"]) == 4 and report["kills"][-1]["hit"] == "evaluation"
-  assert report["signals"] == {"SIGKILL": 3, "SIGTERM": 1}
+  assert len(report["kills"]) == 3 and report["kills"][-1]["hit"] == "evaluation"
+  assert report["signals"] == {"SIGKILL": 2, "SIGTERM": 1}
+
+
+def test_25_kills_of_a_run_that_compiles_in_no_time(tmp_path):
+  report = run_chaos(tmp_path, "--kills=25", "--program=tests.toy_run")
+  assert report["passed"] and all(report["equal"].values()) and report["every_step_once"]
+  assert len(report["kills"]) == 25 and report["num_steps"] == 100
+  assert report["hits"]["save"] >= 5 and report["signals"] == {"SIGKILL": 22, "SIGTERM": 3}
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ Its loss is random, so that a draw that is replayed or left out shows; its state
 """
 
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,13 @@ def loss(params, ref_params, frozen, batch, key):
   return jnp.sum(error), jnp.float32(np.prod(SHAPE)), {}
 
 
+def report(params):
+  """Takes a moment, as evaluation does."""
+  del params
+  time.sleep(0.5)
+  return {}
+
+
 def toy(config, sharding, **kwargs):
   """An experiment in the place of `build.build`'s."""
   del config, sharding, kwargs
@@ -55,12 +63,18 @@ def toy(config, sharding, **kwargs):
     objective=objectives.Objective(loss, lambda ref, frozen, batch, key: jnp.sum(ref["w"]) * 1e-6),
     batches=Batches,
     export=lambda params, where: where.write_text(json.dumps(params["w"].tolist())),
+    report=report,
     init_params=lambda frozen: {"w": jnp.zeros(SHAPE)},
     has_reference=True,
     images_per_step=8,
   )
 
 
-if __name__ == "__main__":
+def run():
+  """As `jaxpref.main.run`."""
   setattr(build, "build", toy)  # noqa: B010, not the same type
   main.run()
+
+
+if __name__ == "__main__":
+  run()
