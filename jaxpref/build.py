@@ -485,7 +485,8 @@ def _text_to_image(config: Config, sharding: weights.Sharding, vae_slicing: int 
   model = text_to_image(pipe, lora_scale=scale, vae_slicing=vae_slicing)
   num_classes = max(emoji.num_classes(config.data.subset), config.evaluation.candidates)
   judge, judge_params = load_judge(config.judge, style=config.data.preferred_style, num_classes=num_classes)
-  has_reference = config.objective != "denoise"
+  reference_free = config.objective in ("dpo", "tdpo") and config.loss.name in objectives.REFERENCE_FREE
+  has_reference = config.objective != "denoise" and not reference_free
   if config.reference.mode == "frozen":  # Only a moving reference needs the pre-trained weights beside it.
     frozen = {k: v for k, v in frozen.items() if k not in params}
 
@@ -520,7 +521,6 @@ def _text_to_image(config: Config, sharding: weights.Sharding, vae_slicing: int 
     judge=judge,
     judge_params=judge_params,
   )
-  pair_loss = objectives.pair_loss(config.loss.name, beta=config.loss.beta, label_smoothing=config.loss.label_smoothing)
   if config.objective == "denoise":
     return Experiment(
       objective=objectives.denoise(model), batches=lambda: offline_batches(config, model.image_size, tokenize), **shared
@@ -532,9 +532,14 @@ def _text_to_image(config: Config, sharding: weights.Sharding, vae_slicing: int 
       **shared,
     )
   if config.objective in ("dpo", "tdpo"):
+    o = config.loss
+    options = {"beta": o.beta, "label_smoothing": o.label_smoothing, "snr": o.snr}
+    total = model.schedule.num_train_timesteps
+    loss = objectives.denoised_loss(o.name, **options, num_train_timesteps=total)
     objective = objectives.dpo(
       model,
-      pair_loss,
+      loss if o.safeguard is None else objectives.safeguarded(loss, mu=o.safeguard),
+      reference_free=reference_free,
       gamma=config.timesteps.gamma,
       num_bins=config.timesteps.num_bins,
       reward_scale=config.timesteps.reward_scale,
@@ -547,6 +552,8 @@ def _text_to_image(config: Config, sharding: weights.Sharding, vae_slicing: int 
   scorer, shared["frozen"]["spm"] = load_scorer(
     config.preference_model, dtype=config.dtype, param_dtype=config.dtype, seed=config.seed, sharding=sharding
   )
+
+  pair_loss = objectives.pair_loss(config.loss.name, beta=config.loss.beta, label_smoothing=config.loss.label_smoothing)
 
   def online_step(optimizer: Any, **kwargs: Any) -> step.StepFn:
     return step.spo_step(
@@ -582,7 +589,7 @@ def _spm(config: Config, sharding: weights.Sharding, vae_slicing: int | None) ->
   model, tokenize = text_to_image(pipe, vae_slicing=vae_slicing), pipe.tokenize
   scorer, params = load_scorer(config.preference_model, dtype=config.dtype, seed=config.seed, sharding=sharding)
   frozen = dict(pipe.params) | {"empty_ids": tokenize([""])}
-  objective = objectives.spm(model, scorer, guidance_scale=config.spm.guidance_scale)
+  objective = objectives.spm(model, scorer, **config.spm.to_dict())
   held_out = config.copy_and_resolve_references()
   held_out.unlock()
   held_out.data.update(split="validation", ties="drop", flip_labels=0.0, caption_dropout=0.0)

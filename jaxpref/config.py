@@ -91,7 +91,13 @@ def default() -> ml_collections.ConfigDict:
         weight_decay=1e-2,
         clip_norm=1.0,
       ),
-      loss=dict(name="sigmoid", beta=5000.0, label_smoothing=0.0),
+      loss=dict(
+        name="sigmoid",  # sigmoid, robust, ipo or hinge; of dpo and tdpo also dspo, mapo or sft
+        beta=5000.0,
+        label_smoothing=0.0,  # of sigmoid and robust
+        snr=0.5,  # of mapo: arXiv 2406.06424
+        safeguard=placeholder(float),  # dpo, tdpo: mu in [0, 1] of arXiv 2511.03317, on top of any loss
+      ),
       kto=dict(weight_desirable=1.0, weight_undesirable=1.0),  # arXiv 2404.04465: of liked images and of others
       timesteps=dict(gamma=1.0, num_bins=20, reward_scale=False),  # tdpo: arXiv 2505.18736
       reference=dict(
@@ -111,10 +117,11 @@ def default() -> ml_collections.ConfigDict:
         inner_steps=0,
         threshold=0.3,  # smallest softmax gap between winner and loser
         next_latent="random",  # random, winner or loser
+        step_aware=True,  # False: the preference model is told time 0 at every step
         ratio_clip=0.1,
         minibatch=32,  # transitions of one update
       ),
-      spm=dict(guidance_scale=5.0),
+      spm=dict(guidance_scale=5.0, step_aware=True),  # False: trains on clean images, at time 0
       vae=dict(kl_weight=1e-4, gradient_weight=1.0),
       train_text_encoder=False,  # denoise only
       logging=dict(every=10, wandb_project=""),
@@ -245,6 +252,18 @@ def check(config: ml_collections.ConfigDict) -> None:
   require(config.reference.tau >= 1, "reference.tau", "an integer of at least 1")
   require(config.loss.beta > 0, "loss.beta", "a number above 0")
   require(0.0 <= config.loss.label_smoothing < 0.5, "loss.label_smoothing", "a number in [0, 0.5)")
+  offline = config.objective in ("dpo", "tdpo")
+  if offline or config.objective == "spo":
+    one_of("loss.name", ("sigmoid", "robust", "ipo", "hinge", *(("dspo", "mapo", "sft") if offline else ())))
+  if config.loss.name in ("mapo", "sft") and offline:
+    require(config.reference.mode == "frozen", "reference.mode", f"frozen: {config.loss.name} has no reference")
+  # The default of 5000 is for the margin of errors; these count it in units of the error itself.
+  require(config.loss.name != "mapo" or config.loss.beta <= 10.0, "loss.beta", "at most 10 for mapo; published: 0.1")
+  require(config.loss.name != "dspo" or config.loss.beta < 2.0, "loss.beta", "below 2 for dspo; published: 0.001")
+  require(config.loss.snr > 0, "loss.snr", "a number above 0")
+  mu = config.loss.safeguard
+  require(mu is None or 0.0 <= mu <= 1.0, "loss.safeguard", "None or a number in [0, 1]")
+  require(mu is None or offline, "loss.safeguard", f"None for {config.objective}: it is for dpo and tdpo")
   require(0.0 < config.timesteps.gamma <= 1.0, "timesteps.gamma", "a number in (0, 1]")
   require(config.timesteps.num_bins >= 1, "timesteps.num_bins", "an integer of at least 1")
   require(config.vae_slicing >= 0, "vae_slicing", "0 (all at once) or a number of images")

@@ -9,7 +9,7 @@ draw. Online objectives (`spo`) first make their batch: see `rollout.py`.
 import dataclasses
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def named_key(key: jax.Array, name: str) -> jax.Array:
 
 
 def pair_loss(name: str, *, beta: float, label_smoothing: float = 0.0) -> PairLoss:
-  """A loss on two implicit rewards by the name TRL users know.
+  """A loss on two implicit rewards by the name TRL users know: what `transition_loss` takes.
 
   Raises:
     ValueError: if the name is unknown.
@@ -60,12 +60,88 @@ def pair_loss(name: str, *, beta: float, label_smoothing: float = 0.0) -> PairLo
     "sigmoid": lambda w, l, weight: losses.dpo_loss(
       w, l, beta=beta, weight=weight, label_smoothing=label_smoothing
     ),
+    "robust": lambda w, l, weight: losses.robust_dpo_loss(
+      w, l, beta=beta, weight=weight, label_smoothing=label_smoothing
+    ),
     "ipo": lambda w, l, weight: losses.ipo_loss(w, l, beta=beta, weight=weight),
     "hinge": lambda w, l, weight: losses.hinge_loss(w, l, beta=beta, weight=weight),
   }
   if name not in known:
     raise ValueError(f"config.loss.name={name!r} is unknown; expected one of {', '.join(known)}.")
   return known[name]
+
+
+class DenoisedPair(NamedTuple):
+  """What is known of noisy winners and losers at the same timestep, with the same noise.
+
+  Attributes:
+    pred_w, pred_l, ref_pred_w, ref_pred_l: [B,h,w,C] predictions of policy and reference; the reference's are None for
+      losses that have none.
+    target_w, target_l: f32[B,h,w,C] what they should be.
+    err_w, err_l: f32[B] the policy's squared errors, means over h, w, C.
+    reward_w, reward_l: f32[B] `losses.implicit_reward`; without a reference, -err / 2.
+    weight: f32[B] factor on the margin.
+  """
+
+  pred_w: jax.Array
+  pred_l: jax.Array
+  ref_pred_w: jax.Array | None
+  ref_pred_l: jax.Array | None
+  target_w: jax.Array
+  target_l: jax.Array
+  err_w: jax.Array
+  err_l: jax.Array
+  reward_w: jax.Array
+  reward_l: jax.Array
+  weight: jax.Array
+
+
+# DenoisedPair -> f32[B]
+DenoisedLoss = Callable[[DenoisedPair], jax.Array]
+REFERENCE_FREE = ("mapo", "sft")
+
+
+def on_rewards(loss: PairLoss) -> DenoisedLoss:
+  """A loss on two implicit rewards as one on denoised pairs."""
+  return lambda pair: loss(pair.reward_w, pair.reward_l, pair.weight)
+
+
+def safeguarded(loss: DenoisedLoss, *, mu: float) -> DenoisedLoss:
+  """Any loss, with the loser's gradient scaled so that the winner's error does not grow (arXiv 2511.03317).
+
+  Args:
+    mu: share of the winner's own descent to keep, in [0, 1]; see `losses.safeguard_scale`.
+  """
+
+  def safe(pair):
+    scale = losses.safeguard_scale(pair.pred_w, pair.target_w, pair.pred_l, pair.target_l, mu=mu)
+    err_l, reward_l = (losses.scale_gradient(x, scale) for x in (pair.err_l, pair.reward_l))
+    return loss(pair._replace(err_l=err_l, reward_l=reward_l))
+
+  return safe
+
+
+def denoised_loss(
+  name: str, *, beta: float, label_smoothing: float = 0.0, snr: float = 0.5, num_train_timesteps: int = 1000
+) -> DenoisedLoss:
+  """A loss on denoised pairs by its name: those of `pair_loss`, and dspo, mapo and sft, which are not of rewards alone.
+
+  Args:
+    snr, num_train_timesteps: of mapo; the released trainer multiplies its margin by the number of timesteps.
+  Raises:
+    ValueError: if the name is unknown.
+  """
+
+  def dspo(p: DenoisedPair) -> jax.Array:
+    assert p.ref_pred_w is not None
+    return losses.dspo_loss(p.pred_w, p.ref_pred_w, p.target_w, p.reward_w, p.reward_l, beta=beta, weight=p.weight)
+
+  known: dict[str, DenoisedLoss] = {
+    "dspo": dspo,
+    "mapo": lambda p: losses.mapo_loss(p.err_w, p.err_l, beta=beta, snr=snr, weight=num_train_timesteps * p.weight),
+    "sft": lambda p: losses.sft_loss(p.err_w),
+  }
+  return known[name] if name in known else on_rewards(pair_loss(name, beta=beta, label_smoothing=label_smoothing))
 
 
 def _split_pair(batch: Batch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
@@ -148,8 +224,9 @@ def denoise(model: TextToImage) -> Objective:
 
 def dpo(
   model: TextToImage,
-  loss_fn: PairLoss,
+  loss_fn: DenoisedLoss,
   *,
+  reference_free: bool = False,
   gamma: float = 1.0,
   num_bins: int = 20,
   reward_scale: bool = False,
@@ -157,11 +234,12 @@ def dpo(
   """Diffusion-DPO (arXiv 2311.12908, Eq. 14); timestep-aware (arXiv 2505.18736) with gamma < 1 and reward_scale.
 
   `label_0` is the probability that image_0 is preferred; 1/2 is a tie, which does not count. Four UNet forward passes
-  and two backward passes a pair. Winner and loser share t, noise and prompt; SDXL's time_ids
-  are each image's own. Loss log 2 and accuracy 0.5 where policy and reference agree.
+  and two backward passes a pair, two forward passes less without a reference. Winner and loser share t, noise and
+  prompt; SDXL's time_ids are each image's own. Accuracy 0.5 where policy and reference agree, and DPO's loss is log 2.
 
   Args:
-    loss_fn: a loss on two implicit rewards, see `pair_loss`.
+    loss_fn: a loss on denoised pairs, see `denoised_loss`.
+    reference_free: for losses that look at no reference; the rewards are -err / 2 then, and it has no `divergence`.
     gamma: t is drawn from Cat(gamma^i) over `num_bins` bins of time, i = 0 the noisiest; 1 is uniform.
     reward_scale: multiply the margin by lambda(t) in [1, 2].
   """
@@ -197,19 +275,31 @@ def dpo(
 
   def loss(params, ref_params, frozen, batch, key):
     x_t, t2, cond, target, valid = noisy_pair(frozen, batch, key)
-    err = _errors(model, {**frozen, **params}, x_t, t2, cond, target)
-    ref_err = jax.lax.stop_gradient(_errors(model, {**frozen, **ref_params}, x_t, t2, cond, target))
+    pred = model.predict({**frozen, **params}, x_t, t2, cond)
+    err = diffusion.squared_error(pred, target)
+    ref_pred_w = ref_pred_l = None
+    ref_err = jnp.zeros_like(err)
+    if not reference_free:
+      ref_pred = jax.lax.stop_gradient(model.predict({**frozen, **ref_params}, x_t, t2, cond))
+      ref_pred_w, ref_pred_l = jnp.split(ref_pred, 2)
+      ref_err = diffusion.squared_error(ref_pred, target)
     reward_w, reward_l = jnp.split(losses.implicit_reward(err, ref_err), 2)
+    pred_w, pred_l = jnp.split(pred, 2)
+    target_w, target_l = jnp.split(target, 2)
+    err_w, err_l = jnp.split(err, 2)
     t = t2[: valid.shape[0]]
     # A soft label, the probability p of the winner, makes the margin's factor 2 p - 1 (arXiv 2409.06691); a hard one 1.
     weight = jnp.abs(2.0 * batch["label_0"] - 1.0)
     if reward_scale:
       weight = weight * diffusion.timestep_reward_scale(schedule, t)
-    values = loss_fn(reward_w, reward_l, weight)
+    values = loss_fn(
+      DenoisedPair(
+        pred_w, pred_l, ref_pred_w, ref_pred_l, target_w, target_l, err_w, err_l, reward_w, reward_l, weight
+      )
+    )
     margin = reward_w - reward_l
     accuracy = 0.5 * (jnp.sign(margin) + 1.0)
     bins = {"total": schedule.num_train_timesteps, "bins": REWARD_BINS}
-    err_w, err_l = jnp.split(err, 2)
     metrics = {
       "implicit_accuracy": mean_of(accuracy, valid),
       "margin": mean_of(margin, valid),
@@ -223,7 +313,8 @@ def dpo(
     }
     return jnp.sum(jnp.where(valid > 0, values, 0.0)), jnp.sum(valid), metrics
 
-  return Objective(loss, denoising_divergence(model, preferred, preferred_time_ids), timesteps)
+  divergence = None if reference_free else denoising_divergence(model, preferred, preferred_time_ids)
+  return Objective(loss, divergence, timesteps)
 
 
 def kto(
@@ -376,27 +467,39 @@ def transition_loss(
   return jnp.sum(jnp.where(mask > 0, values, 0.0)), jnp.sum(mask), metrics
 
 
-def spm(model: TextToImage, scorer: StepAwareCLIPModel, *, guidance_scale: float) -> Objective:
+def spm(
+  model: TextToImage, scorer: StepAwareCLIPModel, *, guidance_scale: float, step_aware: bool = True
+) -> Objective:
   """Trains a step-aware preference model, `params["spm"]` (arXiv 2406.04314, Section 3.2).
 
   Both images get the same noise at a uniform t; the frozen model makes one guided x0-prediction of each, which is
   decoded and scored with time t. Two-way cross-entropy, ties pushed to equal scores, each pair weighted by `weight`, or
   by 1 / num_example_per_prompt.
+
+  Args:
+    step_aware: False trains on the images alone, at time 0 and as the VAE gives them back: an ordinary preference
+      model, to compare with.
   """
-  timesteps = _uniform_timesteps(model)
+
+  def timesteps(key, size):
+    return _uniform_timesteps(model)(key, size) if step_aware else jnp.zeros((size,), jnp.int32)
+
+  def scored_images(frozen, batch, pixels, t2, key):
+    size = batch["label_0"].shape[0]
+    x0 = model.encode_images(frozen, pixels, named_key(key, "posterior"))
+    if not step_aware:
+      return model.decode(frozen, x0)
+    noise = jax.random.normal(named_key(key, "noise"), (size, *x0.shape[1:]))
+    x_t = diffusion.add_noise(model.schedule, x0, jnp.concatenate([noise, noise]), t2)
+    time_ids = jnp.concatenate([batch["time_ids_0"], batch["time_ids_1"]]) if "time_ids_0" in batch else None
+    return decode_prediction(model, frozen, x_t, t2, batch["input_ids"], guidance_scale, time_ids)
 
   def loss(params, ref_params, frozen, batch, key):
     del ref_params
     pixels = jnp.concatenate([batch["pixels_0"], batch["pixels_1"]])
-    size = batch["label_0"].shape[0]
-    x0 = model.encode_images(frozen, pixels, named_key(key, "posterior"))
-    t = timesteps(key, size)
-    noise = jax.random.normal(named_key(key, "noise"), (size, *x0.shape[1:]))
+    t = timesteps(key, batch["label_0"].shape[0])
     t2 = jnp.concatenate([t, t])
-    x_t = diffusion.add_noise(model.schedule, x0, jnp.concatenate([noise, noise]), t2)
-    time_ids = jnp.concatenate([batch["time_ids_0"], batch["time_ids_1"]]) if "time_ids_0" in batch else None
-    images = decode_prediction(model, frozen, x_t, t2, batch["input_ids"], guidance_scale, time_ids)
-    images = jax.lax.stop_gradient(images)
+    images = jax.lax.stop_gradient(scored_images(frozen, batch, pixels, t2, key))
     text = embed_prompts(scorer, params["spm"], batch["input_ids"])
     score_0, score_1 = jnp.split(score_images(scorer, params["spm"], images, t2, jnp.concatenate([text, text])), 2)
     values = losses.preference_loss(score_0, score_1, batch["label_0"])

@@ -171,6 +171,7 @@ def spo_step(
   inner_steps: int,
   threshold: float,
   next_latent: str,
+  step_aware: bool = True,
   ratio_clip: float,
   minibatch: int,
   accumulation: int = 1,
@@ -186,6 +187,7 @@ def spo_step(
 
   Args:
     pair_loss: on the log of the clipped ratios; the paper's is the sigmoid loss with beta 10.
+    step_aware: False tells the preference model time 0 at every step, as one that knows clean images only wants it.
     minibatch: transitions with a shared start in one update; those without come in proportion.
     accumulation: micro-batches that an update is split into; the same update, in less memory.
     constrain: pins the leading axis of a minibatch to the devices.
@@ -205,7 +207,7 @@ def spo_step(
 
     def score(x0, t):
       rows = repeat_cond({"text": text}, x0.shape[0] // prompts)["text"]
-      return score_images(scorer, frozen["spm"], model.decode(frozen, x0), t, rows)
+      return score_images(scorer, frozen["spm"], model.decode(frozen, x0), t if step_aware else jnp.zeros_like(t), rows)
 
     noise = jax.random.normal(named_key(key, "x_T"), (prompts, *model.latent_shape))
     pairs = rollout.pool_rollout(

@@ -35,6 +35,7 @@ COMMON = {"sample.every": 0, "checkpoint.keep": 1}  # pictures during training w
 MOVING = {"reference.mode": "update", "logging.every": 4}  # 4 divides all tau, so that every move is logged
 # For --list, from the recipes' times on two idle cores: to start and compile, and UNet evaluations after that.
 START_MINUTES, EVALUATIONS_A_MINUTE = 0.7, 35_000
+D3PO = {"spo.pool_size": 2, "spo.warmup_steps": 1, "spo.inner_steps": 18, "spo.threshold": 0.0, "spo.minibatch": 1}
 PARTS = {
   "A": "Diffusion-DPO with a moving reference and timestep-aware training (arXiv 2505.18736)",
   "B": "SPO (arXiv 2406.04314) and Diffusion-DPO",
@@ -80,9 +81,17 @@ VARIANTS = (
   Variant("dpo_half", "B", "dpo_tiny", {"num_steps": 150}, tuned_as="dpo"),
   Variant("spo_quarter", "B", "spo_tiny", {"num_steps": 10}, baseline="dpo_quarter", tuned_as="spo"),
   Variant("spo_half", "B", "spo_tiny", {"num_steps": 20}, baseline="dpo_half", tuned_as="spo"),
+  Variant("sft", "C", "dpo_tiny", {"loss.name": "sft"}),
+  Variant("smoothed", "C", "dpo_tiny", {"loss.label_smoothing": 0.1}),
+  Variant("robust", "C", "dpo_tiny", {"loss.name": "robust", "loss.label_smoothing": 0.1}),
   Variant("ipo", "C", "dpo_tiny", {"loss.name": "ipo"}),
   Variant("hinge", "C", "dpo_tiny", {"loss.name": "hinge"}),
+  Variant("dspo", "C", "dpo_tiny", {"loss.name": "dspo", "loss.beta": 0.001}),
+  Variant("mapo", "C", "dpo_tiny", {"loss.name": "mapo", "loss.beta": 0.1}),
+  Variant("safeguard", "C", "dpo_tiny", {"loss.safeguard": 0.0}),
   Variant("kto", "C", "kto_tiny"),
+  # One label for all steps of two trajectories that part after the first step: SPO with a single group.
+  Variant("d3po", "C", "spo_tiny", D3PO, baseline="spo"),
 )
 BY_NAME = {v.name: v for v in VARIANTS}
 CURVES = {"Diffusion-DPO": ("dpo_quarter", "dpo_half", "dpo"), "SPO": ("spo_quarter", "spo_half", "spo")}
@@ -124,7 +133,8 @@ def evaluations(config: Any, valid: float = 1.0) -> float:
   Guidance doubles a call, a backward pass is two more. Not counted: rows that only fill up a minibatch, the VAE, and
   the preference model. `valid` is the share of SPO's pairs above the threshold.
   """
-  update = 1 + 1 + 2  # reference, policy, and its backward pass
+  reference_free = config.objective == "dpo" and config.loss.name in ("mapo", "sft")
+  update = (not reference_free) + 1 + 2  # reference, policy, and its backward pass
   if config.objective == "spo":
     s, after = config.spo, config.spo.num_inference_steps - config.spo.warmup_steps
     rollout = s.warmup_steps + 1 + (after - 1) * s.pool_size

@@ -148,6 +148,13 @@ def made(pipeline, monkeypatch):
     ({"reference__rho": 1.0}, r"reference.rho=1.0; expected a number in \[0, 1\)"),
     ({"reference__mode": "updates"}, "did you mean 'update'"),
     ({"loss__label_smoothing": 0.5}, r"label_smoothing=0.5; expected a number in \[0, 0.5\)"),
+    ({"loss__name": "sigmod"}, "config.loss.name='sigmod'; expected one of sigmoid, .*did you mean 'sigmoid'"),
+    ({"loss__name": "dspo", "objective": "spo"}, "loss.name='dspo'; expected one of sigmoid, robust, ipo, hinge"),
+    ({"loss__name": "mapo"}, "config.loss.beta=5000.0; expected at most 10 for mapo"),
+    ({"loss__name": "dspo"}, "config.loss.beta=5000.0; expected below 2 for dspo"),
+    ({"loss__name": "sft", "reference__mode": "update"}, "reference.mode='update'; expected frozen: sft has no"),
+    ({"loss__safeguard": 2.0}, r"config.loss.safeguard=2.0; expected None or a number in \[0, 1\]"),
+    ({"loss__safeguard": 0.5, "objective": "kto"}, "config.loss.safeguard=0.5; expected None for kto"),
     ({"train_text_encoder": True}, "train_text_encoder=True; expected False"),
     ({"data__source": "prompts"}, "data.source='prompts'; expected another source for objective dpo: this one is for"),
     ({"objective": "spo"}, "preference_model=None; expected the folder of a step-aware"),
@@ -171,7 +178,6 @@ def test_values_that_cannot_be(refused, fields, sentence):
 @pytest.mark.parametrize(
   ("fields", "sentence"),
   [
-    ({"loss__name": "sigmod"}, "config.loss.name='sigmod' is unknown; expected one of sigmoid"),
     ({"optimizer__name": "adamx"}, "config.optimizer.name='adamx' is unknown"),
     ({"data__split": "trian"}, "data.split='trian'; expected one of train"),
     ({"data__preferred_style": "nato"}, "preferred_style must be one of"),

@@ -23,7 +23,7 @@ OTHER = {"unet": init(50)["unet"]}
 SAME = {"unet": FROZEN["unet"]}
 NEAR = jax.tree.map(lambda a, b: a + 0.02 * b, SAME, OTHER)
 KEY = jax.random.key(0)
-SIGMOID = objectives.pair_loss("sigmoid", beta=BETA)
+SIGMOID = objectives.denoised_loss("sigmoid", beta=BETA)
 ABARS = np.cumprod(1.0 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
 
 
@@ -118,7 +118,7 @@ def test_soft_labels_scale_the_margin(loss_name):
 
   hard = np.array([1, 0] * 4 + [1], np.float32)
   soft = np.array([0.8, 0.3] * 4 + [0.5], np.float32)
-  objective = objectives.dpo(MODEL, spy)
+  objective = objectives.dpo(MODEL, objectives.on_rewards(spy))
   objective.loss(NEAR, SAME, FROZEN, batch | {"label_0": hard}, KEY)
   loss, count, _ = objective.loss(NEAR, SAME, FROZEN, batch | {"label_0": soft}, KEY)
   (w, l, ones), (soft_w, soft_l, weight) = seen
@@ -268,18 +268,73 @@ def test_every_draw_depends_on_the_key_alone():
   assert values[0] == values[1] != values[2]
 
 
-@pytest.mark.parametrize("name", ["ipo", "hinge"])
-def test_other_pair_losses_run_on_the_same_front_end(name):
-  loss_fn = objectives.pair_loss(name, beta=2.0)
-  (loss, count, _), _ = recorded(
-    lambda model: objectives.dpo(model, loss_fn), SAME, SAME, FROZEN, pair_batch(6), KEY
+def denoised(name, batch, **options):
+  """(loss, count, metrics) with this loss, [winners', losers'] predictions of each call, and the noise."""
+  loss_fn = objectives.denoised_loss(name, **options)
+  free = name in objectives.REFERENCE_FREE
+  (loss, count, found), calls = recorded(
+    lambda model: objectives.dpo(model, loss_fn, reference_free=free), NEAR, SAME, FROZEN, batch, KEY
   )
-  expected = {"ipo": 1 / (4 * 2.0**2), "hinge": 1.0}[name]
-  np.testing.assert_allclose(loss / count, expected, rtol=1e-5)
+  x, t = calls[0][:2]
+  size = len(batch["label_0"])
+  first = batch["label_0"][:, None, None, None] == 1
+  x0 = latents_np(np.where(first, batch["pixels_0"], batch["pixels_1"]))
+  alpha, sigma = (np.sqrt(v)[t[:size], None, None, None] for v in (ABARS, 1 - ABARS))
+  noise = (x[:size] - alpha * x0) / sigma
+  return loss, count, found, [np.split(call[3].astype(np.float64), 2) for call in calls], noise
+
+
+def decided(size):
+  return pair_batch(size) | {"label_0": (np.arange(size) % 2).astype(np.float32)}
+
+
+@pytest.mark.parametrize("name", ["robust", "ipo", "hinge", "dspo", "mapo", "sft"])
+def test_other_losses_equal_numpy_on_the_same_front_end(name):
+  """From predictions and noise; winner's and loser's errors are means over h, w and C."""
+  beta, smoothing = {"dspo": 0.5, "mapo": 0.1, "ipo": 300.0}.get(name, 30.0), 0.1
+  loss, count, found, preds, noise = denoised(name, decided(6), beta=beta, label_smoothing=smoothing)
+  mean = lambda x: x.mean(axis=(1, 2, 3))
+  err_w, err_l = (mean((p - noise) ** 2) for p in preds[0])
+  assert len(preds) == (1 if name in ("mapo", "sft") else 2)  # a loss without a reference does not call it
+  margin = err_l - err_w
+  if name == "sft":
+    expected = err_w
+  elif name == "mapo":
+    odds = [0.5 * e / (np.exp(0.5 * e) - 1) for e in (err_w, err_l)]
+    expected = err_w - beta * log_sigmoid(1000 * (odds[0] - odds[1]))
+  else:
+    ref_w, ref_l = (mean((p - noise) ** 2) for p in preds[1])
+    margin = (ref_w - err_w) - (ref_l - err_l)
+    z = 0.5 * beta * margin
+    if name == "robust":
+      expected = (-(1 - smoothing) * log_sigmoid(z) + smoothing * log_sigmoid(-z)) / (1 - 2 * smoothing)
+    elif name == "ipo":
+      expected = (margin - 1 / (2 * beta)) ** 2
+    elif name == "hinge":
+      expected = np.maximum(1 - z, 0)
+    else:
+      drift = (beta * (1 - 1 / (1 + np.exp(-z))))[:, None, None, None] * (preds[0][0] - preds[1][0])
+      expected = mean((preds[0][0] - noise - drift) ** 2)
+  np.testing.assert_allclose(loss, expected.sum(), rtol=2e-3)
+  assert count == 6
+  np.testing.assert_allclose(found["margin"][0], 0.5 * margin.sum(), rtol=2e-3, atol=1e-5)
+
+
+def test_a_safeguard_holds_back_the_losers_gradient():
+  """The same value; with mu = 1 nothing of the winner's descent may be given up where the gradients agree."""
+  batch = decided(6)
+  gradients = {}
+  for mu in (None, 0.0, 1.0):
+    loss = objectives.denoised_loss("sigmoid", beta=BETA)
+    objective = objectives.dpo(MODEL, loss if mu is None else objectives.safeguarded(loss, mu=mu))
+    (value, _), gradients[mu] = compiled_loss(objective)(NEAR, SAME, FROZEN, batch, KEY)
+    np.testing.assert_allclose(value, DPO(NEAR, SAME, FROZEN, batch, KEY)[0][0], rtol=1e-6)
+  norms = {mu: float(optax.tree.norm(optax.tree.sub(g, gradients[None]))) for mu, g in gradients.items()}
+  assert norms[1.0] > norms[0.0] > 0 and norms[None] == 0
 
 
 def test_unknown_pair_loss_is_named():
-  with pytest.raises(ValueError, match="loss.name='sigmod'.*sigmoid, ipo, hinge"):
+  with pytest.raises(ValueError, match="loss.name='sigmod'.*sigmoid, robust, ipo, hinge"):
     objectives.pair_loss("sigmod", beta=1.0)
 
 
@@ -543,6 +598,23 @@ def test_spm_equals_numpy():
     found["accuracy"][0] / found["accuracy"][1], right[decided].sum() / weights[decided].sum(),
     rtol=1e-5,
   )
+
+
+def test_an_ordinary_preference_model_sees_the_images_alone_at_time_0():
+  """What the VAE gives back of them; the denoiser is not called."""
+  batch = pair_batch(7) | {"label_0": np.float32([1, 0, 1, 0, 1, 0, 1])}
+  ordinary = lambda model: objectives.spm(model, StubScorer(), guidance_scale=5.0, step_aware=False)
+  (loss, count, found), calls = recorded(ordinary, FROZEN, {}, FROZEN, batch, KEY)
+  assert not calls
+  spm = jax.tree.map(np.asarray, FROZEN["spm"])
+  latents = latents_np(np.concatenate([batch["pixels_0"], batch["pixels_1"]]))
+  images = np.clip(np.asarray(MODEL.decode(FROZEN, jnp.float32(latents))), -1, 1)
+  embeds = np.sin(np.asarray(preprocess(jnp.asarray(images), 8)).reshape(14, -1) @ spm["image"])
+  text = spm["text"][batch["input_ids"]].mean(1)
+  score_0, score_1 = np.split(3.0 * np.sum(embeds * np.concatenate([text, text]), axis=1), 2)
+  z = np.where(batch["label_0"] == 1, score_0 - score_1, score_1 - score_0)
+  np.testing.assert_allclose(loss, (-log_sigmoid(z) / batch["num_example_per_prompt"]).sum(), rtol=1e-4)
+  assert found["accuracy_bin"][1][0] == pytest.approx(count)  # all in the first bin of time
 
 
 def test_spm_of_equal_images():

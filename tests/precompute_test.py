@@ -184,7 +184,7 @@ def test_each_objective_and_its_divergence_take_either(name):
   model, weights, other = Encoder(), init(), init(seed=1)
   objective = {
     "denoise": lambda: objectives.denoise(model),
-    "dpo": lambda: objectives.dpo(model, objectives.pair_loss("sigmoid", beta=10.0)),
+    "dpo": lambda: objectives.dpo(model, objectives.denoised_loss("sigmoid", beta=10.0)),
     "kto": lambda: objectives.kto(model, beta=10.0),
   }[name]()
   batch = jax.tree.map(jax.numpy.asarray, pair_batch(9))

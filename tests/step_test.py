@@ -414,6 +414,18 @@ def test_an_iteration_learns_and_reports():
   assert equal(second.ref_params, second.params)
 
 
+def test_an_ordinary_preference_model_is_told_time_0_at_every_step():
+  """As one that does not look at the time."""
+  timeless = FROZEN | {"spm": FROZEN["spm"] | {"time": jnp.zeros_like(FROZEN["spm"]["time"])}}
+  start = state_of(PARAMS, ADAMW)
+  cases = ((False, FROZEN), (True, timeless), (True, FROZEN))
+  of_images, without, aware = (
+    jax.jit(spo(step_aware=step_aware))(start, frozen, PROMPTS)[1] for step_aware, frozen in cases
+  )
+  jax.tree.map(np.testing.assert_array_equal, of_images, without)
+  assert not equal(of_images["reward_bin"], aware["reward_bin"])
+
+
 def test_updates_of_an_iteration_are_clipped():
   optimizer = sgd(learning_rate=1.0, clip_norm=1e-4)
   start = state_of(PARAMS, optimizer)
@@ -451,7 +463,7 @@ def on_mesh(sizes, make_step, batch, steps=1):
 
 @functools.cache
 def offline_on(sizes):
-  objective = objectives.dpo(StubModel(), objectives.pair_loss("sigmoid", beta=50.0))
+  objective = objectives.dpo(StubModel(), objectives.denoised_loss("sigmoid", beta=50.0))
 
   def make_step(mesh):
     return step.offline_step(objective, ADAMW, seed=0, accumulation=2)
