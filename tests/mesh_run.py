@@ -48,20 +48,25 @@ def recipe(objective, mesh, model):
   return c
 
 
-def save_model(folder):
-  """A text-to-image folder with a UNet of one level, a VAE of one convolution a block, and one layer of text."""
-  from jaxpref import weights
+def one_level():
+  """The preset of a UNet of one level, a VAE of one convolution a block, and one layer of text."""
   from jaxpref.models import presets
 
   preset = presets.SD15_MINIATURE
   blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-  preset = dataclasses.replace(
+  return dataclasses.replace(
     preset,
     unet=dataclasses.replace(preset.unet, **blocks, block_out_channels=(16,)),
     vae=dataclasses.replace(preset.vae, layers_per_block=1),
     text_encoder=dataclasses.replace(preset.text_encoder, num_hidden_layers=1),
   )
-  return weights.save_pipeline(folder, weights.random_pipeline(preset))
+
+
+def save_model(folder):
+  """A text-to-image folder of this preset, random weights."""
+  from jaxpref import weights
+
+  return weights.save_pipeline(folder, weights.random_pipeline(one_level()))
 
 
 def run(folder, mesh, objectives):

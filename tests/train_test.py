@@ -216,6 +216,24 @@ def test_alarms_are_metrics_and_outlive_an_interruption(run, capsys):
   assert rows(run.folder / "run")[-1] == rows(run.folder / "whole")[-1]
 
 
+def test_nothing_is_compiled_after_the_first_checkpoint(run):
+  """See tests/cost_test.py for what the step itself does not do."""
+  batches, compiled = Batches(), []
+
+  def listen(event, seconds, **kwargs):
+    del seconds, kwargs
+    if event == "/jax/core/compile/backend_compile_duration":
+      compiled.append(batches.next)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    run(toy_config(num_steps=40, **{"checkpoint.every": 5, "logging.every": 3}), batches)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  during = [n for n in compiled if n < 40]  # batches are drawn a few steps ahead; after the last comes the export
+  assert during and max(during) < 12
+
+
 def test_steps_are_profiled_and_memory_on_request(run, monkeypatch, capsys):
   """SIGUSR1 in step 5."""
   taken, take = [], pipeline.Prefetched.__next__

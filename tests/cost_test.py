@@ -1,0 +1,172 @@
+"""What a training step costs, by counting and not by the clock: network evaluations, operations, bytes, nothing twice.
+
+Where a change lowers or raises a count of tests/cost.json for a reason, write the file anew:
+
+    RECORD_COST=1 python -m pytest tests/cost_test.py
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxpref import flops, hlo, objectives, optim, plan, sharding, step
+from jaxpref.models import presets
+from scripts import study
+from tests import mesh_run
+from tests.stub_model import StubModel, StubScorer, init, pair_batch
+
+RECORDED = pathlib.Path(__file__).with_name("cost.json")
+SGD = optim.make_optimizer(
+  "sgd", optax.constant_schedule(0.1), b1=0.0, b2=0.0, eps=0.0, weight_decay=0.0, clip_norm=0.0
+)  # fmt: skip
+WIDTH = 64
+FROZEN = init()
+
+
+# ---------------------------------------------------------------------------------------------
+# Network evaluations
+
+
+@dataclasses.dataclass(frozen=True)
+class Deeper(StubModel):
+  """The stub with products of WIDTH x WIDTH in it; what two depths differ by is the cost of evaluations alone."""
+
+  depth: int = 1
+
+  def predict(self, weights, x, t, cond):
+    out = super().predict(weights, x, t, cond)
+    h = jnp.broadcast_to(jnp.mean(out, axis=(1, 2, 3))[:, None], (x.shape[0], WIDTH))
+    for _ in range(self.depth):
+      h = jnp.tanh(h @ weights["unet"]["square"])
+    return out + jnp.mean(h, axis=1)[:, None, None, None]
+
+
+def evaluations(make_step, batch, *, has_reference=True, updates=1.0, divergence=None):
+  """Evaluations of one image in a step; a forward pass is 1, a backward pass 2."""
+  params = {"unet": FROZEN["unet"] | {"square": jnp.zeros((WIDTH, WIDTH))}}
+  state = step.initial_state(params, params if has_reference else {}, SGD.init(params))
+  frozen = {k: v for k, v in FROZEN.items() if k != "unet"}
+  count = lambda depth: flops.count(make_step(Deeper(depth=depth)), state, frozen, batch, while_trips=updates)
+  return (count(2) - count(1)) / (2 * WIDTH**2)
+
+
+@pytest.mark.parametrize(("name", "cost"), [("sigmoid", 8), ("dspo", 8), ("mapo", 6), ("sft", 6)])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_pair_takes_two_forward_passes_of_policy_and_reference_and_two_backward(name, cost, accumulation):
+  free = name in objectives.REFERENCE_FREE
+
+  def make(model):
+    objective = objectives.dpo(model, objectives.denoised_loss(name, beta=0.1), reference_free=free)
+    return step.offline_step(objective, SGD, seed=0, accumulation=accumulation)
+
+  assert evaluations(make, pair_batch(8), has_reference=not free) == 8 * cost
+
+
+def test_an_image_of_kto_takes_half_a_pair():
+  pairs = pair_batch(8)
+  batch = {"pixels": pairs["pixels_0"], "input_ids": pairs["input_ids"], "label": np.ones(8, np.float32)}
+  assert evaluations(lambda model: step.offline_step(objectives.kto(model, beta=1.0), SGD, seed=0), batch) == 8 * 4
+
+
+@pytest.mark.parametrize(
+  ("pool_size", "inner_steps", "accumulation"), [(2, 0, 1), (4, 0, 1), (4, 0, 2), (2, 1, 1), (3, 3, 1)]
+)
+def test_an_iteration_of_spo_takes_what_the_readme_says(pool_size, inner_steps, accumulation):
+  """And as `scripts/study.py` counts: a call of winner and loser is shared where they start from one latent."""
+  prompts = 4
+  config = study.load_config(study.BY_NAME["spo"])
+  config.batch_size, config.num_steps = prompts, 1
+  config.spo.update(num_inference_steps=12, warmup_steps=4, pool_size=pool_size, inner_steps=inner_steps)
+  config.spo.minibatch = plan.spo_transitions(config)[0] * prompts // 2  # two updates, without rows that only fill up
+  options = config.spo.to_dict()
+
+  def make(model):
+    loss = objectives.pair_loss("sigmoid", beta=10.0)
+    return step.spo_step(model, StubScorer(), loss, SGD, seed=0, accumulation=accumulation, **options)
+
+  found = evaluations(make, {"input_ids": pair_batch(prompts)["input_ids"]}, updates=plan.spo_updates(config))
+  assert found == study.evaluations(config)
+
+
+# ---------------------------------------------------------------------------------------------
+# The compiled program
+
+
+@functools.cache
+def compiled(objective, rank):
+  """(program of a step on one device, its operations): networks of one level, shapes alone."""
+  config = mesh_run.recipe(objective, (1, 1, 1), "random:one-level")
+  config.lora.rank = rank
+  mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
+  with mock.patch.dict(presets.PRESETS, {"one-level": mesh_run.one_level()}):
+    config = plan.without_weights(config)
+    step_fn, state, frozen, batch = plan.abstract_inputs(config, mesh)
+  shardings = jax.tree.map(lambda s: s.sharding, state)
+  traced = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None)).trace(state, frozen, batch)
+  trips = plan.spo_updates(config) if objective == "spo" else 1.0
+  return traced.lower().compile(), flops.of_jaxpr(traced.jaxpr.jaxpr, while_trips=trips), trips
+
+
+def counts(objective, rank):
+  """What tests/cost.json has of a program."""
+  program, operations, trips = compiled(objective, rank)
+  text = program.as_text()
+  return {
+    "flop": operations,
+    "compiled_flop": program.cost_analysis()["flops"],  # the bodies of loops once
+    "memory_bytes": hlo.memory_bytes(text, while_trips=trips),
+    "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+  }
+
+
+CASES = [("dpo", 0), ("spo", 4)]
+
+
+@pytest.mark.parametrize(("objective", "rank"), CASES)
+def test_a_program_is_no_larger_than_it_was(objective, rank):
+  """Operations to the last one; what depends on the compiler's version within a tenth."""
+  name, rows = f"{objective} rank {rank}", json.loads(RECORDED.read_text())
+  found = counts(objective, rank)
+  if os.environ.get("RECORD_COST"):
+    RECORDED.write_text(json.dumps(rows | {"jax": jax.__version__, name: found}, indent=1) + "\n")
+    return
+  recorded = rows[name]
+  assert found["flop"] == recorded["flop"]
+  for name in ("compiled_flop", "memory_bytes", "temporary_bytes"):
+    assert found[name] <= 1.1 * recorded[name], f"{name}: {found[name]}, recorded {recorded[name]}"
+
+
+@pytest.mark.parametrize(("objective", "rank"), CASES)
+def test_a_program_waits_for_no_host_and_donates_its_state(objective, rank):
+  program, _, _ = compiled(objective, rank)
+  text = program.as_text()
+  for word in ("callback", "infeed", "outfeed", "send(", "recv("):
+    assert word not in text, word
+  memory = program.memory_analysis()
+  # All of the output but metrics and addresses takes the memory of the state that it replaces.
+  assert memory.alias_size_in_bytes > 0.95 * memory.output_size_in_bytes
+
+
+def test_steps_after_the_first_move_nothing_between_host_and_device():
+  objective = objectives.dpo(StubModel(), objectives.denoised_loss("sigmoid", beta=10.0))
+  run = jax.jit(step.offline_step(objective, SGD, seed=0), donate_argnums=0)
+  params = {"unet": jax.tree.map(jnp.array, FROZEN["unet"])}
+  state = step.initial_state(params, jax.tree.map(jnp.array, params), SGD.init(params))
+  batch = jax.device_put(pair_batch(8))
+  state, _ = run(state, FROZEN, batch)
+  with jax.transfer_guard("disallow"):
+    for _ in range(2):
+      state, found = run(state, FROZEN, batch)
+  assert run._cache_size() == 1
+  with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed host-to-device"):
+    run(state, FROZEN, batch | {"label_0": np.ones(8, np.float32)})
+
