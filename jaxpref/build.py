@@ -18,6 +18,7 @@ from ml_collections import ConfigDict as Config
 
 from jaxpref import config as config_lib
 from jaxpref import inputs, lora_files, metrics, objectives, pretraining, step, tensor_files, weights
+from jaxpref import sharding as sharding_lib
 from jaxpref.data import emoji, latents, pipeline, sources
 from jaxpref.models import lora, presets
 from jaxpref.models.preference import Judge, StepAwareCLIPModel
@@ -243,11 +244,13 @@ def _split(config: Config) -> str | None:
 
 
 def _shared_data_arguments(config: Config) -> dict[str, Any]:
+  # A single process may look at a mesh of devices that are not there.
+  index, count = (0, 1) if jax.process_count() == 1 else sharding_lib.batch_part(sharding_lib.make_mesh(**config.mesh))
   return {
     "batch_size": config.batch_size,
     "seed": config.seed,
-    "process_index": jax.process_index(),
-    "process_count": jax.process_count(),
+    "process_index": index,
+    "process_count": count,
     "num_threads": config.data.num_threads,
   }
 

@@ -16,7 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
+
+from jaxpref import sharding
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
@@ -230,7 +233,7 @@ def write_bad_step(
   names: Callable[[list[int]], list[str]],
   in_a_row: list[dict[str, float]],
 ) -> None:
-  """Writes the batch of a step, the rows of each process in its own file, and what is known of the step.
+  """Writes the batch of a step, each part of it in its own file, and what is known of the step.
 
   Args:
     folder: `bad_step_folder`.
@@ -244,14 +247,18 @@ def write_bad_step(
   folder.mkdir(parents=True, exist_ok=True)
   # bfloat16 is none of NumPy's own types
   rows = {k: v.astype(np.float32) if v.dtype.name == "bfloat16" else v for k, v in _local_rows(batch).items()}
-  with (folder / f"batch_{jax.process_index():05d}.npz").open("wb") as file:
-    np.savez(file, **rows)  # type: ignore[arg-type]
+  first = next(iter(batch.values()))
+  mesh = first.sharding.mesh if isinstance(first.sharding, NamedSharding) else None
+  part, num_parts = sharding.batch_part(mesh) if isinstance(mesh, Mesh) else (0, 1)
+  if any(shard.replica_id == 0 for shard in first.addressable_shards):  # not the copies of other processes
+    with (folder / f"batch_{part:05d}.npz").open("wb") as file:
+      np.savez(file, **rows)  # type: ignore[arg-type]
   places = multihost_utils.process_allgather(batch["record"], tiled=True).tolist() if "record" in batch else []
   if jax.process_index():
     return
   report = {
     "step": step,
-    "num_processes": jax.process_count(),
+    "num_parts": num_parts,
     "in_a_row": in_a_row,
     "metrics": jax.tree.map(lambda x: np.asarray(x).tolist(), dict(metrics)),
     "records": names(places),
@@ -261,7 +268,7 @@ def write_bad_step(
 
 
 def read_bad_step(folder: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-  """The whole batch, of all processes, and the report.
+  """The whole batch, of all its parts, and the report.
 
   Raises:
     FileNotFoundError: the folder holds none.
@@ -274,11 +281,11 @@ def read_bad_step(folder: str | os.PathLike) -> tuple[dict[str, np.ndarray], dic
   try:
     report = json.loads(path.read_text())
     parts = []
-    for process in range(report["num_processes"]):
-      with np.load(folder / f"batch_{process:05d}.npz", allow_pickle=False) as file:
+    for part in range(report["num_parts"]):
+      with np.load(folder / f"batch_{part:05d}.npz", allow_pickle=False) as file:
         parts.append(dict(file))
   except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-    raise ValueError(f"{folder} cannot be read ({error}); it needs report.json and a batch of each process.") from error
+    raise ValueError(f"{folder} cannot be read ({error}); it needs report.json and all parts of the batch.") from error
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, report
 
 

@@ -34,7 +34,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
   Raises:
     ValueError: if the sizes do not multiply to the number of devices.
   """
-  devices = list(jax.devices() if devices is None else devices)
+  # Process by process, so that the rows of a batch have the same order however many processes read them.
+  devices = sorted(jax.devices(), key=lambda d: d.process_index) if devices is None else list(devices)
   sizes = [data, fsdp, tensor]
   if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
     raise ValueError(
@@ -64,6 +65,29 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_devices(mesh: Mesh) -> int:
   """How many devices the rows of a batch are spread over."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def batch_part(mesh: Mesh, process_index: int | None = None) -> tuple[int, int]:
+  """(index, count): which part of every batch a process reads, and how many parts there are.
+
+  Processes whose devices hold the same rows read the same part: those that `tensor` spreads a row over.
+
+  Args:
+    process_index: by default this process.
+  Raises:
+    ValueError: the devices of a process hold some rows of another one, but not all.
+  """
+  shards: dict[int, list[int]] = {}
+  for shard, copies in enumerate(mesh.devices.reshape(batch_devices(mesh), -1)):
+    for process in sorted({device.process_index for device in copies}):
+      shards.setdefault(process, []).append(shard)
+  parts = sorted({tuple(of_process) for of_process in shards.values()})
+  if sum(map(len, parts)) != batch_devices(mesh) or len({len(part) for part in parts}) > 1:
+    raise ValueError(
+      f"mesh: tensor={mesh.shape['tensor']} spreads rows of a batch over parts of processes; set config.mesh.tensor to "
+      "a divisor or a multiple of the devices of one process."
+    )
+  return parts.index(tuple(shards[jax.process_index() if process_index is None else process_index])), len(parts)
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -170,7 +194,7 @@ def check_batch_size(mesh: Mesh, batch_size: int, accumulation: int = 1) -> None
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-  """Moves this process's part of a global batch to the devices, split over data x fsdp."""
+  """Moves this process's part of a global batch (`batch_part`) to the devices, split over data x fsdp."""
   sharding = batch_sharding(mesh)
   return {k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in batch.items()}
 

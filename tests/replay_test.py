@@ -52,12 +52,12 @@ def test_what_is_missing_is_said_in_a_sentence(stopped, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-  ("report", "batch"), [('{"num_processes": 1}', b"PK\x03\x04 truncated"), ("[1]", b""), ("{", b"")]
+  ("report", "batch"), [('{"num_parts": 1}', b"PK\x03\x04 truncated"), ("[1]", b""), ("{", b"")]
 )
 def test_a_damaged_record_is_named(tmp_path, report, batch):
   (tmp_path / "report.json").write_text(report)
   (tmp_path / "batch_00000.npz").write_bytes(batch)
-  with pytest.raises(SystemExit, match="it needs report.json and a batch of each process") as ended:
+  with pytest.raises(SystemExit, match="it needs report.json and all parts of the batch") as ended:
     replay.main([str(tmp_path)])
   assert str(tmp_path) in str(ended.value)
 

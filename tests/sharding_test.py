@@ -1,6 +1,7 @@
 """Meshes, specs of parameters, and batches that must divide."""
 
 import functools
+import types
 from unittest import mock
 
 import jax
@@ -225,3 +226,32 @@ def test_without_a_mesh_kernels_are_left_alone():
   products = functools.partial(sharding.apply_gathered, lambda x, kernel: (x, kernel))
   for function in (products, sharding.on_mesh(mesh_of(8, 1, 1), products)):
     assert function(kernel, kernel) == (kernel, kernel)
+
+
+def processes_mesh(sizes, process_of_device):
+  """What `batch_part` looks at, of devices that belong to several processes."""
+  devices = np.array([types.SimpleNamespace(process_index=p) for p in process_of_device]).reshape(sizes)
+  return types.SimpleNamespace(devices=devices, shape=dict(zip(sharding.AXES, sizes, strict=True)))
+
+
+@pytest.mark.parametrize(
+  ("sizes", "process_of_device", "parts"),
+  [
+    ((8, 1, 1), (0, 0, 1, 1, 2, 2, 3, 3), [0, 1, 2, 3]),
+    ((1, 4, 2), (0, 0, 1, 1, 2, 2, 3, 3), [0, 1, 2, 3]),
+    ((2, 1, 4), (0, 0, 1, 1, 2, 2, 3, 3), [0, 0, 1, 1]),  # a row is spread over two processes, which both read it
+    ((2, 1, 2), (0, 1, 2, 3), [0, 0, 1, 1]),
+    ((1, 1, 4), (0, 1, 2, 3), [0, 0, 0, 0]),
+    ((4, 1, 1), (1, 0, 1, 0), [1, 0]),  # in the order of the rows, whatever the processes' numbers
+  ],
+)
+def test_processes_read_the_rows_of_their_devices(sizes, process_of_device, parts):
+  mesh = processes_mesh(sizes, process_of_device)
+  assert [sharding.batch_part(mesh, p) for p in sorted(set(process_of_device))] == [
+    (part, len(set(parts))) for part in parts
+  ]
+
+
+def test_processes_that_share_only_some_rows_are_refused():
+  with pytest.raises(ValueError, match="tensor=2 spreads rows of a batch over parts of processes"):
+    sharding.batch_part(processes_mesh((3, 1, 2), (0, 0, 0, 1, 1, 1)), 0)
