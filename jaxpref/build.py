@@ -37,7 +37,7 @@ class Experiment:
     batches: opens the data: an iterator with get_state, set_state.
     export: writes the trained model: (params on the host, folder).
     objective: of offline objectives.
-    online_step: builds the step of online ones: (optimizer, and keyword arguments of `step.spo_step`) -> step.
+    online_step: builds the step of online ones: (optimizer, and keyword arguments of its function in `step`) -> step.
     divergence: gates the reference of an online objective.
     init_params: the pre-trained values of params, from frozen (for the reference).
     has_reference: whether a reference model is kept.
@@ -384,7 +384,7 @@ def _remat(text: str) -> str | tuple[str, ...]:
   return names[0] if len(names) == 1 else names
 
 
-# ---- Text-to-image: denoise, dpo, tdpo, spo --------------------------------------------------------------------
+# ---- Text-to-image: denoise, dpo, tdpo, kto, spo, grpo ---------------------------------------------------------
 
 
 def adapter_scale(config: Config, rank: int) -> float:
@@ -556,20 +556,16 @@ def _text_to_image(config: Config, sharding: weights.Sharding, vae_slicing: int 
     config.preference_model, dtype=config.dtype, param_dtype=config.dtype, seed=config.seed, sharding=sharding
   )
 
-  pair_loss = objectives.pair_loss(config.loss.name, beta=config.loss.beta, label_smoothing=config.loss.label_smoothing)
-
   def online_step(optimizer: Any, **kwargs: Any) -> step.StepFn:
-    return step.spo_step(
-      model,
-      scorer,
-      pair_loss,
-      optimizer,
-      seed=config.seed,
-      accumulation=config.accumulation,
-      **config.spo.to_dict(),
-      **kwargs,
-    )
+    kwargs |= {"seed": config.seed, "accumulation": config.accumulation}
+    if config.objective == "grpo":
+      return step.grpo_step(model, scorer, optimizer, **config.grpo.to_dict(), **kwargs)
+    o = config.loss
+    pair_loss = objectives.pair_loss(o.name, beta=o.beta, label_smoothing=o.label_smoothing)
+    return step.spo_step(model, scorer, pair_loss, optimizer, **config.spo.to_dict(), **kwargs)
 
+  if config.objective == "grpo":
+    shared["images_per_step"] = config.batch_size * config.grpo.group_size
   return Experiment(
     online_step=online_step,
     divergence=objectives.denoising_divergence(model, lambda frozen, batch, key: batch["latents"]),

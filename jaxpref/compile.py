@@ -60,7 +60,7 @@ def compile_step(
   """
   step, state, frozen, batch = plan.abstract_inputs(config, mesh)
   shardings = jax.tree.map(lambda s: s.sharding, state)
-  updates = plan.spo_updates(config) if config.objective == "spo" else 1.0
+  updates = plan.updates(config)
   started = time.perf_counter()
   traced = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).trace(state, frozen, batch)
   lowered = traced.lower()
@@ -227,7 +227,8 @@ def main(argv: list[str]) -> None:
     config = plan.without_weights(flags.FLAGS.config)
     devices = topology_devices(topology) if topology else jax.devices()
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    sharding.check_batch_size(mesh, config.batch_size, 1 if config.objective == "spo" else config.accumulation)
+    offline = config.objective not in config_lib.ONLINE
+    sharding.check_batch_size(mesh, config.batch_size, config.accumulation if offline else 1)
     print(f"compiling a step of {config.objective} for {len(devices)} x {devices[0].device_kind} ...", file=sys.stderr)
     options = compiler_options(chip, quick=flags.FLAGS.quick)
     report = compile_step(config, mesh, compiler_options=options)

@@ -14,7 +14,8 @@ from absl import flags
 from ml_collections.config_dict import placeholder
 
 REMAT = ("none", "attention", "block", "full")
-OBJECTIVES = ("spo", "dpo", "tdpo", "kto", "spm", "denoise", "autoencode", "contrastive", "classify")
+OBJECTIVES = ("spo", "grpo", "dpo", "tdpo", "kto", "spm", "denoise", "autoencode", "contrastive", "classify")
+ONLINE = ("spo", "grpo")  # these draw what they learn from
 
 # What each kind of data is for, and what lies at config.data.path.
 _PAIRS = ("dpo", "tdpo", "kto", "spm")
@@ -24,7 +25,7 @@ SOURCES: dict[str, tuple[tuple[str, ...], str]] = {
   "pairs_file": (_PAIRS, "a .jsonl or .csv file of pairs"),
   "rankings": (_PAIRS, "a JSON file of rankings, such as HPDv2's train.json"),
   "unpaired_file": (("kto",), "a .jsonl or .csv file of images that are liked or not"),
-  "prompts": (("spo",), "a text or JSON file of prompts"),
+  "prompts": (ONLINE, "a text or JSON file of prompts"),
   "precomputed": (("dpo", "tdpo", "kto", "denoise"), "the folder that python -m jaxpref.precompute wrote"),
 }
 
@@ -35,7 +36,7 @@ def default() -> ml_collections.ConfigDict:
     dict(
       objective="dpo",  # one of OBJECTIVES
       seed=0,
-      num_steps=1000,  # updates; for spo: iterations (rollout, scoring, and the updates it pays for)
+      num_steps=1000,  # updates; for spo and grpo: iterations (rollout, scoring, and the updates it pays for)
       batch_size=32,  # global: pairs, images, or prompts of one rollout
       accumulation=1,  # micro-batches that an update is split into
       dtype="float32",  # of computation and of what is not trained: float32 or bfloat16; what is trained is float32
@@ -44,14 +45,14 @@ def default() -> ml_collections.ConfigDict:
       # What is loaded. Each is a folder, a hub name, "tiny-sd" (shipped), or "random:PRESET".
       model="tiny-sd",
       vae_model=placeholder(str),  # a VAE's folder or hub name, in the place of the model's own
-      preference_model=placeholder(str),  # spo: the scorer; spm: what to start from
+      preference_model=placeholder(str),  # spo, grpo: the scorer; spm: what to start from
       judge=placeholder(str),  # evaluation only
       mesh=dict(data=-1, fsdp=1, tensor=1),
       max_bad_steps=5,  # steps in a row whose loss or gradient is not finite, and whose update is left out; then stop
       profile_steps="",  # START:STOP, e.g. 10:13: a profile of these steps in WORKDIR/profile
       data=dict(  # docs/data.md
         # emoji (embedded: pairs, images, prompts); tfds (a folder of pairs, such as Pick-a-Pic's), pairs_file (.jsonl
-        # or .csv), rankings (HPDv2's .json); unpaired_file (for kto); prompts (for spo); precomputed (a folder)
+        # or .csv), rankings (HPDv2's .json); unpaired_file (for kto); prompts (spo, grpo); precomputed (a folder)
         source="emoji",
         path=placeholder(str),  # of the folder or file, for all but emoji
         images=placeholder(str),  # rankings: the folder of the images, where it is not the published one
@@ -121,6 +122,18 @@ def default() -> ml_collections.ConfigDict:
         ratio_clip=0.1,
         minibatch=32,  # transitions of one update
       ),
+      grpo=dict(  # GRPO: arXiv 2402.03300, 2505.07818, 2505.05470; DDPO: arXiv 2305.13301
+        num_inference_steps=20,
+        eta=1.0,
+        guidance_scale=5.0,
+        group_size=8,  # samples of a prompt
+        advantage="group",  # rewards relative to those of the same prompt (GRPO), or of the whole batch (DDPO)
+        advantage_clip=5.0,
+        timestep_fraction=1.0,  # of each sample's steps, at random, that is trained on
+        ratio_clip=1e-4,  # small, as log-densities are means over the latents
+        kl_coef=0.0,  # weight of the KL to the reference; 0: the reference is not called
+        minibatch=32,  # steps of one update
+      ),
       spm=dict(guidance_scale=5.0, step_aware=True),  # False: trains on clean images, at time 0
       vae=dict(kl_weight=1e-4, gradient_weight=1.0),
       train_text_encoder=False,  # denoise only
@@ -154,16 +167,17 @@ def smoke(config: ml_collections.ConfigDict, preset: str) -> None:
   """
   config.model = f"random:{preset}"
   config.vae_model = None
-  if config.objective in ("spo", "spm"):
+  if config.objective in (*ONLINE, "spm"):
     config.preference_model = f"random:{preset}"
   config.accumulation = min(config.accumulation, 2)
-  config.update(num_steps=3, batch_size=2 if config.objective == "spo" else 2 * config.accumulation)
+  config.update(num_steps=3, batch_size=2 if config.objective in ONLINE else 2 * config.accumulation)
   config.data.update(source="emoji", path=None, images=None, scores=None, labels="given", split="train")
   config.data.min_gap = 0.0
   config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 1)
   config.lora.rank = min(config.lora.rank, 4)
   config.reference.tau = min(config.reference.tau, 2)
   config.spo.update(threshold=0.0, minibatch=2)
+  config.grpo.update(group_size=min(config.grpo.group_size, 2), minibatch=2)
   config.logging.every = 1
   config.checkpoint.every = 2
   config.sample.every = 0
@@ -237,6 +251,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   one_of("reference.mode", ("frozen", "update"))
   one_of("reference.on_diverge", ("freeze", "reinit"))
   one_of("spo.next_latent", ("random", "winner", "loser"))
+  one_of("grpo.advantage", ("group", "batch"))
   counts = (
     "num_steps", "batch_size", "accumulation", "max_bad_steps", "logging.every", "checkpoint.every", "checkpoint.keep",
   )  # fmt: skip
@@ -278,7 +293,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     "False for this objective: only denoise without LoRA trains the text encoder",
   )
   require(
-    not config.vae_model or config.objective in ("spo", "dpo", "tdpo", "kto", "spm", "denoise"),
+    not config.vae_model or config.objective in (*ONLINE, "dpo", "tdpo", "kto", "spm", "denoise"),
     "vae_model",
     "nothing for this objective: it is for those with a UNet",
   )
@@ -297,9 +312,10 @@ def check(config: ml_collections.ConfigDict) -> None:
   if config.data.source == "precomputed":
     require(not config.data.random_crop, "data.random_crop", "False: precomputed images are central squares")
     require(not config.train_text_encoder, "train_text_encoder", "False: the prompts of precomputed data are encoded")
+  if config.objective in ONLINE:
+    # A schedule counts updates, of which an iteration has many: with spo as many as it has valid pairs.
+    require(config.optimizer.schedule == "constant", "optimizer.schedule", f"constant for {config.objective}")
   if config.objective == "spo":
-    # An iteration makes as many updates as it has valid pairs, so the end of a decay is not known.
-    require(config.optimizer.schedule == "constant", "optimizer.schedule", "constant for spo")
     require(config.spo.pool_size >= 2, "spo.pool_size", "at least 2 candidates")
     require(config.spo.minibatch >= 1, "spo.minibatch", "at least 1 transition")
     require(0.0 <= config.spo.threshold < 1.0, "spo.threshold", "a softmax gap in [0, 1)")
@@ -312,6 +328,20 @@ def check(config: ml_collections.ConfigDict) -> None:
       f"a group length inner_steps + 1 that divides num_inference_steps - warmup_steps = {steps}",
     )
     require(config.preference_model is not None, "preference_model", "the folder of a step-aware preference model")
+  if config.objective == "grpo":
+    g = config.grpo
+    require(g.num_inference_steps >= 1, "grpo.num_inference_steps", "at least 1 step")
+    require(0.0 < g.eta <= 1.0, "grpo.eta", "a number in (0, 1]: steps without noise have no density")
+    compared = g.group_size if g.advantage == "group" else g.group_size * config.batch_size
+    require(g.group_size >= 1 and compared >= 2, "grpo.group_size", "at least 2 samples to compare with each other")
+    require(g.advantage_clip > 0.0, "grpo.advantage_clip", "a number above 0")
+    require(0.0 < g.timestep_fraction <= 1.0, "grpo.timestep_fraction", "a share in (0, 1]")
+    require(0.0 < g.ratio_clip < 1.0, "grpo.ratio_clip", "a number in (0, 1)")
+    require(g.kl_coef >= 0.0, "grpo.kl_coef", "a number of at least 0")
+    require(g.minibatch >= 1, "grpo.minibatch", "at least 1 step")
+    moves = config.reference.mode == "update"
+    require(g.kl_coef > 0.0 or not moves, "reference.mode", "frozen, as grpo.kl_coef is 0 and nothing looks at it")
+    require(config.preference_model is not None, "preference_model", "the folder of a preference model")
 
 
 def _check_arguments(argv: list[str]) -> None:

@@ -1,7 +1,7 @@
 """Writes a run's model or adapter: `python -m jaxpref.export runs/dpo_sd15 --format=kohya --out=style.safetensors`.
 
-RUN is the work folder of a text-to-image run (spo, dpo, tdpo, denoise), finished or not; its last checkpoint is taken,
-or that of --step. The formats:
+RUN is the work folder of a text-to-image run (spo, grpo, dpo, tdpo, kto, denoise), finished or not; its last checkpoint
+is taken, or that of --step. The formats:
 
   pipeline  a diffusers folder (`from_pretrained`): the trained model, an adapter merged into it
   lora      the adapter alone, for diffusers (`load_lora_weights`): a file, or a folder with one
@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from jaxpref import build, checkpoint, lora_files
 from jaxpref import config as config_lib
 
-TEXT_TO_IMAGE = ("spo", "dpo", "tdpo", "kto", "denoise")
+TEXT_TO_IMAGE = ("spo", "grpo", "dpo", "tdpo", "kto", "denoise")
 
 
 def main(argv: list[str] | None = None) -> None:

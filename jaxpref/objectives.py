@@ -3,7 +3,7 @@
 Each builder takes the model's pure functions and hyper-parameters and returns an `Objective`. Its `loss` maps
 (params, ref_params, frozen, batch, key) to (sum of losses, count, metric pairs); the trainer divides once by the
 global count. Objectives draw timesteps and noise, call the network and a loss of `losses.py`; the losses never
-draw. Online objectives (`spo`) first make their batch: see `rollout.py`.
+draw. Online objectives (`spo`, `grpo`) first make their batch: see `rollout.py`.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jaxpref import diffusion, losses
 from jaxpref.metrics import Pairs, binned_mean, mean_of
 from jaxpref.models.preference import StepAwareCLIPModel, preprocess
 from jaxpref.models.text_to_image import Cond, TextToImage, guided
-from jaxpref.rollout import Transitions
+from jaxpref.rollout import Steps, Transitions
 
 Batch = Mapping[str, jax.Array]
 LossFn = Callable[[Any, Any, Any, Any, jax.Array], tuple[jax.Array, jax.Array, Pairs]]
@@ -464,6 +464,61 @@ def transition_loss(
     "margin": mean_of(margin, mask),
     "loss_bin": binned_mean(values, mask, times, total=schedule.num_train_timesteps, bins=REWARD_BINS),
   }
+  return jnp.sum(jnp.where(mask > 0, values, 0.0)), jnp.sum(mask), metrics
+
+
+def policy_loss(
+  model: TextToImage,
+  weights: Any,
+  ref_weights: Any,
+  steps: tuple[Steps, jax.Array, jax.Array],
+  cond: Cond,
+  uncond: Cond,
+  *,
+  eta: float,
+  guidance_scale: float,
+  ratio_clip: float,
+  kl_coef: float,
+) -> tuple[jax.Array, jax.Array, Pairs]:
+  """The clipped policy gradient of one minibatch of steps, of GRPO and DDPO alike: they differ in their advantages.
+
+      loss = max(-A r, -A clip(r, 1 - eps, 1 + eps)) + kl_coef KL,    r = p(next) / p_old(next)
+
+  (arXiv 2402.03300, Eq. 3; arXiv 2305.13301, Section 4.3), -A where the policy is still the one that drew the samples.
+  KL is that of the step's two Gaussians, |mean - mean_ref|^2 / (2 std^2), a mean over h, w, C, as Flow-GRPO has it
+  (arXiv 2505.05470). It takes the place of GRPO's estimate from the sample, exp(d) - d - 1: with d a mean over N
+  numbers that has an expectation of about KL / N, which holds nothing back.
+
+  Args:
+    ref_weights: of the reference; not called with kl_coef 0.
+    steps: (steps with fields [N,...], prompt index i32[N], mask f32[N]).
+    cond: conditioning of all prompts of the rollout, one row a prompt.
+  Returns:
+    (sum of losses, count, metric pairs).
+  """
+  schedule = model.schedule
+  rows, prompt, mask = steps
+  of_rows = jax.tree.map(lambda c: c[prompt], cond)
+
+  def mean_std(weights):
+    predict = guided(lambda x, t, c: model.predict(weights, x, t, c), uncond, guidance_scale)
+    pred = predict(rows.x, rows.t, of_rows)
+    return diffusion.ddim_mean_std(schedule, pred, rows.x, rows.t, rows.prev_t, eta=eta)
+
+  mean, std = mean_std(weights)
+  log_prob = diffusion.gaussian_log_prob(rows.next, mean, std)
+  values = losses.grpo_loss(log_prob, rows.log_prob, rows.advantage, eps=ratio_clip)
+  ratio = jnp.exp(log_prob - rows.log_prob)
+  metrics = {
+    "ratio": mean_of(ratio, mask),
+    "clip_fraction": mean_of((jnp.abs(ratio - 1.0) > ratio_clip).astype(jnp.float32), mask),
+  }
+  if kl_coef:
+    ref_mean = jax.lax.stop_gradient(mean_std(ref_weights)[0])
+    kl = diffusion.squared_error(mean, ref_mean) / (2.0 * jnp.square(jnp.maximum(std, 1e-6)))
+    values = values + kl_coef * kl
+    metrics["kl"] = mean_of(kl, mask)
+  metrics["loss_bin"] = binned_mean(values, mask, rows.t, total=schedule.num_train_timesteps, bins=REWARD_BINS)
   return jnp.sum(jnp.where(mask > 0, values, 0.0)), jnp.sum(mask), metrics
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxpref import build, precompute, sharding, train, weights
+from jaxpref import build, precompute, sharding, step, train, weights
 from jaxpref import config as config_lib
 from jaxpref.models import presets
 
@@ -42,7 +42,7 @@ def without_weights(config: ConfigDict) -> ConfigDict:
   with config.unlocked():
     config.model = f"zeros:{preset}"
     config.vae_model = None
-    config.preference_model = f"zeros:{preset}" if config.objective in ("spo", "spm") else None
+    config.preference_model = f"zeros:{preset}" if config.objective in (*config_lib.ONLINE, "spm") else None
     config.judge = None
     config.lora.init_from = None
     precomputed = config.data.source == "precomputed"
@@ -138,7 +138,7 @@ def device_bytes(tree: Any) -> int:
   return sum(int(np.prod(s.sharding.shard_shape(s.shape))) * s.dtype.itemsize for s in jax.tree.leaves(tree))
 
 
-# ---- SPO's sizes -----------------------------------------------------------------------------------------------
+# ---- Sizes of online methods ------------------------------------------------------------------------------------
 
 
 def spo_transitions(config: ConfigDict) -> tuple[int, int]:
@@ -161,6 +161,24 @@ def spo_updates(config: ConfigDict) -> float:
   return float(max(-(-of_prompt * config.batch_size // of_update) for of_prompt, of_update in pairs))
 
 
+def grpo_minibatch(config: ConfigDict) -> int:
+  """Steps of one update (`step.grpo_step`)."""
+  return min(config.grpo.minibatch, _grpo_steps(config))
+
+
+def _grpo_steps(config: ConfigDict) -> int:
+  """Steps of an iteration that are trained on."""
+  g = config.grpo
+  return config.batch_size * g.group_size * step.trained_steps(g.num_inference_steps, g.timestep_fraction)
+
+
+def updates(config: ConfigDict) -> float:
+  """Updates of a step, or of an iteration in which all pairs are valid."""
+  if config.objective == "spo":
+    return spo_updates(config)
+  return float(-(-_grpo_steps(config) // grpo_minibatch(config))) if config.objective == "grpo" else 1.0
+
+
 def unet_rows(config: ConfigDict, devices: int) -> int:
   """Rows that the UNet has on one device in a micro-batch of an update.
 
@@ -168,6 +186,8 @@ def unet_rows(config: ConfigDict, devices: int) -> int:
     devices: that the batch is spread over.
   """
   micro = lambda rows: -(-rows // (config.accumulation * devices))
+  if config.objective == "grpo":
+    return micro(grpo_minibatch(config)) * (1 if config.grpo.guidance_scale == 1.0 else 2)
   if config.objective != "spo":
     return micro(config.batch_size) * (2 if config.objective in ("dpo", "tdpo") else 1)
   shared, separate = spo_minibatch(config)
@@ -220,13 +240,15 @@ def changes(config: ConfigDict, devices: int) -> Iterator[Change]:
   LoRA is another training; the dearer ones come with each choice of the cheaper ones.
   """
   rows = devices // config.mesh.tensor
-  spo = config.objective == "spo"
-  most = -(-spo_minibatch(config)[0] // rows) if spo else config.batch_size // rows
+  if config.objective in config_lib.ONLINE:
+    most = -(-(spo_minibatch(config)[0] if config.objective == "spo" else grpo_minibatch(config)) // rows)
+  else:
+    most = config.batch_size // rows
   accumulations = [n for n in range(config.accumulation, most + 1) if most % n == 0] or [config.accumulation]
   sizes = [n for n in range(config.mesh.fsdp, rows + 1) if rows % n == 0]
   known = config.remat in config_lib.REMAT and config.objective != "spm"  # else it is one for each level, or not used
   policies = config_lib.REMAT[config_lib.REMAT.index(config.remat) :] if known else (config.remat,)
-  full = not config.lora.rank and config.objective in ("dpo", "tdpo", "kto", "spo")
+  full = not config.lora.rank and config.objective in ("dpo", "tdpo", "kto", *config_lib.ONLINE)
   for rank, remat, fsdp, accumulation in itertools.product(
     (0, LORA_RANK) if full else (0,), policies, sizes, accumulations
   ):
@@ -248,7 +270,8 @@ def estimates(config: ConfigDict, devices: Sequence[Any], report: Mapping[str, A
   """
   rows = len(devices) // config.mesh.tensor
   old = report["arguments"]
-  copies = lambda c: 2 if c.accumulation > 1 or c.objective == "spo" else 1  # the sum, and that of a micro-batch
+  # The sum, and that of a micro-batch.
+  copies = lambda c: 2 if c.accumulation > 1 or c.objective in config_lib.ONLINE else 1
   activations = max(report["peak"] - sum(old.values()) - copies(config) * old["trained"], 0)
   arguments: dict[tuple[int, int], dict[str, int]] = {}
   kept: dict[str, int] = {}

@@ -1,6 +1,6 @@
-"""Sampling as `lax.scan`s over a prediction function: DDIM, DPM-Solver++, and SPO's candidate pools.
+"""Sampling as `lax.scan`s over a prediction function: DDIM, DPM-Solver++, and the rollouts of online methods.
 
-Neither knows a network: `predict(x f32[N,h,w,C], t i32[N]) -> f32[N,h,w,C]` has prompts and guidance bound, and rows
+None knows a network: `predict(x f32[N,h,w,C], t i32[N]) -> f32[N,h,w,C]` has prompts and guidance bound, and rows
 are ordered prompt by prompt, so N may be any multiple of the number of prompts.
 """
 
@@ -80,6 +80,66 @@ def dpm_solver_sample(
   steps = jax.tree.map(jnp.asarray, diffusion.dpm_solver_steps(schedule, num_steps, karras=karras))
   (x, _), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), steps)
   return x
+
+
+class Trajectories(NamedTuple):
+  """Samples with all that a policy gradient needs to know of how they were drawn, in T steps.
+
+  Attributes:
+    x: f32[B,T+1,h,w,C] latents, from the noise to those of the image.
+    t, prev_t: i32[T] timesteps where each step starts and ends.
+    log_prob: f32[B,T] log-density of each step under the policy that drew it, mean over h, w, C.
+  """
+
+  x: jax.Array
+  t: jax.Array
+  prev_t: jax.Array
+  log_prob: jax.Array
+
+
+def ddim_trajectories(
+  predict: Predict, schedule: Schedule, x: jax.Array, key: jax.Array, *, num_steps: int, eta: float
+) -> Trajectories:
+  """As `ddim_sample` with eta > 0, keeping every latent and density; the rollout of DDPO (arXiv 2305.13301) and GRPO.
+
+  The last step goes to abar_0 rather than to 1, so that it has a density, too: its std is positive, and `num_steps`
+  steps can be trained on, as in DDPO's reference implementation.
+
+  Args:
+    x: f32[B,h,w,C] standard normal latents.
+  """
+  t = jnp.asarray(diffusion.ddim_timesteps(schedule, num_steps))
+  prev_t = jnp.asarray(diffusion.ddim_prev_timesteps(schedule, num_steps, clamp_last=True))
+
+  def step(x, inputs):
+    t, prev_t, key = inputs
+    t, prev_t = _rows(t, x.shape[0]), _rows(prev_t, x.shape[0])
+    mean, std = diffusion.ddim_mean_std(schedule, predict(x, t), x, t, prev_t, eta=eta)
+    after = mean + std[:, None, None, None] * jax.random.normal(key, x.shape)
+    return after, (after, diffusion.gaussian_log_prob(after, mean, std))
+
+  _, (xs, log_prob) = jax.lax.scan(step, x, (t, prev_t, jax.random.split(key, num_steps)))
+  return Trajectories(jnp.moveaxis(jnp.concatenate([x[None], xs]), 0, 1), t, prev_t, log_prob.T)
+
+
+class Steps(NamedTuple):
+  """Steps x -> next to take a policy gradient on, G of them a prompt: those of all its samples.
+
+  Attributes:
+    x, next: f32[B,G,h,w,C] where each starts and ends.
+    t, prev_t: i32[B,G] timesteps of start and end.
+    log_prob: f32[B,G] log-density under the policy that drew it, mean over h, w, C.
+    advantage: f32[B,G] of the sample that it is a step of.
+    valid: bool[B,G] whether it is trained on.
+  """
+
+  x: jax.Array
+  next: jax.Array
+  t: jax.Array
+  prev_t: jax.Array
+  log_prob: jax.Array
+  advantage: jax.Array
+  valid: jax.Array
 
 
 class Transitions(NamedTuple):

@@ -1,22 +1,31 @@
-"""The training state and the one jitted step of each kind: offline (a batch of data) and online (SPO).
+"""The training state and the one jitted step of each kind: offline (a batch of data) and online (SPO; GRPO and DDPO).
 
-Both have the type `step(state, frozen, batch) -> (state, metrics)`. All randomness is derived from (seed, step), so a
+All have the type `step(state, frozen, batch) -> (state, metrics)`. All randomness is derived from (seed, step), so a
 restart replays nothing and skips nothing.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxpref import losses, rollout
 from jaxpref import metrics as metrics_lib
-from jaxpref import rollout
 from jaxpref.models.preference import StepAwareCLIPModel
 from jaxpref.models.text_to_image import TextToImage, guided, repeat_cond
-from jaxpref.objectives import Objective, PairLoss, embed_prompts, named_key, score_images, transition_loss
+from jaxpref.objectives import (
+  Objective,
+  PairLoss,
+  embed_prompts,
+  named_key,
+  policy_loss,
+  score_images,
+  transition_loss,
+)
 from jaxpref.reference import ReferenceStats
 
 Frozen = Any
@@ -156,6 +165,93 @@ def offline_step(
   return step
 
 
+class _Shuffled(NamedTuple):
+  """Transitions of all prompts in a random order.
+
+  Attributes:
+    rows: their fields [N,...].
+    prompt: i32[N] the prompt of each.
+    order: i32[N] positions in `rows`, in a random order with the valid ones in front.
+    valid: i32[] the number of valid ones.
+  """
+
+  rows: Any
+  prompt: jax.Array
+  order: jax.Array
+  valid: jax.Array
+
+
+def _shuffled(transitions: Any, key: jax.Array) -> _Shuffled:
+  """Transitions with fields [B,G,...], of which one is `valid`, in a random order."""
+  prompts, groups = transitions.valid.shape
+  flat = jax.tree.map(lambda v: v.reshape(prompts * groups, *v.shape[2:]), transitions)
+  rank = jax.random.uniform(key, flat.valid.shape) + jnp.where(flat.valid, 0.0, 1.0)
+  return _Shuffled(flat, jnp.arange(prompts * groups) // groups, jnp.argsort(rank), jnp.sum(flat.valid))
+
+
+def _minibatch_updates(
+  loss_fn: Callable[..., tuple[jax.Array, jax.Array, metrics_lib.Pairs]],
+  optimizer: optax.GradientTransformation,
+  state: State,
+  transitions: Sequence[_Shuffled],
+  sizes: Sequence[int],
+  *,
+  accumulation: int,
+  constrain: Callable[[Any], Any],
+  row_multiple: int,
+) -> tuple[State, Metrics]:
+  """Every valid transition in one update, spread evenly over as many as minibatches of these sizes take.
+
+  Args:
+    loss_fn: (params, ref_params, and of each kind of transitions rows, prompts i32[n] and mask f32[n]) -> (sum of
+      losses, count, metric pairs).
+    transitions, sizes: of each kind, those of the iteration, and how many an update takes.
+    accumulation, constrain, row_multiple: as of `spo_step`.
+  """
+  ceil_div = lambda a, b: (a + b - 1) // b  # noqa: E731
+  # Rows of all micro-batches past the size of the minibatch are past the valid ones.
+  micro = lambda n: ceil_div(ceil_div(n, accumulation), row_multiple) * row_multiple  # noqa: E731
+  needed = [ceil_div(kind.valid, size) for kind, size in zip(transitions, sizes, strict=True)]
+  num_updates = functools.reduce(jnp.maximum, needed)
+
+  def take(kind: _Shuffled, start: jax.Array, size: int):
+    """Every `num_updates`-th valid row from `start`: `size` rows, their prompts, and a mask."""
+    position = start + num_updates * jnp.arange(size)
+    index = kind.order[jnp.minimum(position, kind.order.shape[0] - 1)]
+    picked = constrain(jax.tree.map(lambda v: v[index], (kind.rows, kind.prompt)))
+    return (*picked, (position < kind.valid).astype(jnp.float32))
+
+  def part_gradients(state: State, m: jax.Array, part: jax.Array):
+    def total(params):
+      taken = [
+        take(kind, m + num_updates * part * micro(size), micro(size))
+        for kind, size in zip(transitions, sizes, strict=True)
+      ]
+      loss, count, found = loss_fn(params, state.ref_params, *taken)
+      return loss, (count, found)
+
+    (loss, (count, found)), grads = jax.value_and_grad(total, has_aux=True)(state.params)
+    return grads, {"loss": (loss, count), **found}
+
+  def gradients(state: State, m: jax.Array):
+    grads, found = summed(lambda part: part_gradients(state, m, part), jnp.arange(accumulation))
+    return jax.tree.map(lambda g: g / jnp.maximum(found["loss"][1], 1.0), grads), found
+
+  def update(m, carry):
+    state, sums, norms = carry
+    grads, found = gradients(state, m)
+    state, norm = _apply(optimizer, found["loss"][0], grads, state)
+    return state, metrics_lib.add(sums, found), norms + norm
+
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradients, state, jnp.int32(0))[1])
+  state, sums, norms = jax.lax.fori_loop(0, num_updates, update, (state, zeros, jnp.zeros(())))
+  return state, {
+    **metrics_lib.divide(sums),
+    "grad_norm": norms / jnp.maximum(num_updates, 1),
+    "updates": num_updates.astype(jnp.float32),
+  }
+
+
 def spo_step(
   model: TextToImage,
   scorer: StepAwareCLIPModel,
@@ -226,83 +322,177 @@ def spo_step(
     )
     return jax.lax.stop_gradient(pairs), cond, uncond
 
-  def flatten(transitions: rollout.Transitions, key: jax.Array):
-    """Rows [B*G], the prompt of each, a random order with the valid rows in front, and their number."""
-    prompts, groups = transitions.valid.shape
-    flat = jax.tree.map(lambda v: v.reshape(prompts * groups, *v.shape[2:]), transitions)
-    rank = jax.random.uniform(key, flat.valid.shape) + jnp.where(flat.valid, 0.0, 1.0)
-    prompt = jnp.arange(prompts * groups) // groups
-    return flat, prompt, jnp.argsort(rank), jnp.sum(flat.valid)
-
-  def take(rows, start: jax.Array, stride: jax.Array, size: int):
-    """Every `stride`-th valid row from `start`: `size` rows, a mask, and their prompts."""
-    flat, prompt, order, valid = rows
-    position = start + stride * jnp.arange(size)
-    index = order[jnp.minimum(position, order.shape[0] - 1)]
-    picked = constrain(jax.tree.map(lambda v: v[index], (flat, prompt)))
-    return (*picked, (position < valid).astype(jnp.float32))
-
   def step(state: State, frozen: Any, batch: Any) -> tuple[State, Metrics]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     pairs, cond, uncond = make_pairs(state, frozen, batch, key)
-    shared = flatten(pairs.shared, named_key(key, "shuffle_shared"))
-    separate = flatten(pairs.separate, named_key(key, "shuffle_separate"))
-    size = min(minibatch, shared[0].valid.shape[0])
+    shared = _shuffled(pairs.shared, named_key(key, "shuffle_shared"))
+    separate = _shuffled(pairs.separate, named_key(key, "shuffle_separate"))
+    size = min(minibatch, shared.rows.valid.shape[0])
     size_separate = -(-size * pairs.separate.valid.shape[1] // pairs.shared.valid.shape[1])
-    ceil_div = lambda a, b: (a + b - 1) // b  # noqa: E731
-    # Rows of all micro-batches past the size of the minibatch are past the valid ones.
-    micro = lambda n: ceil_div(ceil_div(n, accumulation), row_multiple) * row_multiple  # noqa: E731
-    num_updates = jnp.maximum(ceil_div(shared[3], size), ceil_div(separate[3], size_separate))
 
-    def part_gradients(state: State, m: jax.Array, part: jax.Array):
-      def rows(transitions, size):
-        return take(transitions, m + num_updates * part * micro(size), num_updates, micro(size))
+    def loss(params, ref_params, shared, separate):
+      return transition_loss(
+        model,
+        pair_loss,
+        {**frozen, **params},
+        {**frozen, **ref_params},
+        shared,
+        separate,
+        cond,
+        uncond,
+        eta=eta,
+        guidance_scale=guidance_scale,
+        ratio_clip=ratio_clip,
+      )
 
-      def total(params):
-        loss, count, found = transition_loss(
-          model,
-          pair_loss,
-          {**frozen, **params},
-          {**frozen, **state.ref_params},
-          rows(shared, size),
-          rows(separate, size_separate),
-          cond,
-          uncond,
-          eta=eta,
-          guidance_scale=guidance_scale,
-          ratio_clip=ratio_clip,
-        )
-        return loss, (count, found)
-
-      (loss, (count, found)), grads = jax.value_and_grad(total, has_aux=True)(state.params)
-      return grads, {"loss": (loss, count), **found}
-
-    def gradients(state: State, m: jax.Array):
-      grads, found = summed(lambda part: part_gradients(state, m, part), jnp.arange(accumulation))
-      return jax.tree.map(lambda g: g / jnp.maximum(found["loss"][1], 1.0), grads), found
-
-    def update(m, carry):
-      state, sums, norms = carry
-      grads, found = gradients(state, m)
-      state, norm = _apply(optimizer, found["loss"][0], grads, state)
-      return state, metrics_lib.add(sums, found), norms + norm
-
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradients, state, jnp.int32(0))[1])
     before = state
-    state, sums, norms = jax.lax.fori_loop(0, num_updates, update, (state, zeros, jnp.zeros(())))
+    state, found = _minibatch_updates(
+      loss,
+      optimizer,
+      state,
+      (shared, separate),
+      (size, size_separate),
+      accumulation=accumulation,
+      constrain=constrain,
+      row_multiple=row_multiple,
+    )
     batch = {**batch, "latents": pairs.separate.next_w[:, -1]}
     state, finished = _finish(before, state, update_reference, frozen, batch, key)
-    found = metrics_lib.divide(sums)
     # An iteration without any valid pair changes nothing: its loss is that of an undecided pair.
-    found["loss"] = jnp.where(num_updates > 0, found["loss"], jnp.log(2.0))
+    found["loss"] = jnp.where(found["updates"] > 0, found["loss"], jnp.log(2.0))
     return state, {
       **found,
-      "grad_norm": norms / jnp.maximum(num_updates, 1),
-      "updates": num_updates.astype(jnp.float32),
       "valid_pairs": jnp.mean(pairs.shared.valid.astype(jnp.float32)),
       "reward": jnp.mean(pairs.scores[:, -1]),
       "reward_bin": jnp.mean(pairs.scores, axis=(0, 2)),
       "score_gap": jnp.mean(jnp.max(pairs.scores, axis=2) - jnp.min(pairs.scores, axis=2)),
+      **finished,
+    }
+
+  return step
+
+
+def trained_steps(num_inference_steps: int, timestep_fraction: float) -> int:
+  """How many steps of a sample `grpo_step` trains on."""
+  return max(1, round(timestep_fraction * num_inference_steps))
+
+
+def grpo_step(
+  model: TextToImage,
+  scorer: StepAwareCLIPModel,
+  optimizer: optax.GradientTransformation,
+  *,
+  seed: int,
+  num_inference_steps: int,
+  eta: float,
+  guidance_scale: float,
+  group_size: int,
+  advantage: str,
+  advantage_clip: float,
+  timestep_fraction: float,
+  ratio_clip: float,
+  kl_coef: float,
+  minibatch: int,
+  accumulation: int = 1,
+  update_reference: UpdateReference | None = None,
+  constrain: Callable[[Any], Any] = lambda tree: tree,
+  row_multiple: int = 1,
+) -> StepFn:
+  """One iteration of an online policy gradient: rollout, rewards, advantages and updates, without a host round trip.
+
+  GRPO (arXiv 2402.03300) on denoising steps, as DanceGRPO (arXiv 2505.07818) and Flow-GRPO (arXiv 2505.05470) have it;
+  DDPO (arXiv 2305.13301) with `advantage="batch"`, `group_size=1` and `kl_coef=0`. Of each prompt `group_size` samples
+  are drawn from noises of their own, and their images scored at time 0. All steps of all samples, or a share of them,
+  are shuffled and spread evenly over ceil(steps / minibatch) updates; each is used once. An update whose loss or
+  gradient is not finite is left out and counted in `skipped_updates`.
+
+  Args:
+    eta: of DDIM, above 0; the three methods take 1, 0.3 and another sampler of about 0.7.
+    advantage: "group", rewards less the mean of their prompt's samples, over their standard deviation (GRPO); "batch",
+      the same over all samples of the iteration (DDPO).
+    advantage_clip: bound of the advantages' size; 5 to 10 in the released trainers.
+    timestep_fraction: share of each sample's steps that is trained on, at random (0.6 in DanceGRPO, 1 in DDPO).
+    ratio_clip: eps of the clipped ratio; 1e-4 in all three, as log-densities are means over h, w, C.
+    kl_coef: weight of the KL to the reference; with 0 (DDPO, DanceGRPO) the reference is not called.
+    minibatch: steps of one update; the rest as of `spo_step`.
+  """
+  trained = trained_steps(num_inference_steps, timestep_fraction)
+
+  def make_steps(state: State, frozen: Any, batch: Any, key: jax.Array):
+    """The steps to train on; of each prompt rewards [B,G] and the best latents; and the conditioning."""
+    weights = {**frozen, **state.params}
+    prompts = batch["input_ids"].shape[0]
+    cond = model.encode_text(frozen, batch["input_ids"])
+    uncond = model.encode_empty(frozen, 1)
+    text = embed_prompts(scorer, frozen["spm"], batch["input_ids"])
+    of_samples = repeat_cond({"cond": cond, "text": text}, group_size)
+    eps = guided(lambda x, t, c: model.predict(weights, x, t, c), uncond, guidance_scale)
+    noise = jax.random.normal(named_key(key, "x_T"), (prompts * group_size, *model.latent_shape))
+    drawn = rollout.ddim_trajectories(
+      lambda x, t: eps(x, t, of_samples["cond"]),
+      model.schedule,
+      noise,
+      named_key(key, "rollout"),
+      num_steps=num_inference_steps,
+      eta=eta,
+    )
+    images = model.decode(frozen, drawn.x[:, -1])
+    reward = score_images(scorer, frozen["spm"], images, jnp.zeros(len(noise), jnp.int32), of_samples["text"])
+    of_group = group_size if advantage == "group" else len(noise)
+    advantages = losses.group_advantages(reward, group_size=of_group)
+    advantages = jnp.clip(advantages, -advantage_clip, advantage_clip)
+    # Of each sample the steps whose place in a random order of them is among the first.
+    place = jnp.argsort(jax.random.uniform(named_key(key, "timesteps"), drawn.log_prob.shape), axis=1)
+    every = lambda v, axis: jnp.broadcast_to(jnp.expand_dims(v, axis), drawn.log_prob.shape)  # noqa: E731
+    steps = rollout.Steps(
+      x=drawn.x[:, :-1],
+      next=drawn.x[:, 1:],
+      t=every(drawn.t, 0),
+      prev_t=every(drawn.prev_t, 0),
+      log_prob=drawn.log_prob,
+      advantage=every(advantages, 1),
+      valid=place < trained,
+    )
+    of_prompts = jax.tree.map(lambda v: v.reshape(prompts, -1, *v.shape[2:]), steps)
+    reward = reward.reshape(prompts, group_size)
+    latents = drawn.x[:, -1].reshape(prompts, group_size, *model.latent_shape)
+    best = jax.vmap(lambda x, r: x[jnp.argmax(r)])(latents, reward)
+    return jax.lax.stop_gradient((of_prompts, reward, best)), cond, uncond
+
+  def step(state: State, frozen: Any, batch: Any) -> tuple[State, Metrics]:
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    (steps, reward, best), cond, uncond = make_steps(state, frozen, batch, key)
+
+    def loss(params, ref_params, rows):
+      return policy_loss(
+        model,
+        {**frozen, **params},
+        {**frozen, **ref_params},
+        rows,
+        cond,
+        uncond,
+        eta=eta,
+        guidance_scale=guidance_scale,
+        ratio_clip=ratio_clip,
+        kl_coef=kl_coef,
+      )
+
+    before = state
+    state, found = _minibatch_updates(
+      loss,
+      optimizer,
+      state,
+      (_shuffled(steps, named_key(key, "shuffle")),),
+      (min(minibatch, reward.size * trained),),
+      accumulation=accumulation,
+      constrain=constrain,
+      row_multiple=row_multiple,
+    )
+    state, finished = _finish(before, state, update_reference, frozen, {**batch, "latents": best}, key)
+    return state, {
+      **found,
+      "reward": jnp.mean(reward),
+      "score_gap": jnp.mean(jnp.max(reward, axis=1) - jnp.min(reward, axis=1)),
       **finished,
     }
 

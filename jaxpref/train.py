@@ -127,7 +127,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   goodput = monitor.Goodput("start")
   config_lib.check(config)
   mesh = sharding.make_mesh(**config.mesh)
-  offline = config.objective != "spo"
+  offline = config.objective not in config_lib.ONLINE
   sharding.check_batch_size(mesh, config.batch_size, config.accumulation if offline else 1)
   folder = pathlib.Path(workdir)
   checkpoint.check_workdir(folder, config_lib.to_dict(config), may_change=MAY_CHANGE)

@@ -36,6 +36,7 @@ MOVING = {"reference.mode": "update", "logging.every": 4}  # 4 divides all tau, 
 # For --list, from the recipes' times on two idle cores: to start and compile, and UNet evaluations after that.
 START_MINUTES, EVALUATIONS_A_MINUTE = 0.7, 35_000
 D3PO = {"spo.pool_size": 2, "spo.warmup_steps": 1, "spo.inner_steps": 18, "spo.threshold": 0.0, "spo.minibatch": 1}
+DDPO = {"batch_size": 24, "grpo.group_size": 1, "grpo.advantage": "batch"}
 PARTS = {
   "A": "Diffusion-DPO with a moving reference and timestep-aware training (arXiv 2505.18736)",
   "B": "SPO (arXiv 2406.04314) and Diffusion-DPO",
@@ -90,6 +91,9 @@ VARIANTS = (
   Variant("mapo", "C", "dpo_tiny", {"loss.name": "mapo", "loss.beta": 0.1}),
   Variant("safeguard", "C", "dpo_tiny", {"loss.safeguard": 0.0}),
   Variant("kto", "C", "kto_tiny"),
+  # The same number of samples in an iteration, of 4 prompts and of 24.
+  Variant("grpo", "C", "grpo_tiny", baseline="spo"),
+  Variant("ddpo", "C", "grpo_tiny", DDPO, baseline="spo"),
   # One label for all steps of two trajectories that part after the first step: SPO with a single group.
   Variant("d3po", "C", "spo_tiny", D3PO, baseline="spo"),
 )
@@ -134,6 +138,7 @@ def evaluations(config: Any, valid: float = 1.0) -> float:
   the preference model. `valid` is the share of SPO's pairs above the threshold.
   """
   reference_free = config.objective == "dpo" and config.loss.name in ("mapo", "sft")
+  reference_free |= config.objective == "grpo" and not config.grpo.kl_coef
   update = (not reference_free) + 1 + 2  # reference, policy, and its backward pass
   if config.objective == "spo":
     s, after = config.spo, config.spo.num_inference_steps - config.spo.warmup_steps
@@ -141,6 +146,10 @@ def evaluations(config: Any, valid: float = 1.0) -> float:
     length = s.inner_steps + 1
     shared = after // length - (length == 1)  # of winner and loser, which share start and call
     step = 2 * config.batch_size * (rollout + valid * update * (shared + 2 * (after - shared)))
+  elif config.objective == "grpo":
+    g = config.grpo
+    trained = max(1, round(g.timestep_fraction * g.num_inference_steps))
+    step = 2 * config.batch_size * g.group_size * (g.num_inference_steps + update * trained)
   else:
     step = config.batch_size * update * (1 if config.objective == "kto" else 2)
   moves = config.num_steps // config.reference.tau if config.reference.mode == "update" else 0
@@ -165,9 +174,10 @@ def read_run(run: Run, folder: pathlib.Path) -> dict[str, Any] | None:
   results = json.loads((place / "results.json").read_text())
   metrics = [json.loads(m) for m in (place / "metrics.jsonl").read_text().splitlines() if m.endswith("}")]
   config, base, aligned = load_config(run.variant), results["base"], results["aligned"]
-  spo = config.objective == "spo"
+  spo, online = config.objective == "spo", config.objective in ("spo", "grpo")
   # The first row's time has what is done once; its step counts as the others do.
-  images = config.batch_size * (2 if config.objective in ("dpo", "tdpo") else 1)
+  of_batch = {"dpo": 2, "tdpo": 2, "grpo": config.grpo.group_size}
+  images = config.batch_size * of_batch.get(config.objective, 1)
   times = [(b["step"] - a["step"], images / b["images_per_second"]) for a, b in itertools.pairwise(metrics)]
   row |= {
     "preferred_share": aligned["preferred_share"]["mean"],
@@ -177,7 +187,7 @@ def read_run(run: Run, folder: pathlib.Path) -> dict[str, Any] | None:
     "protocol": results["protocol"],
     "minutes": sum(n * t for n, t in times) / sum(n for n, _ in times) * config.num_steps / 60,
     "evaluations": evaluations(config, float(np.mean([m["valid_pairs"] for m in metrics])) if spo else 1.0),
-    "updates": float(np.mean([m["updates"] for m in metrics])) * config.num_steps if spo else config.num_steps,
+    "updates": float(np.mean([m["updates"] for m in metrics])) * config.num_steps if online else config.num_steps,
   }
   if moved := [m for m in metrics if "divergence" in m]:
     passed = [b["divergence"] for a, b in itertools.pairwise(moved) if b["reference_updates"] > a["reference_updates"]]

@@ -102,7 +102,7 @@ def datasets(tmp_path_factory):
 @pytest.fixture
 def refused(tmp_path, monkeypatch, datasets):
   """refused(config) -> the sentence; asserts that no step was made and nothing written."""
-  for name in ("offline_step", "spo_step"):
+  for name in ("offline_step", "spo_step", "grpo_step"):
     monkeypatch.setattr(step, name, lambda *a, **k: pytest.fail("a step was made"))
   monkeypatch.setenv("JAXPREF_DATA_DIR", str(datasets))
 
@@ -166,6 +166,14 @@ def made(pipeline, monkeypatch):
       {"objective": "spo", "optimizer__schedule": "cosine", "preference_model": "x"},
       "optimizer.schedule='cosine'; expected constant for spo",
     ),
+    ({"objective": "grpo"}, "preference_model=None; expected the folder of a preference model"),
+    ({"objective": "grpo", "optimizer__schedule": "cosine"}, "optimizer.schedule='cosine'; expected constant for grpo"),
+    ({"objective": "grpo", "grpo__eta": 0.0}, r"grpo.eta=0.0; expected a number in \(0, 1\]: steps without noise"),
+    ({"objective": "grpo", "grpo__group_size": 1}, "grpo.group_size=1; expected at least 2 samples to compare"),
+    ({"objective": "grpo", "grpo__kl_coef": -0.1}, "grpo.kl_coef=-0.1; expected a number of at least 0"),
+    ({"objective": "grpo", "grpo__timestep_fraction": 0.0}, r"timestep_fraction=0.0; expected a share in \(0, 1\]"),
+    ({"objective": "grpo", "reference__mode": "update"}, "reference.mode='update'; expected frozen, as grpo.kl_coef"),
+    ({"grpo__advantage": "prompt"}, "grpo.advantage='prompt'; expected one of group, batch"),
     ({"model": "random:sd15-minature"}, "preset 'sd15-minature' is unknown, expected one of"),
   ],
   ids=lambda v: " ".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",

@@ -196,6 +196,28 @@ def test_the_smoke_variant_runs_end_to_end(name, tmp_path):
     assert (export / "model_index.json").is_file() and (export / "unet" / "config.json").is_file()
 
 
+@pytest.mark.parametrize("method", ["grpo", "ddpo"])
+def test_a_policy_gradient_runs_end_to_end(method, tmp_path):
+  """GRPO with a reference that moves, and DDPO, which has one sample a prompt and looks at no reference."""
+  c = recipe("grpo_tiny")
+  c.judge = None
+  config.smoke(c, "sd15-miniature")
+  c.update(num_steps=2)
+  c.grpo.update(num_inference_steps=3, minibatch=4)
+  if method == "grpo":
+    c.grpo.kl_coef = 0.1
+    c.reference.update(mode="update", tau=2, delta=1e9)
+  else:
+    c.grpo.update(group_size=1, advantage="batch")
+  assert train.run(c, str(tmp_path / "run")) == {}
+  rows = metrics.read(tmp_path / "run" / "metrics.jsonl")
+  assert [r["step"] for r in rows] == [1, 2]
+  assert all(r["updates"] == (3 if method == "grpo" else 2) and r["grad_norm"] > 0 for r in rows)
+  assert {"reward", "score_gap", "ratio", "clip_fraction", "loss_bin_00"} <= set(rows[0])
+  assert ("kl" in rows[0]) == (method == "grpo") and rows[-1].get("reference_updates", 0) == (method == "grpo")
+  assert (tmp_path / "run" / "export" / "model_index.json").is_file()
+
+
 # ---------------------------------------------------------------------------------------------
 # Fields that the recipes brought
 

@@ -13,7 +13,7 @@ from unittest import mock
 
 import jax
 
-OBJECTIVES = ("dpo", "tdpo", "spo", "spm")
+OBJECTIVES = ("dpo", "tdpo", "spo", "grpo", "spm")
 STEPS = 10
 LEARNING_RATE = 1e-4
 
@@ -34,7 +34,7 @@ def recipe(objective, mesh, model):
   # Each error, of about 1, is rounded to 6e-8; the published beta of 5000 would make 3e-4 of it in the loss.
   c.loss.beta = 10.0 if objective == "spo" else 20.0
   c.evaluation.num_prompts = 0
-  if objective in ("spo", "spm"):
+  if objective in ("spo", "grpo", "spm"):
     c.preference_model = "random:sd15-miniature"
   if objective == "spm":
     c.data.ties = "keep"
@@ -45,6 +45,10 @@ def recipe(objective, mesh, model):
   if objective == "spo":
     c.batch_size = 8
     c.spo.update(num_inference_steps=5, warmup_steps=1, pool_size=2, inner_steps=1, threshold=0.0, minibatch=16)
+  if objective == "grpo":
+    c.batch_size = 8
+    # A ratio that is clipped on one mesh and not on another would make other updates.
+    c.grpo.update(num_inference_steps=4, group_size=2, minibatch=24, kl_coef=0.1, ratio_clip=0.5)
   return c
 
 

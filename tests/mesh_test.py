@@ -1,5 +1,7 @@
 """The same training on any mesh and any number of processes: losses and parameters of ten steps of every objective."""
 
+import functools
+import json
 import os
 import pathlib
 import socket
@@ -10,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpref import checkpoint, metrics
-from tests import mesh_run
+from jaxpref import checkpoint, metrics, sharding
+from tests import mesh_run, rows_run
 
 TOLERANCE = 1e-5
 ONE = (1, 1, 1)
@@ -92,11 +94,47 @@ def test_a_mesh_changes_nothing(folder, on_one_device, objective, mesh):
   assert_same(left_by(mesh_run.workdir(folder, objective, mesh)), expected, objective)
 
 
+def start(arguments, processes, folder):
+  """Runs `python -m ARGUMENTS PORT NUM_PROCESSES PROCESS_ID` as so many processes; what each has printed."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  environment = dict(
+    os.environ, XLA_FLAGS="--xla_backend_optimization_level=0", PYTHONPATH=str(REPOSITORY), JAX_PLATFORMS="cpu"
+  )
+  logs = [folder / f"{arguments[0]}_{processes}_{i}.log" for i in range(processes)]
+  running = []
+  for i, log in enumerate(logs):
+    command = [sys.executable, "-m", *arguments, str(port), str(processes), str(i)]
+    with log.open("w") as file, log.with_suffix(".out").open("w") as out:
+      running.append(subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=out, stderr=file))
+  try:
+    codes = [process.wait(timeout=1500) for process in running]
+  finally:
+    for process in running:
+      process.kill()
+  assert codes == [0] * processes, logs[int(np.argmax(np.abs(codes)))].read_text()[-3000:]
+  return [log.with_suffix(".out").read_text() for log in logs]
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 2), (4, 1, 1)], ids=lambda sizes: "x".join(map(str, sizes)))
+def test_four_processes_hold_the_rows_of_one(sizes, tmp_path, monkeypatch):
+  """Those whose devices share a row, which `tensor` spreads over them, read the same one."""
+  monkeypatch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
+  rows = np.asarray(rows_run.batch_of((1, 1, 1))["record"])
+  found = [json.loads(text) for text in start(["tests.rows_run", ",".join(map(str, sizes))], 4, tmp_path)]
+  number = rows.size // (sizes[0] * sizes[1])
+  for process, pieces in enumerate(found):
+    ((place, records),) = pieces
+    assert place == process // sizes[2] * number
+    np.testing.assert_array_equal(records, rows[place : place + number])
+
+
 @pytest.mark.parametrize(
   ("mesh", "objectives"),
   [
     ((1, 2, 1), ("dpo",)),
-    pytest.param((1, 2, 1), ("tdpo", "spo", "spm"), marks=pytest.mark.slow),
+    pytest.param((1, 2, 1), ("tdpo", "spo", "grpo", "spm"), marks=pytest.mark.slow),
     pytest.param((2, 1, 2), mesh_run.OBJECTIVES, marks=pytest.mark.slow),
   ],
   ids=lambda value: "x".join(map(str, value)),
@@ -105,25 +143,7 @@ def test_the_number_of_processes_changes_nothing(folder, on_one_device, mesh, ob
   """One device each, so that parameters as well as batches are spread over processes."""
   expected = {objective: on_one_device(objective) for objective in objectives}
   processes = int(np.prod(mesh))
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  environment = dict(
-    os.environ, XLA_FLAGS="--xla_backend_optimization_level=0", PYTHONPATH=str(REPOSITORY), JAX_PLATFORMS="cpu"
-  )
-  arguments = [sys.executable, "-m", "tests.mesh_run", str(folder), ",".join(map(str, mesh)), ",".join(objectives)]
-  logs = [folder / f"processes_{processes}_{i}.log" for i in range(processes)]
-  running = []
-  for i, log in enumerate(logs):
-    with log.open("w") as file:
-      command = [*arguments, str(port), str(processes), str(i)]
-      running.append(subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=file, stderr=file))
-  try:
-    codes = [process.wait(timeout=1500) for process in running]
-  finally:
-    for process in running:
-      process.kill()
-  assert codes == [0] * processes, logs[int(np.argmax(np.abs(codes)))].read_text()[-3000:]
+  start(["tests.mesh_run", str(folder), ",".join(map(str, mesh)), ",".join(objectives)], processes, folder)
   for objective in objectives:
     workdir = folder / f"{objective}_{'x'.join(map(str, mesh))}_{processes}"
     assert_same(left_by(workdir), expected[objective], objective)

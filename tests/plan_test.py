@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import dpo_sd15, dpo_sdxl, spo_sd15, spo_sdxl
+from configs import dpo_sd15, dpo_sdxl, grpo_tiny, spo_sd15, spo_sdxl
 from jaxpref import build, plan, precompute, sharding, train
 
 MESH = sharding.make_mesh(devices=jax.devices()[:1])
@@ -77,6 +77,19 @@ def test_sizes_of_spo_are_the_published_ones():
   assert plan.unet_rows(sdxl, 4) == 2 * (1 + 2 * 2)  # guided: one shared, winner and loser of two others
   dpo = dpo_sdxl.get_config()
   assert plan.unet_rows(dpo, 16) == 2
+
+
+def test_sizes_of_grpo():
+  """4 prompts x 6 samples x 20 steps, of which a share is trained on, 120 at a time."""
+  config = grpo_tiny.get_config()
+  assert plan.updates(config) == 4 and plan.unet_rows(config, 1) == 2 * 120
+  config.update(accumulation=2)
+  config.grpo.update(timestep_fraction=0.6, guidance_scale=1.0)
+  assert plan.updates(config) == 3 and plan.unet_rows(config, 4) == 15
+  config.grpo.minibatch = 1000
+  assert plan.updates(config) == 1 and plan.grpo_minibatch(config) == 288
+  assert plan.updates(spo_sdxl.get_config()) == 8 and plan.updates(dpo_sdxl.get_config()) == 1
+  assert "--config.accumulation=4" in changed(grpo_tiny.get_config(), 2)
 
 
 def changed(config, devices):

@@ -1,4 +1,4 @@
-"""The sampler against diffusers', SPO's candidate pools against a step-by-step numpy rollout."""
+"""The sampler against diffusers', trajectories and SPO's candidate pools against step-by-step numpy rollouts."""
 
 import functools
 import math
@@ -142,12 +142,12 @@ def timesteps(num_steps):
   return t, [*t[1:], 0]
 
 
-def ddim_np(x, pred, t, prev_t):
-  """Mean and std of one ancestral step, from arXiv 2010.02502, Eq. 12 and 16, in float64."""
+def ddim_np(x, pred, t, prev_t, eta=1.0):
+  """Mean and std of one step, and x0, from arXiv 2010.02502, Eq. 12 and 16, in float64."""
   betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
   abar = np.cumprod(1.0 - betas)
   a, b = abar[t], abar[prev_t]
-  std = math.sqrt((1 - b) / (1 - a) * (1 - a / b))
+  std = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
   x0 = (x - math.sqrt(1 - a) * pred) / math.sqrt(a)
   return math.sqrt(b) * x0 + math.sqrt(1 - b - std**2) * pred, std, x0
 
@@ -387,6 +387,25 @@ def reference_rollout(x, key, *, num_steps, warmup_steps, pool_size, inner_steps
     fold = lambda parts: np.stack(parts).reshape(len(parts), batch, k, *SHAPE)
     yield fold(starts), fold(ends), scores, chosen
     x = pool.reshape(batch, k, *SHAPE)[np.arange(batch), chosen]
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.3])
+def test_trajectories_equal_a_loop_that_keeps_everything(eta):
+  """Latents, times and densities of every step, also of the last, whose std is positive."""
+  steps, x, key = 7, draw(1, PROMPTS, *SHAPE), jax.random.key(3)
+  found = rollout.ddim_trajectories(Stub().predict, SCHEDULE, jnp.asarray(x), key, num_steps=steps, eta=eta)
+  assert found.x.shape == (PROMPTS, steps + 1, *SHAPE) and found.log_prob.shape == (PROMPTS, steps)
+  t, prev_t = timesteps(steps)
+  assert found.t.tolist() == t and found.prev_t.tolist() == prev_t
+  np.testing.assert_array_equal(found.x[:, 0], x)
+  x = np.float64(x)
+  for i, k in enumerate(jax.random.split(key, steps)):
+    mean, std = ddim_np(x, predict_np(x, t[i]), t[i], prev_t[i], eta)[:2]
+    noise = normal(k, x.shape)
+    x = mean + std * noise
+    np.testing.assert_allclose(found.x[:, i + 1], x, rtol=1e-4, atol=1e-4)
+    log_prob = -0.5 * (noise**2).mean(axis=(1, 2, 3)) - math.log(std * math.sqrt(2 * math.pi))
+    np.testing.assert_allclose(found.log_prob[:, i], log_prob, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

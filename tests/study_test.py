@@ -117,6 +117,11 @@ def test_evaluations_by_hand():
   assert study.evaluations(config("dpo_quarter")) == 75 * 32 * 8
   assert study.evaluations(config("mapo")) == study.evaluations(config("sft")) == 300 * 32 * (2 + 4)
   assert study.evaluations(config("d3po")) == 40 * 8 * ((2 + 18 * 2) * 2 + (1 + 18 * 2) * 2 * 4)
+  # 24 samples of 20 guided steps; of the policy a forward and (twice) a backward pass of each step.
+  assert study.evaluations(config("grpo")) == study.evaluations(config("ddpo")) == 40 * 24 * 20 * 2 * (1 + 3)
+  some = config("grpo")
+  some.grpo.update(timestep_fraction=0.6, kl_coef=0.04)
+  assert study.evaluations(some) == 40 * 24 * 2 * (20 + 12 * 4)
   assert study.evaluations(config("kto")) == 300 * 64 * (1 + 1 + 2)
   # A move of the reference: two passes of 8 samples.
   assert study.evaluations(config("freeze_tau16")) == 300 * 32 * 8 + 18 * 16
@@ -215,6 +220,11 @@ def test_numbers_of_a_run(tmp_path):
   row = study.read_run(spo, tmp_path)
   assert row["minutes"] == pytest.approx(40 * 8 / 32 / 60)
   assert (row["updates"], row["evaluations"]) == (160, 40 * 8 * (130 + 68))
+  grpo = study.Run(study.BY_NAME["grpo"], 2e-5, 0, "test")
+  write(tmp_path, grpo)
+  row = study.read_run(grpo, tmp_path)
+  assert row["minutes"] == pytest.approx(40 * 24 / 32 / 60)  # pictures a second
+  assert (row["updates"], row["evaluations"]) == (160, 40 * 24 * 160)
   gated = study.Run(study.BY_NAME["freeze_tau16"], 2e-5, 0, "test")
   write(tmp_path, gated, divergences=[(1, 0.0, 0), (16, 0.002, 1), (32, 0.009, 1), (48, 0.004, 2), (64, 0.006, 2)])
   row = study.read_run(gated, tmp_path)

@@ -1,0 +1,30 @@
+"""GRPO (arXiv 2402.03300, on diffusion 2505.07818 and 2505.05470) on tiny-sd.
+
+    python -m jaxpref.main --config=configs/grpo_tiny.py
+
+Rewards are the shipped preference model's scores of the finished images. An iteration draws 4 prompts x 6 samples in 20
+guided UNet calls each, 480 in all, about as many as configs/spo_tiny.py (520). DDPO (arXiv 2305.13301), with the
+same number of samples, each of a prompt of its own:
+
+    python -m jaxpref.main --config=configs/grpo_tiny.py --workdir=runs/ddpo_tiny --config.batch_size=24 \\
+      --config.grpo.group_size=1 --config.grpo.advantage=batch
+"""
+
+from jaxpref.config import default
+
+
+def get_config():
+  """The recipe."""
+  config = default()
+  config.objective = "grpo"
+  config.model = "tiny-sd"
+  config.preference_model = "tiny-spm"
+  config.judge = "tiny-judge"
+  config.evaluation.guidance_scale = 3.5
+  config.update(num_steps=40, batch_size=4)
+  config.optimizer.update(learning_rate=2e-5, weight_decay=1e-4)
+  config.grpo.update(num_inference_steps=20, guidance_scale=3.5, group_size=6, ratio_clip=1e-3, minibatch=120)
+  config.logging.every = 1
+  config.checkpoint.every = 10
+  config.sample.every = 10
+  return config

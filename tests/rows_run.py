@@ -1,0 +1,36 @@
+"""Which records of a batch lie on this process's devices, as one of several; what mesh_test.py compares.
+
+    python -m tests.rows_run DATA,FSDP,TENSOR PORT NUM_PROCESSES PROCESS_ID
+
+Prints JSON: [place in the batch, records] of each of its devices.
+"""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+
+def batch_of(sizes):
+  """The first batch, 16 pairs of emoji, on a mesh of these sizes."""
+  from jaxpref import build, sharding
+  from tests import mesh_run
+
+  config = mesh_run.recipe("dpo", sizes, "random:sd15-miniature")
+  mesh = sharding.make_mesh(**config.mesh)
+  batches = build.offline_batches(config, 16, lambda texts: np.zeros((len(texts), 4), np.int32))
+  batch, _ = next(batches), batches.close()
+  return sharding.put_batch(mesh, batch)
+
+
+def main():
+  sizes, port, count, index = sys.argv[1:]
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(index))
+  record = batch_of(tuple(map(int, sizes.split(","))))["record"]
+  print(json.dumps([[shard.index[0].start or 0, shard.data.tolist()] for shard in record.addressable_shards]))
+
+
+if __name__ == "__main__":
+  main()
