@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -48,19 +49,25 @@ BATCH = {
 }
 
 
-def recipe(case: str, size: str, batch: int | None) -> Any:
-  """The config of a case: that of configs/, on random weights, and on the embedded data resized."""
+def recipe(case: str, size: str, batch: int | None, *, dtype: str | None = None, miniature: bool = False) -> Any:
+  """The config of a case: that of configs/, on random weights, and on the embedded data resized.
+
+  Args:
+    dtype: in the place of the recipe's.
+    miniature: of sd15 and sdxl take miniatures of their topology; tiny is one.
+  """
   import jax
 
   name, rank = CASES[case]
   real = "sdxl" if size == "smoke" else size
+  miniature = size == "smoke" or (miniature and size != "tiny")
   file = ROOT / "configs" / f"{name}_{real}.py"
   spec = importlib.util.spec_from_file_location(file.stem, file)
   assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  config = module.get_config("smoke") if size == "smoke" else module.get_config()
-  if size != "smoke":
+  config = module.get_config("smoke") if miniature else module.get_config()
+  if not miniature:
     if size != "tiny":
       config.model, config.vae_model = f"random:{size}", None
       if name in ("spo", "spm"):
@@ -72,14 +79,20 @@ def recipe(case: str, size: str, batch: int | None) -> Any:
     config.spo.threshold = 0.0
   elif batch:
     config.batch_size = batch * jax.device_count()
-  if rank is not None and size != "smoke":
-    config.lora.rank = rank
+  if rank is not None:
+    config.lora.rank = min(rank, 4) if miniature else rank
     if rank and name in ("dpo", "tdpo"):
       config.optimizer.name = "adamw"
-  elif rank is not None:
-    config.lora.rank = min(rank, 4)
+  elif case == "spo-lora" and not config.lora.rank:
+    config.lora.rank = 4  # the recipe trains all weights
+  config.dtype = dtype or config.dtype
   config.judge = None
   return config
+
+
+def resident_bytes() -> int:
+  """The most memory that this process has had resident; where JAX compiles, what that took is in it."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def matrix_peak() -> tuple[float, str]:
@@ -100,13 +113,13 @@ def matrix_peak() -> tuple[float, str]:
   return 10 * 2 * size**3 / min(seconds) * jax.device_count(), jnp.dtype(dtype).name
 
 
-def measure(case: str, size: str, batch: int | None, steps: int) -> dict[str, Any]:
+def measure(case: str, size: str, batch: int | None, steps: int, dtype: str | None = None) -> dict[str, Any]:
   """One row of OUT.json."""
   import jax
 
   from jaxpref import sharding
 
-  config = recipe(case, size, batch)
+  config = recipe(case, size, batch, dtype=dtype)
   mesh = sharding.make_mesh(**config.mesh)
   measured = (_sample if case == "sample" else _train)(config, mesh, steps)
   flop, seconds = measured.pop("flop"), measured.pop("seconds")
@@ -132,6 +145,7 @@ def measure(case: str, size: str, batch: int | None, steps: int) -> dict[str, An
     "share_of_peak": flop / median / peak,
     "peak_memory_gib": memory / 2**30,
     "memory_is": "measured" if any(s.get("peak_bytes_in_use") for s in statistics) else "the compiler's",
+    "resident_gib": resident_bytes() / 2**30,
     **measured,
     "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     "versions": {"jax": jax.__version__, "python": platform.python_version()},
@@ -187,15 +201,31 @@ def _train(config: Any, mesh: Any, steps: int) -> dict[str, Any]:
     "compiled_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
     "trained_parameters": parameters,
     "updates": float(metrics.get("updates", 1.0)),
+    **(_spo_counts(config, metrics) if config.objective == "spo" else {}),
   }
 
 
-def _plain_step(config: Any, mesh: Any) -> Callable[..., Any]:
-  """The step of a config, built on shapes alone."""
+def _spo_counts(config: Any, metrics: Any) -> dict[str, int]:
+  """What an iteration consisted of: every valid pair of a group gives as many transitions as the group has steps."""
+  from jaxpref import rollout
+
+  s = config.spo
+  calls = rollout.pool_calls(num_steps=s.num_inference_steps, warmup_steps=s.warmup_steps, pool_size=s.pool_size)
+  pairs = float(metrics["valid_pairs"]) * config.batch_size  # exact where all of them are valid
+  return {
+    "transitions": round(pairs * (s.num_inference_steps - s.warmup_steps)),
+    "rollout_calls_a_prompt": calls,
+  }
+
+
+def build_on_shapes(config: Any, batch_devices: int = 1) -> Any:
+  """The experiment of a config whose parameters are of no use: random ones are not even made."""
   import jax
 
-  from jaxpref import build, sharding, train
+  from jaxpref import build
 
+  if not config.model.startswith("random:"):
+    return build.build(config, batch_devices=batch_devices)
   built: list[Any] = []
 
   def shapes():
@@ -203,11 +233,19 @@ def _plain_step(config: Any, mesh: Any) -> Callable[..., Any]:
     for field in ("model", "preference_model"):
       if zeros[field] and zeros[field].startswith("random:"):
         zeros[field] = "zeros:" + zeros[field].removeprefix("random:")
-    built.append(build.build(zeros, batch_devices=sharding.batch_devices(mesh)))
+    built.append(build.build(zeros, batch_devices=batch_devices))
     return ()
 
   jax.eval_shape(shapes)
-  return train.make_step(config, built[0], train.make_optimizer(config)[0], mesh)
+  return built[0]
+
+
+def _plain_step(config: Any, mesh: Any) -> Callable[..., Any]:
+  """The step of a config, built on shapes alone."""
+  from jaxpref import sharding, train
+
+  experiment = build_on_shapes(config, sharding.batch_devices(mesh))
+  return train.make_step(config, experiment, train.make_optimizer(config)[0], mesh)
 
 
 def _sample(config: Any, mesh: Any, steps: int) -> dict[str, Any]:
@@ -283,11 +321,12 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument("--cases", nargs="+", choices=CASES, default=DEFAULT_CASES)
   parser.add_argument("--steps", type=int, default=20, help="timed steps (default: %(default)s)")
   parser.add_argument("--batch", type=int, help="pairs, prompts or images a device")
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the recipe's")
   parser.add_argument("--out", type=pathlib.Path, help="default: runs/bench_SIZE")
   parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
   args = parser.parse_args(arguments)
   if args.child:
-    args.out.write_text(json.dumps(measure(args.child, args.size, args.batch, args.steps)))
+    args.out.write_text(json.dumps(measure(args.child, args.size, args.batch, args.steps, args.dtype)))
     return
   out = args.out or pathlib.Path(f"runs/bench_{args.size}")
   out.parent.mkdir(parents=True, exist_ok=True)
@@ -298,6 +337,7 @@ def main(arguments: list[str] | None = None) -> None:
     row_file.unlink(missing_ok=True)
     options = ["--child", case, "--size", args.size, "--steps", str(args.steps), "--out", str(row_file.resolve())]
     options += ["--batch", str(args.batch)] if args.batch else []
+    options += ["--dtype", args.dtype] if args.dtype else []
     command = [sys.executable, str(ROOT / "scripts" / "bench.py"), *options]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True, env=environment)

@@ -1,0 +1,181 @@
+"""The step in PyTorch that jaxpref's speed is compared with is the same step, and the check sees when it is not."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxpref.models import presets
+from jaxpref.models.unet import UNetConfig
+from jaxpref.models.vae import VAEConfig
+from scripts import bench, bench_torch
+
+# Networks of one level, which compile in seconds.
+SMALL = dataclasses.replace(
+  presets.SD15_MINIATURE,
+  unet=UNetConfig(
+    sample_size=4,
+    down_block_types=("DownBlock2D",),
+    up_block_types=("UpBlock2D",),
+    block_out_channels=(8,),
+    layers_per_block=1,
+    attention_head_dim=2,
+    cross_attention_dim=16,
+    norm_num_groups=4,
+  ),
+  # Images of 4 x 4 pixels, which the preference model wants larger.
+  vae=VAEConfig(sample_size=4, block_out_channels=(4,), norm_num_groups=2, up_block_types=("UpDecoderBlock2D",)),
+  text_encoder=dataclasses.replace(
+    presets.SD15_MINIATURE.text_encoder, hidden_size=16, intermediate_size=32, num_hidden_layers=1
+  ),
+)
+
+
+def small_recipe(case, **fields):
+  config = bench_torch.check_recipe(case, "sd15")
+  config.remat = "none"
+  config.spo.update(num_inference_steps=6, warmup_steps=2, pool_size=3, inner_steps=1)
+  config.update_from_flattened_dict(fields)
+  return config
+
+
+@pytest.fixture(scope="module")
+def outcome_of(tmp_path_factory):
+  """case -> jaxpref's step and a folder with what it started from; each is computed once."""
+  pytest.importorskip("torch")
+  pytest.importorskip("diffusers")
+  pytest.importorskip("peft")
+  known = {}
+
+  def get(case):
+    if case not in known:
+      folder = tmp_path_factory.mktemp(case)
+      with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(presets.PRESETS, "sd15-miniature", SMALL)
+        known[case] = bench_torch.jax_outcome(case, "sd15", folder, small_recipe(case)), folder
+    return known[case]
+
+  return get
+
+
+def compared(outcome_of, case, **fields):
+  """What is different, by `disagreements`, between jaxpref's step and PyTorch's with other fields."""
+  ours, folder = outcome_of(case)
+  theirs = bench_torch.torch_outcome(case, "sd15", folder, small_recipe(case, **fields))
+  found = bench_torch.differences(ours, theirs)
+  return found, bench_torch.disagreements(found)
+
+
+@pytest.mark.parametrize("case", ["dpo-lora", "spo-full"])
+def test_both_compute_the_same_step(outcome_of, case):
+  found, bad = compared(outcome_of, case)
+  assert not bad
+  assert found["loss"] < 1e-4 and found["update"] < 1e-4
+  ours, _ = outcome_of(case)
+  assert abs(ours.loss - np.log(2)) > 1e-5  # the policy is not its reference
+  assert sum(np.any(v) for v in ours.change.values()) > 0.9 * len(ours.change)
+  if case == "spo-full":
+    assert ours.pairs[2].shape == (2, 2) and ours.pairs[2].all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["sd15", "smoke"])
+@pytest.mark.parametrize("case", bench_torch.CASES)
+def test_the_published_topologies_compute_the_same_step(case, size):
+  pytest.importorskip("torch")
+  assert not bench_torch.check(case, size)
+
+
+@pytest.mark.parametrize(
+  "case, field, value, seen",
+  [
+    ("dpo-lora", "loss.beta", 550.0, {"loss", "grad_norm"}),
+    ("dpo-lora", "lora.alpha", 5.0, {"loss", "grad_norm"}),
+    ("spo-full", "loss.beta", 11.0, {"grad_norm"}),
+    ("spo-full", "spo.guidance_scale", 5.5, {"scores", "update"}),
+  ],
+)
+def test_another_field_is_seen(outcome_of, case, field, value, seen):
+  """Gradients are clipped to a norm of 1, so what only scales them is not seen in the update."""
+  assert seen <= set(compared(outcome_of, case, **{field: value})[1])
+
+
+def test_a_swapped_winner_is_seen(outcome_of, monkeypatch):
+  load = bench_torch.load_batch
+
+  def swapped(*args):
+    batch, empty_ids = load(*args)
+    winner, loser = batch["winner"].clone(), batch["loser"].clone()
+    winner[0], loser[0] = batch["loser"][0], batch["winner"][0]
+    return batch | {"winner": winner, "loser": loser}, empty_ids
+
+  monkeypatch.setattr(bench_torch, "load_batch", swapped)
+  assert {"loss", "update"} <= set(compared(outcome_of, "dpo-lora")[1])
+
+
+def test_a_swapped_pair_is_seen(outcome_of, monkeypatch):
+  select = bench_torch.select_pair
+
+  def swapped(scores, threshold):
+    winner, loser, valid = select(scores, threshold)
+    return loser, winner, valid
+
+  monkeypatch.setattr(bench_torch, "select_pair", swapped)
+  assert {"other_pairs", "update"} <= set(compared(outcome_of, "spo-full")[1])
+
+
+@pytest.mark.parametrize("size, shared, separate, updates", [("sd15", 150, 10, 5), ("sdxl", 8, 24, 2)])
+def test_as_many_updates_as_jaxpref(size, shared, separate, updates):
+  """The recipes' minibatches: 37 and 3 transitions (SD1.5), 4 and 12 (SDXL)."""
+  config = bench.recipe("spo-lora", size, None)
+  config.batch_size = bench.BATCH[size]["spo"]
+  assert bench_torch.num_updates(config, shared, separate) == updates
+
+
+def test_shellcheck_finds_nothing_in_the_script():
+  shellcheck = pathlib.Path(sys.executable).with_name("shellcheck")
+  script = bench_torch.ROOT / "scripts" / "bench_vs_torch.sh"
+  done = subprocess.run([shellcheck, script], capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout
+
+
+# ---- The table -------------------------------------------------------------------------------------------------------
+
+
+def row(seconds, **fields):
+  ours = {"case": "spo-lora", "size": "tiny", "batch": 8, "dtype": "float32", "remat": "none", "rank": 4}
+  measured = {"seconds": [seconds] * 3, "seconds_a_step": seconds, "memory_is": "measured", "peak_memory_gib": 2.0}
+  counts = {"transitions": 128, "updates": 7.0, "trained_parameters": 10, "rollout_calls_a_prompt": 65}
+  return ours | measured | counts | {"devices": "1 x GPU", "versions": {"jax": "1"}} | fields
+
+
+TORCH = {"mode": "eager", "versions": {"torch": "2"}, "updates": 7}
+
+
+def write(folder, *rows):
+  files = []
+  for i, content in enumerate(rows):
+    files.append(folder / f"{i}.json")
+    files[-1].write_text(json.dumps([content]))
+  return files
+
+
+def test_the_table_has_ratio_and_spread(tmp_path):
+  files = write(tmp_path, row(1.0), row(2.0, **TORCH), row(1.25), row(3.0, **TORCH))
+  text = bench_torch.compare(files)
+  assert "| spo-lora tiny, eager | 8 | float32 | 1.12 | 2.5 | 2.22 (1.60 to 3.00, 2 x 2 runs) | 2.00, 2.00 |" in text
+  assert "128 transitions in 7 updates" in text and "jax 1, torch 2" in text
+
+
+@pytest.mark.parametrize("field, value", [("batch", 4), ("dtype", "bfloat16"), ("transitions", 127), ("updates", 6)])
+def test_unlike_runs_are_not_compared(tmp_path, field, value):
+  files = write(tmp_path, row(1.0), row(2.0, **(TORCH | {field: value})))
+  with pytest.raises(SystemExit, match=re.escape(f"error: spo-lora tiny: {field} is")):
+    bench_torch.compare(files)
+  with pytest.raises(SystemExit, match="by one of the two alone"):
+    bench_torch.compare(files[:1])
