@@ -46,7 +46,10 @@ PARTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """A recipe with changes, the variant it is compared with, and the one whose learning rate it takes ("": its own)."""
+  """A recipe with changes, the variant it is compared with, and the one whose learning rate it takes ("": its own).
+
+  `judged_by` names a preference model of MODELS, in the place of the recipe's.
+  """
 
   name: str
   part: str
@@ -54,6 +57,11 @@ class Variant:
   overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
   baseline: str = "dpo"
   tuned_as: str = ""
+  judged_by: str = ""
+
+
+# Preference models that variants need, by name: recipe and changes. Trained once, in runs/study/models/.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {"clean": ("spm_tiny", {"spm.step_aware": False})}
 
 
 def _moving(name: str, tau: int, config_file: str = "dpo_tiny", tuned_as: str = "", **reference: Any) -> Variant:
@@ -77,6 +85,7 @@ VARIANTS = (
   Variant("spo_loser", "B", "spo_tiny", {"spo.next_latent": "loser"}, baseline="spo"),
   Variant("spo_pool2", "B", "spo_tiny", {"spo.pool_size": 2}, baseline="spo"),
   Variant("spo_pool8", "B", "spo_tiny", {"spo.pool_size": 8}, baseline="spo"),
+  Variant("spo_clean", "B", "spo_tiny", {"spo.step_aware": False}, baseline="spo", judged_by="clean"),
   Variant("spo_reference", "B", "spo_tiny", {"reference.mode": "update", "reference.tau": 8}, baseline="spo"),
   Variant("dpo_quarter", "B", "dpo_tiny", {"num_steps": 75}, tuned_as="dpo"),
   Variant("dpo_half", "B", "dpo_tiny", {"num_steps": 150}, tuned_as="dpo"),
@@ -127,8 +136,15 @@ def load_config(variant: Variant) -> Any:
 
 
 def command(run: Run, folder: pathlib.Path) -> list[str]:
-  start = [sys.executable, "-m", "jaxpref.main", f"--config=configs/{run.variant.config_file}.py"]
-  return [*start, *(f"--config.{k}={v}" for k, v in run.fields().items()), f"--workdir={folder / run.path}"]
+  fields = run.fields()
+  if run.variant.judged_by:
+    fields["preference_model"] = folder / "models" / run.variant.judged_by / "export"
+  return _main(run.variant.config_file, fields, folder / run.path)
+
+
+def _main(config_file: str, fields: dict[str, Any], workdir: pathlib.Path) -> list[str]:
+  start = [sys.executable, "-m", "jaxpref.main", f"--config=configs/{config_file}.py"]
+  return [*start, *(f"--config.{k}={v}" for k, v in fields.items()), f"--workdir={workdir}"]
 
 
 def evaluations(config: Any, valid: float = 1.0) -> float:
@@ -237,26 +253,39 @@ def train(run: Run, folder: pathlib.Path, deadline: float) -> None:
   Raises:
     TimeoutError: the deadline came first; what was done is saved.
   """
+  if name := run.variant.judged_by:
+    model, (config_file, changes) = folder / "models" / name, MODELS[name]
+    if not (model / "results.json").is_file():
+      code, last = _call(_main(config_file, {"checkpoint.keep": 1} | changes, model), model, deadline)
+      if code or not (model / "results.json").is_file():
+        raise RuntimeError(f"{model} ended with status {code} and no results, see {model}.log: {last}")
   place = folder / run.path
+  code, last = _call(command(run, folder), place, deadline)
+  if code and "not finite" in last:
+    (place / "failed.txt").write_text(last + "\n")
+  elif code or not (place / "results.json").is_file():
+    raise RuntimeError(f"{run.path} ended with status {code} and no results, see {place}.log: {last}")
+  shutil.rmtree(place / "checkpoints", ignore_errors=True)  # ten times the size of the rest
+
+
+def _call(arguments: list[str], place: pathlib.Path, deadline: float) -> tuple[int, str]:
+  """(status, last line) of a training command, whose output goes to PLACE.log."""
   place.parent.mkdir(parents=True, exist_ok=True)
   file = pathlib.Path(f"{place}.log")
   environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
   with file.open("a") as log:
-    process = subprocess.Popen(command(run, folder), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
       process.wait(None if deadline == float("inf") else max(deadline - time.time(), 1.0))
     except subprocess.TimeoutExpired:
-      raise TimeoutError(f"{run.path} was not ready in time; it resumes with the next call") from None
+      what = f"{place.parent.name}/{place.name}"
+      raise TimeoutError(f"{what} was not ready in time; it resumes with the next call") from None
     finally:
       if process.poll() is None:
         process.terminate()  # upon which it saves and ends
         process.wait()
-  last = ([line for line in file.read_text(errors="replace").splitlines() if line.strip()] or ["no output"])[-1][:300]
-  if process.returncode and "not finite" in last:
-    (place / "failed.txt").write_text(last + "\n")
-  elif process.returncode or not (place / "results.json").is_file():
-    raise RuntimeError(f"{run.path} ended with status {process.returncode} and no results, see {file}: {last}")
-  shutil.rmtree(place / "checkpoints", ignore_errors=True)  # ten times the size of the rest
+  lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
+  return process.returncode, (lines or ["no output"])[-1][:300]
 
 
 def plan(variants: Sequence[Variant], folder: pathlib.Path, seeds: int) -> str:
@@ -407,8 +436,8 @@ samples at a time, of the reference that is proposed, also where it is then refu
 
 ![D of the proposed reference](study_divergence.png) ![Preferred share against cost](study_budget.png)
 """
-_CLEAN = """Not compared: the step-aware preference model with one of clean images. No option trains the latter (`spm`
-draws all timesteps), and tiny-clip, which it starts from, knows captions but no preference.
+_CLEAN = """spo_clean is judged by an ordinary preference model: the recipe of the step-aware one (configs/spm_tiny.py,
+from the same tiny-clip), trained on images without noise, and told time 0 at every step.
 """
 
 

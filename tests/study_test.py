@@ -181,6 +181,24 @@ def test_runs_are_made_once_and_in_order(tmp_path, monkeypatch):
   assert [r["seed"] for r in json.loads((tmp_path / "docs" / "study.json").read_text())["runs"]["ipo"]] == [0, 1]
 
 
+def test_a_preference_model_is_trained_once_and_judges(tmp_path, monkeypatch):
+  run = study.Run(study.BY_NAME["spo_clean"], 2e-5, 0, "test")
+  model = tmp_path / "models" / "clean"
+  assert f"--config.preference_model={model / 'export'}" in study.command(run, tmp_path)
+  seen = []
+
+  def main(config_file, fields, workdir):
+    seen.append((config_file, fields.get("spm.step_aware"), workdir))
+    (tmp_path / "made.json").write_text(json.dumps(files(run)))
+    return [sys.executable, "-S", "-c", FAKE, f"--workdir={workdir}"]
+
+  monkeypatch.setattr(study, "_main", main)
+  for seed in (0, 1):
+    study.train(study.Run(run.variant, 2e-5, seed, "test"), tmp_path, float("inf"))
+  assert seen[0] == ("spm_tiny", False, model)
+  assert [name for name, _, _ in seen] == ["spm_tiny", "spo_tiny", "spo_tiny"]
+
+
 def test_nan_is_a_result_and_other_errors_stop_the_study(tmp_path, monkeypatch):
   monkeypatch.setattr(study, "command", fake_command)
   run = study.Run(study.BY_NAME["ipo"], 1e-5, 0, "test")
