@@ -181,6 +181,7 @@ def run_chaos(tmp_path, *arguments):
   return json.loads(out.with_suffix(".json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(tmp_path):
   report = run_chaos(tmp_path, "--kills=3")
   assert report["passed"] and all(report["equal"].values()) and report["every_step_once"]
