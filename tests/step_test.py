@@ -457,10 +457,10 @@ def test_one_group_of_two_trajectories_is_d3po():
   pairs = jax.jit(draw)(start, jax.random.key(2))
   assert pairs.shared.t.shape == (prompts, 1) and pairs.separate.t.shape == (prompts, steps - 2)
   assert pairs.shared.valid.all() and pairs.score_t.tolist() == [0]
-  ends = pairs.separate.next_w[:, -1], pairs.separate.next_l[:, -1]
-  for side, best in zip(ends, (jnp.max, jnp.min), strict=True):
-    final = score(side, jnp.zeros(prompts, jnp.int32))
-    np.testing.assert_allclose(final, best(pairs.scores[:, 0], axis=1), rtol=1e-5, atol=1e-5)
+  final = jax.jit(lambda x: score(x, jnp.zeros(prompts, jnp.int32)))
+  for side, best in (("w", np.max), ("l", np.min)):
+    end = getattr(pairs.separate, f"next_{side}")[:, -1]
+    np.testing.assert_allclose(final(end), best(pairs.scores[:, 0], axis=1), rtol=1e-5, atol=1e-5)
 
   policy = {**FROZEN, "unet": jax.tree.map(lambda k: k * 1.02, FROZEN["unet"])}
 
@@ -475,22 +475,26 @@ def test_one_group_of_two_trajectories_is_d3po():
   )  # fmt: skip
   loss, count, _ = jax.jit(of_spo)(policy, FROZEN, shared=taken(pairs.shared), separate=taken(pairs.separate))
 
-  @functools.partial(jax.jit, static_argnums=(2, 3))
   def log_prob(weights, part, i, side):
     x, after = getattr(part, f"x_{side}")[:, i], getattr(part, f"next_{side}")[:, i]
     pred = model.predict(weights, x, part.t[:, i], cond)
     mean, std = diffusion.ddim_mean_std(model.schedule, pred, x, part.t[:, i], part.prev_t[:, i], eta=1.0)
     return diffusion.gaussian_log_prob(after, mean, std)
 
-  expected = 0.0
-  first_is_better = jnp.arange(prompts) % 2  # the trajectories of a pair in either order
-  for part, i in [(pairs.shared, 0), *((pairs.separate, i) for i in range(steps - 2))]:
-    of = {side: (log_prob(policy, part, i, side), log_prob(FROZEN, part, i, side)) for side in "wl"}
-    pick = lambda a, b: jnp.where(first_is_better > 0, a, b)  # noqa: E731
-    zero, one = ([pick(a, b) for a, b in zip(of[x], of[y], strict=True)] for x, y in ("wl", "lw"))
-    expected += losses.d3po_loss(*zero, *one, first_is_better.astype(jnp.float32), beta=0.1, eps=0.1).sum()
+  @jax.jit
+  def of_d3po(policy):
+    total = 0.0
+    first_is_better = jnp.arange(prompts) % 2  # the trajectories of a pair in either order
+    for part, i in [(pairs.shared, 0), *((pairs.separate, i) for i in range(steps - 2))]:
+      of = {side: (log_prob(policy, part, i, side), log_prob(FROZEN, part, i, side)) for side in "wl"}
+      pick = lambda a, b: jnp.where(first_is_better > 0, a, b)
+      zero, one = ([pick(a, b) for a, b in zip(of[x], of[y], strict=True)] for x, y in ("wl", "lw"))
+      total += losses.d3po_loss(*zero, *one, first_is_better.astype(jnp.float32), beta=0.1, eps=0.1).sum()
+    return total
+
   assert count == prompts * (steps - 1)
-  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+  assert abs(loss - count * math.log(2)) > 1e-3
+  np.testing.assert_allclose(loss, of_d3po(policy), rtol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------
