@@ -48,7 +48,7 @@ def recipe(objective, mesh, model):
   if objective == "grpo":
     c.batch_size = 8
     # A ratio that is clipped on one mesh and not on another would make other updates.
-    c.grpo.update(num_inference_steps=4, group_size=2, minibatch=24, kl_coef=0.1, ratio_clip=0.5)
+    c.grpo.update(num_inference_steps=4, group_size=2, minibatch=32, kl_coef=0.1, ratio_clip=0.5)
   return c
 
 
