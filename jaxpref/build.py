@@ -489,7 +489,7 @@ def _text_to_image(config: Config, sharding: weights.Sharding, vae_slicing: int 
   num_classes = max(emoji.num_classes(config.data.subset), config.evaluation.candidates)
   judge, judge_params = load_judge(config.judge, style=config.data.preferred_style, num_classes=num_classes)
   reference_free = config.objective in ("dpo", "tdpo") and config.loss.name in objectives.REFERENCE_FREE
-  has_reference = config.objective != "denoise" and not reference_free
+  has_reference = config.objective != "denoise"  # a loss that calls none is compared with it in the end
   if config.reference.mode == "frozen":  # Only a moving reference needs the pre-trained weights beside it.
     frozen = {k: v for k, v in frozen.items() if k not in params}
 

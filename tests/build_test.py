@@ -57,3 +57,12 @@ def test_remat_reaches_the_network():
   assert build.build(recipe(remat="none, block,full")).model.unet.remat == ("none", "block", "full")
   with pytest.raises(ValueError, match="config.remat='blocks'; expected one of none, attention, block, full"):
     config.check(recipe(remat="blocks"))
+
+
+def test_a_loss_without_a_reference_is_compared_with_the_base_model_all_the_same():
+  c = config.default()
+  c.update(objective="dpo", model="random:sd15-miniature")
+  c.loss.update(name="mapo", beta=0.1)
+  experiment = build.build(c)
+  assert experiment.has_reference
+  assert experiment.objective is not None and experiment.objective.divergence is None
