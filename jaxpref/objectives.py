@@ -133,7 +133,8 @@ def denoised_loss(
   """
 
   def dspo(p: DenoisedPair) -> jax.Array:
-    assert p.ref_pred_w is not None
+    if p.ref_pred_w is None:
+      raise ValueError("dspo compares with the reference's predictions; expected reference_free=False.")
     return losses.dspo_loss(p.pred_w, p.ref_pred_w, p.target_w, p.reward_w, p.reward_l, beta=beta, weight=p.weight)
 
   known: dict[str, DenoisedLoss] = {

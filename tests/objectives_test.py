@@ -333,6 +333,12 @@ def test_a_safeguard_holds_back_the_losers_gradient():
   assert norms[1.0] > norms[0.0] > 0 and norms[None] == 0
 
 
+def test_dspo_needs_a_reference():
+  objective = objectives.dpo(MODEL, objectives.denoised_loss("dspo", beta=0.001), reference_free=True)
+  with pytest.raises(ValueError, match="dspo compares with the reference"):
+    objective.loss(NEAR, {}, FROZEN, decided(6), KEY)
+
+
 def test_unknown_pair_loss_is_named():
   with pytest.raises(ValueError, match="loss.name='sigmod'.*sigmoid, robust, ipo, hinge"):
     objectives.pair_loss("sigmod", beta=1.0)
