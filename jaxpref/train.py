@@ -306,7 +306,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   if experiment.evaluable and experiment.judge is not None and config.evaluation.num_prompts:
     results = _evaluate(config, experiment, mesh, frozen, state, folder)
   if results and jax.process_index() == 0:
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    unfinished = folder / "results.json.partial"
+    unfinished.write_text(json.dumps(results, indent=2) + "\n")
+    unfinished.replace(folder / "results.json")  # which is there only when it is whole
     _say(str(results.get("table", json.dumps(results))))
     _say(f"results, pictures and curves are in {folder}")
   _say(str(goodput))

@@ -3,6 +3,7 @@
     python scripts/study.py --list            # the plan: runs that are left, and hours on two idle CPU cores
     python scripts/study.py                   # all runs that are left, then the report
     python scripts/study.py --until 18:30     # stops at that time, also in the middle of a run
+    python scripts/study.py --workers 1       # one run at a time, on all cores; by default one on each core
     python scripts/study.py --only "B spo"    # only variants whose part and name contain this
     python scripts/study.py --report          # only the report, of what is done; it names what is missing
 
@@ -20,8 +21,10 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -247,7 +250,61 @@ def remaining(variants: Sequence[Variant], folder: pathlib.Path, seeds: int) -> 
     yield from (r for r in test_runs(variant, folder, seeds)[seed : seed + 1] if read_run(r, folder) is None)
 
 
-def train(run: Run, folder: pathlib.Path, deadline: float) -> None:
+def train_all(
+  variants: Sequence[Variant], folder: pathlib.Path, seeds: int, deadline: float = float("inf"), workers: int = 1
+) -> None:
+  """Trains what remains, `workers` runs at a time, each on a core of its own if there are several.
+
+  Raises:
+    Any error of `train` but TimeoutError, when the other runs have ended.
+  """
+  begun: set[str] = set()
+  changed = threading.Condition()
+
+  def take() -> Run | None:
+    """The next run; waits while only a learning rate that is being chosen holds up the rest."""
+    with changed:
+      while True:
+        left = [run for run in remaining(variants, folder, seeds) if run.path not in begun]
+        if left or not running or stopped.is_set() or time.time() >= deadline:
+          break
+        changed.wait(1.0)
+      if not left or stopped.is_set() or time.time() >= deadline:
+        return None
+      begun.add(left[0].path)
+      running.add(left[0].path)
+      return left[0]
+
+  def work(core: int | None) -> None:
+    while run := take():
+      print(f"{datetime.datetime.now():%H:%M:%S} {run.path} ...", file=sys.stderr, flush=True)
+      try:
+        train(run, folder, deadline, core)
+      except TimeoutError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+      except BaseException:
+        stopped.set()
+        raise
+      finally:
+        with changed:
+          running.discard(run.path)
+          changed.notify_all()
+
+  running: set[str] = set()
+  stopped = threading.Event()
+  cores: list[int | None] = [None] * workers
+  if workers > 1 and hasattr(os, "sched_getaffinity"):
+    own = sorted(os.sched_getaffinity(0))
+    cores = [own[i % len(own)] for i in range(workers)]
+  with futures.ThreadPoolExecutor(workers) as pool:
+    for done in [pool.submit(work, core) for core in cores]:
+      done.result()
+
+
+_MODEL = threading.Lock()
+
+
+def train(run: Run, folder: pathlib.Path, deadline: float, core: int | None = None) -> None:
   """Trains and evaluates. A loss that stays NaN is a result, too, in failed.txt; any other error is raised.
 
   Raises:
@@ -255,12 +312,13 @@ def train(run: Run, folder: pathlib.Path, deadline: float) -> None:
   """
   if name := run.variant.judged_by:
     model, (config_file, changes) = folder / "models" / name, MODELS[name]
-    if not (model / "results.json").is_file():
-      code, last = _call(_main(config_file, {"checkpoint.keep": 1} | changes, model), model, deadline)
-      if code or not (model / "results.json").is_file():
-        raise RuntimeError(f"{model} ended with status {code} and no results, see {model}.log: {last}")
+    with _MODEL:
+      if not (model / "results.json").is_file():
+        code, last = _call(_main(config_file, {"checkpoint.keep": 1} | changes, model), model, deadline, core)
+        if code or not (model / "results.json").is_file():
+          raise RuntimeError(f"{model} ended with status {code} and no results, see {model}.log: {last}")
   place = folder / run.path
-  code, last = _call(command(run, folder), place, deadline)
+  code, last = _call(command(run, folder), place, deadline, core)
   if code and "not finite" in last:
     (place / "failed.txt").write_text(last + "\n")
   elif code or not (place / "results.json").is_file():
@@ -268,13 +326,15 @@ def train(run: Run, folder: pathlib.Path, deadline: float) -> None:
   shutil.rmtree(place / "checkpoints", ignore_errors=True)  # ten times the size of the rest
 
 
-def _call(arguments: list[str], place: pathlib.Path, deadline: float) -> tuple[int, str]:
+def _call(arguments: list[str], place: pathlib.Path, deadline: float, core: int | None) -> tuple[int, str]:
   """(status, last line) of a training command, whose output goes to PLACE.log."""
   place.parent.mkdir(parents=True, exist_ok=True)
   file = pathlib.Path(f"{place}.log")
   environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
   with file.open("a") as log:
     process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    if core is not None:
+      os.sched_setaffinity(process.pid, {core})  # before it starts threads, which inherit it
     try:
       process.wait(None if deadline == float("inf") else max(deadline - time.time(), 1.0))
     except subprocess.TimeoutExpired:
@@ -479,6 +539,7 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument("--until", help="HH:MM of today, when to stop")
   parser.add_argument("--only", default="", help="variants whose part and name contain this; the report has all")
   parser.add_argument("--seeds", type=int, default=5)
+  parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time (default: %(default)s)")
   parser.add_argument("--list", action="store_true", help="print the plan, run nothing")
   parser.add_argument("--report", action="store_true", help="run nothing, write the report")
   parser.add_argument("--runs", type=pathlib.Path, default=ROOT / "runs" / "study", help="default: %(default)s")
@@ -493,15 +554,8 @@ def main(arguments: list[str] | None = None) -> None:
   if args.until:
     hour = datetime.datetime.strptime(args.until, "%H:%M").time()
     deadline = datetime.datetime.combine(datetime.date.today(), hour).timestamp()
-  for run in () if args.report else remaining(variants, folder, args.seeds):
-    if time.time() >= deadline:
-      break
-    print(f"{datetime.datetime.now():%H:%M:%S} {run.path} ...", file=sys.stderr, flush=True)
-    try:
-      train(run, folder, deadline)
-    except TimeoutError as error:
-      print(f"stopped: {error}", file=sys.stderr)
-      break
+  if not args.report:
+    train_all(variants, folder, args.seeds, deadline, args.workers)
   study = collect(folder, args.seeds)
   args.docs.mkdir(parents=True, exist_ok=True)
   plots(study, args.docs)

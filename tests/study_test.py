@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import os
 import pathlib
 import re
 import sys
@@ -168,7 +169,18 @@ def fake_command(run, folder):
 def test_runs_are_made_once_and_in_order(tmp_path, monkeypatch):
   monkeypatch.setattr(study, "command", fake_command)
   monkeypatch.setattr(study, "plots", lambda *_: None)
-  study_of = ["--only", "C ipo", "--seeds", "2", "--runs", str(tmp_path), "--docs", str(tmp_path / "docs")]
+  study_of = [
+    "--only",
+    "C ipo",
+    "--seeds",
+    "2",
+    "--runs",
+    str(tmp_path),
+    "--docs",
+    str(tmp_path / "docs"),
+    "--workers",
+    "1",
+  ]
   study.main([*study_of, "--until", "00:00"])
   assert not (tmp_path / "calls.txt").exists()
   study.main(study_of)
@@ -179,6 +191,26 @@ def test_runs_are_made_once_and_in_order(tmp_path, monkeypatch):
   study.main(study_of)
   assert (tmp_path / "calls.txt").read_text().split() == [*expected, expected[-1]]
   assert [r["seed"] for r in json.loads((tmp_path / "docs" / "study.json").read_text())["runs"]["ipo"]] == [0, 1]
+
+
+def test_two_runs_at_a_time_make_the_same_runs_once_each(tmp_path, monkeypatch):
+  """And wait for the learning rates that others are choosing."""
+
+  def command(run, folder):
+    name = run.path.replace("/", "_") + ".json"
+    (folder / name).write_text(json.dumps(files(run)))
+    return [sys.executable, "-S", "-c", FAKE.replace("made.json", name), f"--workdir={folder / run.path}"]
+
+  monkeypatch.setattr(study, "command", command)
+  monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+  pinned = []
+  monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: pinned.append(cores))
+  variants = [study.BY_NAME["ipo"], study.BY_NAME["hinge"]]
+  study.train_all(variants, tmp_path, 2, workers=2)
+  calls = (tmp_path / "calls.txt").read_text().split()
+  assert sorted(calls) == sorted(set(calls)) and len(calls) == 2 * (3 + 2)
+  assert not list(study.remaining(variants, tmp_path, 2))
+  assert {0} in pinned and {1} in pinned and len(pinned) == len(calls)
 
 
 def test_a_preference_model_is_trained_once_and_judges(tmp_path, monkeypatch):
