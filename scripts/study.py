@@ -34,7 +34,8 @@ FACTORS = (0.5, 1.0, 2.0)  # of the recipe's learning rate
 TUNING_SEED = 100
 ALLOWED_FALL = 0.02  # of caption accuracy against the base model, in tuning
 NO_GATE = 1e9  # a delta that no divergence exceeds
-COMMON = {"sample.every": 0, "checkpoint.keep": 1}  # pictures during training would count as training time
+# Pictures and checkpoints during training would count as its time; what is stopped is saved all the same.
+COMMON = {"sample.every": 0, "checkpoint.keep": 1, "checkpoint.every": 100_000}
 MOVING = {"reference.mode": "update", "logging.every": 4}  # 4 divides all tau, so that every move is logged
 # For --list, from the recipes' times on two idle cores: to start and compile, and UNet evaluations after that.
 START_MINUTES, EVALUATIONS_A_MINUTE = 0.7, 35_000
