@@ -30,8 +30,10 @@ from typing import Any
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-FACTORS = (0.5, 1.0, 2.0)  # of the recipe's learning rate
+FACTORS = (1.0, 2.0, 4.0)  # of the recipe's learning rate
+STEPS = {"dpo_tiny": 150, "tdpo_tiny": 150, "kto_tiny": 150, "spo_tiny": 20, "grpo_tiny": 20}  # half of the recipes'
 TUNING_SEED = 100
+TUNING_PICTURES = 2  # of a prompt
 ALLOWED_FALL = 0.02  # of caption accuracy against the base model, in tuning
 NO_GATE = 1e9  # a delta that no divergence exceeds
 # Pictures and checkpoints during training would count as its time; what is stopped is saved all the same.
@@ -91,10 +93,10 @@ VARIANTS = (
   Variant("spo_pool8", "B", "spo_tiny", {"spo.pool_size": 8}, baseline="spo"),
   Variant("spo_clean", "B", "spo_tiny", {"spo.step_aware": False}, baseline="spo", judged_by="clean"),
   Variant("spo_reference", "B", "spo_tiny", {"reference.mode": "update", "reference.tau": 8}, baseline="spo"),
-  Variant("dpo_quarter", "B", "dpo_tiny", {"num_steps": 75}, tuned_as="dpo"),
-  Variant("dpo_half", "B", "dpo_tiny", {"num_steps": 150}, tuned_as="dpo"),
-  Variant("spo_quarter", "B", "spo_tiny", {"num_steps": 10}, baseline="dpo_quarter", tuned_as="spo"),
-  Variant("spo_half", "B", "spo_tiny", {"num_steps": 20}, baseline="dpo_half", tuned_as="spo"),
+  Variant("dpo_quarter", "B", "dpo_tiny", {"num_steps": 38}, tuned_as="dpo"),
+  Variant("dpo_half", "B", "dpo_tiny", {"num_steps": 75}, tuned_as="dpo"),
+  Variant("spo_quarter", "B", "spo_tiny", {"num_steps": 5}, baseline="dpo_quarter", tuned_as="spo"),
+  Variant("spo_half", "B", "spo_tiny", {"num_steps": 10}, baseline="dpo_half", tuned_as="spo"),
   Variant("sft", "C", "dpo_tiny", {"loss.name": "sft"}),
   Variant("smoothed", "C", "dpo_tiny", {"loss.label_smoothing": 0.1}),
   Variant("robust", "C", "dpo_tiny", {"loss.name": "robust", "loss.label_smoothing": 0.1}),
@@ -129,13 +131,20 @@ class Run:
 
   def fields(self) -> dict[str, Any]:
     own = {"seed": self.seed, "optimizer.learning_rate": self.learning_rate, "evaluation.split": self.split}
-    return COMMON | self.variant.overrides | own
+    if self.split == "validation":
+      own["evaluation.seeds_per_prompt"] = TUNING_PICTURES
+    return changes(self.variant) | own
+
+
+def changes(variant: Variant) -> dict[str, Any]:
+  """What a variant's runs change of the recipe."""
+  return COMMON | {"num_steps": STEPS[variant.config_file]} | variant.overrides
 
 
 def load_config(variant: Variant) -> Any:
-  """The recipe with the variant's overrides."""
+  """The recipe with the variant's changes."""
   config = importlib.import_module(f"configs.{variant.config_file}").get_config()
-  config.update_from_flattened_dict(COMMON | variant.overrides)
+  config.update_from_flattened_dict(changes(variant))
   return config
 
 
@@ -195,17 +204,17 @@ def read_run(run: Run, folder: pathlib.Path) -> dict[str, Any] | None:
   metrics = [json.loads(m) for m in (place / "metrics.jsonl").read_text().splitlines() if m.endswith("}")]
   config, base, aligned = load_config(run.variant), results["base"], results["aligned"]
   spo, online = config.objective == "spo", config.objective in ("spo", "grpo")
-  # The first row's time has what is done once; its step counts as the others do.
+  # The first row's time has what is done once. The median, since other work on the machine may have slowed some.
   of_batch = {"dpo": 2, "tdpo": 2, "grpo": config.grpo.group_size}
   images = config.batch_size * of_batch.get(config.objective, 1)
-  times = [(b["step"] - a["step"], images / b["images_per_second"]) for a, b in itertools.pairwise(metrics)]
+  times = [images / m["images_per_second"] for m in metrics[1:]]
   row |= {
     "preferred_share": aligned["preferred_share"]["mean"],
     "win_rate": results["win_rate"],
     "caption_accuracy_change": results["caption_accuracy_change"],
     "base_preferred_share": base["preferred_share"]["mean"],
     "protocol": results["protocol"],
-    "minutes": sum(n * t for n, t in times) / sum(n for n, _ in times) * config.num_steps / 60,
+    "minutes": float(np.median(times)) * config.num_steps / 60,
     "evaluations": evaluations(config, float(np.mean([m["valid_pairs"] for m in metrics])) if spo else 1.0),
     "updates": float(np.mean([m["updates"] for m in metrics])) * config.num_steps if online else config.num_steps,
   }
@@ -418,6 +427,7 @@ def markdown(study: dict[str, Any]) -> str:
   """docs/study.md."""
   runs = {name: [r for r in rows if "failed" not in r] for name, rows in study["runs"].items()}
   rule = {"factors": ", ".join(map(str, FACTORS)), "seed": TUNING_SEED, "fall": f"{100 * ALLOWED_FALL:g}"}
+  rule["pictures"] = TUNING_PICTURES
   lines = [_HEAD.format(n=study["seeds"], p=2 / 2 ** study["seeds"], **rule)]
   if done := [r for rows in runs.values() for r in rows]:
     text = "{num_prompts} prompts x {seeds_per_prompt} image seeds, {num_inference_steps} steps, guidance"
@@ -485,12 +495,13 @@ _HEAD = """# Study of methods on tiny-sd
 Made by `python scripts/study.py`; all numbers are in study.json. Learning rates: of {factors} times the
 recipe's, with seed {seed} on the validation prompts, that of the highest preferred share among those whose caption
 accuracy falls by at most {fall} points against base (if there is none, those that fall least); of equal ones the
-smaller. Variants of tau alone take the rate of tau 16, shorter runs that of the full one. All else is the recipe's.
-Then {n} seeds, judged on the test prompts by the judge, which no training sees.
+smaller; there with {pictures} pictures of a prompt. Variants of tau alone take the rate of tau 16, shorter runs that of
+the full one. Runs have half of the updates or iterations of the recipes (configs/*_tiny.py); all else is theirs. Then {n} seeds, judged on the test prompts by the judge, which no training sees.
 
 Numbers are means over seeds (lowest to highest). All have as many updates as Diffusion-DPO, or as many iterations as
 SPO (quarter and half: 1/4 and 1/2 of them); KTO sees as many images as there are in the pairs. Caption accuracy is the
-change against base. Minutes are those of training alone, on a machine that may have had other work. UNet evaluations
+change against base. Minutes are those of training alone, by the median step, on one core of a machine that may have had
+other work. UNet evaluations
 are those of one sample in training, as the README counts them. p is of the exact two-sided sign-flip test over seeds, a
 weak one: with {n} seeds it cannot be below {p:.3g}. D is what the gate reads: a running mean of err_ref - err_init, 8
 samples at a time, of the reference that is proposed, also where it is then refused; reinit sets it to 0.
