@@ -423,11 +423,12 @@ def _table(head: str, rows: Sequence[Sequence[Any]]) -> list[str]:
   return [f"| {head} |", *lines, ""]
 
 
-def markdown(study: dict[str, Any]) -> str:
-  """docs/study.md."""
+def markdown(study: dict[str, Any], conclusions: str = "") -> str:
+  """docs/study.md; the conclusions are written by hand, in docs/study_conclusions.md."""
   runs = {name: [r for r in rows if "failed" not in r] for name, rows in study["runs"].items()}
-  rule = {"factors": ", ".join(map(str, FACTORS)), "seed": TUNING_SEED, "fall": f"{100 * ALLOWED_FALL:g}"}
-  rule["pictures"] = TUNING_PICTURES
+  rule: dict[str, Any] = {"factors": ", ".join(map(str, FACTORS)), "seed": TUNING_SEED}
+  rule |= {"fall": f"{100 * ALLOWED_FALL:g}", "pictures": TUNING_PICTURES}
+  rule["conclusions"] = conclusions and f"## Conclusions\n\n{conclusions}\n## Numbers\n\n"
   lines = [_HEAD.format(n=study["seeds"], p=2 / 2 ** study["seeds"], **rule)]
   if done := [r for rows in runs.values() for r in rows]:
     text = "{num_prompts} prompts x {seeds_per_prompt} image seeds, {num_inference_steps} steps, guidance"
@@ -492,19 +493,20 @@ _COLUMNS |= {"minutes": ".1f", "evaluations": ",.0f"}
 _D = {"last_d": ".4f", "largest_d": ".4f", "accepted_d": ".4f", "moves": ".0f"}
 _HEAD = """# Study of methods on tiny-sd
 
-Made by `python scripts/study.py`; all numbers are in study.json. Learning rates: of {factors} times the
-recipe's, with seed {seed} on the validation prompts, that of the highest preferred share among those whose caption
+Made by `python scripts/study.py`; all numbers are in study.json. Runs have half of the updates or iterations of the
+recipes (configs/*_tiny.py); all that is not named is theirs. Learning rates: of {factors} times the recipe's, with seed
+{seed} and {pictures} pictures of each validation prompt, that of the highest preferred share among those whose caption
 accuracy falls by at most {fall} points against base (if there is none, those that fall least); of equal ones the
-smaller; there with {pictures} pictures of a prompt. Variants of tau alone take the rate of tau 16, shorter runs that of
-the full one. Runs have half of the updates or iterations of the recipes (configs/*_tiny.py); all else is theirs. Then {n} seeds, judged on the test prompts by the judge, which no training sees.
+smaller. Variants of tau alone take the rate of tau 16, shorter runs that of the full one. Then {n} seeds, judged on the
+test prompts by the judge, which no training sees.
 
-Numbers are means over seeds (lowest to highest). All have as many updates as Diffusion-DPO, or as many iterations as
-SPO (quarter and half: 1/4 and 1/2 of them); KTO sees as many images as there are in the pairs. Caption accuracy is the
-change against base. Minutes are those of training alone, by the median step, on one core of a machine that may have had
-other work. UNet evaluations
-are those of one sample in training, as the README counts them. p is of the exact two-sided sign-flip test over seeds, a
-weak one: with {n} seeds it cannot be below {p:.3g}. D is what the gate reads: a running mean of err_ref - err_init, 8
-samples at a time, of the reference that is proposed, also where it is then refused; reinit sets it to 0.
+{conclusions}Numbers are means over seeds (lowest to highest). All have as many updates as Diffusion-DPO, or as many
+iterations as SPO (quarter and half: 1/4 and 1/2 of them); KTO sees as many images as there are in the pairs. Caption
+accuracy is the change against base. Minutes are those of training alone, by the median step, on one core of a machine
+that had other work. UNet evaluations are those of one sample in training, as the README counts them. p is of the exact
+two-sided sign-flip test over seeds, a weak one: with {n} seeds it cannot be below {p:.3g}. D is what the gate reads: a
+running mean of err_ref - err_init, 8 samples at a time, of the reference that is proposed, also where it is then
+refused; reinit sets it to 0.
 
 ![D of the proposed reference](study_divergence.png) ![Preferred share against cost](study_budget.png)
 """
@@ -571,7 +573,8 @@ def main(arguments: list[str] | None = None) -> None:
   study = collect(folder, args.seeds)
   args.docs.mkdir(parents=True, exist_ok=True)
   plots(study, args.docs)
-  (args.docs / "study.md").write_text(markdown(study))
+  conclusions = args.docs / "study_conclusions.md"
+  (args.docs / "study.md").write_text(markdown(study, conclusions.read_text() if conclusions.is_file() else ""))
   for row in (row for rows in study["runs"].values() for row in rows):
     row.pop("d_curve", None)  # in a picture, and in the runs
   (args.docs / "study.json").write_text(json.dumps(study, indent=1) + "\n")

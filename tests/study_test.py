@@ -344,3 +344,10 @@ def test_the_plan_counts_what_is_left(tmp_path, capsys):
   assert re.search(r"^B dpo_half +5 of 5 runs left.*num_steps=75$", text, flags=re.MULTILINE)
   left = [int(n) for n in re.findall(r"(\d+) of \d+ runs left", text)]
   assert text.splitlines()[-1].startswith(f"{sum(left)} runs left, about ")
+
+
+def test_conclusions_stand_before_the_numbers(tmp_path):
+  (tmp_path / "docs").mkdir()
+  (tmp_path / "docs" / "study_conclusions.md").write_text("- All {methods} win.\n")
+  text = report(tmp_path)
+  assert "no training sees.\n\n## Conclusions\n\n- All {methods} win.\n\n## Numbers\n\nNumbers are means" in text
