@@ -1,0 +1,306 @@
+"""What each optimisation of the training step is worth: the step with it and without it, in turns, in one process.
+
+    python scripts/measure_optimizations.py --out docs/optimizations
+    python scripts/measure_optimizations.py --only "GroupNorm" --rounds 20
+
+writes OUT.json and OUT.md. Steps are those of configs/dpo_tiny.py and configs/spo_tiny.py on the shipped models; each
+optimisation is taken away by replacing one function, and the gradient's norm must stay what it was. Times are of pairs
+of steps, one with and one without, in turns, after one of each; the ratio is that of their medians, the range that of
+the pairs' quartiles. TFLOP are counted (`jaxpref.flops`, bodies of SPO's loop over updates as often as they ran),
+temporaries are the compiler's.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+HUGE_PAGES = "GLIBC_TUNABLES"
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimization:
+  """One row: which recipe shows it, what stands in its place, and the context in which that is traced.
+
+  `exact` is False of what changes the gradient, too.
+  """
+
+  name: str
+  recipe: str
+  instead: str
+  without: Callable[[], contextlib.AbstractContextManager[Any]]
+  exact: bool = True
+
+
+@contextlib.contextmanager
+def separate_passes() -> Iterator[None]:
+  """Every transition pair as one whose winner and loser start from different latents."""
+  import jax
+  import jax.numpy as jnp
+
+  from jaxpref import step
+
+  original = step.transition_loss
+
+  def unshared(model, loss_fn, weights, ref_weights, shared, separate, *args, **options):
+    joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), shared, separate)
+    nothing = jax.tree.map(lambda a: a[:0], shared)
+    return original(model, loss_fn, weights, ref_weights, nothing, joined, *args, **options)
+
+  with mock.patch.object(step, "transition_loss", unshared):
+    yield
+
+
+@contextlib.contextmanager
+def all_pairs() -> Iterator[None]:
+  """Pairs below the threshold take part in the updates: what they cost where a mask alone leaves them out."""
+  import jax.numpy as jnp
+
+  from jaxpref import step
+
+  original = step._shuffled
+
+  def shuffled(transitions, key):
+    found = original(transitions, key)
+    return found._replace(valid=jnp.asarray(found.order.shape[0]))
+
+  with mock.patch.object(step, "_shuffled", shuffled):
+    yield
+
+
+@contextlib.contextmanager
+def one_candidate_at_a_time() -> Iterator[None]:
+  """The denoiser on one candidate of each pool after the other, and without and with the prompt one after the other."""
+  import jax
+
+  from jaxpref import step
+  from jaxpref.models import text_to_image
+
+  def guided(predict, uncond, scale):
+    def apply(x, t, cond):
+      prompts = load_config("spo").batch_size
+      pieces = x.shape[0] // prompts
+      cut = lambda v: v.reshape(prompts, pieces, *v.shape[1:]).swapaxes(0, 1)  # noqa: E731
+
+      def of_piece(piece):
+        x, t, cond = piece
+        without = predict(x, t, text_to_image.repeat_cond(uncond, x.shape[0]))
+        return without + scale * (predict(x, t, cond) - without)
+
+      eps = jax.lax.map(of_piece, jax.tree.map(cut, (x, jax.numpy.broadcast_to(t, x.shape[:1]), cond)))
+      return eps.swapaxes(0, 1).reshape(x.shape)
+
+    return apply
+
+  with mock.patch.object(step, "guided", guided):
+    yield
+
+
+@contextlib.contextmanager
+def gradients_of_jax() -> Iterator[None]:
+  """3x3 convolutions with the gradient that jax.grad writes."""
+  import jax
+
+  from jaxpref.models import resnet
+
+  def conv(x, kernel, stride, pad):
+    return jax.lax.conv_general_dilated(
+      x, kernel, (stride, stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+  with mock.patch.object(resnet, "_conv", conv):
+    yield
+
+
+@contextlib.contextmanager
+def products_of_flax() -> Iterator[None]:
+  """Dense layers and 1x1 convolutions as flax has them, on all leading axes."""
+  import jax
+
+  from jaxpref.models import resnet
+
+  def product(x, kernel, dimension_numbers, *, tensor_axis=None, **options):
+    return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
+
+  with mock.patch.object(resnet, "flat_dot_general", product):
+    yield
+
+
+@contextlib.contextmanager
+def reshaped_groups() -> Iterator[None]:
+  """GroupNorm by a reshape to [..., groups, channels / groups]."""
+  import jax
+  import jax.numpy as jnp
+  from flax import linen as nn
+
+  from jaxpref.models import attention, resnet, unet, vae
+
+  class GroupNorm(nn.Module):
+    num_groups: int
+    epsilon: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+      channels = x.shape[-1]
+      scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+      bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+      groups = x.astype(jnp.float32).reshape(*x.shape[:-1], self.num_groups, -1)
+      axes = (*range(1, x.ndim - 1), x.ndim)
+      groups = groups - groups.mean(axes, keepdims=True)
+      groups = groups * jax.lax.rsqrt(jnp.square(groups).mean(axes, keepdims=True) + self.epsilon)
+      full = (1,) * (x.ndim - 1) + (channels,)
+      return (groups.reshape(x.shape) * scale.reshape(full) + bias.reshape(full)).astype(self.dtype)
+
+  with contextlib.ExitStack() as stack:
+    for module in (attention, resnet, unet, vae):
+      stack.enter_context(mock.patch.object(module, "GroupNorm", GroupNorm))
+    yield
+
+
+OPTIMIZATIONS = (
+  Optimization("winner and loser of one latent share a pass", "spo", "a pass for each", separate_passes),
+  Optimization("pairs below the threshold cost nothing", "spo", "they are computed, too", all_pairs, False),
+  Optimization("candidates and guidance in one batch", "spo", "one after the other", one_candidate_at_a_time),
+  Optimization("a convolution's own gradient (CPU)", "spo", "that of jax.grad", gradients_of_jax),
+  Optimization("a convolution's own gradient (CPU)", "dpo", "that of jax.grad", gradients_of_jax),
+  Optimization("Dense layers on one merged axis", "dpo", "flax's", products_of_flax),
+  Optimization("GroupNorm by sums of channels", "dpo", "by a reshape to groups", reshaped_groups),
+  Optimization("huge pages (CPU)", "dpo", "pages of 4 kB", contextlib.nullcontext),
+  Optimization("huge pages (CPU)", "spo", "pages of 4 kB", contextlib.nullcontext),
+)
+
+
+def prepare(config: Any, without: Callable[[], contextlib.AbstractContextManager[Any]]) -> dict[str, Any]:
+  """Compiles the step of a config as traced in `without()`: a function that makes one step, and its costs.
+
+  The step starts from the same state every time, so that all steps cost the same.
+  """
+  import jax
+
+  from jaxpref import build, flops, sharding, train
+
+  mesh = sharding.make_mesh(**config.mesh)
+  experiment = build.build(config, lambda tree: sharding.tree_shardings(mesh, tree))
+  optimizer, _ = train.make_optimizer(config)
+  state = jax.jit(train.state_initializer(experiment, optimizer))(experiment.params)
+  frozen, batch = experiment.frozen, jax.device_put(next(experiment.batches()))
+  with without():
+    traced = jax.jit(train.make_step(config, experiment, optimizer, mesh)).trace(state, frozen, batch)
+    program = traced.lower().compile()
+  _, metrics = jax.block_until_ready(program(state, frozen, batch))
+
+  def seconds() -> float:
+    """Of one step."""
+    started = time.perf_counter()
+    jax.block_until_ready(program(state, frozen, batch))
+    return time.perf_counter() - started
+
+  trips = float(metrics.get("updates", 1.0))
+  costs = {
+    "tflop": flops.of_jaxpr(traced.jaxpr.jaxpr, while_trips=trips) / 1e12,
+    "temporary_mib": program.memory_analysis().temp_size_in_bytes / 2**20,
+    "grad_norm": float(metrics["grad_norm"]),
+    "updates": trips,
+  }
+  return {"seconds": seconds, "costs": costs}
+
+
+def load_config(recipe: str) -> Any:
+  """The recipe on tiny-sd, without what costs time beside the step."""
+  import importlib
+
+  config = importlib.import_module(f"configs.{recipe}_tiny").get_config()
+  config.judge = None
+  return config
+
+
+def measure(optimization: Optimization, rounds: int) -> dict[str, Any]:
+  """One row: costs with and without, and the seconds of pairs of steps in turns."""
+  if optimization.name.startswith("huge pages"):
+    both = [_timed_in_a_process(optimization.recipe, huge, rounds) for _ in range(2) for huge in (True, False)]
+    used = [s for row in both[::2] for s in row["seconds"]]
+    other = [s for row in both[1::2] for s in row["seconds"]]
+    costs = [both[0]["costs"], both[1]["costs"]]
+  else:
+    config = load_config(optimization.recipe)
+    sides = [prepare(config, context) for context in (contextlib.nullcontext, optimization.without)]
+    costs = [side["costs"] for side in sides]
+    times = [(sides[0]["seconds"](), sides[1]["seconds"]()) for _ in range(rounds)]
+    used, other = ([pair[i] for pair in times] for i in (0, 1))
+  norms = [side["grad_norm"] for side in costs]
+  if optimization.exact and abs(norms[1] / norms[0] - 1) > 1e-3:
+    raise RuntimeError(f"{optimization.name}: the gradient's norm is {norms[1]} without it, {norms[0]} with it.")
+  ratios = np.array(other) / np.array(used)
+  return {
+    "name": optimization.name,
+    "recipe": optimization.recipe,
+    "instead": optimization.instead,
+    "with": costs[0] | {"seconds": used},
+    "without": costs[1] | {"seconds": other},
+    "ratio": float(np.median(other) / np.median(used)),
+    "quartiles": [float(q) for q in np.quantile(ratios, (0.25, 0.75))],
+  }
+
+
+def _timed_in_a_process(recipe: str, huge: bool, rounds: int) -> dict[str, Any]:
+  environment = os.environ | {HUGE_PAGES: "glibc.malloc.hugetlb=1" if huge else "glibc.malloc.hugetlb=0"}
+  options = ["--time", recipe, "--rounds", str(rounds)]
+  done = subprocess.run([sys.executable, __file__, *options], env=environment, check=True, stdout=subprocess.PIPE)
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+  """OUT.md."""
+  lines = [
+    "| optimisation | recipe | instead | s with | s without | without / with (quartiles) | TFLOP with, without |"
+    " temporaries, MiB |",
+    "|---|---|---|---|---|---|---|---|",
+  ]
+  for row in rows:
+    a, b = row["with"], row["without"]
+    low, high = row["quartiles"]
+    lines.append(
+      f"| {row['name']} | {row['recipe']} | {row['instead']} | {np.median(a['seconds']):.3g} |"
+      f" {np.median(b['seconds']):.3g} | **{row['ratio']:.2f}** ({low:.2f} to {high:.2f}) |"
+      f" {a['tflop']:.3g}, {b['tflop']:.3g} | {a['temporary_mib']:.0f}, {b['temporary_mib']:.0f} |"
+    )
+  return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--only", default="", help="optimisations whose name or recipe contains this")
+  parser.add_argument("--rounds", type=int, default=8, help="pairs of steps (default: %(default)s)")
+  parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "optimizations", help="default: %(default)s")
+  parser.add_argument("--time", metavar="RECIPE", help="only time the step of a recipe, and print it as JSON")
+  args = parser.parse_args(arguments)
+  sys.path.insert(0, str(ROOT))
+  if args.time:
+    side = prepare(load_config(args.time), contextlib.nullcontext)
+    print(json.dumps({"costs": side["costs"], "seconds": [side["seconds"]() for _ in range(args.rounds)]}))
+    return
+  rows: list[dict[str, Any]] = []
+  for optimization in OPTIMIZATIONS:
+    if args.only in f"{optimization.name} {optimization.recipe}":
+      print(f"{optimization.name}, {optimization.recipe} ...", file=sys.stderr, flush=True)
+      rows.append(measure(optimization, args.rounds))
+      args.out.parent.mkdir(parents=True, exist_ok=True)
+      args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+      args.out.with_suffix(".md").write_text(table(rows))
+  print(table(rows))
+
+
+if __name__ == "__main__":
+  main()
