@@ -14,4 +14,4 @@ python=.venv-test/bin/python
 "$python" -m mypy
 # Compilation uses one core, so two processes help; a file's tests stay together and share what they compiled.
 # In the order of their names, so that the long files are not all among the last.
-"$python" -m pytest -q --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"
+"$python" -m pytest -q --durations=20 --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

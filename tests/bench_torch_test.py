@@ -13,7 +13,7 @@ import pytest
 from jaxpref.models import presets
 from jaxpref.models.unet import UNetConfig
 from jaxpref.models.vae import VAEConfig
-from scripts import bench, bench_torch
+from scripts import bench, bench_torch, torch_steps
 
 # Networks of one level, which compile in seconds.
 SMALL = dataclasses.replace(
@@ -106,7 +106,7 @@ def test_another_field_is_seen(outcome_of, case, field, value, seen):
 
 
 def test_a_swapped_winner_is_seen(outcome_of, monkeypatch):
-  load = bench_torch.load_batch
+  load = torch_steps.load_batch
 
   def swapped(*args):
     batch, empty_ids = load(*args)
@@ -114,18 +114,18 @@ def test_a_swapped_winner_is_seen(outcome_of, monkeypatch):
     winner[0], loser[0] = batch["loser"][0], batch["winner"][0]
     return batch | {"winner": winner, "loser": loser}, empty_ids
 
-  monkeypatch.setattr(bench_torch, "load_batch", swapped)
+  monkeypatch.setattr(torch_steps, "load_batch", swapped)
   assert {"loss", "update"} <= set(compared(outcome_of, "dpo-lora")[1])
 
 
 def test_a_swapped_pair_is_seen(outcome_of, monkeypatch):
-  select = bench_torch.select_pair
+  select = torch_steps.select_pair
 
   def swapped(scores, threshold):
     winner, loser, valid = select(scores, threshold)
     return loser, winner, valid
 
-  monkeypatch.setattr(bench_torch, "select_pair", swapped)
+  monkeypatch.setattr(torch_steps, "select_pair", swapped)
   assert {"other_pairs", "update"} <= set(compared(outcome_of, "spo-full")[1])
 
 
@@ -134,7 +134,7 @@ def test_as_many_updates_as_jaxpref(size, shared, separate, updates):
   """The recipes' minibatches: 37 and 3 transitions (SD1.5), 4 and 12 (SDXL)."""
   config = bench.recipe("spo-lora", size, None)
   config.batch_size = bench.BATCH[size]["spo"]
-  assert bench_torch.num_updates(config, shared, separate) == updates
+  assert torch_steps.num_updates(config, shared, separate) == updates
 
 
 def test_shellcheck_finds_nothing_in_the_script():

@@ -62,9 +62,10 @@ def test_what_iterations_of_spo_take(config):
   assert count(measured.all_pairs) == plain  # of which all were valid
 
 
+TRANSFORMER = Transformer2DModel(num_heads=2, depth=1, linear_projection=False, num_groups=2)
 LAYERS = {
   "ResnetBlock2D": (ResnetBlock2D(8, num_groups=2, epsilon=1e-5), [(2, 4, 4, 8), (2, 6)]),
-  "Transformer2DModel": (Transformer2DModel(num_heads=2, depth=1, linear_projection=False, num_groups=2), [(2, 4, 4, 8), (2, 3, 6)]),
+  "Transformer2DModel": (TRANSFORMER, [(2, 4, 4, 8), (2, 3, 6)]),
 }
 
 
