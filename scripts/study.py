@@ -34,7 +34,7 @@ FACTORS = (1.0, 2.0, 4.0)  # of the recipe's learning rate
 STEPS = {"dpo_tiny": 150, "tdpo_tiny": 150, "kto_tiny": 150, "spo_tiny": 20, "grpo_tiny": 20}  # half of the recipes'
 TUNING_SEED = 100
 TUNING_PICTURES = 2  # of a prompt
-ALLOWED_FALL = 0.02  # of caption accuracy against the base model, in tuning
+ALLOWED_FALL = 0.05  # of caption accuracy against the base model, in tuning; the error of 128 pictures is about 0.03
 NO_GATE = 1e9  # a delta that no divergence exceeds
 # Pictures and checkpoints during training would count as its time; what is stopped is saved all the same.
 COMMON = {"sample.every": 0, "checkpoint.keep": 1, "checkpoint.every": 100_000}

@@ -140,10 +140,10 @@ def test_evaluations_by_hand():
 @pytest.mark.parametrize(
   "rows, factor",
   [
-    (((0.5, 0.0), (0.6, 0.01), (0.7, 0.03)), 2.0),  # the highest falls too far
-    (((0.5, 0.0), (0.6, 0.01), (0.7, 0.02)), 4.0),  # 2 points are allowed
+    (((0.5, 0.0), (0.6, 0.01), (0.7, 0.06)), 2.0),  # the highest falls too far
+    (((0.5, 0.0), (0.6, 0.01), (0.7, 0.05)), 4.0),  # 5 points are allowed
     (((0.6, 0.0), (0.6, -0.01), (0.6, 0.0)), 1.0),  # of equal ones the smallest
-    (((0.5, 0.05), (0.6, 0.04), (0.7, 0.06)), 2.0),  # none is allowed: the one that falls least
+    (((0.5, 0.07), (0.6, 0.06), (0.7, 0.08)), 2.0),  # none is allowed: the one that falls least
   ],
 )
 def test_learning_rate_is_chosen_by_the_rule(tmp_path, rows, factor):
