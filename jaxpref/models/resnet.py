@@ -17,6 +17,10 @@ class GroupNorm(nn.Module):
 
   Sums over positions are taken channel by channel and only then joined to groups, so that no
   array is ever reshaped to [..., groups, channels / groups]: several times faster on a CPU.
+
+  Of inputs in half precision the variance is E[x^2] - E[x]^2, from one pass over them: a GPU then reads x twice and
+  writes the result, where it otherwise also writes x - E[x] in float32 and reads that twice (docs/benchmarks.md). What
+  cancels in it is less than what the rounding of x to half precision has lost already.
   """
 
   num_groups: int
@@ -41,11 +45,19 @@ class GroupNorm(nn.Module):
       mean_BxG = x_BxC.reshape(batch, self.num_groups, size).mean(-1)
       return jnp.repeat(mean_BxG, size, axis=-1)
 
-    x = x.astype(jnp.float32)
-    x = x - group_mean(x.mean(positions)).reshape(broadcast)
-    var_BxC = group_mean(jnp.square(x).mean(positions))
+    one_pass, x = x.dtype != jnp.float32, x.astype(jnp.float32)
+    mean_BxC = group_mean(x.mean(positions))
+    if one_pass:
+      var_BxC = jnp.maximum(group_mean(jnp.square(x).mean(positions)) - jnp.square(mean_BxC), 0.0)
+    else:
+      x = x - mean_BxC.reshape(broadcast)
+      var_BxC = group_mean(jnp.square(x).mean(positions))
     gain_BxC = jax.lax.rsqrt(var_BxC + self.epsilon) * scale[None]
-    y = x * gain_BxC.reshape(broadcast) + bias.reshape((1,) * (x.ndim - 1) + (channels,))
+    if one_pass:
+      shift_BxC = bias[None] - mean_BxC * gain_BxC
+      y = x * gain_BxC.reshape(broadcast) + shift_BxC.reshape(broadcast)
+    else:
+      y = x * gain_BxC.reshape(broadcast) + bias.reshape((1,) * (x.ndim - 1) + (channels,))
     return y.astype(self.dtype)
 
 
