@@ -2,12 +2,17 @@
 
     python scripts/measure_optimizations.py --out docs/optimizations
     python scripts/measure_optimizations.py --only "GroupNorm" --rounds 20
+    python scripts/measure_optimizations.py --topology h200 --out docs/optimizations_h200
 
 writes OUT.json and OUT.md. Steps are those of configs/dpo_tiny.py and configs/spo_tiny.py on the shipped models; each
 optimisation is taken away by replacing one function, and the gradient's norm must stay what it was. Times are of pairs
 of steps, one with and one without, in turns, after one of each; the ratio is that of their medians, the range that of
 the pairs' quartiles. TFLOP are counted (`jaxpref.flops`, bodies of SPO's loop over updates as often as they ran),
 temporaries are the compiler's.
+
+With --topology (as of `jaxpref.compile`; the device need not be there) two blocks of SD1.5's UNet are compiled with and
+without, forward and gradient, batch 8 in bfloat16 at 64 x 64 x 320, and the bytes that they read and write are counted
+in units of that array. Attention itself, a kernel of its own, is left out there.
 """
 
 import argparse
@@ -169,6 +174,34 @@ def reshaped_groups() -> Iterator[None]:
     yield
 
 
+@contextlib.contextmanager
+def two_passes() -> Iterator[None]:
+  """GroupNorm of half precision by the mean first and the variance then, as of float32."""
+  import jax.numpy as jnp
+  from flax import linen as nn
+
+  from jaxpref.models import resnet
+
+  class GroupNorm(resnet.GroupNorm):
+    @nn.compact
+    def __call__(self, x):
+      return super().__call__(x.astype(jnp.float32))
+
+  with mock.patch.object(resnet, "GroupNorm", GroupNorm):
+    yield
+
+
+@contextlib.contextmanager
+def gradient_of_halves() -> Iterator[None]:
+  """GEGLU with the gradient that jax.grad writes."""
+  import jax.numpy as jnp
+
+  from jaxpref.models import attention
+
+  with mock.patch.object(attention, "_geglu", lambda y: attention._gated(*jnp.split(y, 2, axis=-1))):
+    yield
+
+
 OPTIMIZATIONS = (
   Optimization("winner and loser of one latent share a pass", "spo", "a pass for each", separate_passes),
   Optimization("pairs below the threshold cost nothing", "spo", "they are computed, too", all_pairs, False),
@@ -180,6 +213,66 @@ OPTIMIZATIONS = (
   Optimization("huge pages (CPU)", "dpo", "pages of 4 kB", contextlib.nullcontext),
   Optimization("huge pages (CPU)", "spo", "pages of 4 kB", contextlib.nullcontext),
 )
+
+
+# Name, block, what stands in its place.
+OF_BLOCKS = (
+  ("GroupNorm's variance in one pass (half precision)", "ResnetBlock2D", two_passes),
+  ("GEGLU's gradient written once", "BasicTransformerBlock", gradient_of_halves),
+)
+
+
+def block_costs(block: str, topology: str, without: Callable[[], contextlib.AbstractContextManager[Any]]):
+  """Of a forward pass, and of the gradient of two blocks: bytes read and written, and temporaries, in arrays."""
+  import jax
+  import jax.numpy as jnp
+
+  from jaxpref import chips, hlo
+  from jaxpref import compile as compile_lib
+  from jaxpref.models import attention, resnet
+
+  device = compile_lib.topology_devices(topology)[0]
+  chip = chips.CHIPS[topology.partition(":")[0]]
+  # On GPUs with Triton's products, as training has them.
+  options = {} if chip.gpu is not None else compile_lib.compiler_options(chip, quick=True)
+  sharding = jax.sharding.SingleDeviceSharding(device)
+  shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype, sharding=sharding)  # noqa: E731
+  if block == "ResnetBlock2D":
+    layer: Any = resnet.ResnetBlock2D(320, num_groups=32, epsilon=1e-5, dtype=jnp.bfloat16)
+    inputs = (shape(8, 64, 64, 320), shape(8, 1280))
+  else:
+    layer = attention.BasicTransformerBlock(8, dtype=jnp.bfloat16)
+    inputs = (shape(8, 64 * 64, 320), shape(8, 77, 768))
+
+  def no_attention(q, k, v, mask=None):
+    return q * v if q.shape == v.shape else q * jnp.mean(v, axis=1, keepdims=True) * jnp.mean(k, axis=1, keepdims=True)
+
+  with without(), mock.patch.object(attention, "attention", no_attention):
+    params = jax.eval_shape(layer.init, jax.random.key(0), *inputs)
+    params = jax.tree.map(lambda p: shape(*p.shape, dtype=jnp.float32), params)
+    apply = lambda params, x, other: layer.apply(params, x, other)  # noqa: E731
+    loss = lambda p, x, other: jnp.sum(apply(p, apply(p, x, other), other).astype(jnp.float32) ** 2)  # noqa: E731
+    found = {}
+    for name, function in (("forward", apply), ("gradient of two", jax.grad(loss, argnums=(0, 1)))):
+      program = jax.jit(function).lower(params, *inputs).compile(compiler_options=options)
+      array = 8 * 64 * 64 * 320 * 2
+      found[name] = {
+        "arrays": hlo.memory_bytes(program.as_text()) / array,
+        "temporaries": program.memory_analysis().temp_size_in_bytes / array,
+      }
+  return found
+
+
+def block_table(rows: list[dict[str, Any]]) -> str:
+  """OUT.md of --topology."""
+  lines = ["| optimisation | block | pass | arrays read and written | without | temporaries | without |"]
+  lines.append("|---|---|---|---|---|---|---|")
+  for row in rows:
+    for name, used in row["with"].items():
+      other = row["without"][name]
+      cells = (used["arrays"], other["arrays"], used["temporaries"], other["temporaries"])
+      lines.append(f"| {row['name']} | {row['block']} | {name} | " + " | ".join(f"{c:.1f}" for c in cells) + " |")
+  return "\n".join(lines) + "\n"
 
 
 def prepare(config: Any, without: Callable[[], contextlib.AbstractContextManager[Any]]) -> dict[str, Any]:
@@ -284,6 +377,7 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument("--only", default="", help="optimisations whose name or recipe contains this")
   parser.add_argument("--rounds", type=int, default=8, help="pairs of steps (default: %(default)s)")
   parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "optimizations", help="default: %(default)s")
+  parser.add_argument("--topology", help="count what blocks read and write there, such as h200 or v5e:2x2; no clock")
   parser.add_argument("--time", metavar="RECIPE", help="only time the step of a recipe, and print it as JSON")
   args = parser.parse_args(arguments)
   sys.path.insert(0, str(ROOT))
@@ -292,14 +386,25 @@ def main(arguments: list[str] | None = None) -> None:
     print(json.dumps({"costs": side["costs"], "seconds": [side["seconds"]() for _ in range(args.rounds)]}))
     return
   rows: list[dict[str, Any]] = []
+  if args.topology:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an absent device is not started
+    for name, block, without in OF_BLOCKS:
+      used, other = (block_costs(block, args.topology, context) for context in (contextlib.nullcontext, without))
+      rows.append({"name": name, "block": block, "topology": args.topology, "with": used, "without": other})
+    _write(args.out, rows, block_table(rows))
+    return
   for optimization in OPTIMIZATIONS:
     if args.only in f"{optimization.name} {optimization.recipe}":
       print(f"{optimization.name}, {optimization.recipe} ...", file=sys.stderr, flush=True)
       rows.append(measure(optimization, args.rounds))
-      args.out.parent.mkdir(parents=True, exist_ok=True)
-      args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-      args.out.with_suffix(".md").write_text(table(rows))
-  print(table(rows))
+      _write(args.out, rows, table(rows))
+
+
+def _write(out: pathlib.Path, rows: list[dict[str, Any]], text: str) -> None:
+  out.parent.mkdir(parents=True, exist_ok=True)
+  out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+  out.with_suffix(".md").write_text(text)
+  print(text)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxpref import objectives, plan, step
+from jaxpref.models import resnet
 from jaxpref.models.attention import Transformer2DModel
 from jaxpref.models.resnet import ResnetBlock2D
 from scripts import measure_linearity, study
@@ -75,6 +76,7 @@ LAYERS = {
     (measured.gradients_of_jax, ["ResnetBlock2D"]),
     (measured.products_of_flax, ["Transformer2DModel"]),
     (measured.reshaped_groups, ["ResnetBlock2D", "Transformer2DModel"]),
+    (measured.gradient_of_halves, ["Transformer2DModel"]),
   ],
 )
 def test_layers_are_the_same(without, layers):
@@ -93,6 +95,21 @@ def test_layers_are_the_same(without, layers):
       other, instead = jax.jit(others)(params, *inputs), str(jax.make_jaxpr(others)(params, *inputs))
     assert instead != text
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found, other)
+
+
+def test_half_precision_is_normalised_in_one_pass():
+  """And in two as float32 is, to the rounding of the result."""
+  x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8), jnp.bfloat16)
+
+  def apply():
+    layer = resnet.GroupNorm(2, 1e-5, dtype=jnp.float32)
+    return layer.apply(layer.init(jax.random.key(1), x), x)
+
+  one = apply()
+  with measured.two_passes():
+    two = apply()
+  assert np.any(one != two)
+  np.testing.assert_allclose(one, two, atol=1e-5)
 
 
 def test_rows_have_ratios_of_paired_steps(monkeypatch):
