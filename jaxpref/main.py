@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
 def start_with_huge_pages() -> None:
   """Starts this process anew, under its pid, so that glibc asks for huge pages, which it can be told at a start only.
 
-  A step on a CPU allocates its temporaries anew each time. In pages of 4 kB that takes up to a third of a step of
+  A step on a CPU allocates its temporaries anew each time. In pages of 4 kB that takes about a tenth of a step of
   tiny-sd (docs/benchmarks.md). GLIBC_TUNABLES in the environment, of whatever value, prevents it.
   """
   if sys.platform == "linux" and sys.executable and "GLIBC_TUNABLES" not in os.environ:

@@ -392,19 +392,20 @@ def main(arguments: list[str] | None = None) -> None:
       used, other = (block_costs(block, args.topology, context) for context in (contextlib.nullcontext, without))
       rows.append({"name": name, "block": block, "topology": args.topology, "with": used, "without": other})
     _write(args.out, rows, block_table(rows))
+    print(block_table(rows))
     return
   for optimization in OPTIMIZATIONS:
     if args.only in f"{optimization.name} {optimization.recipe}":
       print(f"{optimization.name}, {optimization.recipe} ...", file=sys.stderr, flush=True)
       rows.append(measure(optimization, args.rounds))
       _write(args.out, rows, table(rows))
+  print(table(rows))
 
 
 def _write(out: pathlib.Path, rows: list[dict[str, Any]], text: str) -> None:
   out.parent.mkdir(parents=True, exist_ok=True)
   out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
   out.with_suffix(".md").write_text(text)
-  print(text)
 
 
 if __name__ == "__main__":
