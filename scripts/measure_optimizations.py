@@ -254,7 +254,7 @@ def block_costs(block: str, topology: str, without: Callable[[], contextlib.Abst
     loss = lambda p, x, other: jnp.sum(apply(p, apply(p, x, other), other).astype(jnp.float32) ** 2)  # noqa: E731
     found = {}
     for name, function in (("forward", apply), ("gradient of two", jax.grad(loss, argnums=(0, 1)))):
-      program = jax.jit(function).lower(params, *inputs).compile(compiler_options=options)
+      program: Any = jax.jit(function).lower(params, *inputs).compile(compiler_options=options)
       array = 8 * 64 * 64 * 320 * 2
       found[name] = {
         "arrays": hlo.memory_bytes(program.as_text()) / array,
