@@ -1,5 +1,6 @@
 """`python -m jaxpref.main --config=configs/spo_tiny.py`: parses flags, joins other processes, calls `train.run`."""
 
+import multiprocessing
 import os
 import pathlib
 import re
@@ -78,6 +79,8 @@ def start_with_huge_pages() -> None:
   A step on a CPU allocates its temporaries anew each time. In pages of 4 kB that takes about a tenth of a step of
   tiny-sd (docs/benchmarks.md). GLIBC_TUNABLES in the environment, of whatever value, prevents it.
   """
+  if multiprocessing.parent_process() is not None:
+    return  # its command line is not that of this program
   if sys.platform == "linux" and sys.executable and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     os.execv(sys.executable, sys.orig_argv)

@@ -323,6 +323,10 @@ def test_the_process_is_started_anew_once(monkeypatch):
   main_lib.start_with_huge_pages()
   assert calls == [(sys.executable, sys.orig_argv)]
   assert main_lib.os.environ == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+  monkeypatch.setattr(main_lib.os, "environ", {})
+  monkeypatch.setattr(main_lib.multiprocessing, "parent_process", lambda: "the forkserver")
+  main_lib.start_with_huge_pages()
+  assert len(calls) == 1
 
 
 def test_other_threads_may_train(run):
