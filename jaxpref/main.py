@@ -83,7 +83,7 @@ def start_with_huge_pages() -> None:
     return  # its command line is not that of this program
   if sys.platform == "linux" and sys.executable and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    os.execv(sys.executable, sys.orig_argv)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def run() -> None:

@@ -386,10 +386,17 @@ def main(arguments: list[str] | None = None) -> None:
     print(json.dumps({"costs": side["costs"], "seconds": [side["seconds"]() for _ in range(args.rounds)]}))
     return
   rows: list[dict[str, Any]] = []
+  if args.rounds < 1:
+    parser.error(f"--rounds={args.rounds}: expected at least 1.")
+  if not any(args.only in f"{o.name} {o.recipe}" for o in OPTIMIZATIONS):
+    parser.error(f"--only={args.only!r} is in the name or recipe of no optimisation.")
   if args.topology:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an absent device is not started
     for name, block, without in OF_BLOCKS:
-      used, other = (block_costs(block, args.topology, context) for context in (contextlib.nullcontext, without))
+      try:
+        used, other = (block_costs(block, args.topology, context) for context in (contextlib.nullcontext, without))
+      except ValueError as error:  # of the topology
+        parser.error(str(error))
       rows.append({"name": name, "block": block, "topology": args.topology, "with": used, "without": other})
     _write(args.out, rows, block_table(rows))
     print(block_table(rows))

@@ -269,7 +269,8 @@ def train_all(
     Any error of `train` but TimeoutError, when the other runs have ended.
   """
   begun: set[str] = set()
-  changed = threading.Condition()
+  running: set[str] = set()
+  changed, stopped = threading.Condition(), threading.Event()
 
   def take() -> Run | None:
     """The next run; waits while only a learning rate that is being chosen holds up the rest."""
@@ -300,8 +301,6 @@ def train_all(
           running.discard(run.path)
           changed.notify_all()
 
-  running: set[str] = set()
-  stopped = threading.Event()
   cores: list[int | None] = [None] * workers
   if workers > 1 and hasattr(os, "sched_getaffinity"):
     own = sorted(os.sched_getaffinity(0))
@@ -559,9 +558,13 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument("--runs", type=pathlib.Path, default=ROOT / "runs" / "study", help="default: %(default)s")
   parser.add_argument("--docs", type=pathlib.Path, default=ROOT / "docs", help="default: %(default)s")
   args = parser.parse_args(arguments)
+  if args.workers < 1:
+    parser.error(f"--workers={args.workers}: expected at least 1.")
   sys.path.insert(0, str(ROOT))
   folder, deadline = args.runs.resolve(), float("inf")
   variants = [v for v in VARIANTS if args.only in f"{v.part} {v.name}"]
+  if not variants:
+    parser.error(f"--only={args.only!r} is in no variant; --list shows all.")
   if args.list:
     print(plan(variants, folder, args.seeds))
     return

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,16 @@ def test_what_iterations_of_spo_take(config):
   assert plain == study.evaluations(config)
   # Of 7 of 8 pairs a pass of the loser's with guidance, of the reference and of the policy, and backward.
   assert count(measured.separate_passes) == plain + PROMPTS * 7 * 2 * 4
-  assert count(measured.all_pairs) == plain  # of which all were valid
+
+
+def test_pairs_below_the_threshold_are_counted_as_valid():
+  class Transitions(NamedTuple):
+    valid: jax.Array
+
+  valid = jnp.zeros((2, 3), bool).at[0, 0].set(True)
+  assert step._shuffled(Transitions(valid), jax.random.key(0)).valid == 1
+  with measured.all_pairs():
+    assert step._shuffled(Transitions(valid), jax.random.key(0)).valid == 6
 
 
 TRANSFORMER = Transformer2DModel(num_heads=2, depth=1, linear_projection=False, num_groups=2)

@@ -321,7 +321,7 @@ def test_the_process_is_started_anew_once(monkeypatch):
   monkeypatch.setattr(main_lib.os, "environ", {})
   main_lib.start_with_huge_pages()
   main_lib.start_with_huge_pages()
-  assert calls == [(sys.executable, sys.orig_argv)]
+  assert calls == [(sys.executable, [sys.executable, *sys.orig_argv[1:]])]
   assert main_lib.os.environ == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
   monkeypatch.setattr(main_lib.os, "environ", {})
   monkeypatch.setattr(main_lib.multiprocessing, "parent_process", lambda: "the forkserver")
