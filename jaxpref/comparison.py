@@ -20,6 +20,7 @@ import io
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -284,6 +285,7 @@ def _diversity_rows(summary: Mapping[str, Any]) -> Iterator[list[str]]:
 LATEX = {
   "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
   "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", **{c: f"\\{c}" for c in "&%$#_"}, "\n": " ",
+  "\u2212": "$-$",
 }  # fmt: skip
 
 
@@ -299,7 +301,8 @@ def latex(results: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
   for i, row in enumerate(rows):
     if i and row[0] != rows[i - 1][0]:
       body.append(r"\addlinespace")
-    body.append(line([row[0] if i == 0 or row[0] != rows[i - 1][0] else "", *row[1:]]))
+    numbers = [re.sub(r"-(?=\d)", "\u2212", cell) for cell in row[2:]]  # a minus, not a hyphen
+    body.append(line([row[0] if i == 0 or row[0] != rows[i - 1][0] else "", row[1], *numbers]))
   note = _notes(results, summary)
   return "\n".join(
     [

@@ -7,6 +7,8 @@ import html.parser
 import io
 import json
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -202,17 +204,32 @@ def test_markdown(results):
   assert "Note: The pictures of dpo are less diverse" in text
 
 
-def test_latex(results):
+@pytest.fixture
+def latex_table(results):
+  """With a model whose name has all that LaTeX reads."""
   results["models"][1] = name = "dpo_5%&$#{x}~^\\<"
   for part in ("scores", "diversity"):
     results[part][name] = results[part].pop("dpo")
-  text = comparison.latex(results, comparison.summarize(results))
-  assert r"dpo\_5\%\&\$\#\{x\}\textasciitilde{}\textasciicircum{}\textbackslash{}\textless{}" in text
-  body = [line for line in text.splitlines() if line.endswith(r"\\")]
+  return comparison.latex(results, comparison.summarize(results))
+
+
+def test_latex(latex_table):
+  assert r"dpo\_5\%\&\$\#\{x\}\textasciitilde{}\textasciicircum{}\textbackslash{}\textless{}" in latex_table
+  body = [line for line in latex_table.splitlines() if line.endswith(r"\\")]
   assert {len(re.split(r"(?<!\\)&", line)) for line in body} == {8} and len(body) == 1 + 2 * 3
-  assert r"\begin{tabular}{llrrrrrr}" in text and text.count(r"\addlinespace") == 1
-  for line in text.splitlines():
+  assert r"\begin{tabular}{llrrrrrr}" in latex_table and latex_table.count(r"\addlinespace") == 1
+  assert "[$-$" in latex_table and " -" not in "".join(body)  # a minus, not a hyphen
+  for line in latex_table.replace("$-$", "").splitlines():
     assert line.startswith("% ") or not re.search(r"(?<!\\)[%#$]", line)
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="LaTeX is not installed")
+def test_the_latex_table_compiles(tmp_path, latex_table):
+  start = "\\documentclass{article}\n\\usepackage{booktabs}\n\\begin{document}\n"
+  (tmp_path / "page.tex").write_text(f"{start}{latex_table}\\end{{document}}\n")
+  command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "page.tex"]
+  done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_numbers_are_written_though_a_picture_is_missing(tmp_path, results):
