@@ -151,6 +151,10 @@ def default() -> ml_collections.ConfigDict:
         bootstrap_samples=2000,
         seed=12345,
         split="test",
+        # After the run python -m jaxpref.evaluate compares base and aligned model by these, with commas between them:
+        # names of docs/evaluation.md, or a function of your own as package.module:function.
+        scorers="",
+        prompts="emoji",  # for them: a file, or emoji; num_prompts of it, 0: all
       ),
     )
   )
@@ -285,6 +289,11 @@ def check(config: ml_collections.ConfigDict) -> None:
   require(config.lora.rank >= 0, "lora.rank", "0 (full training) or a positive rank")
   require(config.lora.alpha is None or config.lora.alpha > 0, "lora.alpha", "a number above 0")
   require(config.evaluation.candidates >= 2, "evaluation.candidates", "at least 2 captions to choose from")
+  require(
+    not config.evaluation.scorers or config.objective in (*ONLINE, "dpo", "tdpo", "kto"),
+    "evaluation.scorers",
+    "nothing for this objective: they compare an aligned model with its base",
+  )
   require(config.optimizer.learning_rate > 0, "optimizer.learning_rate", "a number above 0")
   require(
     not config.train_text_encoder

@@ -4,7 +4,8 @@
 
 The first model is the one that the others are compared with. --out gets the pictures, their scores, tables (Markdown,
 LaTeX, CSV, JSON) and report.html, a page by itself with intervals and the pictures side by side. An interrupted run
-continues with the same command; models and scorers can be added to a finished one. All devices take part.
+continues with the same command; models and scorers can be added to a finished one. All devices take part. Several
+processes, started as for training (docs/operations.md), share the work if --out is on a disk that all of them see.
 """
 
 import argparse
@@ -16,24 +17,28 @@ import json
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
 import jaxpref
-from jaxpref import build, comparison, drawing, sample, scorers, sharding, tensor_files, weights
+from jaxpref import build, comparison, distributed, drawing, sample, scorers, sharding, tensor_files, weights
 from jaxpref.data import emoji, paths, prompt_sets
 
 IMAGES_AT_A_TIME = 256  # read for scoring
+WAIT_SECONDS = 24 * 3600.0  # for the pictures of other processes
 PACKAGES = ("jax", "flax", "numpy")
 # Of the arguments: what decides the pictures, and so has to stay the same in a folder.
 OF_PICTURES = (
   "seeds", "seed", "scheduler", "steps", "karras", "eta", "guidance_scale", "guidance_rescale", "negative_prompt",
-  "clip_skip", "height", "width", "dtype",
+  "clip_skip", "height", "width", "vae_model", "dtype",
 )  # fmt: skip
 
 
@@ -42,6 +47,23 @@ OF_PICTURES = (
 
 def main(argv: list[str] | None = None) -> None:
   """Parses the arguments and evaluates; expected errors end in one sentence."""
+  parser = make_parser()
+  launch = parser.add_argument_group("several processes, where no launcher tells (docs/operations.md)")
+  launch.add_argument("--distributed", choices=distributed.MODES, default="auto", help="default: %(default)s")
+  launch.add_argument("--coordinator_address", help="HOST:PORT of process 0")
+  launch.add_argument("--num_processes", type=int, help="of this evaluation")
+  launch.add_argument("--process_id", type=int, help="which one this is, from 0")
+  args = parser.parse_args(argv)
+  by_hand = {name: getattr(args, name) for name in ("coordinator_address", "num_processes", "process_id")}
+  try:
+    distributed.join(distributed.find_launch(args.distributed, **by_hand))
+    evaluate(args)
+  except (ValueError, OSError) as error:
+    sys.exit(f"error: {error}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+  """Of the arguments that `evaluate` takes."""
   parser = argparse.ArgumentParser(
     prog="python -m jaxpref.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -70,15 +92,33 @@ def main(argv: list[str] | None = None) -> None:
   add("--pictures", type=int, default=12, help="in each section of report.html (default: %(default)s)")
   add("--geneval_layout", type=pathlib.Path, metavar="FOLDER", help="also lay out pictures for GenEval's own scorer")
   add("--out", type=pathlib.Path, default=pathlib.Path("evaluation"), help="new folder, or one to continue")
-  args = parser.parse_args(argv)
-  try:
-    print(evaluate(args))
-  except (ValueError, OSError) as error:
-    sys.exit(f"error: {error}")
+  return parser
 
 
-def evaluate(args: argparse.Namespace) -> str:
-  """Draws, scores and writes; returns the table."""
+def arguments_of_run(config: ConfigDict, workdir: str) -> argparse.Namespace:
+  """What `evaluate` compares a finished run and its base model by: config.evaluation, into WORKDIR/evaluation.
+
+  Raises:
+    ValueError, FileNotFoundError: there are no such prompts or scorers.
+  """
+  e = config.evaluation
+  command = ["--models", f"base={config.model}", f"aligned={workdir}", "--prompts", e.prompts, "--scorers"]
+  command += [name.strip() for name in e.scorers.split(",")]
+  command += [f"--vae_model={config.vae_model}"] if config.vae_model else []
+  fields = {"seeds": e.seeds_per_prompt, "seed": e.seed, "steps": e.num_inference_steps, "eta": e.eta}
+  fields |= {"guidance_scale": e.guidance_scale, "batch_size": e.batch_size, "dtype": config.dtype}
+  fields |= {"preferred_style": config.data.preferred_style, "out": pathlib.Path(workdir) / "evaluation"}
+  if e.num_prompts:
+    fields["num_prompts"] = min(e.num_prompts, len(read_prompts(e.prompts)))
+  args = make_parser().parse_args(command + [f"--{name}={value}" for name, value in fields.items()])
+  read_prompts(args.prompts)
+  for spec in args.scorers:
+    scorers.check(spec)
+  return args
+
+
+def evaluate(args: argparse.Namespace) -> None:
+  """Draws, scores, writes, and prints the table. Several processes of JAX share the work."""
   sample.check_settings(args)
   for name in ("score_batch_size", "pictures"):
     if getattr(args, name) < 1:
@@ -88,15 +128,22 @@ def evaluate(args: argparse.Namespace) -> str:
   for spec in (*args.scorers, *filter(None, [args.diversity])):
     scorers.check(spec)
   sizes = check_sizes(models, height=args.height, width=args.width)
-  folder = args.out
-  manifest = open_folder(folder, args, models, prompts, sizes)
   if args.geneval_layout:
     prompt_sets.check_geneval(prompts)
-  mesh = sharding.make_mesh()
+  folder, first = args.out, jax.process_index() == 0
+  if not first:
+    distributed.barrier("evaluation: the folder is begun")
+    if not (folder / "manifest.json").is_file():
+      raise ValueError(f"this host does not see {folder}, which another one has begun; use a disk that all hosts see.")
+  manifest = open_folder(folder, args, models, prompts, sizes)
+  if first:
+    distributed.barrier("evaluation: the folder is begun")
+  mesh = sharding.make_mesh(devices=jax.local_devices())
 
   # ---- Pictures
   for name, model in models.items():
     draw_missing(folder, name, model, prompts, args, mesh)
+  distributed.barrier("evaluation: the pictures are there", seconds=WAIT_SECONDS)
 
   # ---- Scores
   found: dict[str, dict[str, Any]] = {name: {} for name in models}
@@ -111,7 +158,8 @@ def evaluate(args: argparse.Namespace) -> str:
       scores = read_scores(folder, name, scorer.name, known)
       if scores is None:
         scores = score_images(folder, name, scorer, prompts, args.seeds).tolist()
-        write_scores(folder, name, scorer.name, known, scores)
+        if first:
+          write_scores(folder, name, scorer.name, known, scores)
       found[name][scorer.name] = scores
   results: dict[str, Any] = {
     "models": list(models),
@@ -129,12 +177,21 @@ def evaluate(args: argparse.Namespace) -> str:
     results["diversity"] = {name: image_diversity(folder, name, embed, len(prompts), args.seeds) for name in models}
 
   # ---- Files
+  if first:
+    write_files(folder, results, prompts, args)
+    print(f"{(folder / 'table.md').read_text(encoding='utf-8')}\n{folder / 'report.html'}")
+  distributed.barrier("evaluation: the files are written")
+
+
+def write_files(
+  folder: pathlib.Path, results: dict[str, Any], prompts: Sequence[prompt_sets.Prompt], args: argparse.Namespace
+) -> None:
+  """Tables, page, and GenEval's folders."""
   place = lambda model, p, s: image_file(folder, model, p, s)
   comparison.write(folder, results, place, pictures=args.pictures)
-  for name in models if args.geneval_layout else ():
+  for name in results["models"] if args.geneval_layout else ():
     of_prompt = lambda p, name=name: [image_file(folder, name, p, s) for s in range(args.seeds)]
     prompt_sets.geneval_layout(args.geneval_layout / name, prompts, of_prompt)
-  return f"{(folder / 'table.md').read_text(encoding='utf-8')}\n{folder / 'report.html'}"
 
 
 # ---- What is asked for -----------------------------------------------------------------------------------------------
@@ -268,9 +325,10 @@ def open_folder(
     "models": described,
     "versions": {"jaxpref": jaxpref.__version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
   }
-  with paths.cannot_be_written(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-  paths.write(file, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+  if jax.process_index() == 0:
+    with paths.cannot_be_written(folder):
+      folder.mkdir(parents=True, exist_ok=True)
+    paths.write(file, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
   return manifest | {"models": {name: described[name] for name in models}}
 
 
@@ -300,28 +358,32 @@ def draw_missing(
   args: argparse.Namespace,
   mesh: Mesh,
 ) -> None:
-  """Draws those pictures of a model that are not in the folder, or damaged, and forgets the scores it had."""
+  """Draws those pictures of a model that are not in the folder, or damaged, and forgets the scores it had.
+
+  Of several processes each looks after its own share of the pictures.
+  """
   files = [image_file(folder, name, p, s) for p in range(len(prompts)) for s in range(args.seeds)]
+  mine = own_share(len(files))
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    missing = np.flatnonzero(~np.asarray(list(pool.map(_is_whole, files))))
+    missing = mine[~np.asarray(list(pool.map(_is_whole, [files[i] for i in mine])), bool)]
   if not missing.size:
     return
   module, params, tokenize = sample.load(*model, args, mesh)
-  if missing.size < len(files):
-    print(f"{name}: {len(files) - missing.size} of {len(files)} pictures are there", file=sys.stderr)
+  if missing.size < mine.size:
+    print(f"{name}: {mine.size - missing.size} of {mine.size} pictures are there", file=sys.stderr)
   batches = drawing.draw(
     module,
     params,
     tokenize([p.text for p in prompts]),
-    batch_size=min(args.batch_size, len(files)),
-    progress=f"{name}: {len(prompts)} prompts x {args.seeds} seeds",
+    batch_size=min(args.batch_size, mine.size),
+    progress=f"{name}: {len(prompts)} prompts x {args.seeds} seeds" if jax.process_index() == 0 else None,
     mesh=mesh,
     numbers=missing,
     **sample.settings(args, module, tokenize),
   )
   with paths.cannot_be_written(folder):
     for file in (folder / "scores" / name).glob("*.json"):  # of the pictures before
-      file.unlink()
+      file.unlink(missing_ok=True)
     files[0].parent.mkdir(parents=True, exist_ok=True)
   for numbers, images in batches:
     for number, image in zip(numbers, images, strict=True):
@@ -331,6 +393,21 @@ def draw_missing(
 
 
 # ---- Scores ----------------------------------------------------------------------------------------------------------
+
+
+def own_share(count: int) -> np.ndarray:
+  """i64[n]: those of the numbers below `count` that this process works on."""
+  return np.arange(jax.process_index(), count, jax.process_count())
+
+
+def shared(count: int, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+  """f32[count]: `compute` of all numbers below `count`, of which each process does its share."""
+  values = np.asarray(compute(own_share(count)), np.float32)
+  if jax.process_count() == 1:
+    return values
+  padded = np.full(-(-count // jax.process_count()), np.nan, np.float32)
+  padded[: values.size] = values
+  return multihost_utils.process_allgather(padded).T.ravel()[:count]
 
 
 def _scores_file(folder: pathlib.Path, model: str, scorer: str) -> pathlib.Path:
@@ -361,26 +438,34 @@ def score_images(
   folder: pathlib.Path, model: str, scorer: scorers.Scorer, prompts: Sequence[prompt_sets.Prompt], seeds: int
 ) -> np.ndarray:
   """f64[P, S] of a model's pictures."""
-  places = [(p, s) for p in range(len(prompts)) for s in range(seeds)]
-  found: list[np.ndarray] = []
-  with tqdm(total=len(places), desc=f"{scorer.name}: {model}", unit=" pictures") as bar:
-    for start in range(0, len(places), IMAGES_AT_A_TIME):
-      part = places[start : start + IMAGES_AT_A_TIME]
-      images = [read_image(image_file(folder, model, p, s)) for p, s in part]
-      found.append(np.asarray(scorer.score(images, [prompts[p].text for p, _ in part]), np.float64))
-      bar.update(len(part))
-  return np.concatenate(found).reshape(len(prompts), seeds)
+
+  def compute(numbers: np.ndarray) -> np.ndarray:
+    found = [np.zeros(0, np.float32)]
+    silent = jax.process_index() > 0
+    with tqdm(total=numbers.size, desc=f"{scorer.name}: {model}", unit=" pictures", disable=silent) as bar:
+      for start in range(0, numbers.size, IMAGES_AT_A_TIME):
+        part = [divmod(int(n), seeds) for n in numbers[start : start + IMAGES_AT_A_TIME]]
+        images = [read_image(image_file(folder, model, p, s)) for p, s in part]
+        found.append(scorer.score(images, [prompts[p].text for p, _ in part]))
+        bar.update(len(part))
+    return np.concatenate(found)
+
+  return shared(len(prompts) * seeds, compute).astype(np.float64).reshape(len(prompts), seeds)
 
 
 def image_diversity(folder: pathlib.Path, model: str, embed: Any, num_prompts: int, seeds: int) -> list[float]:
   """Of each prompt's pictures: see `scorers.diversity`."""
   at_a_time = max(1, IMAGES_AT_A_TIME // seeds)
-  found: list[float] = []
-  for start in range(0, num_prompts, at_a_time):
-    part = range(start, min(start + at_a_time, num_prompts))
-    images = [read_image(image_file(folder, model, p, s)) for p in part for s in range(seeds)]
-    found += scorers.diversity(embed(images).reshape(len(part), seeds, -1)).tolist()
-  return found
+
+  def compute(numbers: np.ndarray) -> np.ndarray:
+    found = [np.zeros(0, np.float32)]
+    for start in range(0, numbers.size, at_a_time):
+      part = numbers[start : start + at_a_time]
+      images = [read_image(image_file(folder, model, p, s)) for p in part for s in range(seeds)]
+      found.append(scorers.diversity(embed(images).reshape(len(part), seeds, -1)))
+    return np.concatenate(found)
+
+  return shared(num_prompts, compute).tolist()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import MutableMapping
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from jaxpref import config as config_lib
 from jaxpref import distributed
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
   from jaxpref import train  # after the start, as it imports JAX
 
   try:
-    train.run(_CONFIG.value, workdir)
+    run_and_evaluate(_CONFIG.value, workdir)
   except BaseException as error:
     one_sentence = isinstance(error, ValueError | OSError | train.NonFiniteError) and logging.get_verbosity() <= 0
     text = f"error: {error}" if one_sentence else "".join(traceback.format_exception(error))
@@ -71,6 +71,19 @@ def main(argv: list[str]) -> None:
     if one_sentence:
       sys.exit(text)
     raise
+
+
+def run_and_evaluate(config: ConfigDict, workdir: str) -> None:
+  """`train.run`; then, if config.evaluation.scorers names any, the comparison with the base model by them."""
+  from jaxpref import evaluate, train
+
+  if not config.evaluation.scorers:
+    train.run(config, workdir)
+    return
+  config_lib.check(config)
+  arguments = evaluate.arguments_of_run(config, workdir)  # what is not there is refused before the training
+  train.run(config, workdir)
+  evaluate.evaluate(arguments)
 
 
 def start_with_huge_pages() -> None:

@@ -60,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--clip_skip", type=int, help="layers of the text encoder to leave out, as diffusers counts (default: none)")
   add("--height", type=int, help="pixels (default: the model's size)")
   add("--width", type=int, help="pixels (default: the model's size)")
-  add("--batch_size", type=int, default=8, help="pictures at a time, on all devices together (default: %(default)s)")
+  add("--batch_size", type=int, default=8, help="pictures at a time, of each process (default: %(default)s)")
+  add("--vae_model", help="a VAE's folder or hub name, in the place of the model's own")
   add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of computation and stored weights")
 
 
@@ -108,7 +109,9 @@ def load(
     adapter_file: as of --lora.
   """
   everywhere = sharding.replicated(mesh)
-  pipe = build.load_text_to_image(model_folder(name), dtype=args.dtype, param_dtype=args.dtype, sharding=everywhere)
+  pipe = build.load_text_to_image(
+    model_folder(name), dtype=args.dtype, param_dtype=args.dtype, sharding=everywhere, vae_model=args.vae_model
+  )
   weights = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
   scale = 1.0
   if adapter_file is not None:

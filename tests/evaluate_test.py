@@ -2,17 +2,23 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxpref import evaluate, lora_files, weights
+from configs import dpo_tiny
+from jaxpref import evaluate, lora_files, main, weights
 from jaxpref.models import lora, presets
 
+REPOSITORY = pathlib.Path(__file__).parents[1]
 PROMPTS = ("red apple", "volcano", "grinning cat")
 FEW = ("--steps=2", "--seeds=2", "--guidance_scale=2")
 
@@ -213,3 +219,63 @@ def test_a_folder_of_other_settings_prompts_or_weights_is_left_alone(models, eva
   (tmp_path / "full" / "mine").touch()
   with pytest.raises(SystemExit, match="full is not empty and has no manifest.json"):
     run(models, tmp_path / "full")
+
+
+def test_two_processes_share_the_work(models, evaluated, tmp_path):
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  folder, ending = copy(evaluated, tmp_path / "out"), ("00000_1.png", "00001_0.png", "00002_1.png")
+  for name in ending:  # numbers 1, 2 and 5: each process misses some
+    (folder / "images" / "two" / name).unlink()
+  specs = [f"{name}={models / name}" for name in ("one", "two")]
+  command = [sys.executable, "-m", "jaxpref.evaluate", "--models", *specs, f"--prompts={models / 'prompts.txt'}", *FEW]
+  command += ["--scorers", BRIGHTNESS, REDNESS, f"--out={folder}", "--num_processes=2"]
+  command += [f"--coordinator_address=localhost:{port}"]
+  options = dict(cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+  processes = [subprocess.Popen([*command, f"--process_id={i}"], env=environment, **options) for i in range(2)]
+  said = [process.communicate(timeout=500) for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], said
+  assert "report.html" in said[0][0] and "report.html" not in said[1][0]
+  assert "two: 2 of 3 pictures are there" in said[0][1] and "two: 1 of 3 pictures are there" in said[1][1]
+  assert list(pictures(folder, "two")) == list(pictures(evaluated, "two"))
+  found, expected = results(folder)["scores"], results(evaluated)["scores"]
+  for name in ("one", "two"):
+    np.testing.assert_allclose(found[name][BRIGHTNESS], expected[name][BRIGHTNESS], atol=0.1)
+    of_files = [redness([np.asarray(Image.open(file))], "")[0] for file in sorted((folder / "images" / name).iterdir())]
+    np.testing.assert_allclose(np.ravel(found[name][REDNESS]), of_files, rtol=1e-5)
+
+
+def test_a_recipe_names_scorers(models, tmp_path, monkeypatch):
+  """The comparison follows the training; what is not there is refused before it."""
+  trained = []
+
+  def run(config, workdir):
+    trained.append(workdir)
+    pipe = weights.load_pipeline(models / "two")
+    weights.save_pipeline(pathlib.Path(workdir) / "export", pipe)
+    (pathlib.Path(workdir) / "config.json").write_text("{}")
+
+  monkeypatch.setattr("jaxpref.train.run", run)
+  config = dpo_tiny.get_config()
+  config.model = str(models / "one")
+  config.evaluation.update(prompts=str(models / "prompts.txt"), seeds_per_prompt=1, num_inference_steps=2)
+  for scorers in ("beauty", f"{BRIGHTNESS},tests.evaluate_test:gone"):
+    config.evaluation.scorers = scorers
+    with pytest.raises(ValueError, match="scorer 'beauty' is unknown|has no function 'gone'"):
+      main.run_and_evaluate(config, str(tmp_path / "run"))
+  config.evaluation.scorers = f"{BRIGHTNESS}, {REDNESS}"
+  missing = config.copy_and_resolve_references()
+  missing.evaluation.prompts = str(tmp_path / "gone.txt")
+  with pytest.raises(OSError, match="gone.txt"):
+    main.run_and_evaluate(missing, str(tmp_path / "run"))
+  assert not trained
+  main.run_and_evaluate(config, str(tmp_path / "run"))
+  assert trained == [str(tmp_path / "run")]
+  found = results(tmp_path / "run" / "evaluation")
+  assert found["models"] == ["base", "aligned"] and [s["name"] for s in found["scorers"]] == [BRIGHTNESS, REDNESS]
+  assert len(found["prompts"]) == 3 and found["settings"]["guidance_scale"] == 3.5
+  config.objective = "denoise"
+  with pytest.raises(ValueError, match="config.evaluation.scorers=.*expected nothing for this objective"):
+    main.run_and_evaluate(config, str(tmp_path / "other"))
