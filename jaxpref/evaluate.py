@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import jaxpref
-from jaxpref import build, comparison, distributed, drawing, sample, scorers, sharding, tensor_files, weights
+from jaxpref import comparison, distributed, drawing, loading, sample, scorers, sharding, tensor_files, weights
 from jaxpref.data import emoji, paths, prompt_sets
 
 IMAGES_AT_A_TIME = 256  # read for scoring
@@ -243,7 +243,8 @@ def check_sizes(
   """
   found = {}
   for name, (source, _) in models.items():
-    model = build.text_to_image(build.load_text_to_image(sample.model_folder(source), dtype="float32", components=()))
+    pipe = loading.load_text_to_image(sample.model_folder(source), dtype="float32", components=())
+    model = loading.text_to_image(pipe)
     found[name] = [height or model.image_size, width or model.image_size]
   first = next(iter(found))
   for name, size in found.items():
@@ -259,7 +260,7 @@ def fingerprint(source: str, adapter: pathlib.Path | None) -> str:
   """Of the weights that a model of `parse_models` has."""
   if source.partition(":")[0] in ("random", "zeros"):
     return source
-  folder = weights.resolve_folder(build.folder_of(sample.model_folder(source)), "*/*.safetensors")
+  folder = weights.resolve_folder(loading.folder_of(sample.model_folder(source)), "*/*.safetensors")
   files = [f for name in weights.NETWORKS if (folder / name).is_dir() for f in tensor_files.weight_files(folder / name)]
   by_network = [tensor_files.fingerprint([file]) for file in [*files, *filter(None, [adapter])]]
   return hashlib.sha256(" ".join(by_network).encode()).hexdigest()[:16]

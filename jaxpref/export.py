@@ -16,7 +16,7 @@ import sys
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jaxpref import build, checkpoint, lora_files
+from jaxpref import build, checkpoint, loading, lora_files
 from jaxpref import config as config_lib
 
 TEXT_TO_IMAGE = ("spo", "grpo", "dpo", "tdpo", "kto", "denoise")
@@ -77,14 +77,14 @@ def export(
     )
   scale = 1.0 if adapter is None else build.adapter_scale(config, lora_files.adapter_rank(adapter))
   if form == "pipeline":
-    pipe = build.load_text_to_image(config.model, dtype=config.dtype, seed=config.seed, vae_model=config.vae_model)
+    pipe = loading.load_text_to_image(config.model, dtype=config.dtype, seed=config.seed, vae_model=config.vae_model)
     build.save_trained(out, pipe, params, scale=scale, dtype=jnp.dtype(dtype or "float16"))
     return out
   file.parent.mkdir(parents=True, exist_ok=True)
   if form == "lora":
     lora_files.save_diffusers(file, adapter, scale, dtype=jnp.dtype(dtype or "float32"))
   else:
-    unet = build.unet_config(config.model)
+    unet = loading.unet_config(config.model)
     lora_files.save_kohya(file, adapter, scale, unet, dtype=jnp.dtype(dtype or "float32"))
   return file
 

@@ -1,13 +1,19 @@
-"""From a config to the records that it trains on: sources, and what is chosen of them."""
+"""From a config to the batches that it trains on: sources, what is chosen of them, and what is precomputed of them."""
 
+import json
 import logging
+import pathlib
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict as Config
 
+from jaxpref import config as config_lib
+from jaxpref import loading, sharding, tensor_files, weights
 from jaxpref.data import index as index_lib
-from jaxpref.data import sources
+from jaxpref.data import latents, pipeline, sources
 
 logger = logging.getLogger(__name__)
 OF_PAIRS = ("emoji", *sources.PAIR_KINDS)
@@ -88,3 +94,158 @@ def unpaired_source(config: Config) -> Any:
   held_out = index_lib.in_validation(source.index.prompt, config.data.validation_share)
   kept = np.flatnonzero(held_out if config.data.split == "validation" else ~held_out)
   return sources.Selected(source, index_lib.Selection(kept, source.index.label_0[kept], np.ones(len(kept)), kept))
+
+
+# ---- Batches ---------------------------------------------------------------------------------------------------
+
+
+def _split(config: Config) -> str | None:
+  return None if config.data.split == "all" else config.data.split
+
+
+def _shared_data_arguments(config: Config) -> dict[str, Any]:
+  # A single process may look at a mesh of devices that are not there.
+  index, count = (0, 1) if jax.process_count() == 1 else sharding.batch_part(sharding.make_mesh(**config.mesh))
+  return {
+    "batch_size": config.batch_size,
+    "seed": config.seed,
+    "process_index": index,
+    "process_count": count,
+    "num_threads": config.data.num_threads,
+  }
+
+
+def pair_batches(
+  config: Config, image_size: int, tokenize: Callable[[list[str]], np.ndarray], **processes: int
+) -> pipeline.Batches:
+  """The pairs of `pairs_source`; `processes` may hold another process_index and process_count than this run's."""
+  return pipeline.pair_batches(
+    pairs_source(config),
+    image_size=image_size,
+    tokenize=tokenize,
+    caption_dropout=config.data.caption_dropout,
+    flip=config.data.flip,
+    random_crop=config.data.random_crop,
+    num_workers=config.data.num_workers,
+    **(_shared_data_arguments(config) | processes),
+  )
+
+
+def image_batches(
+  config: Config, image_size: int, tokenize: Callable[[list[str]], np.ndarray] | None, source: Any = None
+) -> pipeline.Batches:
+  """Images of a source, or of the embedded emoji."""
+  return pipeline.image_batches(
+    source,
+    image_size=image_size,
+    tokenize=tokenize,
+    subset=config.data.subset,
+    split=_split(config),
+    caption_dropout=config.data.caption_dropout,
+    flip=config.data.flip,
+    random_crop=config.data.random_crop,
+    num_workers=config.data.num_workers,
+    **_shared_data_arguments(config),
+  )
+
+
+def prompt_batches(config: Config, tokenize: Callable[[list[str]], np.ndarray]) -> pipeline.Batches:
+  """The prompts of an online objective."""
+  return pipeline.prompt_batches(
+    sources.read_prompts(config.data.path) if config.data.source == "prompts" else None,
+    tokenize=tokenize,
+    subset=config.data.subset,
+    split=_split(config),
+    **_shared_data_arguments(config),
+  )
+
+
+def offline_batches(config: Config, image_size: int, tokenize: Callable[[list[str]], np.ndarray]) -> pipeline.Batches:
+  """The data of an objective that trains on images or pairs."""
+  if config.data.source == "precomputed":
+    return _precomputed_batches(config, image_size)
+  if config.objective == "denoise":
+    return image_batches(config, image_size, tokenize)
+  if config.objective == "kto":
+    return image_batches(config, image_size, tokenize, unpaired_source(config))
+  return pair_batches(config, image_size, tokenize)
+
+
+# ---- Precomputed -----------------------------------------------------------------------------------------------
+
+# Objectives whose data the frozen networks can be run over once, and what these data are.
+PRECOMPUTABLE = {"dpo": "pairs", "tdpo": "pairs", "kto": "liked and other images", "denoise": "images"}
+# Fields of config.data that do not change what the frozen networks make of them: training decides on these.
+_OF_TRAINING = ("caption_dropout", "num_threads", "num_workers")
+
+
+def precomputed_fields(config: Config) -> dict[str, Any]:
+  """The fields that decide what the frozen networks make of the data, as JSON values by dotted name."""
+  fields = {name: config[name] for name in ("model", "vae_model", "dtype", "seed")}
+  fields |= {f"data.{k}": v for k, v in config.data.to_dict().items() if k not in _OF_TRAINING}
+  return json.loads(json.dumps(fields))
+
+
+def encoder_fingerprints(config: Config) -> dict[str, str]:
+  """Of the weights whose results are precomputed, by component; none of random ones: their name and seed say it all."""
+  files: dict[str, list[pathlib.Path]] = {}
+  if loading.preset_of(config.model) is None:
+    folder = weights.resolve_folder(loading.folder_of(config.model), "*/*.safetensors")
+    names = [n for n in weights.NETWORKS if n != "unet" and (folder / n).is_dir()]
+    files = {n: tensor_files.weight_files(folder / n) for n in names if n != "vae" or not config.vae_model}
+  if config.vae_model:
+    folder = weights.resolve_folder(config.vae_model, "diffusion_pytorch_model*.safetensors")
+    files["vae"] = tensor_files.weight_files(folder)
+  return {name: tensor_files.fingerprint(of_network) for name, of_network in files.items()}
+
+
+def open_precomputed(config: Config) -> latents.Precomputed:
+  """The folder of a config with data.source="precomputed".
+
+  Raises:
+    FileNotFoundError, ValueError: it is not there, not complete, or made for another model or other data.
+  """
+  data = latents.open_folder(config.data.path)
+  kind = PRECOMPUTABLE[config.objective]
+  if data.manifest["kind"] != kind:
+    raise ValueError(
+      f"{data.folder} holds {data.manifest['kind']}, expected {kind} for config.objective={config.objective!r}; give a "
+      "folder that was precomputed for it."
+    )
+  made, now = data.manifest["config"], precomputed_fields(config)
+  defaults = precomputed_fields(config_lib.default())  # of fields that came after the folder was made
+  # Float32 and bfloat16 differ by rounding alone; a published model does not depend on the seed; and a folder that was
+  # made with flip has both, the images and the mirrored ones.
+  ignored = ["data.source", "data.path", "data.images", "data.scores", "dtype"]
+  ignored += ["seed"] if loading.preset_of(config.model) is None else []
+  ignored += ["data.flip"] if made["data.flip"] else []
+  for field, value in now.items():
+    found = made.get(field, defaults[field])
+    if field not in ignored and found != value:
+      raise ValueError(
+        f"{data.folder} was precomputed with config.{field}={found!r}, expected {value!r} as in this config; "
+        "change the config, or run python -m jaxpref.precompute with it."
+      )
+  weights_made = data.manifest.get("weights", {})
+  for name, found in (encoder_fingerprints(config) if weights_made else {}).items():
+    if weights_made.get(name) != found:
+      raise ValueError(
+        f"{data.folder} was precomputed with other weights of the {name} than config.model={config.model!r} and "
+        f"config.vae_model={config.vae_model!r} have now; put the old ones back, or run python -m jaxpref.precompute "
+        "into another folder."
+      )
+  return data
+
+
+def _precomputed_batches(config: Config, image_size: int) -> pipeline.Batches:
+  data = open_precomputed(config)
+  size = data.manifest["image_size"]
+  if size != image_size:
+    raise ValueError(f"{data.folder} is of images of {size} pixels, {config.model} wants {image_size}; make it again.")
+  return latents.batches(
+    data,
+    caption_dropout=config.data.caption_dropout,
+    flip=config.data.flip,
+    num_workers=config.data.num_workers,
+    **_shared_data_arguments(config),
+  )

@@ -31,8 +31,8 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 import jaxpref
-from jaxpref import build, distributed, sharding
 from jaxpref import config as config_lib
+from jaxpref import distributed, inputs, loading, sharding
 from jaxpref.data import latents, paths, pipeline
 from jaxpref.models.text_to_image import TextToImage
 
@@ -79,21 +79,21 @@ def run(
   together = jax.process_count() > 1
   plan: dict[str, Any] = {
     "format": latents.FORMAT,
-    "kind": build.PRECOMPUTABLE[config.objective],
-    "config": build.precomputed_fields(config),
+    "kind": inputs.PRECOMPUTABLE[config.objective],
+    "config": inputs.precomputed_fields(config),
     "rows_per_file": rows_per_file,
   }
   latents.check_plan(folder, plan)
   if is_complete(folder):
     _say(f"{folder} is complete.")
     return True
-  plan["weights"] = build.encoder_fingerprints(config)
+  plan["weights"] = inputs.encoder_fingerprints(config)
   latents.check_plan(folder, plan)
 
   # ---- Networks and data -------------------------------------------------------------------------------------
   mesh = sharding.make_mesh(devices=jax.local_devices())
   everywhere = sharding.replicated(mesh)
-  pipe = build.load_text_to_image(
+  pipe = loading.load_text_to_image(
     config.model,
     dtype=config.dtype,
     seed=config.seed,
@@ -102,7 +102,7 @@ def run(
     vae_model=config.vae_model,
     components=ENCODERS,
   )
-  model = build.text_to_image(pipe, vae_slicing=config.vae_slicing * mesh.size or None)
+  model = loading.text_to_image(pipe, vae_slicing=config.vae_slicing * mesh.size or None)
   data = _open_data(config, model, pipe.tokenize)
   empty = pipe.tokenize([""])[0]
   plan |= {
@@ -176,10 +176,10 @@ def check(config: ConfigDict, *, rows_per_file: int, batch_size: int) -> None:
   for name, value in (("rows_per_file", rows_per_file), ("batch_size", batch_size)):
     if value < 1:
       raise ValueError(f"--{name}={value}; expected at least 1.")
-  if config.objective not in build.PRECOMPUTABLE:
+  if config.objective not in inputs.PRECOMPUTABLE:
     raise ValueError(
       f"config.objective={config.objective!r} needs the VAE while it trains, so nothing can be precomputed for it; "
-      f"expected one of {', '.join(build.PRECOMPUTABLE)}."
+      f"expected one of {', '.join(inputs.PRECOMPUTABLE)}."
     )
   if config.data.source == "precomputed":
     raise ValueError("config.data.source='precomputed' is what this command makes; give the images it is made from.")
@@ -216,7 +216,7 @@ def _open_data(config: ConfigDict, model: TextToImage, tokenize: pipeline.Tokeni
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.batch_size = jax.process_count()  # the least: no batch is asked for
-  return build.offline_batches(config, model.image_size, tokenize)
+  return inputs.offline_batches(config, model.image_size, tokenize)
 
 
 def stored_moments(model: TextToImage, params: Any, images: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxpref import build, drawing, lora_files, report, sharding
+from jaxpref import drawing, loading, lora_files, report, sharding
 from jaxpref.data import sources
 from jaxpref.models.text_to_image import TextToImage
 
@@ -109,7 +109,7 @@ def load(
     adapter_file: as of --lora.
   """
   everywhere = sharding.replicated(mesh)
-  pipe = build.load_text_to_image(
+  pipe = loading.load_text_to_image(
     model_folder(name), dtype=args.dtype, param_dtype=args.dtype, sharding=everywhere, vae_model=args.vae_model
   )
   weights = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
@@ -117,7 +117,7 @@ def load(
   if adapter_file is not None:
     adapter, scale, text_encoders = lora_files.load_pipeline_lora(adapter_file, pipe.unet.config, pipe.params)
     weights = lora_files.merge_text_encoders(weights, text_encoders) | {"unet_lora": adapter}
-  model = dataclasses.replace(build.text_to_image(pipe, lora_scale=scale), clip_skip=args.clip_skip)
+  model = dataclasses.replace(loading.text_to_image(pipe, lora_scale=scale), clip_skip=args.clip_skip)
   if args.scheduler == "dpmpp_2m":
     # Where the folder does not say, diffusers' DPMSolverMultistepScheduler has another default than its DDIMScheduler.
     spacing = pipe.scheduler_config.get("timestep_spacing", "linspace")

@@ -25,8 +25,8 @@ from ml_collections import ConfigDict, config_flags
 from PIL import Image
 from tqdm import tqdm
 
-from jaxpref import build, inputs, sharding, weights
 from jaxpref import config as config_lib
+from jaxpref import inputs, loading, sharding, weights
 from jaxpref.data import index as index_lib
 from jaxpref.data import records
 from jaxpref.models.preference import StepAwareCLIPModel
@@ -132,11 +132,11 @@ def score(config: ConfigDict, *, model: str, out: pathlib.Path, batch_size: int)
     begun = index_lib.load(out, num_records=len(source), fingerprint=fingerprint)
     scores = np.stack(begun.scores(), axis=1)
   mesh = sharding.make_mesh()
-  module, params = build.load_scorer(
+  module, params = loading.load_scorer(
     model, dtype=config.dtype, param_dtype=config.dtype, sharding=sharding.replicated(mesh)
   )
   params = jax.device_put(params, sharding.replicated(mesh))
-  tokenizer = build.load_tokenizer(model, config.model)
+  tokenizer = loading.load_tokenizer(model, config.model)
   length = module.config.text_config.max_position_embeddings
 
   def save() -> index_lib.Index:

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from jaxpref import build, sharding, tensor_files, weights
+from jaxpref import loading, sharding, tensor_files, weights
 from jaxpref.models import blip, clip
 from jaxpref.models.preference import StepAwareCLIPModel
 from jaxpref.score import clip_image
@@ -267,7 +267,7 @@ def _imagereward_network(folder: pathlib.Path, dtype: Any, placement: Any) -> _N
 
 
 def _judge_network(folder: pathlib.Path, style: str, placement: Any) -> _Network:
-  module, params = build.load_judge(str(folder), style=style, num_classes=1)
+  module, params = loading.load_judge(str(folder), style=style, num_classes=1)
   assert module is not None
   size, column = module.config.image_size, module.config.styles.index(style)
   if placement is not None:
@@ -298,7 +298,7 @@ def _clip_tokenizer(name: str, folder: pathlib.Path) -> Any:
   """The one beside the weights, or CLIP-L's: all published CLIPs have the same."""
   other = PUBLISHED["clip_l"].repository
   with contextlib.suppress(FileNotFoundError):
-    return build.load_tokenizer(str(folder), other)
+    return loading.load_tokenizer(str(folder), other)
   raise FileNotFoundError(
     f"scorer {name}: {folder} has no tokenizer (vocab.json and merges.txt) and the Hugging Face repository {other} "
     f"could not be reached; copy the two files of that repository into {folder}."

@@ -252,12 +252,12 @@ def _sample(config: Any, mesh: Any, steps: int) -> dict[str, Any]:
   import jax
   import jax.numpy as jnp
 
-  from jaxpref import build, flops, rollout, sharding
+  from jaxpref import flops, loading, rollout, sharding
   from jaxpref.models.text_to_image import guided
 
-  pipe = build.load_text_to_image(config.model, dtype=config.dtype, param_dtype=config.dtype)
+  pipe = loading.load_text_to_image(config.model, dtype=config.dtype, param_dtype=config.dtype)
   slicing = config.vae_slicing * sharding.batch_devices(mesh) or None
-  model = build.text_to_image(pipe, vae_slicing=slicing)
+  model = loading.text_to_image(pipe, vae_slicing=slicing)
   weights = sharding.put_tree(mesh, dict(pipe.params) | {"empty_ids": pipe.tokenize([""])})
   ids = pipe.tokenize(["a red apple"] * config.batch_size)
   batch = sharding.put_batch(mesh, {"ids": ids})

@@ -81,14 +81,14 @@ def save_inputs(file: pathlib.Path, batch: Mapping[str, Any], empty_ids: Any) ->
 
 def prepare(folder: pathlib.Path, cases: Sequence[str], size: str, batch: int | None, dtype: str | None) -> None:
   """Writes models and one batch of each case into a folder; run where JAX has no accelerator."""
-  from jaxpref import build
+  from jaxpref import loading
 
   pipe = scorer = None
   for case in cases:
     config = recipe(case, size, batch, dtype)
-    pipe = pipe or build.load_text_to_image(config.model, dtype="float32", seed=config.seed)
+    pipe = pipe or loading.load_text_to_image(config.model, dtype="float32", seed=config.seed)
     if config.objective == "spo":
-      scorer = scorer or build.load_scorer(config.preference_model, dtype="float32", seed=config.seed)
+      scorer = scorer or loading.load_scorer(config.preference_model, dtype="float32", seed=config.seed)
     save_models(folder, config, pipe, scorer)
     experiment = bench.build_on_shapes(config)
     assert experiment.tokenize is not None
@@ -328,7 +328,7 @@ def jax_outcome(case: str, size: str, folder: pathlib.Path, config: Any | None =
   import jax
   import safetensors.numpy
 
-  from jaxpref import build, lora_files, rollout, step, tensor_files, train
+  from jaxpref import build, loading, lora_files, rollout, step, tensor_files, train
 
   config = check_recipe(case, size) if config is None else config
   experiment = build.build(config)
@@ -338,12 +338,12 @@ def jax_outcome(case: str, size: str, folder: pathlib.Path, config: Any | None =
     frozen["spm"] = perturbed(frozen["spm"], 0.1)  # a fresh one does not know the time
   # The modules alone; the parameters are the experiment's.
   weights = {**frozen, **ref_params}
-  pipe = build.load_text_to_image(config.model.replace("random:", "zeros:"), dtype="float32")
+  pipe = loading.load_text_to_image(config.model.replace("random:", "zeros:"), dtype="float32")
   pipe = dataclasses.replace(pipe, params={name: weights[name] for name in pipe.params})
   scorer = None
   if "spm" in frozen:
     name = config.preference_model.replace("random:", "zeros:")
-    scorer = (build.load_scorer(name, dtype="float32")[0], frozen["spm"])
+    scorer = (loading.load_scorer(name, dtype="float32")[0], frozen["spm"])
   save_models(folder, config, pipe, scorer, params)
   batch = check_batch(config, experiment)
   assert experiment.tokenize is not None

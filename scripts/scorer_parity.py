@@ -10,7 +10,7 @@
 The first command draws weights for the networks of the packages hpsv2, image-reward (ImageReward, and the aesthetic
 predictor) and openai-clip, saves them as their authors did, and lets the packages score pictures of several shapes. The
 second converts those files by scripts/convert_scorer.py, scores the same pictures with jaxpref.scorers and fails if a
-score differs by more than 1e-3.
+score differs by more than 1e-3, or by more than 2 % of the scores' standard deviation.
 
 Two vocabularies: CLIP's is that of the package openai-clip. BERT's is in none of the packages, so one is made up, and
 what is compared is how a vocabulary is used.
@@ -74,6 +74,14 @@ def redraw(module: Any, seed: int) -> dict[str, Any]:
   return {k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}
 
 
+def enliven(head: Any) -> None:
+  """Redraws the layers of a head, whose own start makes all scores alike."""
+  import torch
+
+  for parameter in head.parameters():
+    torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1)
+
+
 def score_hpsv2(folder: pathlib.Path, images: Sequence[Image.Image]) -> dict[str, list[float]]:
   """By `hpsv2.score`, which reads the file."""
   import clip
@@ -87,7 +95,8 @@ def score_hpsv2(folder: pathlib.Path, images: Sequence[Image.Image]) -> dict[str
   from hpsv2 import img_score
   from hpsv2.src.open_clip import create_model_and_transforms
 
-  model, _, prepare = create_model_and_transforms("ViT-H-14", None, precision="fp32", output_dict=True)
+  options = dict(precision="fp32", output_dict=True, light_augmentation=True)  # the last: whole pictures, padded
+  model, _, prepare = create_model_and_transforms("ViT-H-14", None, **options)
   img_score.model_dict.update(model=model, preprocess_val=prepare)  # or it would be fetched
   found = {}
   for seed, version in enumerate(("hpsv2", "hpsv2.1")):
@@ -114,9 +123,7 @@ def score_aesthetic(folder: pathlib.Path, images: Sequence[Image.Image]) -> dict
   torch.nn.Module.__init__(scorer)
   scorer.device, scorer.clip_model, scorer.preprocess = "cpu", model, clip.clip._transform(224)
   scorer.mlp = MLP(768).eval()
-  with torch.no_grad():
-    for parameter in scorer.mlp.parameters():  # its weights are small by default, and all scores alike
-      parameter.mul_(2.0)
+  enliven(scorer.mlp)
   torch.save(scorer.mlp.state_dict(), folder / FILES["aesthetic"])
   of_transformers = transformers.CLIPModel(_clip_config(transformers)).eval()
   of_transformers.load_state_dict(to_transformers(model.state_dict()), strict=True)
@@ -191,6 +198,7 @@ def score_imagereward(folder: pathlib.Path, images: Sequence[Image.Image]) -> di
   (folder / "med_config.json").write_text(json.dumps(config))
   blip.BertTokenizer = type("Local", (), {"from_pretrained": lambda _: BertTokenizer(str(folder / "vocab.txt"))})
   model = ImageReward(med_config=str(folder / "med_config.json"), device="cpu").eval()
+  enliven(model.mlp)
   state = redraw(model, 3)
   torch.save(state, folder / FILES["imagereward"])
   with torch.no_grad():
@@ -217,6 +225,7 @@ def run_peers(folder: pathlib.Path) -> None:
   (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
   merges = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.bpe_ranks)]
   (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+  torch.manual_seed(0)
   tables: tuple[Callable, ...] = (score_aesthetic, score_imagereward, score_hpsv2)
   scores: dict[str, list[float]] = {}
   for table in tables:
@@ -259,7 +268,7 @@ def run_compare(folder: pathlib.Path, out: pathlib.Path) -> bool:
   head = "Scores by jaxpref.scorers against the published packages, full size, random weights: "
   head += "`python scripts/scorer_parity.py --help` has the commands.\n\n"
   out.with_suffix(".md").write_text(head + "".join(f"| {line} |\n" for line in lines) + f"\n{shown}\n")
-  return all(r["difference"] <= BOUND < r["spread"] for r in rows)
+  return all(r["difference"] <= min(BOUND, 0.02 * r["spread"]) for r in rows)
 
 
 def main() -> None:
@@ -275,7 +284,7 @@ def main() -> None:
   if not (args.folder / "scores.json").is_file():
     sys.exit(f"error: {args.folder} has no scores.json; run the step peers first, in the packages' environment.")
   if not run_compare(args.folder.resolve(), args.out):
-    sys.exit(f"error: scores differ by more than {BOUND}, or do not differ among the pictures: {args.out}.md")
+    sys.exit(f"error: scores differ by more than {BOUND}, or by 2 % of their spread: {args.out}.md")
 
 
 if __name__ == "__main__":

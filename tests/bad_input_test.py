@@ -120,7 +120,7 @@ def refused(tmp_path, monkeypatch, datasets):
 
 @pytest.fixture(scope="module")
 def pipeline():
-  """Random weights, made once: `build.load_text_to_image` is what would make them."""
+  """Random weights, made once: `loading.load_text_to_image` is what would make them."""
   return weights.random_pipeline("sd15-miniature", 0)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxpref import build, config, inputs, metrics, sharding, train, weights
+from jaxpref import build, config, inputs, loading, metrics, sharding, train, weights
 from jaxpref.data import emoji_pairs, records
 from jaxpref.models import presets
 
@@ -294,7 +294,7 @@ def test_another_vae_takes_the_place_of_the_models_own(tmp_path):
   halved = {**pipe.params, "vae": jax.tree.map(lambda x: x / 2, pipe.params["vae"])}
   folder = weights.save_pipeline(tmp_path / "model", dataclasses.replace(pipe, params=halved))
   c = settings(vae_model=str(folder / "vae"))
-  found = build.load_text_to_image(c.model, dtype="bfloat16", param_dtype="bfloat16", vae_model=c.vae_model)
+  found = loading.load_text_to_image(c.model, dtype="bfloat16", param_dtype="bfloat16", vae_model=c.vae_model)
   assert found.vae == dataclasses.replace(pipe.vae, dtype=jax.numpy.dtype("bfloat16"))
   for name, factor in (("vae", 0.5), ("unet", 1.0)):
     for a, b in zip(jax.tree.leaves(found.params[name]), jax.tree.leaves(pipe.params[name]), strict=True):
@@ -308,9 +308,9 @@ def test_another_vae_takes_the_place_of_the_models_own(tmp_path):
   settings_file = folder / "vae" / "config.json"
   settings_file.write_text(json.dumps(json.loads(settings_file.read_text()) | {"scaling_factor": 0.5}))
   with pytest.raises(ValueError, match=r"vae_model=.* factor are \(4, 1, 0.5\), those of random:sd15-miniature"):
-    build.load_text_to_image(c.model, dtype="float32", vae_model=c.vae_model)
+    loading.load_text_to_image(c.model, dtype="float32", vae_model=c.vae_model)
   with pytest.raises(FileNotFoundError, match="config.json is missing"):
-    build.load_text_to_image(c.model, dtype="float32", vae_model=str(folder))
+    loading.load_text_to_image(c.model, dtype="float32", vae_model=str(folder))
 
 
 def test_a_vae_beside_single_file_copies_is_found(tmp_path):

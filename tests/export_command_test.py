@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpref import build, checkpoint, config, export, lora_files, step, weights
+from jaxpref import build, checkpoint, config, export, loading, lora_files, step, weights
 from jaxpref.models import lora
 
 RANK, ALPHA, SEED = 2, 4.0, 5
@@ -52,7 +52,7 @@ def loaded_once(base, monkeypatch):
     assert (name, seed) == ("random:sd15-miniature", SEED)
     return base
 
-  monkeypatch.setattr(build, "load_text_to_image", load)
+  monkeypatch.setattr(loading, "load_text_to_image", load)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import build, drawing, rollout, weights
+from jaxpref import drawing, loading, rollout, weights
 from jaxpref.models.text_to_image import guided
 
 torch = pytest.importorskip("torch")
@@ -23,7 +23,7 @@ CLASSES = {
 def sampler(request):
   """(name, pipeline of random weights, compiled (parameters, ids, latents) -> u8 pictures)."""
   pipe = weights.random_pipeline(request.param, 3)
-  model = build.text_to_image(pipe)
+  model = loading.text_to_image(pipe)
 
   @jax.jit
   def sample(params, ids, latents):

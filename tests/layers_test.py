@@ -20,7 +20,7 @@ LAYERS = {
   3: ["objectives", "pretraining", "step"],
   4: [
     "train", "evaluate", "drawing", "judging", "score", "scorers", "sample", "export", "precompute", "compile", "plan",
-    "replay", "build", "inputs",
+    "replay", "build", "inputs", "loading",
   ],  # fmt: skip
   5: ["main"],
 }

@@ -11,7 +11,7 @@ import pytest
 import safetensors
 from safetensors.numpy import load_file, save_file
 
-from jaxpref import build, lora_files, weights
+from jaxpref import build, loading, lora_files, weights
 from jaxpref.models import lora, presets
 
 torch = pytest.importorskip("torch")
@@ -101,7 +101,7 @@ def one_thread():
 def both(request, tmp_path_factory):
   preset, pipeline_class = MODELS[request.param]
   pipe = weights.random_pipeline(preset, 3)
-  model = build.text_to_image(pipe)
+  model = loading.text_to_image(pipe)
   ids = pipe.tokenize(PROMPTS)
 
   @jax.jit

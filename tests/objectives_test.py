@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from jaxpref import diffusion, objectives, rollout
-from jaxpref.build import text_to_image
+from jaxpref.loading import text_to_image
 from jaxpref.models.preference import preprocess
 from jaxpref.models.text_to_image import TextToImage
 from jaxpref.weights import random_pipeline

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxpref import build, config, inputs, objectives, optim, precompute, sharding, train, weights
+from jaxpref import build, config, inputs, loading, objectives, optim, precompute, sharding, train, weights
 from jaxpref.data import latents, pipeline, sources
 from jaxpref.models import presets
 from tests.configs_test import smaller
@@ -222,7 +222,7 @@ def test_networks_that_are_not_asked_for_need_no_weights(tmp_path):
   for name in ("vae", "text_encoder", "text_encoder_2"):
     (file,) = (folder / name).glob("*.safetensors")
     file.unlink()
-  pipe = build.load_text_to_image(str(folder), dtype="float32", vae_model="none/such", components=("unet",))
+  pipe = loading.load_text_to_image(str(folder), dtype="float32", vae_model="none/such", components=("unet",))
   assert pipe.params.keys() == {"unet"} and pipe.text_encoder_2 is not None
   with pytest.raises(FileNotFoundError, match="vae"):
     weights.load_pipeline(folder)
@@ -236,7 +236,7 @@ def test_single_images_are_precomputed(tmp_path, monkeypatch):
   assert precompute.run(c, tmp_path / "images", **OPTIONS)
   batch, expected = next(build.build(trained_on(c, tmp_path / "images")).batches()), next(build.build(c).batches())
   pipe = drawn("sd15-miniature", 0)
-  mean, logvar = jax.jit(build.text_to_image(pipe).encode_moments)(pipe.params, expected["pixels"])
+  mean, logvar = jax.jit(loading.text_to_image(pipe).encode_moments)(pipe.params, expected["pixels"])
   np.testing.assert_allclose(batch["moments"], np.concatenate([mean, logvar], -1), rtol=1e-2, atol=1e-3)
   np.testing.assert_array_equal(batch["class_id"], expected["class_id"])
 
@@ -282,7 +282,7 @@ def test_a_finished_folder_is_left_alone_and_a_missing_file_is_made_again(folder
   (folder / name).unlink()
   assert precompute.run(recipe(), folder, **OPTIONS)
   assert files(folder) == before
-  monkeypatch.setattr(build, "load_text_to_image", None)  # nothing is loaded
+  monkeypatch.setattr(loading, "load_text_to_image", None)  # nothing is loaded
   assert precompute.run(recipe(), folder, **OPTIONS)
   assert precompute.verify(folder) == []
 
@@ -360,9 +360,9 @@ def test_fingerprints_are_those_of_the_weights(model):
   folder, _ = model
   c = recipe()
   c.model = str(folder)
-  found = build.encoder_fingerprints(c)
+  found = inputs.encoder_fingerprints(c)
   assert found.keys() == {"vae", "text_encoder"} and len(set(found.values())) == 2
-  assert build.encoder_fingerprints(recipe()) == {}  # what is drawn at random follows from name and seed
+  assert inputs.encoder_fingerprints(recipe()) == {}  # what is drawn at random follows from name and seed
 
 
 @pytest.mark.parametrize("name", ["vae", "text_encoder"])
@@ -370,7 +370,7 @@ def test_other_weights_under_the_same_name_are_refused(model, tmp_path, name):
   folder, train_a_little = model
   c, out = recipe(), tmp_path / "out"
   c.model = str(folder)
-  made = build.encoder_fingerprints(c)
+  made = inputs.encoder_fingerprints(c)
   assert precompute.run(c, out, **OPTIONS)
   assert latents.open_folder(out).manifest["weights"] == made
   build.build(trained_on(c, out))
@@ -380,7 +380,7 @@ def test_other_weights_under_the_same_name_are_refused(model, tmp_path, name):
   train_a_little("unet")  # which plays no part in it, nor does the time of a file
   build.build(trained_on(c, out))
   train_a_little(name)
-  assert {k for k, v in build.encoder_fingerprints(c).items() if v != made[k]} == {name}
+  assert {k for k, v in inputs.encoder_fingerprints(c).items() if v != made[k]} == {name}
   with pytest.raises(ValueError, match=f"precomputed with other weights of the {name} than config.model=.* have now"):
     build.build(trained_on(c, out))
   before = files(out)
@@ -393,10 +393,10 @@ def test_other_weights_under_the_same_name_are_refused(model, tmp_path, name):
 def test_another_vae_is_told_by_its_weights(model):
   folder, train_a_little = model
   c = recipe(vae_model=str(folder / "vae"))
-  before = build.encoder_fingerprints(c)
+  before = inputs.encoder_fingerprints(c)
   assert before.keys() == {"vae"}
   train_a_little("vae")
-  assert build.encoder_fingerprints(c) != before
+  assert inputs.encoder_fingerprints(c) != before
 
 
 def test_numbers_beyond_float16_are_refused(tmp_path, monkeypatch):

@@ -14,12 +14,12 @@ import numpy as np
 
 def batch_of(sizes):
   """The first batch, 16 pairs of emoji, on a mesh of these sizes."""
-  from jaxpref import build, sharding
+  from jaxpref import inputs, sharding
   from tests import mesh_run
 
   config = mesh_run.recipe("dpo", sizes, "random:sd15-miniature")
   mesh = sharding.make_mesh(**config.mesh)
-  batches = build.offline_batches(config, 16, lambda texts: np.zeros((len(texts), 4), np.int32))
+  batches = inputs.offline_batches(config, 16, lambda texts: np.zeros((len(texts), 4), np.int32))
   batch, _ = next(batches), batches.close()
   return sharding.put_batch(mesh, batch)
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from jaxpref import build, drawing, lora_files, report, sample, weights
+from jaxpref import drawing, loading, lora_files, report, sample, weights
 from jaxpref.models import lora, presets
 
 FEW = ["--steps=2", "--seeds=2"]
@@ -95,7 +95,7 @@ def test_overwrite_removes_what_it_drew_before_and_nothing_else(drawn, few, tmp_
 
 
 def test_frozen_weights_are_stored_in_bfloat16():
-  pipe = build.load_text_to_image("tiny-sd", dtype="bfloat16", param_dtype="bfloat16")
+  pipe = loading.load_text_to_image("tiny-sd", dtype="bfloat16", param_dtype="bfloat16")
   assert {x.dtype for x in jax.tree.leaves(pipe.params)} == {jnp.dtype("bfloat16")}
 
 
@@ -117,7 +117,7 @@ def test_a_table_alone_with_a_lora_file_and_another_seed(drawn, few, pipe, tmp_p
   merged = dict(pipe.params) | {"unet": lora.merge_lora(pipe.params["unet"], adapter, 0.5)}
   merged["text_encoder"] = lora.merge_lora(pipe.params["text_encoder"], text_encoder)
   images = drawing.generate(
-    build.text_to_image(pipe),
+    loading.text_to_image(pipe),
     merged | {"empty_ids": pipe.tokenize([""])},
     pipe.tokenize(PROMPTS),
     seeds_per_prompt=2,

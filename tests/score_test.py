@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from configs import spm_tiny
-from jaxpref import build, inputs, score, weights
+from jaxpref import build, inputs, loading, score, weights
 from jaxpref.data import index as index_lib
 from jaxpref.data import records
 
@@ -48,7 +48,7 @@ def test_scores_are_the_models(config, scored):
   _, index = scored
   source = inputs.open_pairs(config)
   assert len(index) == len(source)
-  module, params = build.load_scorer("tiny-spm", dtype="float32")
+  module, params = loading.load_scorer("tiny-spm", dtype="float32")
   tokenizer = weights.tiny_tokenizer()
   some = [0, 7, len(source) - 1]
   size = module.config.vision_config.image_size

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import build, drawing, rollout, weights
+from jaxpref import drawing, loading, rollout, weights
 from jaxpref.models.text_to_image import guided
 
 torch = pytest.importorskip("torch")
@@ -43,7 +43,7 @@ def models(request, tmp_path_factory):
   theirs = CLASSES[request.param].from_pretrained(folder, dtype=torch.float32)
   theirs.set_progress_bar_config(disable=True)
   params = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
-  return build.text_to_image(pipe), params, pipe, theirs
+  return loading.text_to_image(pipe), params, pipe, theirs
 
 
 def error(ours, theirs):

@@ -1,0 +1,165 @@
+"""Models by name: a folder, a hub name, a shipped model, or `random:PRESET`."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpref import weights
+from jaxpref.models import presets
+from jaxpref.models.preference import Judge, StepAwareCLIPModel
+from jaxpref.models.text_to_image import TextToImage
+from jaxpref.models.unet import UNetConfig
+
+_ASSETS = pathlib.Path(__file__).parent / "assets"
+SHIPPED = ("tiny-sd", "tiny-clip", "tiny-spm", "tiny-judge")
+
+
+def folder_of(name: str) -> str | pathlib.Path:
+  """The folder of a shipped model, or the name itself: a folder or a hub name."""
+  return _ASSETS / name if name in SHIPPED else name
+
+
+def preset_of(name: str) -> presets.Preset | None:
+  """Of a name random:PRESET or zeros:PRESET; None for others, which are loaded."""
+  kind, colon, preset = name.partition(":")
+  return presets.get_preset(preset) if colon and kind in ("random", "zeros") else None
+
+
+def _initialiser(name: str) -> Callable[[Any, jax.Array], Any]:
+  return presets.zero_params if name.startswith("zeros:") else presets.init_params
+
+
+def load_text_to_image(
+  name: str,
+  *,
+  dtype: str,
+  seed: int = 0,
+  param_dtype: str | Mapping[str, str] = "float32",
+  sharding: weights.Sharding = None,
+  vae_model: str | None = None,
+  components: Sequence[str] = weights.NETWORKS,
+) -> weights.Pipeline:
+  """A pipeline by folder, hub name, shipped name, or `random:PRESET`; arguments as of `weights.load_pipeline`.
+
+  Args:
+    vae_model: folder or hub name of a VAE that takes the place of the pipeline's.
+    components: the networks whose parameters are read.
+
+  Raises:
+    ValueError: the VAE's latents are not those of the pipeline.
+  """
+  param_dtypes = dict.fromkeys(weights.NETWORKS, param_dtype) if isinstance(param_dtype, str) else param_dtype
+  if vae_model and "vae" in components:
+    others = [c for c in components if c != "vae"]
+    pipe = load_text_to_image(
+      name, dtype=dtype, seed=seed, param_dtype=param_dtype, sharding=sharding, components=others
+    )
+    of_vae = (lambda shapes: sharding({"vae": shapes})["vae"]) if callable(sharding) else sharding
+    vae, params = weights.load_vae(vae_model, dtype=jnp.dtype(dtype), param_dtype=param_dtypes["vae"], sharding=of_vae)
+    found, expected = ((c.latent_channels, c.downscale, c.scaling_factor) for c in (vae.config, pipe.vae.config))
+    if found != expected:
+      raise ValueError(
+        f"vae_model={vae_model}: latent channels, downscaling and scaling factor are {found}, those of {name} "
+        f"{expected}; choose a VAE that was made for this model."
+      )
+    return dataclasses.replace(pipe, vae=vae, params={**pipe.params, "vae": params})
+  if preset_of(name) is not None:
+    preset = name.partition(":")[2]
+    pipe = weights.random_pipeline(preset, seed, dtype=jnp.dtype(dtype), init=_initialiser(name))
+    chosen = {k: v for k, v in pipe.params.items() if k in components}
+    params = {k: jax.tree.map(lambda x, k=k: x.astype(param_dtypes[k]), v) for k, v in chosen.items()}
+    if sharding is not None:
+      params = jax.device_put(params, sharding(params) if callable(sharding) else sharding)
+    return dataclasses.replace(pipe, params=params)
+  return weights.load_pipeline(
+    folder_of(name), dtype=jnp.dtype(dtype), param_dtype=param_dtypes, sharding=sharding, components=components
+  )
+
+
+def unet_config(name: str) -> UNetConfig:
+  """Of a pipeline, without reading its weights; name as for `load_text_to_image`."""
+  if (preset := preset_of(name)) is not None:
+    return preset.unet
+  file = weights.resolve_folder(folder_of(name), "*/*.safetensors") / "unet" / "config.json"
+  return UNetConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def text_to_image(pipe: weights.Pipeline, *, lora_scale: float = 1.0, vae_slicing: int | None = None) -> TextToImage:
+  """The pure functions of a loaded pipeline."""
+  return TextToImage(
+    unet=pipe.unet,
+    vae=pipe.vae,
+    text_encoder=pipe.text_encoder,
+    text_encoder_2=pipe.text_encoder_2,
+    schedule=pipe.schedule,
+    lora_scale=lora_scale,
+    zero_empty_prompt=pipe.force_zeros_for_empty_prompt,
+    vae_slicing=vae_slicing,
+  )
+
+
+def tiny_tokenize(captions: list[str]) -> np.ndarray:
+  return weights.tokenize(weights.tiny_tokenizer(), captions, length=presets.TINY_LENGTH)
+
+
+def load_scorer(
+  name: str | None, *, dtype: str, param_dtype: str = "float32", seed: int = 0, sharding: weights.Sharding = None
+) -> tuple[StepAwareCLIPModel, Any]:
+  """A step-aware preference model by folder, hub name, shipped name, or `random:PRESET`."""
+  name = name or "random:tiny-sd"
+  if (preset := preset_of(name)) is not None:
+    module = StepAwareCLIPModel(preset.preference, jnp.dtype(dtype))
+    params = _initialiser(name)(module, jax.random.key(seed))
+    return module, jax.tree.map(lambda x: x.astype(param_dtype), params)
+  return weights.load_preference_model(
+    folder_of(name), dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), sharding=sharding
+  )
+
+
+def load_tokenizer(*models: str) -> Any:
+  """The CLIP tokenizer of the first of some models that has one: a pipeline, or a CLIP with its tokenizer beside it.
+
+  Raises:
+    FileNotFoundError: none has.
+  """
+  for name in models:
+    if preset_of(name) is not None:
+      return weights.tiny_tokenizer()
+    folder = weights.resolve_folder(folder_of(name), "tokenizer/*.safetensors")  # no weights
+    for place in (folder / "tokenizer", folder):
+      with contextlib.suppress(FileNotFoundError):
+        return weights.load_tokenizer(place)
+  raise FileNotFoundError(f"none of {', '.join(models)} has a CLIP tokenizer; expected vocab.json and merges.txt.")
+
+
+def load_judge(name: str | None, *, style: str, num_classes: int) -> tuple[Judge | None, Any]:
+  """A judge by folder, shipped name, or `random:PRESET`; None, or "" on the command line, for none.
+
+  Raises:
+    ValueError: the judge cannot tell the preferred style, or knows fewer than `num_classes` captions.
+  """
+  if not name:
+    return None, None
+  if name.startswith("random:"):
+    module = Judge(presets.get_preset(name.removeprefix("random:")).judge)
+    params = presets.init_params(module, jax.random.key(1))
+  else:
+    module, params = weights.load_judge(folder_of(name))
+  if style not in module.config.styles:
+    raise ValueError(
+      f"judge {name} knows the styles {', '.join(module.config.styles) or '(none)'}, not "
+      f"config.data.preferred_style={style!r}; choose one of them or another judge."
+    )
+  if num_classes > module.config.num_classes:
+    raise ValueError(
+      f"judge {name} knows {module.config.num_classes} captions, the data (config.data.subset) or "
+      f"config.evaluation.candidates ask for {num_classes}; choose fewer or another judge."
+    )
+  return module, params
