@@ -262,12 +262,12 @@ def run_compare(folder: pathlib.Path, out: pathlib.Path) -> bool:
     print(f"{name}: largest difference {row['difference']:.2g}", file=sys.stderr)
   report = {"versions": {"jax": jax.__version__} | found["versions"], "bound": BOUND, "scorers": rows}
   out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-  lines = ["scorer | published file | largest difference | standard deviation of the scores", "---|---|---|---"]
-  lines += [f"{r['scorer']} | {r['file']} | {r['difference']:.1e} | {r['spread']:.3f}" for r in rows]
+  lines = ["| scorer | published file | largest difference | standard deviation of the scores |", "|---|---|---|---|"]
+  lines += [f"| {r['scorer']} | {r['file']} | {r['difference']:.1e} | {r['spread']:.3f} |" for r in rows]
   shown = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
   head = "Scores by jaxpref.scorers against the published packages, full size, random weights: "
   head += "`python scripts/scorer_parity.py --help` has the commands.\n\n"
-  out.with_suffix(".md").write_text(head + "".join(f"| {line} |\n" for line in lines) + f"\n{shown}\n")
+  out.with_suffix(".md").write_text(head + "".join(f"{line}\n" for line in lines) + f"\n{shown}\n")
   return all(r["difference"] <= min(BOUND, 0.02 * r["spread"]) for r in rows)
 
 

@@ -163,7 +163,12 @@ def random_pipeline(preset, seed=0, **kwargs):
   return dataclasses.replace(pipe, params=jax.tree.map(jax.numpy.copy, pipe.params))
 
 
-@pytest.mark.parametrize("name", FULL_SIZE)
+# What the slow ones run is run by dpo_sd15 and tdpo_sdxl, too.
+SLOW = ("tdpo_sd15", "dpo_sdxl")
+MARKED = [pytest.param(name, marks=(pytest.mark.slow,) if name in SLOW else ()) for name in FULL_SIZE]
+
+
+@pytest.mark.parametrize("name", MARKED)
 def test_the_smoke_variant_runs_end_to_end(name, tmp_path):
   """As the recipe, but for fewer steps and for what only the size decides."""
   c, whole = recipe(name, "smoke"), recipe(name)

@@ -19,8 +19,8 @@ LAYERS = {
   ],  # fmt: skip
   3: ["objectives", "pretraining", "step"],
   4: [
-    "train", "evaluate", "drawing", "judging", "score", "scorers", "sample", "export", "precompute", "compile", "plan",
-    "replay", "build", "inputs", "loading",
+    "train", "evaluate", "drawing", "judging", "score", "scorers", "scorer_networks", "sample", "export", "precompute",
+    "compile", "plan", "replay", "build", "inputs", "loading",
   ],  # fmt: skip
   5: ["main"],
 }

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from jaxpref import judging, scorers, sharding, weights
+from jaxpref import judging, scorer_networks, scorers, sharding, weights
 from jaxpref.models import blip, open_clip, preference, presets
 from scripts import convert_scorer
 from tests.models import blip_test
@@ -347,9 +347,9 @@ def test_the_judge_is_that_of_the_evaluation():
 
 @pytest.mark.parametrize("image", IMAGES)
 def test_images_are_prepared_as_torchvision_does(image):
-  found = normalised([scorers.torchvision_image(image, SIZE)])
+  found = normalised([scorer_networks.torchvision_image(image, SIZE)])
   np.testing.assert_array_equal(found, torchvision_pixels([image]))
-  padded = torch.tensor(scorers.padded_image(image, SIZE)).permute(2, 0, 1)[None] / 255
+  padded = torch.tensor(scorer_networks.padded_image(image, SIZE)).permute(2, 0, 1)[None] / 255
   mean, std = (torch.tensor(v)[:, None, None] for v in (preference.CLIP_MEAN, preference.CLIP_STD))
   np.testing.assert_allclose((padded - mean) / std, hpsv2_pixels([image]), atol=1e-4)
 
