@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from jaxpref import config as config_lib
 from jaxpref import rollout
-from scripts import study
+from scripts import study, study_plan, study_report
 
 # Stands in for `python -m jaxpref.main`: writes what a run leaves behind, from its own command line.
 FAKE = """
@@ -36,7 +36,7 @@ for name, text in made.items():
 
 def files(run, *, share=0.6, fall=0.0, win=0.7, divergences=()):
   """What a run leaves behind, by file name; the divergences are (step, D, moves so far)."""
-  made = config_lib.to_dict(study.load_config(run.variant))
+  made = config_lib.to_dict(study_plan.load_config(run.variant))
   for name, value in run.fields().items():
     *parents, last = name.split(".")
     node = made
@@ -63,16 +63,16 @@ def write(folder, run, **numbers):
 
 def tune(folder, variant, rows=((0.5, 0.0), (0.6, 0.0), (0.7, 0.1))):
   """Rows: (preferred share, fall of caption accuracy) of each learning rate; by default the middle one is chosen."""
-  for run, (share, fall) in zip(study.tuning_runs(variant), rows, strict=True):
+  for run, (share, fall) in zip(study_plan.tuning_runs(variant), rows, strict=True):
     write(folder, run, share=share, fall=fall)
 
 
 def test_every_variant_is_a_config():
-  names = [v.name for v in study.VARIANTS]
-  assert len(set(names)) == len(names) and {v.part for v in study.VARIANTS} == set(study.PARTS)
+  names = [v.name for v in study_plan.VARIANTS]
+  assert len(set(names)) == len(names) and {v.part for v in study_plan.VARIANTS} == set(study_plan.PARTS)
   known = config_lib.names()
-  for variant in study.VARIANTS:
-    run = study.Run(variant, 1e-5, 0, "test")
+  for variant in study_plan.VARIANTS:
+    run = study_plan.Run(variant, 1e-5, 0, "test")
     assert set(run.fields()) <= set(known)
     config = importlib.import_module(f"configs.{variant.config_file}").get_config()
     config.update_from_flattened_dict(run.fields())
@@ -81,9 +81,10 @@ def test_every_variant_is_a_config():
     changed = {n for n in known if value(config, n) != value(recipe, n)}
     assert set(variant.overrides) - {"reference.delta"} <= changed | {"reference.mode"}  # none says what holds anyway
     assert variant.baseline in names
-    assert not variant.tuned_as or not study.BY_NAME[variant.tuned_as].tuned_as
-  moving = [v for v in study.VARIANTS if v.overrides.get("reference.mode") == "update"]
-  assert all(value(study.load_config(v), "reference.tau") % study.load_config(v).logging.every == 0 for v in moving)
+    assert not variant.tuned_as or not study_plan.BY_NAME[variant.tuned_as].tuned_as
+  moving = [v for v in study_plan.VARIANTS if v.overrides.get("reference.mode") == "update"]
+  for config in map(study_plan.load_config, moving):
+    assert config.reference.tau % config.logging.every == 0
 
 
 def value(config, name):
@@ -93,18 +94,18 @@ def value(config, name):
 
 
 def test_commands_are_those_of_the_trainer():
-  run = study.Run(study.BY_NAME["ungated_tau4"], 4e-5, 3, "test")
-  command = study.command(run, pathlib.Path("runs"))
+  run = study_plan.Run(study_plan.BY_NAME["ungated_tau4"], 4e-5, 3, "test")
+  command = study_plan.command(run, pathlib.Path("runs"))
   assert command[1:4] == ["-m", "jaxpref.main", "--config=configs/dpo_tiny.py"]
   assert command[-1] == "--workdir=runs/ungated_tau4/test_4e-05_seed3"
   assert {"--config.seed=3", "--config.reference.tau=4", "--config.optimizer.learning_rate=4e-05"} <= set(command)
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-@pytest.mark.parametrize("name", study.BY_NAME)
+@pytest.mark.parametrize("name", study_plan.BY_NAME)
 def test_commands_set_the_fields_as_they_are_meant(name, monkeypatch):
-  run = study.Run(study.BY_NAME[name], 1e-5, 3, "test")
-  monkeypatch.setattr(sys, "argv", study.command(run, pathlib.Path("runs"))[2:-1])  # where fields are looked for
+  run = study_plan.Run(study_plan.BY_NAME[name], 1e-5, 3, "test")
+  monkeypatch.setattr(sys, "argv", study_plan.command(run, pathlib.Path("runs"))[2:-1])  # where fields are looked for
   values = flags.FlagValues()
   config_flags.DEFINE_config_file("config", flag_values=values)
   values(sys.argv)
@@ -112,29 +113,29 @@ def test_commands_set_the_fields_as_they_are_meant(name, monkeypatch):
 
 
 def test_evaluations_by_hand():
-  config = lambda name: study.load_config(study.BY_NAME[name])
+  config = lambda name: study_plan.load_config(study_plan.BY_NAME[name])
   # Half of the recipe's steps. 32 pairs: two reference passes, two of the policy, two backward passes that count twice.
-  assert study.evaluations(config("dpo")) == 150 * 32 * (2 + 2 + 4)
-  assert study.evaluations(config("dpo_quarter")) == 38 * 32 * 8
-  assert study.evaluations(config("mapo")) == study.evaluations(config("sft")) == 150 * 32 * (2 + 4)
-  assert study.evaluations(config("d3po")) == 20 * 8 * ((2 + 18 * 2) * 2 + (1 + 18 * 2) * 2 * 4)
+  assert study_plan.evaluations(config("dpo")) == 150 * 32 * (2 + 2 + 4)
+  assert study_plan.evaluations(config("dpo_quarter")) == 38 * 32 * 8
+  assert study_plan.evaluations(config("mapo")) == study_plan.evaluations(config("sft")) == 150 * 32 * (2 + 4)
+  assert study_plan.evaluations(config("d3po")) == 20 * 8 * ((2 + 18 * 2) * 2 + (1 + 18 * 2) * 2 * 4)
   # 24 samples of 20 guided steps; of the policy a forward and (twice) a backward pass of each step.
-  assert study.evaluations(config("grpo")) == study.evaluations(config("ddpo")) == 20 * 24 * 20 * 2 * (1 + 3)
+  assert study_plan.evaluations(config("grpo")) == study_plan.evaluations(config("ddpo")) == 20 * 24 * 20 * 2 * (1 + 3)
   some = config("grpo")
   some.grpo.update(timestep_fraction=0.6, kl_coef=0.04)
-  assert study.evaluations(some) == 20 * 24 * 2 * (20 + 12 * 4)
-  assert study.evaluations(config("kto")) == 150 * 64 * (1 + 1 + 2)
+  assert study_plan.evaluations(some) == 20 * 24 * 2 * (20 + 12 * 4)
+  assert study_plan.evaluations(config("kto")) == 150 * 64 * (1 + 1 + 2)
   # A move of the reference: two passes of 8 samples.
-  assert study.evaluations(config("freeze_tau16")) == 150 * 32 * 8 + 9 * 16
+  assert study_plan.evaluations(config("freeze_tau16")) == 150 * 32 * 8 + 9 * 16
   # 8 prompts: 65 guided calls, and 17 of reference and policy, forward and (twice) backward, of the valid pairs.
-  assert study.evaluations(config("spo")) == 20 * 8 * (65 * 2 + 17 * 2 * 4)
-  assert study.evaluations(config("spo"), 0.5) == 20 * 8 * (65 * 2 + 17 * 4)
-  assert study.evaluations(config("spo_reference")) == 20 * 8 * (65 * 2 + 17 * 2 * 4) + 2 * 16
+  assert study_plan.evaluations(config("spo")) == 20 * 8 * (65 * 2 + 17 * 2 * 4)
+  assert study_plan.evaluations(config("spo"), 0.5) == 20 * 8 * (65 * 2 + 17 * 4)
+  assert study_plan.evaluations(config("spo_reference")) == 20 * 8 * (65 * 2 + 17 * 2 * 4) + 2 * 16
   sdxl = importlib.import_module("configs.spo_sdxl").get_config()  # groups of four steps: 4 shared starts, 12 not
   s = sdxl.spo
   calls = rollout.pool_calls(num_steps=s.num_inference_steps, warmup_steps=s.warmup_steps, pool_size=s.pool_size)
-  assert study.evaluations(sdxl, 0.0) == sdxl.num_steps * sdxl.batch_size * 2 * calls
-  assert study.evaluations(sdxl) == sdxl.num_steps * sdxl.batch_size * 2 * (calls + 4 * (4 + 2 * 12))
+  assert study_plan.evaluations(sdxl, 0.0) == sdxl.num_steps * sdxl.batch_size * 2 * calls
+  assert study_plan.evaluations(sdxl) == sdxl.num_steps * sdxl.batch_size * 2 * (calls + 4 * (4 + 2 * 12))
 
 
 @pytest.mark.parametrize(
@@ -147,18 +148,18 @@ def test_evaluations_by_hand():
   ],
 )
 def test_learning_rate_is_chosen_by_the_rule(tmp_path, rows, factor):
-  dpo = study.BY_NAME["dpo"]
-  assert study.test_runs(dpo, tmp_path, 2) == []
+  dpo = study_plan.BY_NAME["dpo"]
+  assert study_plan.test_runs(dpo, tmp_path, 2) == []
   tune(tmp_path, dpo, rows)
   for name in ("dpo", "dpo_half"):
-    tests = study.test_runs(study.BY_NAME[name], tmp_path, 2)
+    tests = study_plan.test_runs(study_plan.BY_NAME[name], tmp_path, 2)
     assert [(r.learning_rate, r.seed, r.split) for r in tests] == [(factor * 2e-5, seed, "test") for seed in (0, 1)]
 
 
 def test_failed_runs_are_not_chosen():
   row = {"learning_rate": 1.0, "preferred_share": 0.5, "caption_accuracy_change": 0.0}
-  assert study.choose([{"failed": "NaN"}, row]) == 1.0
-  assert study.choose([{"failed": "NaN"}]) is None
+  assert study_plan.choose([{"failed": "NaN"}, row]) == 1.0
+  assert study_plan.choose([{"failed": "NaN"}]) is None
 
 
 def fake_command(run, folder):
@@ -167,8 +168,8 @@ def fake_command(run, folder):
 
 
 def test_runs_are_made_once_and_in_order(tmp_path, monkeypatch):
-  monkeypatch.setattr(study, "command", fake_command)
-  monkeypatch.setattr(study, "plots", lambda *_: None)
+  monkeypatch.setattr(study_plan, "command", fake_command)
+  monkeypatch.setattr(study_report, "plots", lambda *_: None)
   study_of = [
     "--only",
     "C ipo",
@@ -201,22 +202,22 @@ def test_two_runs_at_a_time_make_the_same_runs_once_each(tmp_path, monkeypatch):
     (folder / name).write_text(json.dumps(files(run)))
     return [sys.executable, "-S", "-c", FAKE.replace("made.json", name), f"--workdir={folder / run.path}"]
 
-  monkeypatch.setattr(study, "command", command)
+  monkeypatch.setattr(study_plan, "command", command)
   monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
   pinned = []
   monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: pinned.append(cores))
-  variants = [study.BY_NAME["ipo"], study.BY_NAME["hinge"]]
+  variants = [study_plan.BY_NAME["ipo"], study_plan.BY_NAME["hinge"]]
   study.train_all(variants, tmp_path, 2, workers=2)
   calls = (tmp_path / "calls.txt").read_text().split()
   assert sorted(calls) == sorted(set(calls)) and len(calls) == 2 * (3 + 2)
-  assert not list(study.remaining(variants, tmp_path, 2))
+  assert not list(study_plan.remaining(variants, tmp_path, 2))
   assert {0} in pinned and {1} in pinned and len(pinned) == len(calls)
 
 
 def test_a_preference_model_is_trained_once_and_judges(tmp_path, monkeypatch):
-  run = study.Run(study.BY_NAME["spo_clean"], 2e-5, 0, "test")
+  run = study_plan.Run(study_plan.BY_NAME["spo_clean"], 2e-5, 0, "test")
   model = tmp_path / "models" / "clean"
-  assert f"--config.preference_model={model / 'export'}" in study.command(run, tmp_path)
+  assert f"--config.preference_model={model / 'export'}" in study_plan.command(run, tmp_path)
   seen = []
 
   def main(config_file, fields, workdir):
@@ -224,60 +225,60 @@ def test_a_preference_model_is_trained_once_and_judges(tmp_path, monkeypatch):
     (tmp_path / "made.json").write_text(json.dumps(files(run)))
     return [sys.executable, "-S", "-c", FAKE, f"--workdir={workdir}"]
 
-  monkeypatch.setattr(study, "_main", main)
+  monkeypatch.setattr(study_plan, "main_command", main)
   for seed in (0, 1):
-    study.train(study.Run(run.variant, 2e-5, seed, "test"), tmp_path, float("inf"))
+    study.train(study_plan.Run(run.variant, 2e-5, seed, "test"), tmp_path, float("inf"))
   assert seen[0] == ("spm_tiny", False, model)
   assert [name for name, _, _ in seen] == ["spm_tiny", "spo_tiny", "spo_tiny"]
 
 
 def test_nan_is_a_result_and_other_errors_stop_the_study(tmp_path, monkeypatch):
-  monkeypatch.setattr(study, "command", fake_command)
-  run = study.Run(study.BY_NAME["ipo"], 1e-5, 0, "test")
+  monkeypatch.setattr(study_plan, "command", fake_command)
+  run = study_plan.Run(study_plan.BY_NAME["ipo"], 1e-5, 0, "test")
   (tmp_path / "broken").touch()
   with pytest.raises(RuntimeError, match=r"ipo/test_1e-05_seed0 ended with status 1 .* no such folder"):
     study.train(run, tmp_path, float("inf"))
-  assert study.read_run(run, tmp_path) is None
+  assert study_plan.read_run(run, tmp_path) is None
   (tmp_path / "nan").touch()
   study.train(run, tmp_path, float("inf"))
-  assert "not finite" in study.read_run(run, tmp_path)["failed"]
+  assert "not finite" in study_plan.read_run(run, tmp_path)["failed"]
 
 
 def test_a_run_in_time_is_stopped(tmp_path, monkeypatch):
-  monkeypatch.setattr(study, "command", lambda *_: [sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+  monkeypatch.setattr(study_plan, "command", lambda *_: [sys.executable, "-S", "-c", "import time; time.sleep(60)"])
   with pytest.raises(TimeoutError, match="was not ready in time"):
-    study.train(study.Run(study.BY_NAME["ipo"], 1e-5, 0, "test"), tmp_path, 0.0)
+    study.train(study_plan.Run(study_plan.BY_NAME["ipo"], 1e-5, 0, "test"), tmp_path, 0.0)
 
 
 def test_a_folder_of_another_config_is_refused(tmp_path):
-  run = study.Run(study.BY_NAME["dpo"], 2e-5, 0, "test")
+  run = study_plan.Run(study_plan.BY_NAME["dpo"], 2e-5, 0, "test")
   write(tmp_path, run)
   config = json.loads((tmp_path / run.path / "config.json").read_text())
   config["sample"]["every"] = 200
   (tmp_path / run.path / "config.json").write_text(json.dumps(config))
   with pytest.raises(ValueError, match=r"made with config\.sample\.every=200, expected 0"):
-    study.read_run(run, tmp_path)
+    study_plan.read_run(run, tmp_path)
 
 
 def test_numbers_of_a_run(tmp_path):
-  dpo = study.Run(study.BY_NAME["dpo"], 2e-5, 0, "test")
+  dpo = study_plan.Run(study_plan.BY_NAME["dpo"], 2e-5, 0, "test")
   write(tmp_path, dpo)
-  row = study.read_run(dpo, tmp_path)
+  row = study_plan.read_run(dpo, tmp_path)
   assert row["minutes"] == pytest.approx(150 * 64 / 32 / 60)  # without the first step, which was slow
   assert (row["updates"], row["evaluations"]) == (150, 150 * 32 * 8) and "last_d" not in row
-  spo = study.Run(study.BY_NAME["spo"], 2e-5, 0, "test")
+  spo = study_plan.Run(study_plan.BY_NAME["spo"], 2e-5, 0, "test")
   write(tmp_path, spo)
-  row = study.read_run(spo, tmp_path)
+  row = study_plan.read_run(spo, tmp_path)
   assert row["minutes"] == pytest.approx(20 * 8 / 32 / 60)
   assert (row["updates"], row["evaluations"]) == (80, 20 * 8 * (130 + 68))
-  grpo = study.Run(study.BY_NAME["grpo"], 2e-5, 0, "test")
+  grpo = study_plan.Run(study_plan.BY_NAME["grpo"], 2e-5, 0, "test")
   write(tmp_path, grpo)
-  row = study.read_run(grpo, tmp_path)
+  row = study_plan.read_run(grpo, tmp_path)
   assert row["minutes"] == pytest.approx(20 * 24 / 32 / 60)  # pictures a second
   assert (row["updates"], row["evaluations"]) == (80, 20 * 24 * 160)
-  gated = study.Run(study.BY_NAME["freeze_tau16"], 2e-5, 0, "test")
+  gated = study_plan.Run(study_plan.BY_NAME["freeze_tau16"], 2e-5, 0, "test")
   write(tmp_path, gated, divergences=[(1, 0.0, 0), (16, 0.002, 1), (32, 0.009, 1), (48, 0.004, 2), (64, 0.006, 2)])
-  row = study.read_run(gated, tmp_path)
+  row = study_plan.read_run(gated, tmp_path)
   assert (row["last_d"], row["largest_d"], row["accepted_d"], row["moves"]) == (0.006, 0.009, 0.004, 2)
 
 
@@ -285,11 +286,11 @@ def test_differences_are_of_the_same_seeds():
   rows = lambda shares: [
     {"seed": s, "preferred_share": x, "caption_accuracy_change": 0.0} for s, x in enumerate(shares)
   ]
-  found = study.compare(rows([0.6, 0.7, 0.8]), rows([0.5, 0.5, 0.5, 0.9]))
+  found = study_report.compare(rows([0.6, 0.7, 0.8]), rows([0.5, 0.5, 0.5, 0.9]))
   assert found["change"] == pytest.approx([0.1, 0.2, 0.3]) and found["p"] == 2 / 8
-  assert study.compare(rows([0.5] * 5), rows([0.4] * 5))["p"] == 2 / 32
-  assert study.compare(rows([0.5]), [{"seed": 0, "failed": "NaN"}]) is None
-  assert study.compare(rows([0.5, 0.6]), rows([0.6, 0.5]))["p"] == 1.0
+  assert study_report.compare(rows([0.5] * 5), rows([0.4] * 5))["p"] == 2 / 32
+  assert study_report.compare(rows([0.5]), [{"seed": 0, "failed": "NaN"}]) is None
+  assert study_report.compare(rows([0.5, 0.6]), rows([0.6, 0.5]))["p"] == 1.0
 
 
 def report(folder):
@@ -299,24 +300,24 @@ def report(folder):
 
 def test_report_of_nothing_names_all_that_is_missing(tmp_path):
   text = report(tmp_path)
-  for variant in study.VARIANTS:
+  for variant in study_plan.VARIANTS:
     assert f"- {variant.name}/test_*: no learning rate is chosen" in text
     assert variant.tuned_as or text.count(f"- {variant.name}/validation_") == 3
   assert not re.search(r"[{}]|None|nan", text)
 
 
 def test_report_says_what_the_numbers_say(tmp_path):
-  every = {name: study.BY_NAME[name] for name in ("dpo", "spo", "kto", "ungated_tau16", "freeze_tau16")}
+  every = {name: study_plan.BY_NAME[name] for name in ("dpo", "spo", "kto", "ungated_tau16", "freeze_tau16")}
   shares = {"dpo": 0.6, "spo": 0.5, "kto": 0.7, "ungated_tau16": 0.55, "freeze_tau16": 0.65}
   curves = {"freeze_tau16": [(4, 0.0, 0), (16, 0.004, 1), (32, 0.011, 1)]}
   for name, variant in every.items():
     tune(tmp_path, variant)
-    rate = study.test_runs(variant, tmp_path, 1)[0].learning_rate
+    rate = study_plan.test_runs(variant, tmp_path, 1)[0].learning_rate
     also = {"ungated_tau16": ("ungated_tau64", "ungated_tau4"), "dpo": ("dpo_half",)}.get(name, ())
     for member, seed in itertools.product((name, *also), range(3)):
       last = {"ungated_tau64": 0.01, "ungated_tau16": 0.02, "ungated_tau4": 0.03 + 0.01 * seed}.get(member)
       curve = [(4, 0.0, 0), (64, last, 1)] if last else curves.get(member, ())
-      run = study.Run(study.BY_NAME[member], rate, seed, "test")
+      run = study_plan.Run(study_plan.BY_NAME[member], rate, seed, "test")
       write(tmp_path, run, share=shares[name] + 0.01 * seed, divergences=curve)
   text = report(tmp_path)
   assert not re.search(r"[{}]|None|nan", text)
@@ -336,8 +337,8 @@ def test_report_says_what_the_numbers_say(tmp_path):
 
 
 def test_the_plan_counts_what_is_left(tmp_path, capsys):
-  tune(tmp_path, study.BY_NAME["dpo"])
-  write(tmp_path, study.Run(study.BY_NAME["dpo"], 4e-5, 0, "test"))
+  tune(tmp_path, study_plan.BY_NAME["dpo"])
+  write(tmp_path, study_plan.Run(study_plan.BY_NAME["dpo"], 4e-5, 0, "test"))
   study.main(["--list", "--runs", str(tmp_path)])
   text = capsys.readouterr().out
   assert re.search(r"^A dpo +4 of 8 runs left", text, flags=re.MULTILINE)

@@ -1,0 +1,260 @@
+"""What scripts/study.py runs: the variants, the rule of tuning, and what a run leaves behind."""
+
+import dataclasses
+import importlib
+import itertools
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FACTORS = (1.0, 2.0, 4.0)  # of the recipe's learning rate
+STEPS = {"dpo_tiny": 150, "tdpo_tiny": 150, "kto_tiny": 150, "spo_tiny": 20, "grpo_tiny": 20}  # half of the recipes'
+TUNING_SEED = 100
+TUNING_PICTURES = 2  # of a prompt
+ALLOWED_FALL = 0.05  # of caption accuracy against the base model, in tuning; the error of 128 pictures is about 0.03
+NO_GATE = 1e9  # a delta that no divergence exceeds
+# Pictures and checkpoints during training would count as its time; what is stopped is saved all the same.
+COMMON = {"sample.every": 0, "checkpoint.keep": 1, "checkpoint.every": 100_000}
+MOVING = {"reference.mode": "update", "logging.every": 4}  # 4 divides all tau, so that every move is logged
+# For --list, from the recipes' times on two idle cores: to start and compile, and UNet evaluations after that.
+START_MINUTES, EVALUATIONS_A_MINUTE = 0.7, 35_000
+D3PO = {"spo.pool_size": 2, "spo.warmup_steps": 1, "spo.inner_steps": 18, "spo.threshold": 0.0, "spo.minibatch": 1}
+DDPO = {"batch_size": 24, "grpo.group_size": 1, "grpo.advantage": "batch"}
+PARTS = {
+  "A": "Diffusion-DPO with a moving reference and timestep-aware training (arXiv 2505.18736)",
+  "B": "SPO (arXiv 2406.04314) and Diffusion-DPO",
+  "C": "Other losses",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """A recipe with changes, the variant it is compared with, and the one whose learning rate it takes ("": its own).
+
+  `judged_by` names a preference model of MODELS, in the place of the recipe's.
+  """
+
+  name: str
+  part: str
+  config_file: str
+  overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+  baseline: str = "dpo"
+  tuned_as: str = ""
+  judged_by: str = ""
+
+
+# Preference models that variants need, by name: recipe and changes. Trained once, in runs/study/models/.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {"clean": ("spm_tiny", {"spm.step_aware": False})}
+
+
+def _moving(name: str, tau: int, config_file: str = "dpo_tiny", tuned_as: str = "", **reference: Any) -> Variant:
+  changes = {"reference.tau": tau} | {f"reference.{k}": v for k, v in reference.items()}
+  return Variant(name, "A", config_file, MOVING | changes, tuned_as=tuned_as)
+
+
+VARIANTS = (
+  Variant("dpo", "A", "dpo_tiny"),
+  _moving("ungated_tau64", 64, delta=NO_GATE, tuned_as="ungated_tau16"),  # so that only tau differs
+  _moving("ungated_tau16", 16, delta=NO_GATE),
+  _moving("ungated_tau4", 4, delta=NO_GATE, tuned_as="ungated_tau16"),
+  _moving("freeze_tau64", 64, tuned_as="freeze_tau16"),
+  _moving("freeze_tau16", 16),
+  _moving("freeze_tau4", 4, tuned_as="freeze_tau16"),
+  _moving("reinit_tau16", 16, on_diverge="reinit"),
+  Variant("timesteps", "A", "tdpo_tiny", {"reference.mode": "frozen"}),
+  _moving("timesteps_freeze_tau16", 16, "tdpo_tiny"),
+  Variant("spo", "B", "spo_tiny"),
+  Variant("spo_winner", "B", "spo_tiny", {"spo.next_latent": "winner"}, baseline="spo"),
+  Variant("spo_loser", "B", "spo_tiny", {"spo.next_latent": "loser"}, baseline="spo"),
+  Variant("spo_pool2", "B", "spo_tiny", {"spo.pool_size": 2}, baseline="spo"),
+  Variant("spo_pool8", "B", "spo_tiny", {"spo.pool_size": 8}, baseline="spo"),
+  Variant("spo_clean", "B", "spo_tiny", {"spo.step_aware": False}, baseline="spo", judged_by="clean"),
+  Variant("spo_reference", "B", "spo_tiny", {"reference.mode": "update", "reference.tau": 8}, baseline="spo"),
+  Variant("dpo_quarter", "B", "dpo_tiny", {"num_steps": 38}, tuned_as="dpo"),
+  Variant("dpo_half", "B", "dpo_tiny", {"num_steps": 75}, tuned_as="dpo"),
+  Variant("spo_quarter", "B", "spo_tiny", {"num_steps": 5}, baseline="dpo_quarter", tuned_as="spo"),
+  Variant("spo_half", "B", "spo_tiny", {"num_steps": 10}, baseline="dpo_half", tuned_as="spo"),
+  Variant("sft", "C", "dpo_tiny", {"loss.name": "sft"}),
+  Variant("smoothed", "C", "dpo_tiny", {"loss.label_smoothing": 0.1}),
+  Variant("robust", "C", "dpo_tiny", {"loss.name": "robust", "loss.label_smoothing": 0.1}),
+  Variant("ipo", "C", "dpo_tiny", {"loss.name": "ipo"}),
+  Variant("hinge", "C", "dpo_tiny", {"loss.name": "hinge"}),
+  Variant("dspo", "C", "dpo_tiny", {"loss.name": "dspo", "loss.beta": 0.001}),
+  Variant("mapo", "C", "dpo_tiny", {"loss.name": "mapo", "loss.beta": 0.1}),
+  Variant("safeguard", "C", "dpo_tiny", {"loss.safeguard": 0.0}),
+  Variant("kto", "C", "kto_tiny"),
+  # The same number of samples in an iteration, of 4 prompts and of 24.
+  Variant("grpo", "C", "grpo_tiny", baseline="spo"),
+  Variant("ddpo", "C", "grpo_tiny", DDPO, baseline="spo"),
+  # One label for all steps of two trajectories that part after the first step: SPO with a single group.
+  Variant("d3po", "C", "spo_tiny", D3PO, baseline="spo"),
+)
+BY_NAME = {v.name: v for v in VARIANTS}
+CURVES = {"Diffusion-DPO": ("dpo_quarter", "dpo_half", "dpo"), "SPO": ("spo_quarter", "spo_half", "spo")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One training run with its evaluation, in the folder `path` of runs/study."""
+
+  variant: Variant
+  learning_rate: float
+  seed: int
+  split: str
+
+  @property
+  def path(self) -> str:
+    return f"{self.variant.name}/{self.split}_{self.learning_rate:g}_seed{self.seed}"
+
+  def fields(self) -> dict[str, Any]:
+    own = {"seed": self.seed, "optimizer.learning_rate": self.learning_rate, "evaluation.split": self.split}
+    if self.split == "validation":
+      own["evaluation.seeds_per_prompt"] = TUNING_PICTURES
+    return changes(self.variant) | own
+
+
+def changes(variant: Variant) -> dict[str, Any]:
+  """What a variant's runs change of the recipe."""
+  return COMMON | {"num_steps": STEPS[variant.config_file]} | variant.overrides
+
+
+def load_config(variant: Variant) -> Any:
+  """The recipe with the variant's changes."""
+  config = importlib.import_module(f"configs.{variant.config_file}").get_config()
+  config.update_from_flattened_dict(changes(variant))
+  return config
+
+
+def command(run: Run, folder: pathlib.Path) -> list[str]:
+  fields = run.fields()
+  if run.variant.judged_by:
+    fields["preference_model"] = folder / "models" / run.variant.judged_by / "export"
+  return main_command(run.variant.config_file, fields, folder / run.path)
+
+
+def main_command(config_file: str, fields: dict[str, Any], workdir: pathlib.Path) -> list[str]:
+  start = [sys.executable, "-m", "jaxpref.main", f"--config=configs/{config_file}.py"]
+  return [*start, *(f"--config.{k}={v}" for k, v in fields.items()), f"--workdir={workdir}"]
+
+
+def evaluations(config: Any, valid: float = 1.0) -> float:
+  """UNet evaluations of one sample in the training of a run, counted as in the README ("What it costs").
+
+  Guidance doubles a call, a backward pass is two more. Not counted: rows that only fill up a minibatch, the VAE, and
+  the preference model. `valid` is the share of SPO's pairs above the threshold.
+  """
+  reference_free = config.objective == "dpo" and config.loss.name in ("mapo", "sft")
+  reference_free |= config.objective == "grpo" and not config.grpo.kl_coef
+  update = (not reference_free) + 1 + 2  # reference, policy, and its backward pass
+  if config.objective == "spo":
+    s, after = config.spo, config.spo.num_inference_steps - config.spo.warmup_steps
+    rollout = s.warmup_steps + 1 + (after - 1) * s.pool_size
+    length = s.inner_steps + 1
+    shared = after // length - (length == 1)  # of winner and loser, which share start and call
+    step = 2 * config.batch_size * (rollout + valid * update * (shared + 2 * (after - shared)))
+  elif config.objective == "grpo":
+    g = config.grpo
+    trained = max(1, round(g.timestep_fraction * g.num_inference_steps))
+    step = 2 * config.batch_size * g.group_size * (g.num_inference_steps + update * trained)
+  else:
+    step = config.batch_size * update * (1 if config.objective == "kto" else 2)
+  moves = config.num_steps // config.reference.tau if config.reference.mode == "update" else 0
+  return config.num_steps * step + moves * 2 * min(8, config.batch_size)
+
+
+def read_run(run: Run, folder: pathlib.Path) -> dict[str, Any] | None:
+  """A run's numbers, or only `failed` of one that became NaN; None without a result; ValueError if of other fields."""
+  place = folder / run.path
+  row = {"variant": run.variant.name, "seed": run.seed, "learning_rate": run.learning_rate, "split": run.split}
+  if (place / "failed.txt").is_file():
+    return row | {"failed": (place / "failed.txt").read_text().strip()}
+  if not (place / "results.json").is_file():
+    return None
+  made = json.loads((place / "config.json").read_text())
+  for name, value in run.fields().items():
+    found = made
+    for key in name.split("."):
+      found = found.get(key, {})
+    if found != value:
+      raise ValueError(f"{place} was made with config.{name}={found!r}, expected {value!r}; move the folder away.")
+  results = json.loads((place / "results.json").read_text())
+  metrics = [json.loads(m) for m in (place / "metrics.jsonl").read_text().splitlines() if m.endswith("}")]
+  config, base, aligned = load_config(run.variant), results["base"], results["aligned"]
+  spo, online = config.objective == "spo", config.objective in ("spo", "grpo")
+  # The first row's time has what is done once. The median, since other work on the machine may have slowed some.
+  of_batch = {"dpo": 2, "tdpo": 2, "grpo": config.grpo.group_size}
+  images = config.batch_size * of_batch.get(config.objective, 1)
+  times = [images / m["images_per_second"] for m in metrics[1:]]
+  row |= {
+    "preferred_share": aligned["preferred_share"]["mean"],
+    "win_rate": results["win_rate"],
+    "caption_accuracy_change": results["caption_accuracy_change"],
+    "base_preferred_share": base["preferred_share"]["mean"],
+    "protocol": results["protocol"],
+    "minutes": float(np.median(times)) * config.num_steps / 60,
+    "evaluations": evaluations(config, float(np.mean([m["valid_pairs"] for m in metrics])) if spo else 1.0),
+    "updates": float(np.mean([m["updates"] for m in metrics])) * config.num_steps if online else config.num_steps,
+  }
+  if moved := [m for m in metrics if "divergence" in m]:
+    passed = [b["divergence"] for a, b in itertools.pairwise(moved) if b["reference_updates"] > a["reference_updates"]]
+    row |= {"last_d": moved[-1]["divergence"], "largest_d": max(m["divergence"] for m in moved)}
+    row |= {"accepted_d": max(passed, default=None), "moves": moved[-1]["reference_updates"]}
+    row["d_curve"] = [(m["step"], m["divergence"]) for m in moved]
+  return row
+
+
+def choose(rows: Sequence[dict[str, Any]]) -> float | None:
+  """The learning rate of the highest preferred share; of equal ones the smallest; None if all failed.
+
+  Among those whose caption accuracy falls by at most ALLOWED_FALL, or where there is none, that falls least.
+  """
+  if not (rows := [r for r in rows if "failed" not in r]):
+    return None
+  bound = min(-ALLOWED_FALL, max(r["caption_accuracy_change"] for r in rows)) - 1e-9
+  allowed = [r for r in rows if r["caption_accuracy_change"] >= bound]
+  return min(allowed, key=lambda r: (-r["preferred_share"], r["learning_rate"]))["learning_rate"]
+
+
+def tuning_runs(variant: Variant) -> list[Run]:
+  """The runs on the validation split that decide on the learning rate of a variant, be they its own or another's."""
+  tuned = BY_NAME[variant.tuned_as or variant.name]
+  rate = load_config(tuned).optimizer.learning_rate
+  return [Run(tuned, factor * rate, TUNING_SEED, "validation") for factor in FACTORS]
+
+
+def test_runs(variant: Variant, folder: pathlib.Path, seeds: int) -> list[Run]:
+  """None before the learning rate is known."""
+  rows = [row for run in tuning_runs(variant) if (row := read_run(run, folder))]
+  rate = choose(rows) if len(rows) == len(FACTORS) else None
+  return [] if rate is None else [Run(variant, rate, seed, "test") for seed in range(seeds)]
+
+
+def remaining(variants: Sequence[Variant], folder: pathlib.Path, seeds: int) -> Iterator[Run]:
+  """Runs without a result: all of tuning, then seed by seed, so that those of a seed can be compared early."""
+  runs = {run.path: run for v in variants for run in tuning_runs(v)}
+  yield from (run for run in runs.values() if read_run(run, folder) is None)
+  for seed, variant in itertools.product(range(seeds), variants):
+    yield from (r for r in test_runs(variant, folder, seeds)[seed : seed + 1] if read_run(r, folder) is None)
+
+
+def plan(variants: Sequence[Variant], folder: pathlib.Path, seeds: int) -> str:
+  """The runs that are left of each variant, and the hours they take."""
+  lines, seen, total, hours = [], set[str](), 0, 0.0
+  for variant in variants:
+    runs = [r for r in tuning_runs(variant) if r.path not in seen]
+    seen |= {r.path for r in runs}
+    done = sum(read_run(r, folder) is not None for r in [*runs, *test_runs(variant, folder, seeds)])
+    left, config = len(runs) + seeds - done, load_config(variant)
+    e = config.evaluation
+    drawn = 2 * 2 * e.num_prompts * e.seeds_per_prompt * e.num_inference_steps  # two models, with guidance
+    mine = left * (START_MINUTES + (evaluations(config) + drawn) / EVALUATIONS_A_MINUTE) / 60
+    total, hours = total + left, hours + mine
+    fields = " ".join(f"{k}={v}" for k, v in variant.overrides.items())
+    of = f"{left:2} of {len(runs) + seeds} runs left, {mine:.1f} h"
+    lines.append(f"{variant.part} {variant.name:22} {of}  {variant.config_file} {fields}")
+  return "\n".join([*lines, f"{total} runs left, about {hours:.1f} hours on two idle CPU cores"])

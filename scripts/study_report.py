@@ -1,0 +1,193 @@
+"""The report of scripts/study.py: docs/study.md, docs/study.json and its plots, from the runs that are there."""
+
+import itertools
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from scripts import study_plan
+
+
+def collect(folder: pathlib.Path, seeds: int) -> dict[str, Any]:
+  """`runs` and `comparisons` by variant, `tuning` by the variant it was done for, and the `missing` runs."""
+  study: dict[str, Any] = {"seeds": seeds, "runs": {}, "tuning": {}, "comparisons": {}, "missing": []}
+  for v in study_plan.VARIANTS:
+    tests = study_plan.test_runs(v, folder, seeds)
+    tuning = [] if v.tuned_as else study_plan.tuning_runs(v)
+    rows = {run.path: study_plan.read_run(run, folder) for run in [*tuning, *tests]}
+    study["missing"] += [path for path, row in rows.items() if not row]
+    study["missing"] += [] if tests else [f"{v.name}/test_*: no learning rate is chosen"]
+    study["runs"][v.name] = [row for row in rows.values() if row and row["split"] == "test"]
+    if tuning:
+      chosen = tests[0].learning_rate if tests else None
+      study["tuning"][v.name] = {"chosen": chosen, "runs": [r for r in rows.values() if r and r["split"] != "test"]}
+  for v in study_plan.VARIANTS:
+    if v.name != v.baseline and (found := compare(study["runs"][v.name], study["runs"][v.baseline])):
+      study["comparisons"][v.name] = found
+  return study
+
+
+def compare(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+  """Preferred share of the same seeds: differences, and p of the exact two-sided sign-flip test of their mean."""
+  pairs = [(a, b) for a in new for b in old if a["seed"] == b["seed"] and "failed" not in a | b]
+  if not pairs:
+    return None
+  change, accuracy = (
+    np.array([a[key] - b[key] for a, b in pairs]) for key in ("preferred_share", "caption_accuracy_change")
+  )
+  flipped = np.array(list(itertools.product((1, -1), repeat=len(pairs)))) @ change
+  p = np.mean(np.abs(flipped) >= abs(change.sum()) - 1e-9)
+  return {"change": change.tolist(), "p": float(p), "caption_accuracy": float(accuracy.mean())}
+
+
+def spread(rows: Sequence[dict[str, Any]], key: str, form: str) -> str:
+  """Mean (lowest to highest), one number if all are the same, empty if no row has it."""
+  values = [r[key] for r in rows if r.get(key) is not None]
+  shown = [f"{f(values):{form}}" for f in (np.mean, min, max)] if values else [""]
+  return shown[0] if len(set(shown)) == 1 else "{} ({} to {})".format(*shown)
+
+
+def _table(head: str, rows: Sequence[Sequence[Any]]) -> list[str]:
+  lines = ["|" + "---|" * (head.count("|") + 1), *("| " + " | ".join(map(str, row)) + " |" for row in rows)]
+  return [f"| {head} |", *lines, ""]
+
+
+def markdown(study: dict[str, Any], conclusions: str = "") -> str:
+  """docs/study.md; the conclusions are written by hand, in docs/study_conclusions.md."""
+  runs = {name: [r for r in rows if "failed" not in r] for name, rows in study["runs"].items()}
+  rule: dict[str, Any] = {"factors": ", ".join(map(str, study_plan.FACTORS)), "seed": study_plan.TUNING_SEED}
+  rule |= {"fall": f"{100 * study_plan.ALLOWED_FALL:g}", "pictures": study_plan.TUNING_PICTURES}
+  rule["conclusions"] = conclusions and f"## Conclusions\n\n{conclusions}\n## Numbers\n\n"
+  lines = [_HEAD.format(n=study["seeds"], p=2 / 2 ** study["seeds"], **rule)]
+  if done := [r for rows in runs.values() for r in rows]:
+    text = "{num_prompts} prompts x {seeds_per_prompt} image seeds, {num_inference_steps} steps, guidance"
+    text = f"Evaluation: {text} {{guidance_scale}}. The base model's preferred share is"
+    lines.append(f"{text.format(**done[0]['protocol'])} {spread(done, 'base_preferred_share', '.1%')}.\n")
+  cell = lambda r: r.get("failed") or f"{r['preferred_share']:.1%} ({100 * r['caption_accuracy_change']:+.1f})"
+  rows: list[Sequence[Any]] = [
+    (name, "; ".join(f"{r['learning_rate']:g}: {cell(r)}" for r in t["runs"]), t["chosen"] or "")
+    for name, t in study["tuning"].items()
+  ]
+  lines += ["## Learning rates", ""]
+  lines += _table("variant | rate: preferred share (change of caption accuracy, points) | chosen", rows)
+  for part, title in study_plan.PARTS.items():
+    members = [v for v in study_plan.VARIANTS if v.part == part]
+    names = list(dict.fromkeys([v.baseline for v in members] + [v.name for v in members]))
+    lines += [f"## {part}. {title}", ""]
+    head = "variant | seeds | preferred share | win rate | caption accuracy | updates | minutes | UNet evaluations"
+    rows = [[n, len(runs[n]), *(spread(runs[n], k, f) for k, f in _COLUMNS.items())] for n in names if runs[n]]
+    lines += _table(head, rows)
+    found = [(v, study["comparisons"][v.name]) for v in members if v.name in study["comparisons"]]
+    rows = []
+    for v, f in found:
+      c, accuracy = 100 * np.array(f["change"]), 100 * f["caption_accuracy"]
+      points = f"{c.mean():+.1f} ({c.min():+.1f} to {c.max():+.1f})"
+      rows.append([v.name, v.baseline, len(c), points, f"{f['p']:.3g}", f"{accuracy:+.1f}"])
+    lines += _table("variant | against | seeds | preferred share, points | p | caption accuracy, points", rows)
+    for word, sign in (("Above", 1), ("Below", -1)):
+      always = [v.name for v, f in found if min(sign * c for c in f["change"]) > 0]
+      lines.append(f"{word} what it is compared with, in all seeds there are: {', '.join(always) or 'none'}.\n")
+    if moving := [v for v in members if v.overrides.get("reference.mode") == "update"]:
+      shown = lambda v: [spread(runs[v.name], key, form) for key, form in _D.items()]
+      rows = [[v.name, v.overrides["reference.tau"], *shown(v)] for v in moving if runs[v.name]]
+      lines += _table("variant | tau | last D | largest D | largest D of a move that was made | moves", rows)
+      lines += [*_divergence_sentences(moving, runs), ""]
+    lines += [_CLEAN] if part == "B" else []
+  failed = [r for rows in study["runs"].values() for r in rows if "failed" in r]
+  failed = [f"{r['variant']} seed {r['seed']} failed: {r['failed']}" for r in failed]
+  lines += ["## Missing", "", *(f"- {line}" for line in [*failed, *study["missing"]] or ["nothing"])]
+  return "\n".join(lines) + "\n"
+
+
+def _divergence_sentences(moving: Sequence[study_plan.Variant], runs: dict[str, list]) -> list[str]:
+  """What the numbers say of the reference without a gate as tau falls, and of the gate."""
+  last, lines = {}, []
+  for v in moving:
+    delta = study_plan.load_config(v).reference.delta
+    made = [r["accepted_d"] for r in runs[v.name] if r["accepted_d"] is not None]
+    if delta == study_plan.NO_GATE and runs[v.name]:
+      last[v.overrides["reference.tau"]] = float(np.mean([r["last_d"] for r in runs[v.name]]))
+    elif made:
+      where = "above" if max(made) > delta else "not above"
+      lines.append(f"- {v.name}: the largest D of a move that was made, {max(made):.4f}, is {where} delta, {delta:g}.")
+  if len(last) > 1:
+    values = [last[tau] for tau in sorted(last, reverse=True)]
+    rises = "rises" if all(a < b for a, b in itertools.pairwise(values)) else "does not rise throughout"
+    by_tau = ", ".join(f"{last[tau]:.4f} at {tau}" for tau in sorted(last, reverse=True))
+    lines.append(f"- Without a gate the last D {rises} as tau falls: {by_tau}.")
+  return lines
+
+
+_COLUMNS = {"preferred_share": ".1%", "win_rate": ".1%", "caption_accuracy_change": "+.1%", "updates": ".0f"}
+_COLUMNS |= {"minutes": ".1f", "evaluations": ",.0f"}
+_D = {"last_d": ".4f", "largest_d": ".4f", "accepted_d": ".4f", "moves": ".0f"}
+_HEAD = """# Study of methods on tiny-sd
+
+Made by `python scripts/study.py`; all numbers are in study.json. Runs have half of the updates or iterations of the
+recipes (configs/*_tiny.py); all that is not named is theirs. Learning rates: of {factors} times the recipe's, with seed
+{seed} and {pictures} pictures of each validation prompt, that of the highest preferred share among those whose caption
+accuracy falls by at most {fall} points against base (if there is none, those that fall least); of equal ones the
+smaller. Variants of tau alone take the rate of tau 16, shorter runs that of the full one. Then {n} seeds, judged on the
+test prompts by the judge, which no training sees.
+
+{conclusions}Numbers are means over seeds (lowest to highest). All have as many updates as Diffusion-DPO, or as many
+iterations as SPO (quarter and half: 1/4 and 1/2 of them); KTO sees as many images as there are in the pairs. Caption
+accuracy is the change against base. Minutes are those of training alone, by the median step, on one core of a machine
+that had other work. UNet evaluations are those of one sample in training, as the README counts them. p is of the exact
+two-sided sign-flip test over seeds, a weak one: with {n} seeds it cannot be below {p:.3g}. D is what the gate reads: a
+running mean of err_ref - err_init, 8 samples at a time, of the reference that is proposed, also where it is then
+refused; reinit sets it to 0.
+
+![D of the proposed reference](study_divergence.png) ![Preferred share against cost](study_budget.png)
+"""
+_CLEAN = """spo_clean is judged by an ordinary preference model: the recipe of the step-aware one (configs/spm_tiny.py,
+from the same tiny-clip), trained on images without noise, and told time 0 at every step.
+"""
+
+
+def plots(study: dict[str, Any], docs: pathlib.Path) -> None:
+  """D over steps, and preferred share over minutes and UNet evaluations."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  runs = {name: [r for r in rows if "failed" not in r] for name, rows in study["runs"].items()}
+  size: dict[str, Any] = {"figsize": (9, 3.2), "layout": "constrained"}
+  figure, axes = plt.subplots(1, 2, **size)
+  for v in study_plan.VARIANTS:
+    curves = [r["d_curve"] for r in runs[v.name] if v.part == "A" and "d_curve" in r]
+    if curves:
+      axis = axes[0 if study_plan.load_config(v).reference.delta == study_plan.NO_GATE else 1]
+      axis.plot(*np.mean(curves, axis=0).T, label=v.name)
+      axis.legend(fontsize=7)
+  axes[1].axhline(study_plan.load_config(study_plan.BY_NAME["freeze_tau16"]).reference.delta, color="0.8")
+  for axis, title in zip(axes, ("without a gate", "with a gate at the grey line"), strict=True):
+    axis.set(title=title, xlabel="step", ylabel="D of the proposal, mean over seeds")
+  figure.savefig(docs / "study_divergence.png", dpi=110)
+  figure, axes = plt.subplots(1, 2, sharey=True, **size)
+  for axis, key in zip(axes, ("minutes", "evaluations"), strict=True):
+    for label, names in study_plan.CURVES.items():
+      points = [np.array([(r[key], 100 * r["preferred_share"]) for r in runs[n]]) for n in names if runs[n]]
+      if points:
+        (line,) = axis.plot(*np.array([p.mean(axis=0) for p in points]).T, label=label)
+        axis.plot(*np.concatenate(points).T, "o", color=line.get_color(), markersize=3)
+        axis.legend()
+    axis.set(xlabel=f"{'UNet ' * (key == 'evaluations')}{key} of training", ylabel="preferred share, %: seeds and mean")
+  figure.savefig(docs / "study_budget.png", dpi=110)
+  plt.close("all")
+
+
+def write(folder: pathlib.Path, docs: pathlib.Path, seeds: int) -> None:
+  """The report of the runs in `folder`, into `docs`; conclusions come from study_conclusions.md there."""
+  study = collect(folder, seeds)
+  docs.mkdir(parents=True, exist_ok=True)
+  plots(study, docs)
+  conclusions = docs / "study_conclusions.md"
+  (docs / "study.md").write_text(markdown(study, conclusions.read_text() if conclusions.is_file() else ""))
+  for row in (row for rows in study["runs"].values() for row in rows):
+    row.pop("d_curve", None)  # in a picture, and in the runs
+  (docs / "study.json").write_text(json.dumps(study, indent=1) + "\n")
