@@ -12,8 +12,8 @@ from ml_collections import ConfigDict as Config
 
 from jaxpref import config as config_lib
 from jaxpref import loading, sharding, tensor_files, weights
+from jaxpref.data import batching, latents, pipeline, sources
 from jaxpref.data import index as index_lib
-from jaxpref.data import latents, pipeline, sources
 
 logger = logging.getLogger(__name__)
 OF_PAIRS = ("emoji", *sources.PAIR_KINDS)
@@ -117,7 +117,7 @@ def _shared_data_arguments(config: Config) -> dict[str, Any]:
 
 def pair_batches(
   config: Config, image_size: int, tokenize: Callable[[list[str]], np.ndarray], **processes: int
-) -> pipeline.Batches:
+) -> batching.Batches:
   """The pairs of `pairs_source`; `processes` may hold another process_index and process_count than this run's."""
   return pipeline.pair_batches(
     pairs_source(config),
@@ -133,7 +133,7 @@ def pair_batches(
 
 def image_batches(
   config: Config, image_size: int, tokenize: Callable[[list[str]], np.ndarray] | None, source: Any = None
-) -> pipeline.Batches:
+) -> batching.Batches:
   """Images of a source, or of the embedded emoji."""
   return pipeline.image_batches(
     source,
@@ -149,7 +149,7 @@ def image_batches(
   )
 
 
-def prompt_batches(config: Config, tokenize: Callable[[list[str]], np.ndarray]) -> pipeline.Batches:
+def prompt_batches(config: Config, tokenize: Callable[[list[str]], np.ndarray]) -> batching.Batches:
   """The prompts of an online objective."""
   return pipeline.prompt_batches(
     sources.read_prompts(config.data.path) if config.data.source == "prompts" else None,
@@ -160,7 +160,7 @@ def prompt_batches(config: Config, tokenize: Callable[[list[str]], np.ndarray]) 
   )
 
 
-def offline_batches(config: Config, image_size: int, tokenize: Callable[[list[str]], np.ndarray]) -> pipeline.Batches:
+def offline_batches(config: Config, image_size: int, tokenize: Callable[[list[str]], np.ndarray]) -> batching.Batches:
   """The data of an objective that trains on images or pairs."""
   if config.data.source == "precomputed":
     return _precomputed_batches(config, image_size)
@@ -237,7 +237,7 @@ def open_precomputed(config: Config) -> latents.Precomputed:
   return data
 
 
-def _precomputed_batches(config: Config, image_size: int) -> pipeline.Batches:
+def _precomputed_batches(config: Config, image_size: int) -> batching.Batches:
   data = open_precomputed(config)
   size = data.manifest["image_size"]
   if size != image_size:

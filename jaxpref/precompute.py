@@ -33,7 +33,7 @@ from tqdm import tqdm
 import jaxpref
 from jaxpref import config as config_lib
 from jaxpref import distributed, inputs, loading, sharding
-from jaxpref.data import latents, paths, pipeline
+from jaxpref.data import batching, latents, paths
 from jaxpref.models.text_to_image import TextToImage
 
 GIB = 2.0**30
@@ -211,7 +211,7 @@ def _unfinished(folder: Any, names: Sequence[str], *, wait: bool) -> list[str]:
   return missing
 
 
-def _open_data(config: ConfigDict, model: TextToImage, tokenize: pipeline.Tokenize) -> pipeline.Batches:
+def _open_data(config: ConfigDict, model: TextToImage, tokenize: batching.Tokenize) -> batching.Batches:
   """The recipe's data, of which the rows are read one by one."""
   config = config.copy_and_resolve_references()
   with config.unlocked():
@@ -246,7 +246,7 @@ def _encoder(apply: Callable[..., Any], params: Any, mesh: jax.sharding.Mesh, ro
 
 
 def _numbered_rows(
-  data: pipeline.Batches, positions: range, *, flip: bool, num_threads: int
+  data: batching.Batches, positions: range, *, flip: bool, num_threads: int
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
   """Rows of the data and their positions; with flip also what they are if the images are mirrored."""
   rows = data.rows(positions, num_threads=num_threads)

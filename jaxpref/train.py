@@ -20,7 +20,7 @@ from tqdm import tqdm
 from jaxpref import build, checkpoint, distributed, drawing, judging, monitor, optim, reference, report, sharding, step
 from jaxpref import config as config_lib
 from jaxpref import metrics as metrics_lib
-from jaxpref.data import emoji, pipeline
+from jaxpref.data import batching, emoji
 
 # Fields that may differ when a run is continued: they do not change what is computed at a given step.
 MAY_CHANGE = (
@@ -177,7 +177,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     folder, first_step=first_step, wandb_project=config.logging.wandb_project, config=config_lib.to_dict(config)
   )
   # The next batches are made and moved to the devices while a step runs.
-  prefetched = pipeline.Prefetched(
+  prefetched = batching.Prefetched(
     batches, functools.partial(sharding.put_batch, mesh), count=config.num_steps - first_step
   )
   profiler = monitor.Profiler(folder, *config_lib.parse_steps(config.profile_steps))

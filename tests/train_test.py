@@ -20,7 +20,7 @@ import pytest
 
 from jaxpref import build, checkpoint, config, metrics, monitor, objectives, train, weights
 from jaxpref import main as main_lib
-from jaxpref.data import pipeline
+from jaxpref.data import batching
 from jaxpref.models import presets
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -121,7 +121,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(run, monkeypatch):
   options = {"num_steps": 9, "logging.every": 2, "reference.mode": "update", "reference.tau": 3}
   run(toy_config(**options), folder="whole")
 
-  taken, take = [], pipeline.Prefetched.__next__
+  taken, take = [], batching.Prefetched.__next__
 
   def terminate_in_step_5(prefetched):
     taken.append(take(prefetched))
@@ -133,7 +133,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(run, monkeypatch):
 
   before, batches = signal.getsignal(signal.SIGTERM), Batches()
   with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-    patch.setattr(pipeline.Prefetched, "__next__", terminate_in_step_5)
+    patch.setattr(batching.Prefetched, "__next__", terminate_in_step_5)
     run(toy_config(**options), batches)
   assert stopped.value.code == 0 and batches.next == 7
   assert signal.getsignal(signal.SIGTERM) == before
@@ -236,7 +236,7 @@ def test_nothing_is_compiled_after_the_first_checkpoint(run):
 
 def test_steps_are_profiled_and_memory_on_request(run, monkeypatch, capsys):
   """SIGUSR1 in step 5."""
-  taken, take = [], pipeline.Prefetched.__next__
+  taken, take = [], batching.Prefetched.__next__
 
   def ask_in_step_5(prefetched):
     taken.append(take(prefetched))
@@ -245,7 +245,7 @@ def test_steps_are_profiled_and_memory_on_request(run, monkeypatch, capsys):
     return taken[-1]
 
   before = signal.getsignal(signal.SIGUSR1)
-  monkeypatch.setattr(pipeline.Prefetched, "__next__", ask_in_step_5)
+  monkeypatch.setattr(batching.Prefetched, "__next__", ask_in_step_5)
   run(toy_config(profile_steps="2:4"))
   assert signal.getsignal(signal.SIGUSR1) == before
   (trace,) = (run.folder / "run" / "profile").rglob("*.xplane.pb")

@@ -39,7 +39,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jaxpref.data import paths, pipeline
+from jaxpref.data import batching, paths
 
 FORMAT = 1
 PLAN, MANIFEST, PROMPTS = "plan.json", "manifest.json", "prompts.safetensors"
@@ -437,7 +437,7 @@ def batches(
   process_count: int = 1,
   num_threads: int = 2,
   num_workers: int = 0,
-) -> pipeline.Batches:
+) -> batching.Batches:
   """Batches of the rows, in the same order and with the same captions dropped and images mirrored as without them.
 
   Args:
@@ -453,7 +453,7 @@ def batches(
   Raises:
     ValueError: too few rows for a batch.
   """
-  return pipeline._batches(
+  return batching.open_batches(
     data.manifest["num_rows"],
     data.row,
     what=f"precomputed data in {data.folder}",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxpref.data import latents, pipeline
+from jaxpref.data import batching, latents
 
 NUM_ROWS, ROWS_PER_FILE = 10, 4
 IDS = {caption: np.asarray([7, i, 9], np.int32) for i, caption in enumerate(["", "a", "b", "c"])}
@@ -100,7 +100,7 @@ def test_batches_have_the_order_and_the_draws_of_the_pipeline(folder):
     return {"drawn": np.asarray([position, dropped, flipped])}
 
   options = dict(batch_size=5, seed=3, caption_dropout=0.4, flip=True, process_index=0, process_count=1, num_threads=0)
-  expected = pipeline._batches(NUM_ROWS, load, what="", **options)
+  expected = batching.open_batches(NUM_ROWS, load, what="", **options)
   data = latents.open_folder(folder)
   found = latents.batches(data, **options)
   seen = set()
@@ -108,7 +108,7 @@ def test_batches_have_the_order_and_the_draws_of_the_pipeline(folder):
     drawn = next(expected)["drawn"].tolist()
     batch = next(found)
     assert batch.pop("record").tolist() == [i for i, _, _ in drawn]
-    equal(batch, pipeline._stack([data.row(i, bool(d), bool(f)) for i, d, f in drawn]))
+    equal(batch, batching.stack([data.row(i, bool(d), bool(f)) for i, d, f in drawn]))
     seen |= {(d, f) for _, d, f in drawn}
   assert len(seen) == 4
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxpref.data import emoji, pipeline, records
+from jaxpref.data import batching, emoji, pipeline, records
 
 SIZE = 8
 
@@ -295,7 +295,7 @@ def test_a_selection_that_does_not_fit_is_an_error():
 
 
 def test_captions_are_tokenized_when_they_are_needed_and_a_limited_number_is_remembered(monkeypatch):
-  monkeypatch.setattr(pipeline, "CAPTIONS_KEPT", 20)
+  monkeypatch.setattr(batching, "CAPTIONS_KEPT", 20)
   seen = []
 
   def tokenize_and_note(captions):
@@ -763,7 +763,7 @@ class Slow:
 
 def test_a_prefetched_batch_comes_with_the_state_after_it():
   batches = Slow()
-  ahead = pipeline.Prefetched(batches, lambda number: -number, count=6, depth=2)
+  ahead = batching.Prefetched(batches, lambda number: -number, count=6, depth=2)
   for number in range(1, 7):
     assert next(ahead) == (-number, {"next_batch": number})
     time.sleep(0.02)
@@ -775,12 +775,12 @@ def test_a_prefetched_batch_comes_with_the_state_after_it():
 
 
 def test_a_prefetching_thread_hands_errors_on_and_ends():
-  ahead = pipeline.Prefetched(Slow(fails_at=2), lambda number: number, count=9)
+  ahead = batching.Prefetched(Slow(fails_at=2), lambda number: number, count=9)
   assert [next(ahead)[0] for _ in range(2)] == [1, 2]
   with pytest.raises(ValueError, match="a broken batch"):
     next(ahead)
   ahead.close()
-  ahead = pipeline.Prefetched(Slow(), lambda number: number, count=9)
+  ahead = batching.Prefetched(Slow(), lambda number: number, count=9)
   next(ahead)
   ahead.close()
   ahead.close()
@@ -789,7 +789,7 @@ def test_a_prefetching_thread_hands_errors_on_and_ends():
 
 def test_a_real_run_of_batches_resumes_at_the_one_that_was_trained_on():
   expected = take(open_pairs(pairs(15), flip=True), 9)
-  ahead = pipeline.Prefetched(open_pairs(pairs(15), flip=True), lambda batch: batch, count=9)
+  ahead = batching.Prefetched(open_pairs(pairs(15), flip=True), lambda batch: batch, count=9)
   for _ in range(4):
     _, state = next(ahead)
   ahead.close()
