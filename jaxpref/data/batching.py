@@ -344,7 +344,7 @@ def open_batches(
     batch_size: rows over all processes.
     num_threads, num_workers: that make rows ahead of time; processes do where there are any, else threads.
     tokenize: captions of a batch -> i32[n, L].
-    reader: closed with the batches.
+    reader: of the source; it knows what could not be read, and the names of records.
 
   Raises:
     ValueError: the batch cannot be shared by the processes, or is larger than an epoch.
