@@ -39,6 +39,7 @@ def set_defaults(environment: MutableMapping[str, str]) -> None:
   caches = environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
   # A compiled step is kept, so that the second start of a run does not wait for it.
   environment.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(caches, "jaxpref", "compiled"))
+  environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # a start has a hundred small programs
   environment.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch: tokenizers need none
   if virtual := re.search(r"xla_force_host_platform_device_count=(\d+)", environment.get("XLA_FLAGS", "")):
     # A virtual device that waits for the others holds a thread; with as few as there are cores, all may wait for ever.

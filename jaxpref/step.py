@@ -104,6 +104,7 @@ def summed(fn: Callable[[Any], Any], inputs: Any) -> Any:
   first = jax.tree.map(lambda x: x[0], inputs)
   if all(x.shape[0] == 1 for x in jax.tree.leaves(inputs)):
     return fn(first)
+  fn = jax.jit(fn)  # so that it is traced once
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, first))
   return jax.lax.scan(lambda total, x: (jax.tree.map(jnp.add, total, fn(x)), None), zeros, inputs)[0]
 
@@ -243,8 +244,9 @@ def _minibatch_updates(
     state, norm = _apply(optimizer, found["loss"][0], grads, state)
     return state, metrics_lib.add(sums, found), norms + norm
 
+  gradients = jax.jit(gradients)  # so that it is traced once
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradients, state, jnp.int32(0))[1])
-  state, sums, norms = jax.lax.fori_loop(0, num_updates, update, (state, zeros, jnp.zeros(())))
+  state, sums, norms = jax.lax.fori_loop(jnp.int32(0), num_updates, update, (state, zeros, jnp.zeros(())))
   return state, {
     **metrics_lib.divide(sums),
     "grad_norm": norms / jnp.maximum(num_updates, 1),

@@ -306,6 +306,7 @@ def test_compiled_steps_are_kept_and_virtual_devices_have_threads():
   found = {"XDG_CACHE_HOME": "/caches", "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --other"}
   main_lib.set_defaults(found)
   assert found["JAX_COMPILATION_CACHE_DIR"] == "/caches/jaxpref/compiled" and found["NPROC"] == "32"
+  assert found["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "0"
   chosen = {"JAX_COMPILATION_CACHE_DIR": "/mine", "NPROC": "3", "XLA_FLAGS": found["XLA_FLAGS"]}
   main_lib.set_defaults(chosen)
   assert chosen["JAX_COMPILATION_CACHE_DIR"] == "/mine" and chosen["NPROC"] == "3"
