@@ -383,6 +383,15 @@ def test_micro_batches_make_the_same_updates(accumulation):
     np.testing.assert_allclose(found_parts[key], found[key], rtol=1e-4, atol=1e-7, err_msg=key)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_gradient_of_an_iteration_is_traced_once(accumulation, monkeypatch):
+  """Tracing is most of a second start's time."""
+  calls, loss = [], step.transition_loss
+  monkeypatch.setattr(step, "transition_loss", lambda *args, **kwargs: calls.append(1) or loss(*args, **kwargs))
+  jax.eval_shape(spo(accumulation=accumulation), state_of(PARAMS, ADAMW), FROZEN, PROMPTS)
+  assert len(calls) == 1
+
+
 def test_an_iteration_learns_and_reports():
   """From log 2 at the start; the next iteration starts where it ended, with other noise."""
   seen = []
