@@ -66,6 +66,8 @@ VARIANTS = (
   _moving("freeze_tau16", 16),
   _moving("freeze_tau4", 4, tuned_as="freeze_tau16"),
   _moving("reinit_tau16", 16, on_diverge="reinit"),
+  # Those with a gate were given another learning rate than Diffusion-DPO: this tells what the rate alone does.
+  Variant("dpo_rate_of_freeze", "A", "dpo_tiny", tuned_as="freeze_tau16"),
   Variant("timesteps", "A", "tdpo_tiny", {"reference.mode": "frozen"}),
   _moving("timesteps_freeze_tau16", 16, "tdpo_tiny"),
   Variant("spo", "B", "spo_tiny"),

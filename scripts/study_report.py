@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from scripts import study_plan
 
@@ -31,7 +32,8 @@ def collect(folder: pathlib.Path, seeds: int) -> dict[str, Any]:
 
 
 def compare(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-  """Preferred share of the same seeds: differences, and p of the exact two-sided sign-flip test of their mean."""
+  """Preferred share of the same seeds: differences, the 95 % interval of their mean by Student's t, their mean over
+  their standard deviation, and p of the exact two-sided sign-flip test of their mean."""
   pairs = [(a, b) for a in new for b in old if a["seed"] == b["seed"] and "failed" not in a | b]
   if not pairs:
     return None
@@ -40,7 +42,14 @@ def compare(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]]) -> dic
   )
   flipped = np.array(list(itertools.product((1, -1), repeat=len(pairs)))) @ change
   p = np.mean(np.abs(flipped) >= abs(change.sum()) - 1e-9)
-  return {"change": change.tolist(), "p": float(p), "caption_accuracy": float(accuracy.mean())}
+  found = {"change": change.tolist(), "p": float(p), "caption_accuracy": float(accuracy.mean())}
+  if len(pairs) > 1:
+    deviation = float(change.std(ddof=1))
+    reach = float(stats.t.ppf(0.975, len(pairs) - 1)) * deviation / len(pairs) ** 0.5
+    found["interval"] = [float(change.mean()) - reach, float(change.mean()) + reach]
+    if deviation > 1e-9:
+      found["effect_size"] = float(change.mean()) / deviation
+  return found
 
 
 def spread(rows: Sequence[dict[str, Any]], key: str, form: str) -> str:
@@ -70,11 +79,14 @@ def markdown(study: dict[str, Any], conclusions: str = "") -> str:
   rows: list[Sequence[Any]] = [
     (name, "; ".join(f"{r['learning_rate']:g}: {cell(r)}" for r in t["runs"]), t["chosen"] or "")
     for name, t in study["tuning"].items()
+    if t["runs"]
   ]
   lines += ["## Learning rates", ""]
   lines += _table("variant | rate: preferred share (change of caption accuracy, points) | chosen", rows)
   for part, title in study_plan.PARTS.items():
     members = [v for v in study_plan.VARIANTS if v.part == part]
+    if not any(runs[v.name] for v in members):
+      continue
     names = list(dict.fromkeys([v.baseline for v in members] + [v.name for v in members]))
     lines += [f"## {part}. {title}", ""]
     head = "variant | seeds | preferred share | win rate | caption accuracy | updates | minutes | UNet evaluations"
@@ -84,9 +96,14 @@ def markdown(study: dict[str, Any], conclusions: str = "") -> str:
     rows = []
     for v, f in found:
       c, accuracy = 100 * np.array(f["change"]), 100 * f["caption_accuracy"]
-      points = f"{c.mean():+.1f} ({c.min():+.1f} to {c.max():+.1f})"
-      rows.append([v.name, v.baseline, len(c), points, f"{f['p']:.3g}", f"{accuracy:+.1f}"])
-    lines += _table("variant | against | seeds | preferred share, points | p | caption accuracy, points", rows)
+      bounds = " [{:+.1f}, {:+.1f}]".format(*(100 * np.array(f["interval"]))) if "interval" in f else ""
+      reach = f"{c.min():+.1f} to {c.max():+.1f}"
+      size = f"{f['effect_size']:+.1f}" if "effect_size" in f else ""
+      rows.append(
+        [v.name, v.baseline, len(c), f"{c.mean():+.1f}{bounds}", reach, size, f"{f['p']:.3g}", f"{accuracy:+.1f}"]
+      )
+    head = "variant | against | seeds | preferred share, points [95 %] | lowest to highest | d | p | caption accuracy"
+    lines += _table(head, rows)
     for word, sign in (("Above", 1), ("Below", -1)):
       always = [v.name for v, f in found if min(sign * c for c in f["change"]) > 0]
       lines.append(f"{word} what it is compared with, in all seeds there are: {', '.join(always) or 'none'}.\n")
@@ -98,8 +115,15 @@ def markdown(study: dict[str, Any], conclusions: str = "") -> str:
     lines += [_CLEAN] if part == "B" else []
   failed = [r for rows in study["runs"].values() for r in rows if "failed" in r]
   failed = [f"{r['variant']} seed {r['seed']} failed: {r['failed']}" for r in failed]
-  lines += ["## Missing", "", *(f"- {line}" for line in [*failed, *study["missing"]] or ["nothing"])]
+  lines += ["## Missing", "", *(f"- {line}" for line in [*failed, *_missing(study)] or ["nothing"])]
   return "\n".join(lines) + "\n"
+
+
+def _missing(study: dict[str, Any]) -> list[str]:
+  """The missing runs, those of variants without any in one line."""
+  none = [name for name, rows in study["runs"].items() if not rows]
+  some = [path for path in study["missing"] if path.split("/")[0] not in none]
+  return [*some, *([f"all seeds of {', '.join(none)}"] if none else [])]
 
 
 def _divergence_sentences(moving: Sequence[study_plan.Variant], runs: dict[str, list]) -> list[str]:
@@ -136,10 +160,14 @@ test prompts by the judge, which no training sees.
 {conclusions}Numbers are means over seeds (lowest to highest). All have as many updates as Diffusion-DPO, or as many
 iterations as SPO (quarter and half: 1/4 and 1/2 of them); KTO sees as many images as there are in the pairs. Caption
 accuracy is the change against base. Minutes are those of training alone, by the median step, on one core of a machine
-that had other work. UNet evaluations are those of one sample in training, as the README counts them. p is of the exact
-two-sided sign-flip test over seeds, a weak one: with {n} seeds it cannot be below {p:.3g}. D is what the gate reads: a
-running mean of err_ref - err_init, 8 samples at a time, of the reference that is proposed, also where it is then
-refused; reinit sets it to 0.
+that had other work. UNet evaluations are those of one sample in training, as the README counts them.
+
+Comparisons are by seed. Intervals are Student's t, d is the mean of the differences over their standard deviation, and
+p is of the exact two-sided sign-flip test, a weak one: with {n} seeds it cannot be below {p:.3g}. They are not corrected for
+the number of comparisons, and tell of other seeds of training, not of other prompts, which all runs share.
+
+D is what the gate reads: a running mean of err_ref - err_init, 8 samples at a time, of the reference that is proposed,
+also where it is then refused; reinit sets it to 0.
 
 ![D of the proposed reference](study_divergence.png) ![Preferred share against cost](study_budget.png)
 """
