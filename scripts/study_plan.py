@@ -34,7 +34,7 @@ PARTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """A recipe with changes, the variant it is compared with, and the one whose learning rate it takes ("": its own).
+  """A recipe with changes, the variants it is compared with, and the one whose learning rate it takes ("": its own).
 
   `judged_by` names a preference model of MODELS, in the place of the recipe's.
   """
@@ -46,15 +46,18 @@ class Variant:
   baseline: str = "dpo"
   tuned_as: str = ""
   judged_by: str = ""
+  also_against: str = ""
 
 
 # Preference models that variants need, by name: recipe and changes. Trained once, in runs/study/models/.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {"clean": ("spm_tiny", {"spm.step_aware": False})}
 
 
-def _moving(name: str, tau: int, config_file: str = "dpo_tiny", tuned_as: str = "", **reference: Any) -> Variant:
+def _moving(
+  name: str, tau: int, config_file: str = "dpo_tiny", tuned_as: str = "", also_against: str = "", **reference: Any
+) -> Variant:
   changes = {"reference.tau": tau} | {f"reference.{k}": v for k, v in reference.items()}
-  return Variant(name, "A", config_file, MOVING | changes, tuned_as=tuned_as)
+  return Variant(name, "A", config_file, MOVING | changes, tuned_as=tuned_as, also_against=also_against)
 
 
 VARIANTS = (
@@ -63,13 +66,13 @@ VARIANTS = (
   _moving("ungated_tau16", 16, delta=NO_GATE),
   _moving("ungated_tau4", 4, delta=NO_GATE, tuned_as="ungated_tau16"),
   _moving("freeze_tau64", 64, tuned_as="freeze_tau16"),
-  _moving("freeze_tau16", 16),
+  _moving("freeze_tau16", 16, also_against="dpo_rate_of_freeze"),
   _moving("freeze_tau4", 4, tuned_as="freeze_tau16"),
-  _moving("reinit_tau16", 16, on_diverge="reinit"),
+  _moving("reinit_tau16", 16, also_against="freeze_tau16", on_diverge="reinit"),
   # Those with a gate were given another learning rate than Diffusion-DPO: this tells what the rate alone does.
   Variant("dpo_rate_of_freeze", "A", "dpo_tiny", tuned_as="freeze_tau16"),
   Variant("timesteps", "A", "tdpo_tiny", {"reference.mode": "frozen"}),
-  _moving("timesteps_freeze_tau16", 16, "tdpo_tiny"),
+  _moving("timesteps_freeze_tau16", 16, "tdpo_tiny", also_against="freeze_tau16"),
   Variant("spo", "B", "spo_tiny"),
   Variant("spo_winner", "B", "spo_tiny", {"spo.next_latent": "winner"}, baseline="spo"),
   Variant("spo_loser", "B", "spo_tiny", {"spo.next_latent": "loser"}, baseline="spo"),

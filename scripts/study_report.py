@@ -13,8 +13,8 @@ from scripts import study_plan
 
 
 def collect(folder: pathlib.Path, seeds: int) -> dict[str, Any]:
-  """`runs` and `comparisons` by variant, `tuning` by the variant it was done for, and the `missing` runs."""
-  study: dict[str, Any] = {"seeds": seeds, "runs": {}, "tuning": {}, "comparisons": {}, "missing": []}
+  """`runs` by variant, `tuning` by the variant it was done for, `comparisons`, and the `missing` runs."""
+  study: dict[str, Any] = {"seeds": seeds, "runs": {}, "tuning": {}, "comparisons": [], "missing": []}
   for v in study_plan.VARIANTS:
     tests = study_plan.test_runs(v, folder, seeds)
     tuning = [] if v.tuned_as else study_plan.tuning_runs(v)
@@ -26,8 +26,9 @@ def collect(folder: pathlib.Path, seeds: int) -> dict[str, Any]:
       chosen = tests[0].learning_rate if tests else None
       study["tuning"][v.name] = {"chosen": chosen, "runs": [r for r in rows.values() if r and r["split"] != "test"]}
   for v in study_plan.VARIANTS:
-    if v.name != v.baseline and (found := compare(study["runs"][v.name], study["runs"][v.baseline])):
-      study["comparisons"][v.name] = found
+    for other in filter(None, (v.baseline, v.also_against)):
+      if v.name != other and (found := compare(study["runs"][v.name], study["runs"][other])):
+        study["comparisons"].append({"variant": v.name, "against": other} | found)
   return study
 
 
@@ -92,20 +93,19 @@ def markdown(study: dict[str, Any], conclusions: str = "") -> str:
     head = "variant | seeds | preferred share | win rate | caption accuracy | updates | minutes | UNet evaluations"
     rows = [[n, len(runs[n]), *(spread(runs[n], k, f) for k, f in _COLUMNS.items())] for n in names if runs[n]]
     lines += _table(head, rows)
-    found = [(v, study["comparisons"][v.name]) for v in members if v.name in study["comparisons"]]
+    found = [f for f in study["comparisons"] if study_plan.BY_NAME[f["variant"]].part == part]
     rows = []
-    for v, f in found:
+    for f in found:
       c, accuracy = 100 * np.array(f["change"]), 100 * f["caption_accuracy"]
       bounds = " [{:+.1f}, {:+.1f}]".format(*(100 * np.array(f["interval"]))) if "interval" in f else ""
       reach = f"{c.min():+.1f} to {c.max():+.1f}"
       size = f"{f['effect_size']:+.1f}" if "effect_size" in f else ""
-      rows.append(
-        [v.name, v.baseline, len(c), f"{c.mean():+.1f}{bounds}", reach, size, f"{f['p']:.3g}", f"{accuracy:+.1f}"]
-      )
+      mean, p = f"{c.mean():+.1f}{bounds}", f"{f['p']:.3g}"
+      rows.append([f["variant"], f["against"], len(c), mean, reach, size, p, f"{accuracy:+.1f}"])
     head = "variant | against | seeds | preferred share, points [95 %] | lowest to highest | d | p | caption accuracy"
     lines += _table(head, rows)
     for word, sign in (("Above", 1), ("Below", -1)):
-      always = [v.name for v, f in found if min(sign * c for c in f["change"]) > 0]
+      always = [f"{f['variant']} ({f['against']})" for f in found if min(sign * c for c in f["change"]) > 0]
       lines.append(f"{word} what it is compared with, in all seeds there are: {', '.join(always) or 'none'}.\n")
     if moving := [v for v in members if v.overrides.get("reference.mode") == "update"]:
       shown = lambda v: [spread(runs[v.name], key, form) for key, form in _D.items()]
@@ -162,8 +162,8 @@ iterations as SPO (quarter and half: 1/4 and 1/2 of them); KTO sees as many imag
 accuracy is the change against base. Minutes are those of training alone, by the median step, on one core of a machine
 that had other work. UNet evaluations are those of one sample in training, as the README counts them.
 
-Comparisons are by seed. Intervals are Student's t, d is the mean of the differences over their standard deviation, and
-p is of the exact two-sided sign-flip test, a weak one: with {n} seeds it cannot be below {p:.3g}. They are not corrected for
+Comparisons are by seed. Intervals are Student's t, d is the mean of the differences over their standard deviation, p is
+of the exact two-sided sign-flip test, a weak one: with {n} seeds it cannot be below {p:.3g}. They are not corrected for
 the number of comparisons, and tell of other seeds of training, not of other prompts, which all runs share.
 
 D is what the gate reads: a running mean of err_ref - err_init, 8 samples at a time, of the reference that is proposed,
