@@ -46,7 +46,7 @@ class Variant:
   baseline: str = "dpo"
   tuned_as: str = ""
   judged_by: str = ""
-  also_against: str = ""
+  also_against: tuple[str, ...] = ()
 
 
 # Preference models that variants need, by name: recipe and changes. Trained once, in runs/study/models/.
@@ -54,7 +54,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {"clean": ("spm_tiny", {"spm.ste
 
 
 def _moving(
-  name: str, tau: int, config_file: str = "dpo_tiny", tuned_as: str = "", also_against: str = "", **reference: Any
+  name: str,
+  tau: int,
+  config_file: str = "dpo_tiny",
+  tuned_as: str = "",
+  also_against: tuple[str, ...] = (),
+  **reference: Any,
 ) -> Variant:
   changes = {"reference.tau": tau} | {f"reference.{k}": v for k, v in reference.items()}
   return Variant(name, "A", config_file, MOVING | changes, tuned_as=tuned_as, also_against=also_against)
@@ -65,14 +70,14 @@ VARIANTS = (
   _moving("ungated_tau64", 64, delta=NO_GATE, tuned_as="ungated_tau16"),  # so that only tau differs
   _moving("ungated_tau16", 16, delta=NO_GATE),
   _moving("ungated_tau4", 4, delta=NO_GATE, tuned_as="ungated_tau16"),
-  _moving("freeze_tau64", 64, tuned_as="freeze_tau16"),
-  _moving("freeze_tau16", 16, also_against="dpo_rate_of_freeze"),
-  _moving("freeze_tau4", 4, tuned_as="freeze_tau16"),
-  _moving("reinit_tau16", 16, also_against="freeze_tau16", on_diverge="reinit"),
+  _moving("freeze_tau64", 64, tuned_as="freeze_tau16", also_against=("dpo_rate_of_freeze",)),
+  _moving("freeze_tau16", 16, also_against=("dpo_rate_of_freeze", "ungated_tau16")),
+  _moving("freeze_tau4", 4, tuned_as="freeze_tau16", also_against=("dpo_rate_of_freeze", "ungated_tau4")),
+  _moving("reinit_tau16", 16, also_against=("dpo_rate_of_freeze", "freeze_tau16"), on_diverge="reinit"),
   # Those with a gate were given another learning rate than Diffusion-DPO: this tells what the rate alone does.
   Variant("dpo_rate_of_freeze", "A", "dpo_tiny", tuned_as="freeze_tau16"),
   Variant("timesteps", "A", "tdpo_tiny", {"reference.mode": "frozen"}),
-  _moving("timesteps_freeze_tau16", 16, "tdpo_tiny", also_against="freeze_tau16"),
+  _moving("timesteps_freeze_tau16", 16, "tdpo_tiny", also_against=("freeze_tau16",)),
   Variant("spo", "B", "spo_tiny"),
   Variant("spo_winner", "B", "spo_tiny", {"spo.next_latent": "winner"}, baseline="spo"),
   Variant("spo_loser", "B", "spo_tiny", {"spo.next_latent": "loser"}, baseline="spo"),

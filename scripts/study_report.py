@@ -26,7 +26,7 @@ def collect(folder: pathlib.Path, seeds: int) -> dict[str, Any]:
       chosen = tests[0].learning_rate if tests else None
       study["tuning"][v.name] = {"chosen": chosen, "runs": [r for r in rows.values() if r and r["split"] != "test"]}
   for v in study_plan.VARIANTS:
-    for other in filter(None, (v.baseline, v.also_against)):
+    for other in (v.baseline, *v.also_against):
       if v.name != other and (found := compare(study["runs"][v.name], study["runs"][other])):
         study["comparisons"].append({"variant": v.name, "against": other} | found)
   return study
@@ -71,6 +71,7 @@ def markdown(study: dict[str, Any], conclusions: str = "") -> str:
   rule: dict[str, Any] = {"factors": ", ".join(map(str, study_plan.FACTORS)), "seed": study_plan.TUNING_SEED}
   rule |= {"fall": f"{100 * study_plan.ALLOWED_FALL:g}", "pictures": study_plan.TUNING_PICTURES}
   rule["conclusions"] = conclusions and f"## Conclusions\n\n{conclusions}\n## Numbers\n\n"
+  rule["budget"] = " ![Preferred share against cost](study_budget.png)" if _has_budgets(study) else ""
   lines = [_HEAD.format(n=study["seeds"], p=2 / 2 ** study["seeds"], **rule)]
   if done := [r for rows in runs.values() for r in rows]:
     text = "{num_prompts} prompts x {seeds_per_prompt} image seeds, {num_inference_steps} steps, guidance"
@@ -117,6 +118,11 @@ def markdown(study: dict[str, Any], conclusions: str = "") -> str:
   failed = [f"{r['variant']} seed {r['seed']} failed: {r['failed']}" for r in failed]
   lines += ["## Missing", "", *(f"- {line}" for line in [*failed, *_missing(study)] or ["nothing"])]
   return "\n".join(lines) + "\n"
+
+
+def _has_budgets(study: dict[str, Any]) -> bool:
+  """Whether all points of the plot of cost are there."""
+  return all(study["runs"][name] for names in study_plan.CURVES.values() for name in names)
 
 
 def _missing(study: dict[str, Any]) -> list[str]:
@@ -169,7 +175,7 @@ the number of comparisons, and tell of other seeds of training, not of other pro
 D is what the gate reads: a running mean of err_ref - err_init, 8 samples at a time, of the reference that is proposed,
 also where it is then refused; reinit sets it to 0.
 
-![D of the proposed reference](study_divergence.png) ![Preferred share against cost](study_budget.png)
+![D of the proposed reference](study_divergence.png){budget}
 """
 _CLEAN = """spo_clean is judged by an ordinary preference model: the recipe of the step-aware one (configs/spm_tiny.py,
 from the same tiny-clip), trained on images without noise, and told time 0 at every step.
@@ -177,7 +183,7 @@ from the same tiny-clip), trained on images without noise, and told time 0 at ev
 
 
 def plots(study: dict[str, Any], docs: pathlib.Path) -> None:
-  """D over steps, and preferred share over minutes and UNet evaluations."""
+  """D over steps; and, if its runs are there, preferred share over minutes and UNet evaluations."""
   import matplotlib
 
   matplotlib.use("Agg")
@@ -196,6 +202,10 @@ def plots(study: dict[str, Any], docs: pathlib.Path) -> None:
   for axis, title in zip(axes, ("without a gate", "with a gate at the grey line"), strict=True):
     axis.set(title=title, xlabel="step", ylabel="D of the proposal, mean over seeds")
   figure.savefig(docs / "study_divergence.png", dpi=110)
+  plt.close("all")
+  (docs / "study_budget.png").unlink(missing_ok=True)
+  if not _has_budgets(study):
+    return
   figure, axes = plt.subplots(1, 2, sharey=True, **size)
   for axis, key in zip(axes, ("minutes", "evaluations"), strict=True):
     for label, names in study_plan.CURVES.items():

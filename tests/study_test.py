@@ -331,7 +331,7 @@ def test_report_says_what_the_numbers_say(tmp_path):
   assert "- dpo/test_4e-05_seed3" in missing and "- dpo/test_4e-05_seed2" not in missing
   assert re.search("- all seeds of .*, ipo, ", missing) and " spo," not in missing
   assert {p.name for p in (tmp_path / "docs").iterdir()} == {
-    "study.md", "study.json", "study_divergence.png", "study_budget.png",
+    "study.md", "study.json", "study_divergence.png",
   }  # fmt: skip
   saved = json.loads((tmp_path / "docs" / "study.json").read_text())
   assert saved["tuning"]["dpo"]["chosen"] == 4e-5 and len(saved["runs"]["kto"]) == 3
@@ -353,3 +353,12 @@ def test_conclusions_stand_before_the_numbers(tmp_path):
   (tmp_path / "docs" / "study_conclusions.md").write_text("- All {methods} win.\n")
   text = report(tmp_path)
   assert "no training sees.\n\n## Conclusions\n\n- All {methods} win.\n\n## Numbers\n\nNumbers are means" in text
+
+
+def test_the_plot_of_cost_comes_with_its_runs(tmp_path):
+  for name in ("dpo", "spo"):
+    tune(tmp_path, study_plan.BY_NAME[name])
+  for name in itertools.chain(*study_plan.CURVES.values()):
+    assert "study_budget" not in report(tmp_path)
+    write(tmp_path, study_plan.test_runs(study_plan.BY_NAME[name], tmp_path, 1)[0])
+  assert "(study_budget.png)" in report(tmp_path) and (tmp_path / "docs" / "study_budget.png").is_file()
