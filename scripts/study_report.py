@@ -160,8 +160,8 @@ Made by `python scripts/study.py`; all numbers are in study.json. Runs have half
 recipes (configs/*_tiny.py); all that is not named is theirs. Learning rates: of {factors} times the recipe's, with seed
 {seed} and {pictures} pictures of each validation prompt, that of the highest preferred share among those whose caption
 accuracy falls by at most {fall} points against base (if there is none, those that fall least); of equal ones the
-smaller. Variants of tau alone take the rate of tau 16, shorter runs that of the full one. Then {n} seeds, judged on the
-test prompts by the judge, which no training sees.
+smaller. Variants of tau alone take the rate of tau 16; those of one setting of SPO or of Diffusion-DPO's loss, and
+shorter runs, that of the method. Then {n} seeds, judged on the test prompts by the judge, which no training sees.
 
 {conclusions}Numbers are means over seeds (lowest to highest). All have as many updates as Diffusion-DPO, or as many
 iterations as SPO (quarter and half: 1/4 and 1/2 of them); KTO sees as many images as there are in the pairs. Caption
