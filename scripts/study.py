@@ -1,6 +1,6 @@
 """Compares the methods on tiny-sd over seeds; writes docs/study.md, docs/study.json and docs/study_*.png.
 
-    python scripts/study.py --list            # the plan: runs that are left, and hours on two idle CPU cores
+    python scripts/study.py --list            # the plan: runs that are left, and hours
     python scripts/study.py                   # all runs that are left, then the report
     python scripts/study.py --until 18:30     # stops at that time, also in the middle of a run
     python scripts/study.py --workers 1       # one run at a time, on all cores; by default one on each core
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
   if not variants:
     parser.error(f"--only={args.only!r} is in no variant; --list shows all.")
   if args.list:
-    print(study_plan.plan(variants, folder, args.seeds))
+    print(study_plan.plan(variants, folder, args.seeds, args.workers))
     return
   if args.until:
     hour = datetime.datetime.strptime(args.until, "%H:%M").time()

@@ -21,8 +21,8 @@ NO_GATE = 1e9  # a delta that no divergence exceeds
 # Pictures and checkpoints during training would count as its time; what is stopped is saved all the same.
 COMMON = {"sample.every": 0, "checkpoint.keep": 1, "checkpoint.every": 100_000}
 MOVING = {"reference.mode": "update", "logging.every": 4}  # 4 divides all tau, so that every move is logged
-# For --list, from the recipes' times on two idle cores: to start and compile, and UNet evaluations after that.
-START_MINUTES, EVALUATIONS_A_MINUTE = 0.7, 35_000
+# For --list, of a run on one core: to start and compile, and UNet evaluations after that, evaluation included.
+START_MINUTES, EVALUATIONS_A_MINUTE = 1.0, 36_000
 D3PO = {"spo.pool_size": 2, "spo.warmup_steps": 1, "spo.inner_steps": 18, "spo.threshold": 0.0, "spo.minibatch": 1}
 DDPO = {"batch_size": 24, "grpo.group_size": 1, "grpo.advantage": "batch"}
 PARTS = {
@@ -254,19 +254,26 @@ def remaining(variants: Sequence[Variant], folder: pathlib.Path, seeds: int) -> 
     yield from (r for r in test_runs(variant, folder, seeds)[seed : seed + 1] if read_run(r, folder) is None)
 
 
-def plan(variants: Sequence[Variant], folder: pathlib.Path, seeds: int) -> str:
-  """The runs that are left of each variant, and the hours they take."""
+def plan(variants: Sequence[Variant], folder: pathlib.Path, seeds: int, workers: int) -> str:
+  """The runs that are left of each variant, and the hours they take with so many at a time."""
   lines, seen, total, hours = [], set[str](), 0, 0.0
   for variant in variants:
-    runs = [r for r in tuning_runs(variant) if r.path not in seen]
-    seen |= {r.path for r in runs}
-    done = sum(read_run(r, folder) is not None for r in [*runs, *test_runs(variant, folder, seeds)])
-    left, config = len(runs) + seeds - done, load_config(variant)
-    e = config.evaluation
-    drawn = 2 * 2 * e.num_prompts * e.seeds_per_prompt * e.num_inference_steps  # two models, with guidance
-    mine = left * (START_MINUTES + (evaluations(config) + drawn) / EVALUATIONS_A_MINUTE) / 60
-    total, hours = total + left, hours + mine
+    tuning = [r for r in tuning_runs(variant) if r.path not in seen]
+    seen |= {r.path for r in tuning}
+    tests = test_runs(variant, folder, seeds)
+    left = [
+      sum(read_run(r, folder) is None for r in tuning),
+      seeds - sum(read_run(r, folder) is not None for r in tests),
+    ]
+    config = load_config(variant)
+    e, mine = config.evaluation, 0.0
+    for count, pictures in zip(left, (TUNING_PICTURES, e.seeds_per_prompt), strict=True):
+      drawn = 2 * 2 * e.num_prompts * pictures * e.num_inference_steps  # two models, with guidance
+      mine += count * (START_MINUTES + (evaluations(config) + drawn) / EVALUATIONS_A_MINUTE) / 60 / workers
+    total, hours = total + sum(left), hours + mine
     fields = " ".join(f"{k}={v}" for k, v in variant.overrides.items())
-    of = f"{left:2} of {len(runs) + seeds} runs left, {mine:.1f} h"
+    of = f"{sum(left):2} of {len(tuning) + seeds} runs left, {mine:.1f} h"
     lines.append(f"{variant.part} {variant.name:22} {of}  {variant.config_file} {fields}")
-  return "\n".join([*lines, f"{total} runs left, about {hours:.1f} hours on two idle CPU cores"])
+  return "\n".join(
+    [*lines, f"{total} runs left, about {hours:.1f} hours with {workers} at a time, each on an idle core"]
+  )
