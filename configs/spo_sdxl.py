@@ -46,7 +46,7 @@ def get_config(variant: str = ""):
   config.data.source = "prompts"
   config.logging.every = 1
   config.checkpoint.every = 50
-  config.evaluation.num_prompts = 0
+  config.evaluation.update(num_prompts=0, batch_size=8)  # for config.evaluation.scorers: 20 steps of DDIM, guidance 5
   if variant == "smoke":
     smoke(config, "sdxl-miniature")
   return config
