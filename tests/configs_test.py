@@ -163,8 +163,8 @@ def random_pipeline(preset, seed=0, **kwargs):
   return dataclasses.replace(pipe, params=jax.tree.map(jax.numpy.copy, pipe.params))
 
 
-# What the slow ones run is run by dpo_sd15 and tdpo_sdxl, too.
-SLOW = ("tdpo_sd15", "dpo_sdxl")
+# What the slow ones run is run by dpo_sd15, tdpo_sdxl and spo_sdxl, too.
+SLOW = ("tdpo_sd15", "dpo_sdxl", "spo_sd15")
 MARKED = [pytest.param(name, marks=(pytest.mark.slow,) if name in SLOW else ()) for name in FULL_SIZE]
 
 

@@ -20,7 +20,7 @@ import pytest
 
 from jaxpref import flops, hlo, objectives, optim, plan, sharding, step
 from jaxpref.models import presets
-from scripts import study
+from scripts import study_plan
 from tests import mesh_run
 from tests.stub_model import StubModel, StubScorer, init, pair_batch
 
@@ -81,9 +81,9 @@ def test_an_image_of_kto_takes_half_a_pair():
   ("pool_size", "inner_steps", "accumulation"), [(2, 0, 1), (4, 0, 1), (4, 0, 2), (2, 1, 1), (3, 3, 1)]
 )
 def test_an_iteration_of_spo_takes_what_the_readme_says(pool_size, inner_steps, accumulation):
-  """And as `scripts/study.py` counts: a call of winner and loser is shared where they start from one latent."""
+  """And as `scripts/study_plan.py` counts: a call of winner and loser is shared where they start from one latent."""
   prompts = 4
-  config = study.load_config(study.BY_NAME["spo"])
+  config = study_plan.load_config(study_plan.BY_NAME["spo"])
   config.batch_size, config.num_steps = prompts, 1
   config.spo.update(num_inference_steps=12, warmup_steps=4, pool_size=pool_size, inner_steps=inner_steps)
   config.spo.minibatch = plan.spo_transitions(config)[0] * prompts // 2  # two updates, without rows that only fill up
@@ -94,7 +94,7 @@ def test_an_iteration_of_spo_takes_what_the_readme_says(pool_size, inner_steps, 
     return step.spo_step(model, StubScorer(), loss, SGD, seed=0, accumulation=accumulation, **options)
 
   found = evaluations(make, {"input_ids": pair_batch(prompts)["input_ids"]}, updates=plan.spo_updates(config))
-  assert found == study.evaluations(config)
+  assert found == study_plan.evaluations(config)
 
 
 # ---------------------------------------------------------------------------------------------

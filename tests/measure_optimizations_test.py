@@ -13,7 +13,7 @@ from jaxpref import objectives, plan, step
 from jaxpref.models import resnet
 from jaxpref.models.attention import Transformer2DModel
 from jaxpref.models.resnet import ResnetBlock2D
-from scripts import measure_linearity, study
+from scripts import measure_linearity, study_plan
 from scripts import measure_optimizations as measured
 from tests.cost_test import FROZEN, SGD, evaluations
 from tests.stub_model import StubModel, StubScorer, pair_batch
@@ -24,7 +24,7 @@ OPTIONS = {"num_inference_steps": 12, "warmup_steps": 4, "pool_size": 2}
 
 @pytest.fixture
 def config(monkeypatch):
-  config = study.load_config(study.BY_NAME["spo"])
+  config = study_plan.load_config(study_plan.BY_NAME["spo"])
   config.update(batch_size=PROMPTS, num_steps=1)
   config.spo.update(OPTIONS | {"threshold": 0.0})
   config.spo.minibatch = plan.spo_transitions(config)[0] * PROMPTS // 2  # two updates
@@ -58,7 +58,7 @@ def test_what_iterations_of_spo_take(config):
 
   batch = {"input_ids": pair_batch(PROMPTS)["input_ids"]}
   plain = count(contextlib.nullcontext)
-  assert plain == study.evaluations(config)
+  assert plain == study_plan.evaluations(config)
   # Of 7 of 8 pairs a pass of the loser's with guidance, of the reference and of the policy, and backward.
   assert count(measured.separate_passes) == plain + PROMPTS * 7 * 2 * 4
 

@@ -85,8 +85,8 @@ def assert_same(found, expected, objective):
 @pytest.mark.parametrize(
   ("mesh", "objective"),
   [
-    # DPO is also in the test of processes.
-    pytest.param(mesh, objective, marks=() if mesh[2] == 2 and objective == "spo" else (pytest.mark.slow,))
+    # step_test.py has meshes of stubs, and the test of processes below a mesh of several.
+    pytest.param(mesh, objective, marks=(pytest.mark.slow,))
     for mesh in ((8, 1, 1), (1, 8, 1), (2, 2, 2))
     for objective in mesh_run.OBJECTIVES
   ],

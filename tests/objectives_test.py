@@ -639,7 +639,8 @@ def test_spm_example_weights_scale_gradients_and_ties_pull_scores_together():
   batch["label_0"][:] = 0.5
   params, grads = FROZEN["spm"], []
   for examples in (4, 1):
-    batch["num_example_per_prompt"][:] = examples
+    # A new array: JAX may still read the old one.
+    batch = {**batch, "num_example_per_prompt": np.full_like(batch["num_example_per_prompt"], examples)}
     grads.append(spm_loss(params, batch)[1])
   for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
     np.testing.assert_allclose(4 * a, b, rtol=1e-4, atol=1e-6 * np.abs(b).max())
