@@ -82,16 +82,10 @@ def assert_same(found, expected, objective):
   assert worst[name] <= TOLERANCE, (name, worst[name])
 
 
-@pytest.mark.parametrize(
-  ("mesh", "objective"),
-  [
-    # step_test.py has meshes of stubs, and the test of processes below a mesh of several.
-    pytest.param(mesh, objective, marks=(pytest.mark.slow,))
-    for mesh in ((8, 1, 1), (1, 8, 1), (2, 2, 2))
-    for objective in mesh_run.OBJECTIVES
-  ],
-  ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value)),
-)
+# In every run of the tests, step_test.py has meshes of stubs, and the test of processes below a mesh of several.
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", mesh_run.OBJECTIVES)
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=lambda mesh: "x".join(map(str, mesh)))
 def test_a_mesh_changes_nothing(folder, on_one_device, objective, mesh):
   expected = on_one_device(objective)
   mesh_run.run(folder, mesh, [objective])
