@@ -108,17 +108,19 @@ def arguments_of_run(config: ConfigDict, workdir: str) -> argparse.Namespace:
   fields = {"seeds": e.seeds_per_prompt, "seed": e.seed, "steps": e.num_inference_steps, "eta": e.eta}
   fields |= {"guidance_scale": e.guidance_scale, "batch_size": e.batch_size, "dtype": config.dtype}
   fields |= {"preferred_style": config.data.preferred_style, "out": pathlib.Path(workdir) / "evaluation"}
-  if e.num_prompts:
+  if e.num_prompts:  # 0: all
     fields["num_prompts"] = min(e.num_prompts, len(read_prompts(e.prompts)))
   args = make_parser().parse_args(command + [f"--{name}={value}" for name, value in fields.items()])
-  read_prompts(args.prompts)
-  for spec in args.scorers:
-    scorers.check(spec)
+  check(args)
   return args
 
 
-def evaluate(args: argparse.Namespace) -> None:
-  """Draws, scores, writes, and prints the table. Several processes of JAX share the work."""
+def check(args: argparse.Namespace) -> tuple[dict[str, tuple[str, pathlib.Path | None]], list[prompt_sets.Prompt]]:
+  """The models and the prompts that are asked for; refuses what cannot work before anything is loaded.
+
+  Raises:
+    ValueError, FileNotFoundError: one sentence: argument, value, what was expected.
+  """
   sample.check_settings(args)
   for name in ("score_batch_size", "pictures"):
     if getattr(args, name) < 1:
@@ -127,6 +129,12 @@ def evaluate(args: argparse.Namespace) -> None:
   prompts = read_prompts(args.prompts, kind=args.prompts_kind, count=args.num_prompts)
   for spec in (*args.scorers, *filter(None, [args.diversity])):
     scorers.check(spec)
+  return models, prompts
+
+
+def evaluate(args: argparse.Namespace) -> None:
+  """Draws, scores, writes, and prints the table. Several processes of JAX share the work."""
+  models, prompts = check(args)
   sizes = check_sizes(models, height=args.height, width=args.width)
   if args.geneval_layout:
     prompt_sets.check_geneval(prompts)

@@ -278,7 +278,10 @@ def main() -> None:
   parser.add_argument("--out", type=pathlib.Path, default=ROOT / "docs" / "scorer_parity", help="default: %(default)s")
   args = parser.parse_args()
   if args.step == "peers":
-    run_peers(args.folder.resolve())
+    try:
+      run_peers(args.folder.resolve())
+    except ModuleNotFoundError as error:
+      sys.exit(f"error: {error.name} is not installed here; --help has the commands that make the environment.")
     return
   sys.path.insert(0, str(ROOT))
   if not (args.folder / "scores.json").is_file():

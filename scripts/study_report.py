@@ -106,8 +106,9 @@ def markdown(study: dict[str, Any], conclusions: str = "") -> str:
     head = "variant | against | seeds | preferred share, points [95 %] | lowest to highest | d | p | caption accuracy"
     lines += _table(head, rows)
     for word, sign in (("Above", 1), ("Below", -1)):
-      always = [f"{f['variant']} ({f['against']})" for f in found if min(sign * c for c in f["change"]) > 0]
-      lines.append(f"{word} what it is compared with, in all seeds there are: {', '.join(always) or 'none'}.\n")
+      many = [f for f in found if len(f["change"]) > 2]
+      always = [f"{f['variant']} ({f['against']})" for f in many if min(sign * c for c in f["change"]) > 0]
+      lines.append(f"{word} what it is compared with, in all of three or more seeds: {', '.join(always) or 'none'}.\n")
     if moving := [v for v in members if v.overrides.get("reference.mode") == "update"]:
       shown = lambda v: [spread(runs[v.name], key, form) for key, form in _D.items()]
       rows = [[v.name, v.overrides["reference.tau"], *shown(v)] for v in moving if runs[v.name]]

@@ -261,10 +261,16 @@ def test_a_recipe_names_scorers(models, tmp_path, monkeypatch):
   config = dpo_tiny.get_config()
   config.model = str(models / "one")
   config.evaluation.update(prompts=str(models / "prompts.txt"), seeds_per_prompt=1, num_inference_steps=2)
-  for scorers in ("beauty", f"{BRIGHTNESS},tests.evaluate_test:gone"):
-    config.evaluation.scorers = scorers
-    with pytest.raises(ValueError, match="scorer 'beauty' is unknown|has no function 'gone'"):
+  for fields, message in (
+    ({"scorers": "beauty"}, "scorer 'beauty' is unknown"),
+    ({"scorers": f"{BRIGHTNESS},tests.evaluate_test:gone"}, "has no function 'gone'"),
+    ({"scorers": BRIGHTNESS, "num_prompts": -1}, "--num_prompts=-1; .* has 3, expected 1 to that"),
+    ({"scorers": BRIGHTNESS, "eta": 2.0, "num_prompts": 0}, "--eta=2.0; expected 0 to 1"),
+  ):
+    config.evaluation.update(fields)
+    with pytest.raises(ValueError, match=message):
       main.run_and_evaluate(config, str(tmp_path / "run"))
+  config.evaluation.eta = 0.0
   config.evaluation.scorers = f"{BRIGHTNESS}, {REDNESS}"
   missing = config.copy_and_resolve_references()
   missing.evaluation.prompts = str(tmp_path / "gone.txt")

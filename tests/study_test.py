@@ -326,7 +326,7 @@ def test_report_says_what_the_numbers_say(tmp_path):
   assert "| spo | dpo | 3 | -10.0 [-10.0, -10.0] | -10.0 to -10.0 |  | 0.25 | +0.0 |" in text
   assert "- Without a gate the last D rises as tau falls: 0.0100 at 64, 0.0200 at 16, 0.0400 at 4." in text
   assert "- freeze_tau16: the largest D of a move that was made, 0.0040, is not above delta, 0.005." in text
-  assert "Above what it is compared with, in all seeds there are: kto (dpo)." in text
+  assert "Above what it is compared with, in all of three or more seeds: kto (dpo)." in text
   missing = text.partition("## Missing")[2]
   assert "- dpo/test_4e-05_seed3" in missing and "- dpo/test_4e-05_seed2" not in missing
   assert re.search("- all seeds of .*, ipo, ", missing) and " spo," not in missing
