@@ -6,6 +6,7 @@
     python scripts/study.py --workers 1       # one run at a time, on all cores; by default one on each core
     python scripts/study.py --only "B spo"    # only variants whose part and name contain this
     python scripts/study.py --report          # only the report, of what is done; it names what is missing
+    python scripts/study.py --restore docs/study.json  # goes on from a report: its runs count as done
 
 Each run is one `python -m jaxpref.main` in runs/study/VARIANT/. Finished runs are reused, interrupted ones resume.
 """
@@ -134,6 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time (default: %(default)s)")
   parser.add_argument("--list", action="store_true", help="print the plan, run nothing")
   parser.add_argument("--report", action="store_true", help="run nothing, write the report")
+  parser.add_argument("--restore", type=pathlib.Path, help="study.json whose runs count as done, on a new machine")
   parser.add_argument("--runs", type=pathlib.Path, default=ROOT / "runs" / "study", help="default: %(default)s")
   parser.add_argument("--docs", type=pathlib.Path, default=ROOT / "docs", help="default: %(default)s")
   args = parser.parse_args(arguments)
@@ -143,6 +145,10 @@ def main(arguments: list[str] | None = None) -> None:
   variants = [v for v in study_plan.VARIANTS if args.only in f"{v.part} {v.name}"]
   if not variants:
     parser.error(f"--only={args.only!r} is in no variant; --list shows all.")
+  if args.restore:
+    if not args.restore.is_file():
+      parser.error(f"--restore={args.restore}: no such file; expected a study.json that this script wrote.")
+    print(f"{study_plan.restore(args.restore, folder)} runs of {args.restore} count as done", file=sys.stderr)
   if args.list:
     print(study_plan.plan(variants, folder, args.seeds, args.workers))
     return

@@ -1,6 +1,7 @@
 """What scripts/study.py runs: the variants, the rule of tuning, and what a run leaves behind."""
 
 import dataclasses
+import functools
 import importlib
 import itertools
 import json
@@ -77,6 +78,8 @@ VARIANTS = (
   # Those with a gate were given another learning rate than Diffusion-DPO: this tells what the rate alone does.
   Variant("dpo_rate_of_freeze", "A", "dpo_tiny", tuned_as="freeze_tau16"),
   Variant("timesteps", "A", "tdpo_tiny", {"reference.mode": "frozen"}),
+  # Tuning gave timestep-aware training half the rate of what it is compared with: this has the same.
+  Variant("timesteps_rate_of_dpo", "A", "tdpo_tiny", {"reference.mode": "frozen"}, tuned_as="dpo"),
   _moving("timesteps_freeze_tau16", 16, "tdpo_tiny", also_against=("freeze_tau16",)),
   Variant("spo", "B", "spo_tiny"),
   Variant("spo_winner", "B", "spo_tiny", {"spo.next_latent": "winner"}, baseline="spo", tuned_as="spo"),
@@ -182,18 +185,19 @@ def evaluations(config: Any, valid: float = 1.0) -> float:
 def read_run(run: Run, folder: pathlib.Path) -> dict[str, Any] | None:
   """A run's numbers, or only `failed` of one that became NaN; None without a result; ValueError if of other fields."""
   place = folder / run.path
+  if (place / "row.json").is_file():  # its numbers alone, see `restore`
+    row = json.loads((place / "row.json").read_text())
+    _same_fields(run, row["fields"], f"The row of {run.path}")
+    return row
   row = {"variant": run.variant.name, "seed": run.seed, "learning_rate": run.learning_rate, "split": run.split}
+  row["fields"] = run.fields()
   if (place / "failed.txt").is_file():
     return row | {"failed": (place / "failed.txt").read_text().strip()}
   if not (place / "results.json").is_file():
     return None
   made = json.loads((place / "config.json").read_text())
-  for name, value in run.fields().items():
-    found = made
-    for key in name.split("."):
-      found = found.get(key, {})
-    if found != value:
-      raise ValueError(f"{place} was made with config.{name}={found!r}, expected {value!r}; move the folder away.")
+  of_config = lambda name: functools.reduce(lambda node, key: node.get(key, {}), name.split("."), made)
+  _same_fields(run, {name: of_config(name) for name in run.fields()}, f"{place}")
   results = json.loads((place / "results.json").read_text())
   metrics = [json.loads(m) for m in (place / "metrics.jsonl").read_text().splitlines() if m.endswith("}")]
   config, base, aligned = load_config(run.variant), results["base"], results["aligned"]
@@ -218,6 +222,34 @@ def read_run(run: Run, folder: pathlib.Path) -> dict[str, Any] | None:
     row |= {"accepted_d": max(passed, default=None), "moves": moved[-1]["reference_updates"]}
     row["d_curve"] = [(m["step"], m["divergence"]) for m in moved]
   return row
+
+
+def _same_fields(run: Run, made: dict[str, Any], what: str) -> None:
+  for name, value in run.fields().items():
+    if made.get(name) != value:
+      raise ValueError(f"{what} was made with config.{name}={made.get(name)!r}, expected {value!r}; move it away.")
+
+
+def restore(file: pathlib.Path, folder: pathlib.Path) -> int:
+  """Puts the rows of a study.json into `folder`, where they count as runs that are done; the number of them.
+
+  A row of which the folder has a result is left out.
+
+  Raises:
+    ValueError: a variant is not in VARIANTS; the fields of a row are not those that the variant has now.
+  """
+  study, count = json.loads(file.read_text()), 0
+  rows = itertools.chain(*study["runs"].values(), *(t["runs"] for t in study["tuning"].values()))
+  for row in rows:
+    if row["variant"] not in BY_NAME:
+      raise ValueError(f"{file} has a run of {row['variant']!r}, expected one of {', '.join(BY_NAME)}; remove it.")
+    run = Run(BY_NAME[row["variant"]], row["learning_rate"], row["seed"], row["split"])
+    _same_fields(run, row["fields"], f"{run.path} in {file}")
+    if read_run(run, folder) is None:
+      (folder / run.path).mkdir(parents=True, exist_ok=True)
+      (folder / run.path / "row.json").write_text(json.dumps(row))
+      count += 1
+  return count
 
 
 def choose(rows: Sequence[dict[str, Any]]) -> float | None:

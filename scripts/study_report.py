@@ -184,7 +184,11 @@ from the same tiny-clip), trained on images without noise, and told time 0 at ev
 
 
 def plots(study: dict[str, Any], docs: pathlib.Path) -> None:
-  """D over steps; and, if its runs are there, preferred share over minutes and UNet evaluations."""
+  """D over steps, and preferred share over minutes and UNet evaluations.
+
+  The first is left as it is while a run with a moving reference came without its curve, as those of older reports; the
+  second is there if its runs are.
+  """
   import matplotlib
 
   matplotlib.use("Agg")
@@ -192,18 +196,18 @@ def plots(study: dict[str, Any], docs: pathlib.Path) -> None:
 
   runs = {name: [r for r in rows if "failed" not in r] for name, rows in study["runs"].items()}
   size: dict[str, Any] = {"figsize": (9, 3.2), "layout": "constrained"}
-  figure, axes = plt.subplots(1, 2, **size)
-  for v in study_plan.VARIANTS:
-    curves = [r["d_curve"] for r in runs[v.name] if v.part == "A" and "d_curve" in r]
-    if curves:
+  moving = [v for v in study_plan.VARIANTS if v.part == "A" and any("last_d" in r for r in runs[v.name])]
+  if all("d_curve" in r for v in moving for r in runs[v.name]):
+    figure, axes = plt.subplots(1, 2, **size)
+    for v in moving:
       axis = axes[0 if study_plan.load_config(v).reference.delta == study_plan.NO_GATE else 1]
-      axis.plot(*np.mean(curves, axis=0).T, label=v.name)
+      axis.plot(*np.mean([r["d_curve"] for r in runs[v.name]], axis=0).T, label=v.name)
       axis.legend(fontsize=7)
-  axes[1].axhline(study_plan.load_config(study_plan.BY_NAME["freeze_tau16"]).reference.delta, color="0.8")
-  for axis, title in zip(axes, ("without a gate", "with a gate at the grey line"), strict=True):
-    axis.set(title=title, xlabel="step", ylabel="D of the proposal, mean over seeds")
-  figure.savefig(docs / "study_divergence.png", dpi=110)
-  plt.close("all")
+    axes[1].axhline(study_plan.load_config(study_plan.BY_NAME["freeze_tau16"]).reference.delta, color="0.8")
+    for axis, title in zip(axes, ("without a gate", "with a gate at the grey line"), strict=True):
+      axis.set(title=title, xlabel="step", ylabel="D of the proposal, mean over seeds")
+    figure.savefig(docs / "study_divergence.png", dpi=110)
+    plt.close("all")
   (docs / "study_budget.png").unlink(missing_ok=True)
   if not _has_budgets(study):
     return
@@ -227,6 +231,4 @@ def write(folder: pathlib.Path, docs: pathlib.Path, seeds: int) -> None:
   plots(study, docs)
   conclusions = docs / "study_conclusions.md"
   (docs / "study.md").write_text(markdown(study, conclusions.read_text() if conclusions.is_file() else ""))
-  for row in (row for rows in study["runs"].values() for row in rows):
-    row.pop("d_curve", None)  # in a picture, and in the runs
   (docs / "study.json").write_text(json.dumps(study, indent=1) + "\n")

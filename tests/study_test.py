@@ -337,6 +337,59 @@ def test_report_says_what_the_numbers_say(tmp_path):
   assert saved["tuning"]["dpo"]["chosen"] == 4e-5 and len(saved["runs"]["kto"]) == 3
 
 
+def test_a_report_is_gone_on_from(tmp_path, monkeypatch):
+  dpo, gated = (study_plan.BY_NAME[name] for name in ("dpo", "freeze_tau16"))
+  runs, other = tmp_path / "runs", tmp_path / "other"
+  for v in (dpo, gated):
+    tune(runs, v)
+    write(runs, study_plan.test_runs(v, runs, 1)[0], share=0.7, divergences=[(4, 0.1, 0)] if v == gated else ())
+  study.main(["--report", "--runs", str(runs), "--docs", str(tmp_path / "docs")])
+  file = tmp_path / "docs" / "study.json"
+  assert study_plan.restore(file, other) == 8 and study_plan.restore(file, other) == 0
+  for v in (dpo, gated):
+    assert study_plan.test_runs(v, other, 5) == study_plan.test_runs(v, runs, 5)
+    first = study_plan.test_runs(v, runs, 1)[0]
+    rows = [json.loads(json.dumps(study_plan.read_run(first, place))) for place in (runs, other)]
+    assert rows[0] == rows[1] and rows[0]["preferred_share"] == 0.7
+  left = [run.seed for run in study_plan.remaining([dpo], other, 5)]
+  assert left == [1, 2, 3, 4]
+  study.main(["--report", "--restore", str(file), "--runs", str(tmp_path / "third"), "--docs", str(tmp_path / "again")])
+  for name in ("study.md", "study.json", "study_divergence.png"):
+    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "docs" / name).read_bytes()
+
+
+def test_a_report_of_another_plan_is_refused(tmp_path):
+  dpo = study_plan.BY_NAME["dpo"]
+  tune(tmp_path, dpo)
+  write(tmp_path, study_plan.test_runs(dpo, tmp_path, 1)[0])
+  study.main(["--report", "--runs", str(tmp_path), "--docs", str(tmp_path / "docs")])
+  file = tmp_path / "docs" / "study.json"
+  made = json.loads(file.read_text())
+  made["runs"]["dpo"][0]["fields"]["num_steps"] = 7
+  file.write_text(json.dumps(made))
+  with pytest.raises(ValueError, match=r"study\.json was made with config\.num_steps=7, expected 150"):
+    study_plan.restore(file, tmp_path / "other")
+  made["runs"]["dpo"][0]["variant"] = "dppo"
+  file.write_text(json.dumps(made))
+  with pytest.raises(ValueError, match="has a run of 'dppo', expected one of dpo, "):
+    study_plan.restore(file, tmp_path / "other")
+  with pytest.raises(SystemExit):
+    study.main(["--list", "--restore", str(tmp_path / "none.json")])
+
+
+def test_the_picture_of_divergences_needs_all_curves(tmp_path):
+  gated = study_plan.BY_NAME["freeze_tau16"]
+  tune(tmp_path, gated)
+  write(tmp_path, study_plan.test_runs(gated, tmp_path, 1)[0], divergences=[(4, 0.1, 0)])
+  found = study_report.collect(tmp_path, 1)
+  study_report.plots(found, tmp_path)
+  assert (tmp_path / "study_divergence.png").stat().st_size
+  (tmp_path / "study_divergence.png").write_text("earlier")
+  del found["runs"]["freeze_tau16"][0]["d_curve"]
+  study_report.plots(found, tmp_path)
+  assert (tmp_path / "study_divergence.png").read_text() == "earlier"
+
+
 def test_the_plan_counts_what_is_left(tmp_path, capsys):
   tune(tmp_path, study_plan.BY_NAME["dpo"])
   write(tmp_path, study_plan.Run(study_plan.BY_NAME["dpo"], 4e-5, 0, "test"))
