@@ -3,6 +3,7 @@
     python scripts/bench.py --size sdxl --cases dpo-lora dpo-full spo-lora sample --out runs/bench_sdxl
     python scripts/bench.py --size sd15
     python scripts/bench.py --size smoke
+    python scripts/bench.py --table runs/bench_sd15.json runs/bench_sdxl.json    # one table of several OUT.json
 
 writes OUT.json and OUT.md. Each case is a recipe of configs/ on random weights and one batch that stays on the device:
 what it says of the speed does not include reading data. `smoke` are miniatures for machines without an accelerator.
@@ -323,8 +324,15 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument("--batch", type=int, help="pairs, prompts or images a device")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the recipe's")
   parser.add_argument("--out", type=pathlib.Path, help="default: runs/bench_SIZE")
+  parser.add_argument("--table", nargs="+", type=pathlib.Path, metavar="FILE", help="OUT.json files: one table")
   parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
   args = parser.parse_args(arguments)
+  if args.table:
+    text = table([row for file in args.table for row in json.loads(file.read_text())])
+    print(text)
+    if args.out:
+      args.out.with_suffix(".md").write_text(text + "\n")
+    return
   if args.child:
     args.out.write_text(json.dumps(measure(args.child, args.size, args.batch, args.steps, args.dtype)))
     return

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -137,11 +138,70 @@ def test_as_many_updates_as_jaxpref(size, shared, separate, updates):
   assert torch_steps.num_updates(config, shared, separate) == updates
 
 
-def test_shellcheck_finds_nothing_in_the_script():
+# ---- The scripts that run both ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["bench_vs_torch.sh", "bench_gpu.sh"])
+def test_shellcheck_finds_nothing_in_the_scripts(script):
   shellcheck = pathlib.Path(sys.executable).with_name("shellcheck")
-  script = bench_torch.ROOT / "scripts" / "bench_vs_torch.sh"
-  done = subprocess.run([shellcheck, script], capture_output=True, text=True)
+  done = subprocess.run([shellcheck, bench_torch.ROOT / "scripts" / script], capture_output=True, text=True)
   assert done.returncode == 0, done.stdout
+
+
+# Stands in for Python: writes the rows that a timing writes, or fails, and makes the tables as it is.
+TIMES = """
+import json, pathlib, sys
+calls = pathlib.Path(__file__).with_name("calls.txt")
+script, *rest = sys.argv[1:]
+if "--table" in rest or "--compare" in rest:
+  sys.argv = [script, *rest]
+  sys.path.insert(0, ".")
+  from scripts import bench, bench_torch
+  (bench if script.endswith("bench.py") else bench_torch).main(rest)
+  sys.exit()
+options = {a: b for a, b in zip(rest, rest[1:])}
+torch, case = script.endswith("bench_torch.py"), options["--cases"]
+calls.open("a").write(f"{'torch' if torch else 'jax'}{' check' * ('--check' in rest)} {case}\\n")
+if "--check" in rest:
+  sys.exit()
+rows = json.loads(calls.with_name("rows.json").read_text())
+row = rows["torch" if torch else "jax"] | {"case": case, "size": options["--size"]}
+row |= {"mode": options.get("--mode")} if torch else {}
+failed = case == "spm" and not calls.with_name("spm_works").exists()
+pathlib.Path(options["--out"] + ".json").write_text(json.dumps([row | ({"error": "no memory"} if failed else {})]))
+pathlib.Path(options["--out"] + ".md").write_text("table")
+sys.exit(failed)
+"""
+
+
+def test_one_command_makes_the_tables_and_goes_on_where_it_was(tmp_path):
+  speed = {"spread": 0.1, "items_per_second": 8.0, "tflop_a_step": 1.0, "tflop_per_second": 1.0, "share_of_peak": 0.5}
+  speed |= {"compile_seconds": 9.0, "matrix_peak_tflop_per_second": 2.0, "matrix_peak_dtype": "bfloat16"}
+  (tmp_path / "rows.json").write_text(json.dumps({"jax": row(1.0) | speed, "torch": row(2.5, **TORCH)}))
+  (tmp_path / "times.py").write_text(TIMES)
+  (tmp_path / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tmp_path}/times.py" "$@"\n')
+  (tmp_path / "python").chmod(0o755)
+  environment = os.environ | {"PYTHON": str(tmp_path / "python"), "SIZES": "smoke tiny", "CASES": "dpo-lora spm"}
+  environment |= {"ROUNDS": "2"}
+
+  def run():
+    command = ["bash", str(bench_torch.ROOT / "scripts" / "bench_gpu.sh"), str(tmp_path / "out")]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+  done = run()
+  assert done.returncode == 1 and "error: smoke spm,tiny spm failed, see above" in done.stderr
+  calls = (tmp_path / "calls.txt").read_text().splitlines()
+  turns = ["torch check dpo-lora", *2 * ["jax dpo-lora", "torch dpo-lora", "torch dpo-lora"]]
+  assert calls == 2 * [*turns, "jax spm"]
+  for name, count in (("bench.md", 1), ("vs_torch.md", 2)):
+    table = (tmp_path / "out" / name).read_text()
+    assert all(table.count(f"| dpo-lora {size}") == count for size in ("smoke", "tiny")) and "spm" not in table
+  assert "| 2.50 (2.50 to 2.50, 2 x 2 runs) |" in (tmp_path / "out" / "vs_torch.md").read_text()
+  (tmp_path / "spm_works").touch()
+  done = run()
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / "calls.txt").read_text().splitlines()[len(calls) :] == 2 * ["jax spm"]
+  assert "| spm tiny |" in (tmp_path / "out" / "bench.md").read_text()
 
 
 # ---- The table -------------------------------------------------------------------------------------------------------
