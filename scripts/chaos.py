@@ -19,7 +19,6 @@ and share a cache of compiled programs. Exit status 1: something differs, or a p
 
 import argparse
 import collections
-import dataclasses
 import hashlib
 import importlib
 import json
@@ -55,27 +54,13 @@ IMPORTS = (
 )  # fmt: skip
 
 
-def save_model(folder: pathlib.Path) -> pathlib.Path:
-  """A text-to-image folder with a UNet of one level, random weights."""
-  from jaxpref import weights
-  from jaxpref.models import presets
-
-  unet = dataclasses.replace(
-    presets.SD15_MINIATURE.unet,
-    down_block_types=("CrossAttnDownBlock2D",),
-    up_block_types=("CrossAttnUpBlock2D",),
-    block_out_channels=(16,),
-  )
-  preset = dataclasses.replace(presets.SD15_MINIATURE, unet=unet)
-  return pathlib.Path(weights.save_pipeline(folder, weights.random_pipeline(preset)))
-
-
 def small(num_steps: int) -> list[str]:
   """What makes a recipe small."""
   fields = {
-    "judge": "random:sd15-miniature", "num_steps": num_steps, "batch_size": 8, "lora.rank": 2, "logging.every": 1,
-    "checkpoint.every": 2, "sample.every": 0, "optimizer.warmup_steps": 2, "evaluation.num_prompts": 2,
-    "evaluation.seeds_per_prompt": 1, "evaluation.num_inference_steps": 2, "evaluation.batch_size": 2,
+    "model": "random:one-level", "judge": "random:one-level", "num_steps": num_steps, "batch_size": 8,
+    "lora.rank": 2, "logging.every": 1, "checkpoint.every": 2, "sample.every": 0, "optimizer.warmup_steps": 2,
+    "evaluation.num_prompts": 2, "evaluation.seeds_per_prompt": 1, "evaluation.num_inference_steps": 2,
+    "evaluation.batch_size": 2,
   }  # fmt: skip
   return [f"--config.{name}={value}" for name, value in fields.items()]
 
@@ -337,7 +322,7 @@ def main() -> None:
   num_steps = STEPS_PER_KILL * args.kills
   # An error, of about 1, is rounded to 6e-8, on another mesh to another side; beta makes that part of the loss.
   fields = ["--config.loss.beta=10", *fields] if args.mesh_changes else fields
-  arguments = [f"--config={args.config}", *small(num_steps), f"--config.model={save_model(folder / 'model')}", *fields]
+  arguments = [f"--config={args.config}", *small(num_steps), *fields]
 
   alone, killed = folder / "alone", folder / "killed"
   command = [sys.executable, "-m", args.program, *arguments, *on_mesh("1x1x1"), f"--workdir={alone}"]

@@ -14,12 +14,12 @@ import pytest
 
 from jaxpref import build, checkpoint, metrics, sharding, train
 from scripts import chaos
-from tests import mesh_run, toy_run
+from tests import QUICK_FLAGS, mesh_run, toy_run
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 CHAOS = [sys.executable, str(REPOSITORY / "scripts" / "chaos.py")]
 ENVIRONMENT = dict(
-  os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_backend_optimization_level=0", PYTHONPATH=str(REPOSITORY)
+  os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=QUICK_FLAGS, PYTHONPATH=str(REPOSITORY)
 )
 
 
@@ -120,11 +120,9 @@ def test_a_resumed_run_may_change_its_mesh(tmp_path, monkeypatch, objective):
   monkeypatch.setattr(sharding, "MIN_FSDP_SIZE", 2**11)
   if objective == "toy":
     monkeypatch.setattr(build, "build", toy_run.toy)
-  else:
-    mesh_run.save_model(tmp_path / "model")
 
   def run(mesh, folder):
-    c = mesh_run.recipe("dpo", mesh, tmp_path / "model")
+    c = mesh_run.recipe("dpo", mesh)
     c.checkpoint.update(every=5, keep=2)
     train.run(c, str(folder))
 

@@ -18,6 +18,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpref import checkpoint, sharding
+from tests import QUICK_FLAGS
 
 
 def state_of(seed):
@@ -395,7 +396,7 @@ def test_processes_agree_on_the_step(tmp_path):
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
   root = str(pathlib.Path(checkpoint.__file__).parents[1])
-  environment = dict(os.environ, XLA_FLAGS="--xla_backend_optimization_level=0", PYTHONPATH=root)
+  environment = dict(os.environ, XLA_FLAGS=QUICK_FLAGS, PYTHONPATH=root)
   arguments = [[sys.executable, "-c", PROCESS, str(port), str(i), str(tmp_path)] for i in range(2)]
   running = [subprocess.Popen(a, env=environment, stderr=subprocess.PIPE, text=True) for a in arguments]
   try:

@@ -16,11 +16,16 @@ from jaxpref import chips, compile, plan, sharding  # noqa: A004 (the module is 
 GIB = chips.GIB
 
 
+def small(recipe, **fields):
+  config = recipe.get_config("smoke")
+  config.update(model="random:one-level", **fields)
+  return plan.without_weights(config)
+
+
 @pytest.fixture(scope="module")
 def reports():
   """Of the same step on one device and on four."""
-  config = plan.without_weights(spm_sd15.get_config("smoke"))
-  config.update(batch_size=4, accumulation=1)
+  config = small(spm_sd15, batch_size=4, accumulation=1)
   meshes = (sharding.make_mesh(devices=jax.devices()[:n]) for n in (1, 4))
   return [compile.compile_step(config, mesh) for mesh in meshes]
 
@@ -76,8 +81,7 @@ def test_what_a_refused_program_would_take():
 
 def test_advice_is_the_nearest_change_by_estimate():
   devices = jax.devices()[:4]
-  config = plan.without_weights(dpo_sd15.get_config("smoke"))
-  config.update(batch_size=16, accumulation=1)
+  config = small(dpo_sd15, batch_size=16, accumulation=1)
   mesh = sharding.make_mesh(devices=devices)
   arguments = plan.argument_bytes(*plan.abstract_inputs(config, mesh)[1:])
   report = {"arguments": arguments, "peak": 1.5 * GIB}
@@ -90,8 +94,7 @@ def test_advice_is_the_nearest_change_by_estimate():
 
 def test_search_compiles_until_it_fits(monkeypatch):
   devices = jax.devices()[:2]
-  config = plan.without_weights(dpo_sd15.get_config("smoke"))
-  config.update(batch_size=8, accumulation=1)
+  config = small(dpo_sd15, batch_size=8, accumulation=1)
   tried = []
 
   def pretend(config, mesh, *, compiler_options):

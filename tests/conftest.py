@@ -2,10 +2,12 @@
 
 import os
 
+from tests import QUICK_FLAGS
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
   f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-  " --xla_backend_optimization_level=0"  # compilation dominates the tests
+  f" {QUICK_FLAGS}"
   # Eight devices that share two busy cores may wait long for one another; by default they are given up after 40 s.
   " --xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
 )

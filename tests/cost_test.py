@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import pathlib
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,6 @@ import optax
 import pytest
 
 from jaxpref import flops, hlo, objectives, optim, plan, sharding, step
-from jaxpref.models import presets
 from scripts import study_plan
 from tests import mesh_run
 from tests.stub_model import StubModel, StubScorer, init, pair_batch
@@ -104,12 +102,10 @@ def test_an_iteration_of_spo_takes_what_the_readme_says(pool_size, inner_steps, 
 @functools.cache
 def compiled(objective, rank):
   """(program of a step on one device, its operations): networks of one level, shapes alone."""
-  config = mesh_run.recipe(objective, (1, 1, 1), "random:one-level")
+  config = mesh_run.recipe(objective, (1, 1, 1))
   config.lora.rank = rank
   mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
-  with mock.patch.dict(presets.PRESETS, {"one-level": mesh_run.one_level()}):
-    config = plan.without_weights(config)
-    step_fn, state, frozen, batch = plan.abstract_inputs(config, mesh)
+  step_fn, state, frozen, batch = plan.abstract_inputs(plan.without_weights(config), mesh)
   shardings = jax.tree.map(lambda s: s.sharding, state)
   traced = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None)).trace(state, frozen, batch)
   trips = plan.spo_updates(config) if objective == "spo" else 1.0

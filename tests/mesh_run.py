@@ -2,11 +2,10 @@
 
     python -m tests.mesh_run FOLDER DATA,FSDP,TENSOR OBJECTIVES [PORT NUM_PROCESSES PROCESS_ID]
 
-Networks of one level, as small as the code paths allow; arrays are split from 2,048 numbers on, so that half of the
+The networks are those of presets.ONE_LEVEL; arrays are split from 2,048 numbers on, so that half of the
 kernels are.
 """
 
-import dataclasses
 import pathlib
 import sys
 from unittest import mock
@@ -18,12 +17,12 @@ STEPS = 10
 LEARNING_RATE = 1e-4
 
 
-def recipe(objective, mesh, model):
+def recipe(objective, mesh):
   """A config whose steps exercise all that depends on the mesh: accumulation, a moving reference, warm-up, dropout."""
   from jaxpref import config
 
   c = config.default()
-  c.update(objective=objective, model=str(model), num_steps=STEPS, batch_size=16, seed=3)
+  c.update(objective=objective, model="random:one-level", num_steps=STEPS, batch_size=16, seed=3)
   c.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
   c.accumulation = 2 if objective != "tdpo" else 1
   # With Adam's epsilon of 1e-8, gradients that are rounding alone would make whole steps.
@@ -35,7 +34,7 @@ def recipe(objective, mesh, model):
   c.loss.beta = 10.0 if objective == "spo" else 20.0
   c.evaluation.num_prompts = 0
   if objective in ("spo", "grpo", "spm"):
-    c.preference_model = "random:sd15-miniature"
+    c.preference_model = "random:one-level"
   if objective == "spm":
     c.data.ties = "keep"
   else:
@@ -52,29 +51,8 @@ def recipe(objective, mesh, model):
   return c
 
 
-def one_level():
-  """The preset of a UNet of one level, a VAE of one convolution a block, and one layer of text."""
-  from jaxpref.models import presets
-
-  preset = presets.SD15_MINIATURE
-  blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-  return dataclasses.replace(
-    preset,
-    unet=dataclasses.replace(preset.unet, **blocks, block_out_channels=(16,)),
-    vae=dataclasses.replace(preset.vae, layers_per_block=1),
-    text_encoder=dataclasses.replace(preset.text_encoder, num_hidden_layers=1),
-  )
-
-
-def save_model(folder):
-  """A text-to-image folder of this preset, random weights."""
-  from jaxpref import weights
-
-  return weights.save_pipeline(folder, weights.random_pipeline(one_level()))
-
-
 def run(folder, mesh, objectives):
-  """Trains in FOLDER/OBJECTIVE_MESH with the model in FOLDER/model, on the first devices that the mesh needs."""
+  """Trains in FOLDER/OBJECTIVE_MESH, on the first devices that the mesh needs."""
   from jaxpref import sharding, train
 
   make_mesh = sharding.make_mesh
@@ -86,7 +64,7 @@ def run(folder, mesh, objectives):
   split_all = mock.patch.object(sharding, "MIN_FSDP_SIZE", 2**11)
   for objective in objectives:
     with split_all, mock.patch.object(sharding, "make_mesh", of_first_devices):
-      train.run(recipe(objective, mesh, folder / "model"), str(workdir(folder, objective, mesh)))
+      train.run(recipe(objective, mesh), str(workdir(folder, objective, mesh)))
 
 
 def workdir(folder, objective, mesh):

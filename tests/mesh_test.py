@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxpref import checkpoint, metrics, sharding
-from tests import mesh_run, rows_run
+from tests import QUICK_FLAGS, mesh_run, rows_run
 
 TOLERANCE = 1e-5
 ONE = (1, 1, 1)
@@ -22,10 +22,7 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Has the model."""
-  folder = tmp_path_factory.mktemp("meshes")
-  mesh_run.save_model(folder / "model")
-  return folder
+  return tmp_path_factory.mktemp("meshes")
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +95,7 @@ def start(arguments, processes, folder):
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
   environment = dict(
-    os.environ, XLA_FLAGS="--xla_backend_optimization_level=0", PYTHONPATH=str(REPOSITORY), JAX_PLATFORMS="cpu"
+    os.environ, XLA_FLAGS=QUICK_FLAGS, PYTHONPATH=str(REPOSITORY), JAX_PLATFORMS="cpu"
   )
   logs = [folder / f"{arguments[0]}_{processes}_{i}.log" for i in range(processes)]
   running = []

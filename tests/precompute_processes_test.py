@@ -12,6 +12,7 @@ from PIL import Image
 
 from jaxpref import precompute
 from jaxpref.data import latents
+from tests import QUICK_FLAGS
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 NUM_PAIRS, ROWS_PER_FILE = 22, 3
@@ -57,7 +58,7 @@ def write_pairs(folder):
 def start(pairs, out, *, address="", rank=0, dies_in=0):
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": QUICK_FLAGS,
     "PYTHONPATH": str(REPOSITORY),
     "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
   }

@@ -17,7 +17,7 @@ def batch_of(sizes):
   from jaxpref import inputs, sharding
   from tests import mesh_run
 
-  config = mesh_run.recipe("dpo", sizes, "random:sd15-miniature")
+  config = mesh_run.recipe("dpo", sizes)
   mesh = sharding.make_mesh(**config.mesh)
   batches = inputs.offline_batches(config, 16, lambda texts: np.zeros((len(texts), 4), np.int32))
   batch, _ = next(batches), batches.close()

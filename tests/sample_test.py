@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxpref import drawing, loading, lora_files, report, sample, weights
 from jaxpref.models import lora, presets
+from tests import QUICK_FLAGS
 
 FEW = ["--steps=2", "--seeds=2"]
 PROMPTS = ["Red apple!", "volcano"]
@@ -70,7 +71,7 @@ def test_same_pictures_on_one_device_in_other_batches(drawn, few, tmp_path):
   """One row at a time, on one device, in another process: the same but for rounding."""
   prompts = tmp_path / "prompts.txt"
   prompts.write_text("\n".join(PROMPTS))
-  environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+  environment = os.environ | {"XLA_FLAGS": QUICK_FLAGS, "JAX_PLATFORMS": "cpu"}
   command = [sys.executable, "-m", "jaxpref.sample", *few, "--prompts", str(prompts), "--batch_size=1"]
   root = pathlib.Path(__file__).resolve().parents[1]
   subprocess.run([*command, f"--out={tmp_path / 'one'}"], cwd=root, env=environment, check=True, capture_output=True)

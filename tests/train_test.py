@@ -1,6 +1,5 @@
 """The loop: what it writes, what it survives, and that a killed run ends as one that was not."""
 
-import dataclasses
 import gzip
 import json
 import math
@@ -21,7 +20,7 @@ import pytest
 from jaxpref import build, checkpoint, config, metrics, monitor, objectives, train, weights
 from jaxpref import main as main_lib
 from jaxpref.data import batching
-from jaxpref.models import presets
+from tests import QUICK_FLAGS
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -360,7 +359,7 @@ def command(shared, recipe, folder, **fields):
   environment = dict(
     os.environ,
     JAX_PLATFORMS="cpu",
-    XLA_FLAGS="--xla_backend_optimization_level=0",
+    XLA_FLAGS=QUICK_FLAGS,
     JAXPREF_DATA_DIR=str(shared.parent / "datasets"),  # the embedded pairs, for all test files
     JAX_COMPILATION_CACHE_DIR=str(shared / "programs"),
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
@@ -382,8 +381,8 @@ def main(shared, recipe, folder, **fields):
 
 
 DPO = {
-  "model": "random:sd15-miniature",
-  "judge": "random:sd15-miniature",
+  "model": "random:one-level",
+  "judge": "random:one-level",
   "num_steps": 10,
   "batch_size": 2,
   "lora__rank": 2,
@@ -431,7 +430,7 @@ def test_a_run_leaves_everything_a_user_needs(whole):
 
 def test_the_exported_model_is_the_base_with_the_adapter_merged(whole):
   folder, _ = whole
-  base = weights.random_pipeline("sd15-miniature", 0)
+  base = weights.random_pipeline("one-level", 0)
   found = weights.load_pipeline(folder / "export")
   assert found.unet.config == base.unet.config
   moved = {}
@@ -470,7 +469,8 @@ def test_a_killed_run_ends_bit_identical(whole, shared):
 
 
 SPO = {
-  "preference_model": "random:sd15-miniature",
+  "model": "random:one-level",
+  "preference_model": "random:one-level",
   "judge": "",
   "num_steps": 2,
   "batch_size": 2,
@@ -487,18 +487,8 @@ SPO = {
 
 
 def test_spo_runs_from_the_command_line(shared):
-  """On a UNet of one level, in a folder: an iteration holds it five times."""
-  miniature = presets.SD15_MINIATURE
-  unet = dataclasses.replace(
-    miniature.unet,
-    down_block_types=("CrossAttnDownBlock2D",),
-    up_block_types=("CrossAttnUpBlock2D",),
-    block_out_channels=(16,),
-  )
-  pipeline = weights.random_pipeline(dataclasses.replace(miniature, unet=unet))
-  model = weights.save_pipeline(shared / "model", pipeline)
   folder = shared / "spo"
-  said = main(shared, "spo_tiny.py", folder, model=model, **SPO)
+  said = main(shared, "spo_tiny.py", folder, **SPO)
   found = metrics.read(folder / "metrics.jsonl")
   assert [r["step"] for r in found] == [1, 2]
   assert abs(found[0]["loss"] - math.log(2)) < 0.05

@@ -17,7 +17,6 @@ import transformers
 
 from jaxpref import weights
 from jaxpref.models import clip, preference, presets
-from tests.models import torch_parity
 
 XL = {"sd15-miniature": False, "sdxl-miniature": True}
 TORCH_CLASSES = {
@@ -92,10 +91,6 @@ def _relative_error(found, expected):
   return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
-def _jit(function):
-  return jax.jit(function, compiler_options=torch_parity.COMPILE_FAST)
-
-
 def _nchw(x):
   return torch.tensor(np.asarray(x)).permute(0, 3, 1, 2)
 
@@ -122,7 +117,7 @@ def test_diffusers_opens_what_is_written_and_agrees(saved, torch_pipe):
   for encoder, key, (_, torch_encoder), part in zip(
     encoders, names, pairs, torch_ids, strict=False
   ):
-    found = _jit(encoder.apply)({"params": pipe.params[key]}, part.numpy())
+    found = jax.jit(encoder.apply)({"params": pipe.params[key]}, part.numpy())
     expected = torch_encoder(part, output_hidden_states=True)
     assert _relative_error(found["last_hidden_state"], expected.last_hidden_state) <= 1e-4
     assert _relative_error(found["hidden_states"][-2], expected.hidden_states[-2]) <= 1e-4
@@ -140,7 +135,7 @@ def test_diffusers_opens_what_is_written_and_agrees(saved, torch_pipe):
       "time_ids": np.array([[16, 16, 0, 0, 16, 16], [20, 30, 1, 2, 16, 16]], np.float32),
     }
     torch_added = {key: torch.tensor(value) for key, value in added.items()}
-  found = _jit(pipe.unet.apply)({"params": pipe.params["unet"]}, sample, t, context, added)
+  found = jax.jit(pipe.unet.apply)({"params": pipe.params["unet"]}, sample, t, context, added)
   with torch.no_grad():
     expected = torch_pipe.unet(
       _nchw(sample), torch.tensor(t), torch.tensor(context), added_cond_kwargs=torch_added
@@ -150,7 +145,7 @@ def test_diffusers_opens_what_is_written_and_agrees(saved, torch_pipe):
   # VAE, both ways in one compilation.
   images = rng.uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
 
-  @_jit
+  @jax.jit
   def code(params):
     variables = {"params": params}
     mean, _ = pipe.vae.apply(variables, images, method="encode")
@@ -280,7 +275,7 @@ def test_preference_model_starts_from_a_clip_folder_of_transformers(tmp_path):
   size = config.vision_config.image_size
   pixels = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
   ids = np.array([[2046, 7, 2047], [2046, 9, 2047]], np.int32)
-  found = _jit(module.apply)({"params": params}, ids, pixels, np.array([1, 900]))
+  found = jax.jit(module.apply)({"params": params}, ids, pixels, np.array([1, 900]))
   with torch.no_grad():
     expected = torch_clip(torch.tensor(ids), _nchw(pixels)).logits_per_image.diagonal()
   assert _relative_error(found, expected) <= 1e-4

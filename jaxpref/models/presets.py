@@ -205,6 +205,19 @@ SD15_MINIATURE = Preset(
   judge=_MINIATURE_JUDGE,
 )
 
+# The least that has every kind of layer of SD1.5: compiles in seconds, for what is not about the networks.
+ONE_LEVEL = dataclasses.replace(
+  SD15_MINIATURE,
+  unet=dataclasses.replace(
+    SD15_MINIATURE.unet,
+    down_block_types=("CrossAttnDownBlock2D",),
+    up_block_types=("CrossAttnUpBlock2D",),
+    block_out_channels=(16,),
+  ),
+  vae=dataclasses.replace(SD15_MINIATURE.vae, layers_per_block=1),
+  text_encoder=dataclasses.replace(SD15_MINIATURE.text_encoder, num_hidden_layers=1),
+)
+
 # As SDXL: no attention at the finest level, then 1 and 2 blocks deep; linear projections; size and
 # pooled-text embeddings; two text encoders of different widths and activations.
 SDXL_MINIATURE = Preset(
@@ -254,6 +267,7 @@ PRESETS: dict[str, Preset] = {
   "sdxl": SDXL,
   "sd15-miniature": SD15_MINIATURE,
   "sdxl-miniature": SDXL_MINIATURE,
+  "one-level": ONE_LEVEL,
   "tiny-sd": TINY_SD,
 }
 
@@ -382,6 +396,7 @@ def count_params(module: nn.Module) -> int:
 
 
 __all__ = [
+  "ONE_LEVEL",
   "PRESETS",
   "SD15",
   "SD15_MINIATURE",

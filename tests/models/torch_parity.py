@@ -11,8 +11,6 @@ import jax
 import numpy as np
 import torch
 
-# Compiling is nearly all the time of these tests; this halves it.
-COMPILE_FAST = {"xla_backend_optimization_level": 0}
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 
@@ -116,9 +114,7 @@ def compare(
     output = apply(params, **inputs, **constants)
     return (output * weight).sum(), output
 
-  step = jax.jit(
-    jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True), compiler_options=COMPILE_FAST
-  )
+  step = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True))
   (_, output), (grads, input_grads) = step(params, dict(inputs))
 
   errors = {"output": relative_error(output, expected.detach())}

@@ -125,8 +125,7 @@ def test_bfloat16_computes_close_to_float32_with_float32_parameters_and_output()
 
   def run(dtype):
     apply = flax_apply(UNet2DConditionModel(ONE_LEVEL, dtype))
-    fast = {"xla_backend_optimization_level": 0}  # to compile
-    return jax.jit(apply, compiler_options=fast)(params, **inputs, **constants)
+    return jax.jit(apply)(params, **inputs, **constants)
 
   exact, rounded = run(jnp.float32), run(jnp.bfloat16)
   assert rounded.dtype == jnp.float32
@@ -225,8 +224,7 @@ def by_remat():
     def loss(params, apply=apply):
       return jnp.sum(apply(params, **inputs, **constants) ** 2)
 
-    fast = {"xla_backend_optimization_level": 0}
-    gradient = jax.jit(jax.grad(loss), compiler_options=fast)(params)
+    gradient = jax.jit(jax.grad(loss))(params)
     backward = jax.eval_shape(lambda params, loss=loss: jax.vjp(loss, params)[1], params)
     found[remat] = gradient, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
   return found
