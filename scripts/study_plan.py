@@ -44,10 +44,9 @@ class Variant:
   part: str
   config_file: str
   overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
-  baseline: str = "dpo"
+  against: tuple[str, ...] = ("dpo",)
   tuned_as: str = ""
   judged_by: str = ""
-  also_against: tuple[str, ...] = ()
 
 
 # Preference models that variants need, by name: recipe and changes. Trained once, in runs/study/models/.
@@ -59,11 +58,11 @@ def _moving(
   tau: int,
   config_file: str = "dpo_tiny",
   tuned_as: str = "",
-  also_against: tuple[str, ...] = (),
+  against: tuple[str, ...] = (),
   **reference: Any,
 ) -> Variant:
   changes = {"reference.tau": tau} | {f"reference.{k}": v for k, v in reference.items()}
-  return Variant(name, "A", config_file, MOVING | changes, tuned_as=tuned_as, also_against=also_against)
+  return Variant(name, "A", config_file, MOVING | changes, ("dpo", *against), tuned_as)
 
 
 VARIANTS = (
@@ -71,29 +70,29 @@ VARIANTS = (
   _moving("ungated_tau64", 64, delta=NO_GATE, tuned_as="ungated_tau16"),  # so that only tau differs
   _moving("ungated_tau16", 16, delta=NO_GATE),
   _moving("ungated_tau4", 4, delta=NO_GATE, tuned_as="ungated_tau16"),
-  _moving("freeze_tau64", 64, tuned_as="freeze_tau16", also_against=("dpo_rate_of_freeze",)),
-  _moving("freeze_tau16", 16, also_against=("dpo_rate_of_freeze", "ungated_tau16")),
-  _moving("freeze_tau4", 4, tuned_as="freeze_tau16", also_against=("dpo_rate_of_freeze", "ungated_tau4")),
-  _moving("reinit_tau16", 16, also_against=("dpo_rate_of_freeze", "freeze_tau16"), on_diverge="reinit"),
+  _moving("freeze_tau64", 64, tuned_as="freeze_tau16", against=("dpo_rate_of_freeze",)),
+  _moving("freeze_tau16", 16, against=("dpo_rate_of_freeze", "ungated_tau16")),
+  _moving("freeze_tau4", 4, tuned_as="freeze_tau16", against=("dpo_rate_of_freeze", "ungated_tau4")),
+  _moving("reinit_tau16", 16, against=("dpo_rate_of_freeze", "freeze_tau16"), on_diverge="reinit"),
   # Those with a gate were given another learning rate than Diffusion-DPO: this tells what the rate alone does.
   Variant("dpo_rate_of_freeze", "A", "dpo_tiny", tuned_as="freeze_tau16"),
   Variant("timesteps", "A", "tdpo_tiny", {"reference.mode": "frozen"}),
   # Tuning gave timestep-aware training half the rate of what it is compared with: this has the same.
   Variant("timesteps_rate_of_dpo", "A", "tdpo_tiny", {"reference.mode": "frozen"}, tuned_as="dpo"),
-  _moving("timesteps_freeze_tau16", 16, "tdpo_tiny", also_against=("freeze_tau16",)),
+  _moving("timesteps_freeze_tau16", 16, "tdpo_tiny", against=("freeze_tau16",)),
   Variant("spo", "B", "spo_tiny"),
-  Variant("spo_winner", "B", "spo_tiny", {"spo.next_latent": "winner"}, baseline="spo", tuned_as="spo"),
-  Variant("spo_loser", "B", "spo_tiny", {"spo.next_latent": "loser"}, baseline="spo", tuned_as="spo"),
-  Variant("spo_pool2", "B", "spo_tiny", {"spo.pool_size": 2}, baseline="spo", tuned_as="spo"),
-  Variant("spo_pool8", "B", "spo_tiny", {"spo.pool_size": 8}, baseline="spo", tuned_as="spo"),
-  Variant("spo_clean", "B", "spo_tiny", {"spo.step_aware": False}, baseline="spo", tuned_as="spo", judged_by="clean"),
+  Variant("spo_winner", "B", "spo_tiny", {"spo.next_latent": "winner"}, against=("spo",), tuned_as="spo"),
+  Variant("spo_loser", "B", "spo_tiny", {"spo.next_latent": "loser"}, against=("spo",), tuned_as="spo"),
+  Variant("spo_pool2", "B", "spo_tiny", {"spo.pool_size": 2}, against=("spo",), tuned_as="spo"),
+  Variant("spo_pool8", "B", "spo_tiny", {"spo.pool_size": 8}, against=("spo",), tuned_as="spo"),
+  Variant("spo_clean", "B", "spo_tiny", {"spo.step_aware": False}, against=("spo",), tuned_as="spo", judged_by="clean"),
   Variant(
-    "spo_reference", "B", "spo_tiny", {"reference.mode": "update", "reference.tau": 8}, baseline="spo", tuned_as="spo"
+    "spo_reference", "B", "spo_tiny", {"reference.mode": "update", "reference.tau": 8}, against=("spo",), tuned_as="spo"
   ),
   Variant("dpo_quarter", "B", "dpo_tiny", {"num_steps": 38}, tuned_as="dpo"),
   Variant("dpo_half", "B", "dpo_tiny", {"num_steps": 75}, tuned_as="dpo"),
-  Variant("spo_quarter", "B", "spo_tiny", {"num_steps": 5}, baseline="dpo_quarter", tuned_as="spo"),
-  Variant("spo_half", "B", "spo_tiny", {"num_steps": 10}, baseline="dpo_half", tuned_as="spo"),
+  Variant("spo_quarter", "B", "spo_tiny", {"num_steps": 5}, against=("dpo_quarter",), tuned_as="spo"),
+  Variant("spo_half", "B", "spo_tiny", {"num_steps": 10}, against=("dpo_half",), tuned_as="spo"),
   Variant("sft", "C", "dpo_tiny", {"loss.name": "sft"}),
   Variant("smoothed", "C", "dpo_tiny", {"loss.label_smoothing": 0.1}, tuned_as="dpo"),
   Variant("robust", "C", "dpo_tiny", {"loss.name": "robust", "loss.label_smoothing": 0.1}, tuned_as="dpo"),
@@ -104,10 +103,10 @@ VARIANTS = (
   Variant("safeguard", "C", "dpo_tiny", {"loss.safeguard": 0.0}, tuned_as="dpo"),
   Variant("kto", "C", "kto_tiny"),
   # The same number of samples in an iteration, of 4 prompts and of 24.
-  Variant("grpo", "C", "grpo_tiny", baseline="spo"),
-  Variant("ddpo", "C", "grpo_tiny", DDPO, baseline="spo"),
+  Variant("grpo", "C", "grpo_tiny", against=("spo",)),
+  Variant("ddpo", "C", "grpo_tiny", DDPO, against=("spo",)),
   # One label for all steps of two trajectories that part after the first step: SPO with a single group.
-  Variant("d3po", "C", "spo_tiny", D3PO, baseline="spo"),
+  Variant("d3po", "C", "spo_tiny", D3PO, against=("spo",)),
 )
 BY_NAME = {v.name: v for v in VARIANTS}
 CURVES = {"Diffusion-DPO": ("dpo_quarter", "dpo_half", "dpo"), "SPO": ("spo_quarter", "spo_half", "spo")}

@@ -26,7 +26,7 @@ def collect(folder: pathlib.Path, seeds: int) -> dict[str, Any]:
       chosen = tests[0].learning_rate if tests else None
       study["tuning"][v.name] = {"chosen": chosen, "runs": [r for r in rows.values() if r and r["split"] != "test"]}
   for v in study_plan.VARIANTS:
-    for other in (v.baseline, *v.also_against):
+    for other in v.against:
       if v.name != other and (found := compare(study["runs"][v.name], study["runs"][other])):
         study["comparisons"].append({"variant": v.name, "against": other} | found)
   return study
@@ -89,7 +89,7 @@ def markdown(study: dict[str, Any], conclusions: str = "") -> str:
     members = [v for v in study_plan.VARIANTS if v.part == part]
     if not any(runs[v.name] for v in members):
       continue
-    names = list(dict.fromkeys([v.baseline for v in members] + [v.name for v in members]))
+    names = list(dict.fromkeys([v.against[0] for v in members] + [v.name for v in members]))
     lines += [f"## {part}. {title}", ""]
     head = "variant | seeds | preferred share | win rate | caption accuracy | updates | minutes | UNet evaluations"
     rows = [[n, len(runs[n]), *(spread(runs[n], k, f) for k, f in _COLUMNS.items())] for n in names if runs[n]]
