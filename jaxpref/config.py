@@ -154,7 +154,7 @@ def default() -> ml_collections.ConfigDict:
         # After the run python -m jaxpref.evaluate compares base and aligned model by these, with commas between them:
         # names of docs/evaluation.md, or a function of your own as package.module:function.
         scorers="",
-        prompts="emoji",  # for them: a file, or emoji; num_prompts of it, 0: all
+        prompts="emoji",  # for them: a file, or emoji (those of `split`); num_prompts of it, 0: all
       ),
     )
   )

@@ -75,7 +75,11 @@ def make_parser() -> argparse.ArgumentParser:
     metavar="NAME=MODEL",
     help="a folder, hub name, shipped model or run; NAME=MODEL+FILE.safetensors adds a LoRA",
   )
-  add("--prompts", required=True, help="emoji (the embedded test captions), or a file of prompts: docs/evaluation.md")
+  add(
+    "--prompts",
+    required=True,
+    help="emoji (the embedded test captions), emoji:SPLIT, or a file of prompts: docs/evaluation.md",
+  )
   add("--prompts_kind", choices=prompt_sets.KINDS, help="format of the file (default: by its name and content)")
   add("--num_prompts", type=int, help="so many of them, evenly spread (default: all)")
   add(
@@ -102,14 +106,15 @@ def arguments_of_run(config: ConfigDict, workdir: str) -> argparse.Namespace:
     ValueError, FileNotFoundError: there are no such prompts or scorers.
   """
   e = config.evaluation
-  command = ["--models", f"base={config.model}", f"aligned={workdir}", "--prompts", e.prompts, "--scorers"]
+  prompts = f"emoji:{e.split}" if e.prompts == "emoji" else e.prompts
+  command = ["--models", f"base={config.model}", f"aligned={workdir}", "--prompts", prompts, "--scorers"]
   command += [name.strip() for name in e.scorers.split(",")]
   command += [f"--vae_model={config.vae_model}"] if config.vae_model else []
   fields = {"seeds": e.seeds_per_prompt, "seed": e.seed, "steps": e.num_inference_steps, "eta": e.eta}
   fields |= {"guidance_scale": e.guidance_scale, "batch_size": e.batch_size, "dtype": config.dtype}
   fields |= {"preferred_style": config.data.preferred_style, "out": pathlib.Path(workdir) / "evaluation"}
   if e.num_prompts:  # 0: all
-    fields["num_prompts"] = min(e.num_prompts, len(read_prompts(e.prompts)))
+    fields["num_prompts"] = min(e.num_prompts, len(read_prompts(prompts)))
   args = make_parser().parse_args(command + [f"--{name}={value}" for name, value in fields.items()])
   check(args)
   return args
@@ -228,9 +233,10 @@ def parse_models(specs: Sequence[str]) -> dict[str, tuple[str, pathlib.Path | No
 
 
 def read_prompts(name: str, *, kind: str | None = None, count: int | None = None) -> list[prompt_sets.Prompt]:
-  """The embedded test captions ("emoji"), or those of a file; `count` of them, evenly spread."""
-  if name == "emoji":
-    prompts = [prompt_sets.Prompt(e.caption, e.group, e.id) for e in emoji.load_index("core", "test")]
+  """The embedded captions of a split ("emoji" or "emoji:SPLIT"), or those of a file; `count` of them, evenly spread."""
+  source, _, split = name.partition(":")
+  if source == "emoji":
+    prompts = [prompt_sets.Prompt(e.caption, e.group, e.id) for e in emoji.load_index("core", split or "test")]
   else:
     prompts = prompt_sets.read(name, kind=kind)
   if count is not None:

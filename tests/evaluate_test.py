@@ -16,6 +16,7 @@ from PIL import Image
 
 from configs import dpo_tiny
 from jaxpref import evaluate, lora_files, main, weights
+from jaxpref.data import emoji
 from jaxpref.models import lora, presets
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -181,6 +182,7 @@ def test_geneval_layout(models, tmp_path):
     ({"scorers": ("beauty",)}, "beauty"),
     ({"scorers": ("imagereward",)}, "ImageReward.pt.*convert_scorer.py"),
     ({"arguments": ("--num_prompts=4",)}, "has 3, expected 1 to that"),
+    ({"arguments": ("--prompts=emoji:tests",)}, "split of the emoji data must be one of train, validation, test"),
     ({"arguments": ("--steps=0",)}, "--steps=0; expected at least 1"),
     ({"arguments": ("--score_batch_size=0",)}, "--score_batch_size=0; expected at least 1"),
     ({"arguments": ("--geneval_layout=x",)}, "prompt 0, 'red apple', has no tag"),
@@ -271,6 +273,10 @@ def test_a_recipe_names_scorers(models, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=message):
       main.run_and_evaluate(config, str(tmp_path / "run"))
   config.evaluation.eta = 0.0
+  embedded = config.copy_and_resolve_references()
+  embedded.evaluation.update(scorers=BRIGHTNESS, prompts="emoji", split="validation", num_prompts=1000)
+  args = evaluate.arguments_of_run(embedded, str(tmp_path / "run"))
+  assert args.prompts == "emoji:validation" and args.num_prompts == len(emoji.load_index("core", "validation"))
   config.evaluation.scorers = f"{BRIGHTNESS}, {REDNESS}"
   missing = config.copy_and_resolve_references()
   missing.evaluation.prompts = str(tmp_path / "gone.txt")
