@@ -80,17 +80,19 @@ VARIANTS = (
   # Tuning gave timestep-aware training half the rate of what it is compared with: this has the same.
   Variant("timesteps_rate_of_dpo", "A", "tdpo_tiny", {"reference.mode": "frozen"}, tuned_as="dpo"),
   _moving("timesteps_freeze_tau16", 16, "tdpo_tiny", against=("freeze_tau16",)),
-  Variant("spo", "B", "spo_tiny"),
+  Variant("spo", "B", "spo_tiny", against=("dpo", "dpo_half", "dpo_quarter")),
   Variant("spo_winner", "B", "spo_tiny", {"spo.next_latent": "winner"}, against=("spo",), tuned_as="spo"),
   Variant("spo_loser", "B", "spo_tiny", {"spo.next_latent": "loser"}, against=("spo",), tuned_as="spo"),
   Variant("spo_pool2", "B", "spo_tiny", {"spo.pool_size": 2}, against=("spo",), tuned_as="spo"),
-  Variant("spo_pool8", "B", "spo_tiny", {"spo.pool_size": 8}, against=("spo",), tuned_as="spo"),
+  Variant("spo_pool8", "B", "spo_tiny", {"spo.pool_size": 8}, against=("spo", "spo_pool2"), tuned_as="spo"),
   Variant("spo_clean", "B", "spo_tiny", {"spo.step_aware": False}, against=("spo",), tuned_as="spo", judged_by="clean"),
   Variant(
     "spo_reference", "B", "spo_tiny", {"reference.mode": "update", "reference.tau": 8}, against=("spo",), tuned_as="spo"
   ),
   Variant("dpo_quarter", "B", "dpo_tiny", {"num_steps": 38}, tuned_as="dpo"),
   Variant("dpo_half", "B", "dpo_tiny", {"num_steps": 75}, tuned_as="dpo"),
+  # As many wrong labels as the preference model of SPO gives held-out pairs.
+  Variant("dpo_flipped", "B", "dpo_tiny", {"data.flip_labels": 0.273}, against=("dpo", "spo"), tuned_as="dpo"),
   Variant("spo_quarter", "B", "spo_tiny", {"num_steps": 5}, against=("dpo_quarter",), tuned_as="spo"),
   Variant("spo_half", "B", "spo_tiny", {"num_steps": 10}, against=("dpo_half",), tuned_as="spo"),
   Variant("sft", "C", "dpo_tiny", {"loss.name": "sft"}),

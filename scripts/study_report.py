@@ -33,24 +33,29 @@ def collect(folder: pathlib.Path, seeds: int) -> dict[str, Any]:
 
 
 def compare(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-  """Preferred share of the same seeds: differences, the 95 % interval of their mean by Student's t, their mean over
-  their standard deviation, and p of the exact two-sided sign-flip test of their mean."""
+  """Of the same seeds, differences of the preferred share: the 95 % interval of their mean by Student's t, their mean
+  over their standard deviation, and p of the exact two-sided sign-flip test of it. And the mean differences of caption
+  accuracy and of the win rate, this with its interval."""
   pairs = [(a, b) for a in new for b in old if a["seed"] == b["seed"] and "failed" not in a | b]
   if not pairs:
     return None
-  change, accuracy = (
-    np.array([a[key] - b[key] for a, b in pairs]) for key in ("preferred_share", "caption_accuracy_change")
-  )
+  keys = ("preferred_share", "caption_accuracy_change", "win_rate")
+  change, accuracy, wins = (np.array([a[key] - b[key] for a, b in pairs]) for key in keys)
   flipped = np.array(list(itertools.product((1, -1), repeat=len(pairs)))) @ change
   p = np.mean(np.abs(flipped) >= abs(change.sum()) - 1e-9)
   found = {"change": change.tolist(), "p": float(p), "caption_accuracy": float(accuracy.mean())}
+  found["win_rate"] = float(wins.mean())
   if len(pairs) > 1:
-    deviation = float(change.std(ddof=1))
-    reach = float(stats.t.ppf(0.975, len(pairs) - 1)) * deviation / len(pairs) ** 0.5
-    found["interval"] = [float(change.mean()) - reach, float(change.mean()) + reach]
-    if deviation > 1e-9:
+    found |= {"interval": _interval(change), "win_rate_interval": _interval(wins)}
+    if (deviation := float(change.std(ddof=1))) > 1e-9:
       found["effect_size"] = float(change.mean()) / deviation
   return found
+
+
+def _interval(values: np.ndarray) -> list[float]:
+  """Of the mean, 95 %, by Student's t."""
+  reach = stats.t.ppf(0.975, values.size - 1) * values.std(ddof=1) / values.size**0.5
+  return [float(values.mean() - reach), float(values.mean() + reach)]
 
 
 def spread(rows: Sequence[dict[str, Any]], key: str, form: str) -> str:
@@ -98,12 +103,17 @@ def markdown(study: dict[str, Any], conclusions: str = "") -> str:
     rows = []
     for f in found:
       c, accuracy = 100 * np.array(f["change"]), 100 * f["caption_accuracy"]
-      bounds = " [{:+.1f}, {:+.1f}]".format(*(100 * np.array(f["interval"]))) if "interval" in f else ""
+      bounds, of_wins = (
+        " [{:+.1f}, {:+.1f}]".format(*(100 * np.array(f[key]))) if key in f else ""
+        for key in ("interval", "win_rate_interval")
+      )
       reach = f"{c.min():+.1f} to {c.max():+.1f}"
       size = f"{f['effect_size']:+.1f}" if "effect_size" in f else ""
       mean, p = f"{c.mean():+.1f}{bounds}", f"{f['p']:.3g}"
-      rows.append([f["variant"], f["against"], len(c), mean, reach, size, p, f"{accuracy:+.1f}"])
-    head = "variant | against | seeds | preferred share, points [95 %] | lowest to highest | d | p | caption accuracy"
+      wins = f"{100 * f['win_rate']:+.1f}{of_wins}"
+      rows.append([f["variant"], f["against"], len(c), mean, reach, size, p, wins, f"{accuracy:+.1f}"])
+    head = "variant | against | seeds | preferred share, points [95 %] | lowest to highest | d | p"
+    head += " | win rate, points [95 %] | caption accuracy"
     lines += _table(head, rows)
     for word, sign in (("Above", 1), ("Below", -1)):
       many = [f for f in found if len(f["change"]) > 2]
@@ -166,8 +176,8 @@ shorter runs, that of the method. Then {n} seeds, judged on the test prompts by 
 
 {conclusions}Numbers are means over seeds (lowest to highest). All have as many updates as Diffusion-DPO, or as many
 iterations as SPO (quarter and half: 1/4 and 1/2 of them); KTO sees as many images as there are in the pairs. Caption
-accuracy is the change against base. Minutes are those of training alone, by the median step, on one core of a machine
-that had other work. UNet evaluations are those of one sample in training, as the README counts them.
+accuracy is the change against base. Minutes are those of training alone, by the median step, on one core of
+machines that had other work. UNet evaluations are those of one sample in training, as the README counts them.
 
 Comparisons are by seed. Intervals are Student's t, d is the mean of the differences over their standard deviation, p is
 of the exact two-sided sign-flip test, a weak one: with {n} seeds it cannot be below {p:.3g}. They are not corrected for

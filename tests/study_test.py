@@ -284,12 +284,15 @@ def test_numbers_of_a_run(tmp_path):
 
 def test_differences_are_of_the_same_seeds():
   rows = lambda shares: [
-    {"seed": s, "preferred_share": x, "caption_accuracy_change": 0.0} for s, x in enumerate(shares)
+    {"seed": s, "preferred_share": x, "caption_accuracy_change": 0.0, "win_rate": 0.5 + x / 2}
+    for s, x in enumerate(shares)
   ]
   found = study_report.compare(rows([0.6, 0.7, 0.8]), rows([0.5, 0.5, 0.5, 0.9]))
   assert found["change"] == pytest.approx([0.1, 0.2, 0.3]) and found["p"] == 2 / 8
   assert found["interval"] == pytest.approx([0.2 - 4.303 * 0.1 / 3**0.5, 0.2 + 4.303 * 0.1 / 3**0.5], abs=1e-4)
   assert found["effect_size"] == pytest.approx(2.0)
+  assert found["win_rate"] == pytest.approx(0.1)
+  assert found["win_rate_interval"] == pytest.approx([x / 2 for x in found["interval"]])
   assert "interval" not in study_report.compare(rows([0.5]), rows([0.4]))  # one seed has none
   assert study_report.compare(rows([0.5] * 5), rows([0.4] * 5))["p"] == 2 / 32
   assert study_report.compare(rows([0.5]), [{"seed": 0, "failed": "NaN"}]) is None
@@ -323,7 +326,7 @@ def test_report_says_what_the_numbers_say(tmp_path):
   text = report(tmp_path)
   assert not re.search(r"[{}]|None|nan", text)
   assert "| dpo | 3 | 61.0% (60.0% to 62.0%) | 70.0% | +0.0% | 150 | 5.0 | 38,400 |" in text
-  assert "| spo | dpo | 3 | -10.0 [-10.0, -10.0] | -10.0 to -10.0 |  | 0.25 | +0.0 |" in text
+  assert "| spo | dpo | 3 | -10.0 [-10.0, -10.0] | -10.0 to -10.0 |  | 0.25 | +0.0 [+0.0, +0.0] | +0.0 |" in text
   assert "- Without a gate the last D rises as tau falls: 0.0100 at 64, 0.0200 at 16, 0.0400 at 4." in text
   assert "- freeze_tau16: the largest D of a move that was made, 0.0040, is not above delta, 0.005." in text
   assert "Above what it is compared with, in all of three or more seeds: kto (dpo)." in text
@@ -342,7 +345,8 @@ def test_a_report_is_gone_on_from(tmp_path, monkeypatch):
   runs, other = tmp_path / "runs", tmp_path / "other"
   for v in (dpo, gated):
     tune(runs, v)
-    write(runs, study_plan.test_runs(v, runs, 1)[0], share=0.7, divergences=[(4, 0.1, 0)] if v == gated else ())
+    curve = [(4, 0.1, 0), (8, 0.2, 0)] if v == gated else ()
+    write(runs, study_plan.test_runs(v, runs, 1)[0], share=0.7, divergences=curve)
   study.main(["--report", "--runs", str(runs), "--docs", str(tmp_path / "docs")])
   file = tmp_path / "docs" / "study.json"
   assert study_plan.restore(file, other) == 8 and study_plan.restore(file, other) == 0
@@ -380,7 +384,7 @@ def test_a_report_of_another_plan_is_refused(tmp_path):
 def test_the_picture_of_divergences_needs_all_curves(tmp_path):
   gated = study_plan.BY_NAME["freeze_tau16"]
   tune(tmp_path, gated)
-  write(tmp_path, study_plan.test_runs(gated, tmp_path, 1)[0], divergences=[(4, 0.1, 0)])
+  write(tmp_path, study_plan.test_runs(gated, tmp_path, 1)[0], divergences=[(4, 0.1, 0), (8, 0.2, 0)])
   found = study_report.collect(tmp_path, 1)
   study_report.plots(found, tmp_path)
   assert (tmp_path / "study_divergence.png").stat().st_size
