@@ -328,7 +328,7 @@ def test_a_safeguard_holds_back_the_losers_gradient():
     loss = objectives.denoised_loss("sigmoid", beta=BETA)
     objective = objectives.dpo(MODEL, loss if mu is None else objectives.safeguarded(loss, mu=mu))
     (value, _), gradients[mu] = compiled_loss(objective)(NEAR, SAME, FROZEN, batch, KEY)
-    np.testing.assert_allclose(value, DPO(NEAR, SAME, FROZEN, batch, KEY)[0][0], rtol=1e-6)
+    np.testing.assert_allclose(value, DPO(NEAR, SAME, FROZEN, batch, KEY)[0][0], rtol=5e-5)  # of errors times beta
   norms = {mu: float(optax.tree.norm(optax.tree.sub(g, gradients[None]))) for mu, g in gradients.items()}
   assert norms[1.0] > norms[0.0] > 0 and norms[None] == 0
 

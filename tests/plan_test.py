@@ -114,9 +114,8 @@ def test_changes_are_in_the_order_of_their_cost():
 
 def test_estimates_follow_shardings_micro_batches_and_what_is_kept():
   devices = jax.devices()[:4]
-  config = dpo_sd15.get_config("smoke")
-  config.update(model="random:one-level", batch_size=16, accumulation=1, remat="none")
-  config = plan.without_weights(config)
+  config = plan.without_weights(dpo_sd15.get_config("smoke"))
+  config.update(batch_size=16, accumulation=1, remat="none")
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
   arguments = plan.argument_bytes(*plan.abstract_inputs(config, mesh)[1:])
   trained, temporaries = arguments["trained"], 50 * 2**20
