@@ -328,6 +328,8 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
   args = parser.parse_args(arguments)
   if args.table:
+    if missing := [str(file) for file in args.table if not file.is_file()]:
+      parser.error(f"--table: there is no {', '.join(missing)}; expected OUT.json files of this script.")
     text = table([row for file in args.table for row in json.loads(file.read_text())])
     print(text)
     if args.out:

@@ -146,8 +146,6 @@ def main(arguments: list[str] | None = None) -> None:
   if not variants:
     parser.error(f"--only={args.only!r} is in no variant; --list shows all.")
   if args.restore:
-    if not args.restore.is_file():
-      parser.error(f"--restore={args.restore}: no such file; expected a study.json that this script wrote.")
     print(f"{study_plan.restore(args.restore, folder)} runs of {args.restore} count as done", file=sys.stderr)
   if args.list:
     print(study_plan.plan(variants, folder, args.seeds, args.workers))
@@ -161,4 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  main()
+  try:
+    main()
+  except (ValueError, OSError, RuntimeError) as error:
+    sys.exit(f"error: {error}")

@@ -237,15 +237,21 @@ def restore(file: pathlib.Path, folder: pathlib.Path) -> int:
   A row of which the folder has a result is left out.
 
   Raises:
-    ValueError: a variant is not in VARIANTS; the fields of a row are not those that the variant has now.
+    ValueError: it is no study.json; a variant is not in VARIANTS; the fields of a row are not those that the variant
+      has now.
   """
-  study, count = json.loads(file.read_text()), 0
-  rows = itertools.chain(*study["runs"].values(), *(t["runs"] for t in study["tuning"].values()))
-  for row in rows:
-    if row["variant"] not in BY_NAME:
-      raise ValueError(f"{file} has a run of {row['variant']!r}, expected one of {', '.join(BY_NAME)}; remove it.")
-    run = Run(BY_NAME[row["variant"]], row["learning_rate"], row["seed"], row["split"])
-    _same_fields(run, row["fields"], f"{run.path} in {file}")
+  try:
+    study = json.loads(file.read_text())
+    rows = [*itertools.chain(*study["runs"].values(), *(t["runs"] for t in study["tuning"].values()))]
+    made = [[row[key] for key in ("variant", "learning_rate", "seed", "split", "fields")] for row in rows]
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(f"{file} cannot be read ({error!r}); expected a study.json of scripts/study.py.") from error
+  count = 0
+  for row, (variant, learning_rate, seed, split, fields) in zip(rows, made, strict=True):
+    if variant not in BY_NAME:
+      raise ValueError(f"{file} has a run of {variant!r}, expected one of {', '.join(BY_NAME)}; remove it.")
+    run = Run(BY_NAME[variant], learning_rate, seed, split)
+    _same_fields(run, fields, f"{run.path} in {file}")
     if read_run(run, folder) is None:
       (folder / run.path).mkdir(parents=True, exist_ok=True)
       (folder / run.path / "row.json").write_text(json.dumps(row))

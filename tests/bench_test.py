@@ -28,3 +28,9 @@ def test_a_case_is_timed_and_reported(tmp_path, monkeypatch):
   assert row["share_of_peak"] == pytest.approx(row["tflop_per_second"] * 1e12 / 1e11)
   text = bench.table([json.loads(json.dumps(row)), {"case": "spm", "size": "smoke", "error": "out of memory"}])
   assert "| sample smoke |" in text and "| spm smoke | | out of memory |" in text
+
+
+def test_a_table_of_missing_files_is_refused_in_a_sentence(tmp_path, capsys):
+  with pytest.raises(SystemExit):
+    bench.main(["--table", str(tmp_path / "gone.json")])
+  assert f"--table: there is no {tmp_path}/gone.json; expected OUT.json files" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import subprocess
 import sys
 
 import pytest
@@ -377,8 +378,13 @@ def test_a_report_of_another_plan_is_refused(tmp_path):
   file.write_text(json.dumps(made))
   with pytest.raises(ValueError, match="has a run of 'dppo', expected one of dpo, "):
     study_plan.restore(file, tmp_path / "other")
-  with pytest.raises(SystemExit):
-    study.main(["--list", "--restore", str(tmp_path / "none.json")])
+  file.write_text('{"runs": {"dpo": [{"variant": "dpo"}]}, "tuning": {}}')
+  for bad in (file, tmp_path / "none.json", pathlib.Path(__file__)):
+    with pytest.raises(ValueError, match=f"{re.escape(str(bad))} cannot be read .*; expected a study.json"):
+      study_plan.restore(bad, tmp_path / "other")
+  command = [sys.executable, study_plan.ROOT / "scripts" / "study.py", "--list", "--restore", tmp_path / "none.json"]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 
 def test_the_picture_of_divergences_needs_all_curves(tmp_path):
