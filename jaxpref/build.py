@@ -204,7 +204,7 @@ def _text_to_image(config: Config, sharding: weights.Sharding, vae_slicing: int 
 
   def export(params: Any, folder: pathlib.Path) -> None:
     original = pipe
-    if config.dtype != "float32" or networks != weights.NETWORKS or jax.process_count() > 1:
+    if config.dtype != "float32" or needed != weights.NETWORKS or jax.process_count() > 1:
       # What was not trained is written as it was read, not rounded to bfloat16. Of several processes one writes, and it
       # cannot compute by itself with arrays that are spread over all.
       param_dtype = "float32" if config.dtype == "float32" else "float16"

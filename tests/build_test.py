@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import build, config, weights
+from jaxpref import build, config, loading, weights
 
 
 def recipe(**fields):
@@ -42,6 +42,15 @@ def test_untrained_weights_are_written_as_they_were_read(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, found, half)
   kernel = original["unet"]["conv_in"]["kernel"]
   assert (np.asarray(kernel.astype(jnp.bfloat16), np.float16) != np.asarray(kernel, np.float16)).any()
+
+
+def test_in_full_precision_nothing_is_read_again_to_be_written(tmp_path, monkeypatch):
+  experiment = build.build(recipe(**{"sample.every": 1}))
+  monkeypatch.setattr(loading, "load_text_to_image", None)
+  experiment.export(experiment.params, tmp_path / "export")
+  found = weights.load_pipeline(tmp_path / "export").params["vae"]
+  original = weights.random_pipeline("sd15-miniature", 0).params["vae"]
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, np.float16)), found, original)
 
 
 def test_full_training_lets_go_of_the_parameters_it_started_from():
