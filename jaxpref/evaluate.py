@@ -10,10 +10,7 @@ processes, started as for training (docs/operations.md), share the work if --out
 
 import argparse
 import concurrent.futures
-import hashlib
-import importlib.metadata
 import io
-import json
 import pathlib
 import re
 import sys
@@ -28,18 +25,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-import jaxpref
-from jaxpref import comparison, distributed, drawing, loading, sample, scorers, sharding, tensor_files, weights
+from jaxpref import comparison, distributed, drawing, evaluation_folder, loading, sample, scorers, sharding
 from jaxpref.data import emoji, paths, prompt_sets
 
 IMAGES_AT_A_TIME = 256  # read for scoring
 WAIT_SECONDS = 24 * 3600.0  # for the pictures of other processes
-PACKAGES = ("jax", "flax", "numpy")
-# Of the arguments: what decides the pictures, and so has to stay the same in a folder.
-OF_PICTURES = (
-  "seeds", "seed", "scheduler", "steps", "karras", "eta", "guidance_scale", "guidance_rescale", "negative_prompt",
-  "clip_skip", "height", "width", "vae_model", "dtype",
-)  # fmt: skip
 
 
 # ---- Command -----------------------------------------------------------------------------------------------------
@@ -148,7 +138,7 @@ def evaluate(args: argparse.Namespace) -> None:
     distributed.barrier("evaluation: the folder is begun")
     if not (folder / "manifest.json").is_file():
       raise ValueError(f"this host does not see {folder}, which another one has begun; use a disk that all hosts see.")
-  manifest = open_folder(folder, args, models, prompts, sizes)
+  manifest = evaluation_folder.open_folder(folder, args, models, prompts, sizes)
   if first:
     distributed.barrier("evaluation: the folder is begun")
   mesh = sharding.make_mesh(devices=jax.local_devices())
@@ -168,11 +158,11 @@ def evaluate(args: argparse.Namespace) -> None:
     described.append({"name": scorer.name, "version": scorer.version, "scale": scorer.scale})
     known = {"version": scorer.version, "scale": scorer.scale}
     for name in models:
-      scores = read_scores(folder, name, scorer.name, known)
+      scores = evaluation_folder.read_scores(folder, name, scorer.name, known)
       if scores is None:
         scores = score_images(folder, name, scorer, prompts, args.seeds).tolist()
         if first:
-          write_scores(folder, name, scorer.name, known, scores)
+          evaluation_folder.write_scores(folder, name, scorer.name, known, scores)
       found[name][scorer.name] = scores
   results: dict[str, Any] = {
     "models": list(models),
@@ -200,10 +190,10 @@ def write_files(
   folder: pathlib.Path, results: dict[str, Any], prompts: Sequence[prompt_sets.Prompt], args: argparse.Namespace
 ) -> None:
   """Tables, page, and GenEval's folders."""
-  place = lambda model, p, s: image_file(folder, model, p, s)
+  place = lambda model, p, s: evaluation_folder.image_file(folder, model, p, s)
   comparison.write(folder, results, place, pictures=args.pictures)
   for name in results["models"] if args.geneval_layout else ():
-    of_prompt = lambda p, name=name: [image_file(folder, name, p, s) for s in range(args.seeds)]
+    of_prompt = lambda p, name=name: [evaluation_folder.image_file(folder, name, p, s) for s in range(args.seeds)]
     prompt_sets.geneval_layout(args.geneval_layout / name, prompts, of_prompt)
 
 
@@ -270,99 +260,7 @@ def check_sizes(
   return found
 
 
-def fingerprint(source: str, adapter: pathlib.Path | None) -> str:
-  """Of the weights that a model of `parse_models` has."""
-  if source.partition(":")[0] in ("random", "zeros"):
-    return source
-  folder = weights.resolve_folder(loading.folder_of(sample.model_folder(source)), "*/*.safetensors")
-  files = [f for name in weights.NETWORKS if (folder / name).is_dir() for f in tensor_files.weight_files(folder / name)]
-  by_network = [tensor_files.fingerprint([file]) for file in [*files, *filter(None, [adapter])]]
-  return hashlib.sha256(" ".join(by_network).encode()).hexdigest()[:16]
-
-
-# ---- The folder ------------------------------------------------------------------------------------------------------
-
-
-def image_file(folder: pathlib.Path, model: str, prompt: int, seed: int) -> pathlib.Path:
-  """Where a picture is."""
-  return folder / "images" / model / f"{prompt:05d}_{seed}.png"
-
-
-def open_folder(
-  folder: pathlib.Path,
-  args: argparse.Namespace,
-  models: dict[str, tuple[str, pathlib.Path | None]],
-  prompts: Sequence[prompt_sets.Prompt],
-  sizes: dict[str, list[int]],
-) -> dict[str, Any]:
-  """Starts the folder, or continues it; returns its manifest.
-
-  Raises:
-    ValueError: it was begun with other settings, prompts or weights, or is something else.
-  """
-  texts = "\n".join(p.text for p in prompts)
-  settings = {name: getattr(args, name) for name in OF_PICTURES} | {
-    "prompts": args.prompts,
-    "num_prompts": len(prompts),
-    "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
-    "image_size": next(iter(sizes.values())),
-  }
-  described = {
-    name: {"model": source, "lora": None if adapter is None else str(adapter), "weights": fingerprint(source, adapter)}
-    for name, (source, adapter) in models.items()
-  }
-  file = folder / "manifest.json"
-  if file.is_file():
-    try:
-      begun = json.loads(file.read_text(encoding="utf-8"))
-      old_settings, old_models = dict(begun["settings"]), dict(begun["models"])
-      old_weights = {name: entry["weights"] for name, entry in old_models.items()}
-    except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(f"{file} cannot be read ({error}); choose another --out.") from error
-    for name, value in settings.items():
-      if name != "prompts" and old_settings.get(name) != value:
-        raise ValueError(
-          f"{folder} was begun with {name}={old_settings.get(name)!r}, not {value!r}; choose another --out, or the "
-          "same settings."
-        )
-    for name, entry in described.items():
-      if old_weights.get(name, entry["weights"]) != entry["weights"]:
-        raise ValueError(
-          f"{folder} has pictures of other weights under the name {name}; choose another name, or another --out."
-        )
-    described = old_models | described
-  elif folder.is_dir() and any(folder.iterdir()):
-    raise ValueError(f"--out={folder} is not empty and has no manifest.json; choose another folder.")
-  elif folder.exists() and not folder.is_dir():
-    raise ValueError(f"--out={folder} is a file; name a folder.")
-  manifest = {
-    "settings": settings,
-    "models": described,
-    "versions": {"jaxpref": jaxpref.__version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
-  }
-  if jax.process_index() == 0:
-    with paths.cannot_be_written(folder):
-      folder.mkdir(parents=True, exist_ok=True)
-    paths.write(file, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
-  return manifest | {"models": {name: described[name] for name in models}}
-
-
-def read_image(file: pathlib.Path) -> np.ndarray:
-  """u8[H, W, 3].
-
-  Raises:
-    OSError: it is not there, or damaged.
-  """
-  with Image.open(file) as picture:
-    return np.asarray(picture.convert("RGB"))
-
-
-def _is_whole(file: pathlib.Path) -> bool:
-  try:
-    read_image(file)
-  except (OSError, SyntaxError):
-    return False
-  return True
+# ---- Pictures -----------------------------------------------------------------------------------------------------
 
 
 def draw_missing(
@@ -377,10 +275,10 @@ def draw_missing(
 
   Of several processes each looks after its own share of the pictures.
   """
-  files = [image_file(folder, name, p, s) for p in range(len(prompts)) for s in range(args.seeds)]
+  files = [evaluation_folder.image_file(folder, name, p, s) for p in range(len(prompts)) for s in range(args.seeds)]
   mine = own_share(len(files))
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    missing = mine[~np.asarray(list(pool.map(_is_whole, [files[i] for i in mine])), bool)]
+    missing = mine[~np.asarray(list(pool.map(evaluation_folder.is_whole, [files[i] for i in mine])), bool)]
   if not missing.size:
     return
   module, params, tokenize = sample.load(*model, args, mesh)
@@ -396,9 +294,8 @@ def draw_missing(
     numbers=missing,
     **sample.settings(args, module, tokenize),
   )
+  evaluation_folder.forget_scores(folder, name)  # of the pictures before
   with paths.cannot_be_written(folder):
-    for file in (folder / "scores" / name).glob("*.json"):  # of the pictures before
-      file.unlink(missing_ok=True)
     files[0].parent.mkdir(parents=True, exist_ok=True)
   for numbers, images in batches:
     for number, image in zip(numbers, images, strict=True):
@@ -425,30 +322,6 @@ def shared(count: int, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarra
   return multihost_utils.process_allgather(padded).T.ravel()[:count]
 
 
-def _scores_file(folder: pathlib.Path, model: str, scorer: str) -> pathlib.Path:
-  return folder / "scores" / model / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', scorer)}.json"
-
-
-def read_scores(folder: pathlib.Path, model: str, scorer: str, known: dict[str, str]) -> list[list[float]] | None:
-  """The scores of an earlier run by the same version of a scorer, on the same scale; None without."""
-  try:
-    found = json.loads(_scores_file(folder, model, scorer).read_text(encoding="utf-8"))
-  except (OSError, ValueError):
-    return None
-  same = isinstance(found, dict) and all(found.get(key) == value for key, value in known.items())
-  return found.get("scores") if same else None
-
-
-def write_scores(
-  folder: pathlib.Path, model: str, scorer: str, known: dict[str, str], scores: list[list[float]]
-) -> None:
-  """For `read_scores`."""
-  file = _scores_file(folder, model, scorer)
-  with paths.cannot_be_written(folder):
-    file.parent.mkdir(parents=True, exist_ok=True)
-  paths.write(file, json.dumps(known | {"scorer": scorer, "scores": scores}).encode())
-
-
 def score_images(
   folder: pathlib.Path, model: str, scorer: scorers.Scorer, prompts: Sequence[prompt_sets.Prompt], seeds: int
 ) -> np.ndarray:
@@ -460,7 +333,8 @@ def score_images(
     with tqdm(total=numbers.size, desc=f"{scorer.name}: {model}", unit=" pictures", disable=silent) as bar:
       for start in range(0, numbers.size, IMAGES_AT_A_TIME):
         part = [divmod(int(n), seeds) for n in numbers[start : start + IMAGES_AT_A_TIME]]
-        images = [read_image(image_file(folder, model, p, s)) for p, s in part]
+        files = [evaluation_folder.image_file(folder, model, p, s) for p, s in part]
+        images = [evaluation_folder.read_image(file) for file in files]
         found.append(scorer.score(images, [prompts[p].text for p, _ in part]))
         bar.update(len(part))
     return np.concatenate(found)
@@ -476,7 +350,8 @@ def image_diversity(folder: pathlib.Path, model: str, embed: Any, num_prompts: i
     found = [np.zeros(0, np.float32)]
     for start in range(0, numbers.size, at_a_time):
       part = numbers[start : start + at_a_time]
-      images = [read_image(image_file(folder, model, p, s)) for p in part for s in range(seeds)]
+      files = [evaluation_folder.image_file(folder, model, p, s) for p in part for s in range(seeds)]
+      images = [evaluation_folder.read_image(file) for file in files]
       found.append(scorers.diversity(embed(images).reshape(len(part), seeds, -1)))
     return np.concatenate(found)
 

@@ -1,0 +1,149 @@
+"""The folder of an evaluation: which pictures, prompts and weights it is of, the pictures, and their scores."""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+import jaxpref
+from jaxpref import loading, sample, tensor_files, weights
+from jaxpref.data import paths, prompt_sets
+
+PACKAGES = ("jax", "flax", "numpy")
+# Of the arguments: what decides the pictures, and so has to stay the same in a folder.
+OF_PICTURES = (
+  "seeds", "seed", "scheduler", "steps", "karras", "eta", "guidance_scale", "guidance_rescale", "negative_prompt",
+  "clip_skip", "height", "width", "vae_model", "dtype",
+)  # fmt: skip
+
+
+def image_file(folder: pathlib.Path, model: str, prompt: int, seed: int) -> pathlib.Path:
+  """Where a picture is."""
+  return folder / "images" / model / f"{prompt:05d}_{seed}.png"
+
+
+def open_folder(
+  folder: pathlib.Path,
+  args: argparse.Namespace,
+  models: dict[str, tuple[str, pathlib.Path | None]],
+  prompts: Sequence[prompt_sets.Prompt],
+  sizes: dict[str, list[int]],
+) -> dict[str, Any]:
+  """Starts the folder, or continues it; returns its manifest.
+
+  Raises:
+    ValueError: it was begun with other settings, prompts or weights, or is something else.
+  """
+  texts = "\n".join(p.text for p in prompts)
+  settings = {name: getattr(args, name) for name in OF_PICTURES} | {
+    "prompts": args.prompts,
+    "num_prompts": len(prompts),
+    "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
+    "image_size": next(iter(sizes.values())),
+  }
+  described = {
+    name: {"model": source, "lora": None if adapter is None else str(adapter), "weights": fingerprint(source, adapter)}
+    for name, (source, adapter) in models.items()
+  }
+  file = folder / "manifest.json"
+  if file.is_file():
+    try:
+      begun = json.loads(file.read_text(encoding="utf-8"))
+      old_settings, old_models = dict(begun["settings"]), dict(begun["models"])
+      old_weights = {name: entry["weights"] for name, entry in old_models.items()}
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(f"{file} cannot be read ({error}); choose another --out.") from error
+    for name, value in settings.items():
+      if name != "prompts" and old_settings.get(name) != value:
+        raise ValueError(
+          f"{folder} was begun with {name}={old_settings.get(name)!r}, not {value!r}; choose another --out, or the "
+          "same settings."
+        )
+    for name, entry in described.items():
+      if old_weights.get(name, entry["weights"]) != entry["weights"]:
+        raise ValueError(
+          f"{folder} has pictures of other weights under the name {name}; choose another name, or another --out."
+        )
+    described = old_models | described
+  elif folder.is_dir() and any(folder.iterdir()):
+    raise ValueError(f"--out={folder} is not empty and has no manifest.json; choose another folder.")
+  elif folder.exists() and not folder.is_dir():
+    raise ValueError(f"--out={folder} is a file; name a folder.")
+  manifest = {
+    "settings": settings,
+    "models": described,
+    "versions": {"jaxpref": jaxpref.__version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
+  }
+  if jax.process_index() == 0:
+    with paths.cannot_be_written(folder):
+      folder.mkdir(parents=True, exist_ok=True)
+    paths.write(file, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+  return manifest | {"models": {name: described[name] for name in models}}
+
+
+def read_image(file: pathlib.Path) -> np.ndarray:
+  """u8[H, W, 3].
+
+  Raises:
+    OSError: it is not there, or damaged.
+  """
+  with Image.open(file) as picture:
+    return np.asarray(picture.convert("RGB"))
+
+
+def is_whole(file: pathlib.Path) -> bool:
+  """Whether a picture is there and can be decoded."""
+  try:
+    read_image(file)
+  except (OSError, SyntaxError):
+    return False
+  return True
+
+
+def _scores_file(folder: pathlib.Path, model: str, scorer: str) -> pathlib.Path:
+  return folder / "scores" / model / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', scorer)}.json"
+
+
+def read_scores(folder: pathlib.Path, model: str, scorer: str, known: dict[str, str]) -> list[list[float]] | None:
+  """The scores of an earlier run by the same version of a scorer, on the same scale; None without."""
+  try:
+    found = json.loads(_scores_file(folder, model, scorer).read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    return None
+  same = isinstance(found, dict) and all(found.get(key) == value for key, value in known.items())
+  return found.get("scores") if same else None
+
+
+def write_scores(
+  folder: pathlib.Path, model: str, scorer: str, known: dict[str, str], scores: list[list[float]]
+) -> None:
+  """For `read_scores`."""
+  file = _scores_file(folder, model, scorer)
+  with paths.cannot_be_written(folder):
+    file.parent.mkdir(parents=True, exist_ok=True)
+  paths.write(file, json.dumps(known | {"scorer": scorer, "scores": scores}).encode())
+
+
+def forget_scores(folder: pathlib.Path, model: str) -> None:
+  """Removes the scores of a model, of which a picture is drawn anew."""
+  with paths.cannot_be_written(folder):
+    for file in (folder / "scores" / model).glob("*.json"):
+      file.unlink(missing_ok=True)
+
+
+def fingerprint(source: str, adapter: pathlib.Path | None) -> str:
+  """Of the weights that a model of `parse_models` has."""
+  if source.partition(":")[0] in ("random", "zeros"):
+    return source
+  folder = weights.resolve_folder(loading.folder_of(sample.model_folder(source)), "*/*.safetensors")
+  files = [f for name in weights.NETWORKS if (folder / name).is_dir() for f in tensor_files.weight_files(folder / name)]
+  by_network = [tensor_files.fingerprint([file]) for file in [*files, *filter(None, [adapter])]]
+  return hashlib.sha256(" ".join(by_network).encode()).hexdigest()[:16]
