@@ -9,10 +9,9 @@ label_0; the paper trains on Pick-a-Pic v2, 851,293 pairs without the ties.
 From launchers/sdxl.sh and train.py of github.com/SalesforceAIResearch/DiffusionDPO: 2,000 steps of 2,048 pairs (16
 GPUs x 1 pair x accumulation 128), beta 5000, Adafactor without relative step or parameter scaling, rate 1e-8 a pair x
 2,048, constant after a warm-up of 200 steps, gradient norm clipped to 1, activation checkpointing, 1024 pixels, the
-VAE madebyollin/sdxl-vae-fp16-fix, 20 % of the captions dropped, ties dropped. Other than there: both images of a pair
-are mirrored alike (there each by itself), bfloat16 (there float16), Lanczos resampling (there bilinear), and no
-weight decay: 0.01 x the rate, as there, takes 0.04 % off the weights in the whole run, and optax's Adafactor would
-not multiply it by the rate.
+VAE madebyollin/sdxl-vae-fp16-fix, 20 % of the captions dropped, ties dropped, weight decay 0.01 x the rate. Other than
+there: both images of a pair are mirrored alike (there each by itself), bfloat16 (there float16), and Lanczos resampling
+(there bilinear).
 
 Hardware of the paper: 16 x A100; the launcher says about 30 hours for 200 steps, so 4,800 A100 hours for all 2,000.
 `accumulation` 128 leaves 16 pairs at a time, one a device on 16 devices; with fewer devices it can stay, with more
@@ -38,7 +37,7 @@ def get_config(variant: str = ""):
   config.update(num_steps=2000, batch_size=2048, accumulation=128, vae_slicing=1)
   config.loss.beta = 5000.0
   config.data.update(source="tfds", caption_dropout=0.2, flip=True, num_threads=16)
-  config.optimizer.update(name="adafactor", learning_rate=2.048e-5, warmup_steps=200, weight_decay=0.0, clip_norm=1.0)
+  config.optimizer.update(name="adafactor", learning_rate=2.048e-5, warmup_steps=200, weight_decay=1e-2, clip_norm=1.0)
   config.checkpoint.every = 200
   # Of config.evaluation.scorers, if any are named: as papers of this line draw.
   config.evaluation.update(num_prompts=0, num_inference_steps=50, guidance_scale=7.5, batch_size=8)

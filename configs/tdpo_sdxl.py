@@ -34,7 +34,7 @@ def get_config(variant: str = ""):
   config.timesteps.update(gamma=0.9, num_bins=20, reward_scale=True)
   config.reference.update(mode="update", alpha=1.0, rho=0.0, tau=32, delta=0.002, on_diverge="freeze")
   config.data.update(source="tfds", caption_dropout=0.2, flip=True, num_threads=16)
-  config.optimizer.update(name="adafactor", learning_rate=2.048e-5, warmup_steps=200, weight_decay=0.0, clip_norm=1.0)
+  config.optimizer.update(name="adafactor", learning_rate=2.048e-5, warmup_steps=200, weight_decay=1e-2, clip_norm=1.0)
   config.checkpoint.every = 200
   # Of config.evaluation.scorers, if any are named: as papers of this line draw.
   config.evaluation.update(num_prompts=0, num_inference_steps=50, guidance_scale=7.5, batch_size=8)

@@ -10,7 +10,7 @@ def learning_rate(name: str, peak: float, *, num_steps: int, warmup_steps: int) 
   """Linear warm-up from 0 to `peak`, then constant, or linear / cosine decay to 0 at `num_steps`.
 
   Raises:
-    ValueError: if the name is unknown or the warm-up is longer than the run.
+    ValueError: if the name is unknown or the warm-up leaves nothing of the run to decay in.
   """
   if name not in SCHEDULES:
     raise ValueError(f"config.optimizer.schedule={name!r} is unknown; expected one of {', '.join(SCHEDULES)}.")
@@ -30,6 +30,14 @@ def learning_rate(name: str, peak: float, *, num_steps: int, warmup_steps: int) 
   return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), body], [warmup_steps])
 
 
+def _decayed(
+  core: optax.GradientTransformation, schedule: optax.Schedule, weight_decay: float, *, flip_sign: bool = True
+) -> optax.GradientTransformation:
+  """Decoupled weight decay as AdamW's; `flip_sign`: of what `core` gives, an ascent."""
+  decay = optax.add_decayed_weights(weight_decay if flip_sign else -weight_decay)
+  return optax.chain(core, decay, optax.scale_by_learning_rate(schedule, flip_sign=flip_sign))
+
+
 def make_optimizer(
   name: str,
   schedule: optax.Schedule,
@@ -40,7 +48,7 @@ def make_optimizer(
   weight_decay: float,
   clip_norm: float,
 ) -> optax.GradientTransformation:
-  """Global-norm clipping (0 switches it off) followed by the named optimiser.
+  """Global-norm clipping (0 switches it off) followed by the named optimiser, all with AdamW's weight decay.
 
   Clipping comes first and acts on the whole gradient, after accumulation.
 
@@ -50,11 +58,12 @@ def make_optimizer(
   if name == "adamw":
     core = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
   elif name == "adafactor":
-    core = optax.adafactor(schedule, multiply_by_parameter_scale=False, weight_decay_rate=weight_decay or None)
+    # Its own weight decay would be the same at every learning rate.
+    core = _decayed(optax.adafactor(multiply_by_parameter_scale=False), schedule, weight_decay, flip_sign=False)
   elif name == "lion":
     core = optax.lion(schedule, b1=b1, b2=b2, weight_decay=weight_decay)
   elif name == "sgd":
-    core = optax.sgd(schedule, momentum=b1 or None)
+    core = _decayed(optax.trace(b1) if b1 else optax.identity(), schedule, weight_decay)
   else:
     raise ValueError(f"config.optimizer.name={name!r} is unknown; expected one of {', '.join(OPTIMIZERS)}.")
   return optax.chain(optax.clip_by_global_norm(clip_norm), core) if clip_norm else core

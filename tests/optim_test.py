@@ -72,14 +72,31 @@ def test_every_optimizer_descends(name):
   assert float(jnp.sum(params["a"] ** 2)) < float(jnp.sum(start**2))
 
 
-def test_weight_decay_is_decoupled():
-  """AdamW: with a zero gradient a parameter shrinks by learning rate times decay."""
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_weight_decay_is_decoupled(name):
+  """With a zero gradient a parameter shrinks by learning rate times decay, at every rate of a schedule."""
   optimizer = optim.make_optimizer(
-    "adamw", optax.constant_schedule(0.1), **DEFAULTS | {"weight_decay": 0.2}
+    name, optax.piecewise_constant_schedule(0.1, {1: 0.5}), **DEFAULTS | {"b1": 0.9, "weight_decay": 0.2}
   )
   params = {"a": jnp.ones(2)}
-  updates, _ = optimizer.update({"a": jnp.zeros(2)}, optimizer.init(params), params)
-  np.testing.assert_allclose(updates["a"], -0.02, rtol=1e-6)
+  state = optimizer.init(params)
+  for expected in (-0.02, -0.01):
+    updates, state = optimizer.update({"a": jnp.zeros(2)}, state, params)
+    np.testing.assert_allclose(updates["a"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "sgd"])
+def test_without_weight_decay_it_is_optax_own(name):
+  ours = optim.make_optimizer(name, optax.linear_schedule(0.1, 0.0, 4), **DEFAULTS | {"b1": 0.9})
+  schedule = optax.linear_schedule(0.1, 0.0, 4)
+  adafactor = lambda: optax.adafactor(schedule, multiply_by_parameter_scale=False)
+  theirs = adafactor() if name == "adafactor" else optax.sgd(schedule, momentum=0.9)
+  params = {"a": jnp.linspace(-1.0, 1.0, 256 * 256).reshape(256, 256)}  # large enough to be factored
+  states = ours.init(params), theirs.init(params)
+  for _ in range(3):
+    (found, first), (expected, second) = (o.update(params, states[i], params) for i, o in enumerate((ours, theirs)))
+    states = first, second
+    np.testing.assert_array_equal(found["a"], expected["a"])
 
 
 def test_unknown_optimizer_is_named():
