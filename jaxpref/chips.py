@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 GIB = 2.0**30
+GPU_SHARE = 0.92  # of a GPU's memory, which training asks JAX to take (see main.py); by itself JAX takes 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Chip:
   interconnect: float
   shapes: tuple[str, ...] = ()
   gpu: "Gpu | None" = None
+
+  @property
+  def usable(self) -> float:
+    """Bytes of HBM that a training step can have."""
+    return self.capacity * (GPU_SHARE if self.gpu else 1.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -132,7 +132,7 @@ def table(report: Mapping[str, Any], chip: chips.Chip | None = None) -> str:
   """Markdown: memory, then operations and traffic with the least time that they take on a chip."""
   rows = [(name, size) for name, size in report["arguments"].items() if size > 2**20]
   rows += [(name, report[name]) for name in ("temporaries", "output", "peak") if name in report]
-  rows += [("of", chip.capacity)] if chip else []
+  rows += [("of", chip.usable)] if chip else []
   lines = ["| on each device | GiB |", "|---|---|", *(f"| {n} | {s / GIB:.2f} |" for n, s in rows)]
   seconds = least_seconds(report, chip) if chip else {}
   time_of = lambda name: f"{seconds[name]:.3g}" if name in seconds else ""
@@ -149,7 +149,7 @@ def table(report: Mapping[str, Any], chip: chips.Chip | None = None) -> str:
 
 def fits(report: Mapping[str, Any], chip: chips.Chip) -> bool:
   """Whether the compiler took the program, and it leaves something of the chip's memory."""
-  return not report.get("refused") and report["peak"] <= chip.capacity
+  return not report.get("refused") and report["peak"] <= chip.usable
 
 
 def advise(
@@ -163,7 +163,7 @@ def advise(
 ) -> str:
   """The nearest change that makes a step fit: estimated or, with `search`, found by compiling one after the other."""
   for change, peak in plan.estimates(config, devices, report):
-    if peak > chip.capacity:
+    if peak > chip.usable:
       continue
     added = change.flags(config)
     if not search:
@@ -240,7 +240,7 @@ def main(argv: list[str]) -> None:
     seconds = least_seconds(report, chip)
     where = chips.bound(seconds)
     print(f"a step takes at least {seconds[where]:.3g} s, bound by {where}")
-    verdict = f"{report['peak'] / GIB:.2f} GiB of the {chip.capacity / GIB:.0f} GiB of a chip"
+    verdict = f"{report['peak'] / GIB:.2f} GiB of the {chip.usable / GIB:.4g} GiB of a chip"
     if fits(report, chip):
       print(f"fits: {verdict}")
     else:

@@ -1,4 +1,10 @@
-"""`python -m jaxpref.main --config=configs/spo_tiny.py`: parses flags, joins other processes, calls `train.run`."""
+"""Trains by a recipe, or goes on with a run:
+
+    python -m jaxpref.main --config=configs/spo_tiny.py --workdir=runs/spo_tiny --config.num_steps=80
+
+jaxpref/config.py lists all fields of a recipe. Several processes need nothing else under SLURM, Open MPI, Kubernetes
+and on TPUs; elsewhere --distributed, --coordinator_address, --num_processes and --process_id (docs/operations.md).
+"""
 
 import multiprocessing
 import os
@@ -11,8 +17,8 @@ from collections.abc import MutableMapping
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from jaxpref import chips, distributed
 from jaxpref import config as config_lib
-from jaxpref import distributed
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -40,6 +46,8 @@ def set_defaults(environment: MutableMapping[str, str]) -> None:
   # A compiled step is kept, so that the second start of a run does not wait for it.
   environment.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(caches, "jaxpref", "compiled"))
   environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # a start has a hundred small programs
+  if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment:  # its older name
+    environment.setdefault("XLA_CLIENT_MEM_FRACTION", str(chips.GPU_SHARE))
   environment.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch: tokenizers need none
   if virtual := re.search(r"xla_force_host_platform_device_count=(\d+)", environment.get("XLA_FLAGS", "")):
     # A virtual device that waits for the others holds a thread; with as few as there are cores, all may wait for ever.

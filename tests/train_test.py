@@ -306,8 +306,11 @@ def test_compiled_steps_are_kept_and_virtual_devices_have_threads():
   main_lib.set_defaults(found)
   assert found["JAX_COMPILATION_CACHE_DIR"] == "/caches/jaxpref/compiled" and found["NPROC"] == "32"
   assert found["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "0"
+  assert found["XLA_CLIENT_MEM_FRACTION"] == "0.92"
   chosen = {"JAX_COMPILATION_CACHE_DIR": "/mine", "NPROC": "3", "XLA_FLAGS": found["XLA_FLAGS"]}
+  chosen["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.5"
   main_lib.set_defaults(chosen)
+  assert "XLA_CLIENT_MEM_FRACTION" not in chosen  # JAX refuses both
   assert chosen["JAX_COMPILATION_CACHE_DIR"] == "/mine" and chosen["NPROC"] == "3"
   alone: dict[str, str] = {}
   main_lib.set_defaults(alone)
