@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref import weights
+from jaxpref import tensor_files, weights
 from jaxpref.models import presets
 from jaxpref.models.preference import Judge, StepAwareCLIPModel
 from jaxpref.models.text_to_image import TextToImage
@@ -110,10 +110,9 @@ def tiny_tokenize(captions: list[str]) -> np.ndarray:
 
 
 def load_scorer(
-  name: str | None, *, dtype: str, param_dtype: str = "float32", seed: int = 0, sharding: weights.Sharding = None
+  name: str, *, dtype: str, param_dtype: str = "float32", seed: int = 0, sharding: weights.Sharding = None
 ) -> tuple[StepAwareCLIPModel, Any]:
   """A step-aware preference model by folder, hub name, shipped name, or `random:PRESET`."""
-  name = name or "random:tiny-sd"
   if (preset := preset_of(name)) is not None:
     module = StepAwareCLIPModel(preset.preference, jnp.dtype(dtype))
     params = _initialiser(name)(module, jax.random.key(seed))
@@ -121,6 +120,14 @@ def load_scorer(
   return weights.load_preference_model(
     folder_of(name), dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), sharding=sharding
   )
+
+
+def fingerprint(name: str) -> str:
+  """Of the weights that `load_scorer` reads; of random ones their name."""
+  if preset_of(name) is not None:
+    return name
+  folder = weights.resolve_folder(folder_of(name), "model*.safetensors")
+  return tensor_files.fingerprint(tensor_files.weight_files(folder))
 
 
 def load_tokenizer(*models: str) -> Any:

@@ -128,8 +128,9 @@ def score(config: ConfigDict, *, model: str, out: pathlib.Path, batch_size: int)
   source = inputs.open_pairs(config)
   fingerprint = index_lib.fingerprint(source.index)
   scores = np.full((len(source), 2), np.nan, np.float32)
+  by = f"{loading.fingerprint(model)} in {config.dtype}"
   if out.is_file():
-    begun = index_lib.load(out, num_records=len(source), fingerprint=fingerprint)
+    begun = index_lib.load(out, num_records=len(source), fingerprint=fingerprint, scored_by=by)
     scores = np.stack(begun.scores(), axis=1)
   mesh = sharding.make_mesh()
   module, params = loading.load_scorer(
@@ -141,7 +142,7 @@ def score(config: ConfigDict, *, model: str, out: pathlib.Path, batch_size: int)
 
   def save() -> index_lib.Index:
     scored = dataclasses.replace(source.index, score_0=scores[:, 0], score_1=scores[:, 1])
-    index_lib.save(scored, out, fingerprint=fingerprint)
+    index_lib.save(scored, out, fingerprint=fingerprint, scored_by=by)
     return scored
 
   saved = time.monotonic()
@@ -171,9 +172,7 @@ def main(argv: list[str]) -> None:
     scored = score(flags.FLAGS.config, model=flags.FLAGS.model, out=out, batch_size=flags.FLAGS.batch_size)
   except (ValueError, OSError) as error:
     sys.exit(f"error: {error}")
-  (score_0, score_1), decided = scored.scores(), scored.label_0 != 0.5
-  agrees = np.mean(((score_0 > score_1) == (scored.label_0 > 0.5))[decided]) if decided.any() else np.nan
-  unreadable = int(np.isneginf(score_0).sum())
+  agrees, unreadable = index_lib.score_agreement(scored), int(np.isneginf(scored.scores()[0]).sum())
   print(f"{out}: {len(scored)} pairs, {unreadable} unreadable; agrees with {agrees:.1%} of the labels, ties aside")
 
 

@@ -377,7 +377,7 @@ def load_tree(
       def read(index, layers=layers, shape=shape, pieces=pieces):
         key = str(index)
         if key not in pieces:
-          pieces[key] = _read(index, layers, tensors, shape, param_dtype)
+          pieces[key] = _read(index, layers, tensors, shape, param_dtype if shape else np.float32)
         return pieces[key]
 
       target = shardings[path] if shardings is not None else sharding

@@ -70,7 +70,15 @@ def test_an_interrupted_run_continues(config, scored, tmp_path):
   begun = np.stack(index.scores(), 1).copy()
   begun[5:] = np.nan
   partial = dataclasses.replace(index, score_0=begun[:, 0] + 100, score_1=begun[:, 1])
-  index_lib.save(partial, tmp_path / "scores.npz", fingerprint=index_lib.fingerprint(index))
+  file, by = tmp_path / "scores.npz", f"{loading.fingerprint('tiny-spm')} in float32"
+  index_lib.save(partial, file, fingerprint=index_lib.fingerprint(index), scored_by=by)
+  # Training does not take what is missing for ties, and another model does not go on with it.
+  changed = config.copy_and_resolve_references()
+  changed.data.scores = str(file)
+  with pytest.raises(ValueError, match=f"{len(index) - 5} of {len(index)} pairs have no scores yet"):
+    inputs.pairs_source(changed)
+  with pytest.raises(ValueError, match=f"has scores by {by}, expected random:tiny-sd in float32; choose another file"):
+    score.score(config, model="random:tiny-sd", out=file, batch_size=32)
   again = score.score(config, model="tiny-spm", out=tmp_path / "scores.npz", batch_size=32)
   np.testing.assert_allclose(again.scores()[0][5:], index.scores()[0][5:], rtol=1e-5)
   np.testing.assert_allclose(again.scores()[0][:5], index.scores()[0][:5] + 100, rtol=1e-5)  # what was there stays

@@ -49,6 +49,9 @@ def main(argv: list[str] | None = None) -> None:
   add("--out", type=pathlib.Path, metavar="FOLDER", help="where stats.json and the pictures go (default: none)")
   args = parser.parse_args(argv)
   try:
+    for name, least in (("sample", 1), ("pictures", 0)):
+      if getattr(args, name) < least:
+        raise ValueError(f"--{name}={getattr(args, name)}; expected at least {least}.")
     print(describe(args))
   except (ValueError, OSError) as error:
     sys.exit(f"error: {error}")
@@ -72,7 +75,7 @@ def describe(args: argparse.Namespace) -> str:
       stats[name] = {"kind": kind} | (unpaired_stats(index) if kind == "unpaired_file" else pair_stats(index))
       chosen = np.sort(np.random.default_rng(args.seed).permutation(len(source))[: max(args.sample, args.pictures)])
       sample = [source[int(i)] for i in tqdm(chosen, desc=f"images of {name}", delay=PROGRESS_AFTER)]
-      stats[name] |= image_stats(sample[: args.sample])
+      stats[name] |= image_stats(sample)
       captions = [records.text(record["caption"]) for record in sample]
       if args.out is not None and args.pictures:
         file = args.out / f"{_file_name(name)}.png"
@@ -119,9 +122,8 @@ def pair_stats(index: index_lib.Index) -> dict[str, Any]:
   if index.has_label is not None:
     stats["not_judged"] = float(np.mean(~index.has_label))
   if index.score_0 is not None and index.score_1 is not None:
-    decided = label != 0.5
-    agree = (index.score_0 > index.score_1) == (label > 0.5)
-    stats["scores_agree_with_labels"] = float(np.mean(agree[decided])) if decided.any() else None
+    agreement = index_lib.score_agreement(index)
+    stats["scores_agree_with_labels"] = None if np.isnan(agreement) else agreement
   stats |= _prompt_numbers(index, "pairs_of_a_prompt")
   counted = index_lib.counts_per_prompt(index.prompt)
   stats["num_example_per_prompt_differs_from_the_count"] = float(np.mean(counted != index.num_example_per_prompt))

@@ -179,33 +179,36 @@ def concatenate(parts: Sequence[Index]) -> Index:
   return Index(**{name: np.concatenate([part.arrays()[name] for part in parts]) for name in names})
 
 
-def save(index: Index, file: Any, *, fingerprint: str) -> None:
+def save(index: Index, file: Any, *, fingerprint: str, scored_by: str = "") -> None:
   """Writes an index; a reader sees the old file or the new one, never a part.
 
   Args:
     file: a path, which may lie in a bucket.
     fingerprint: of the dataset; `load` asks for the same.
+    scored_by: the model whose scores it has.
   """
   file = paths.open_path(file)
   buffer = io.BytesIO()
-  fields: dict[str, Any] = {"format": FORMAT, "fingerprint": fingerprint, **index.arrays()}
+  fields: dict[str, Any] = {"format": FORMAT, "fingerprint": fingerprint, "scored_by": scored_by}
+  fields |= index.arrays()
   np.savez(buffer, **fields)
   file.parent.mkdir(parents=True, exist_ok=True)
   paths.write(file, buffer.getvalue())
 
 
-def load(file: Any, *, num_records: int, fingerprint: str) -> Index:
-  """Reads what `save` wrote.
+def load(file: Any, *, num_records: int, fingerprint: str, scored_by: str | None = None) -> Index:
+  """Reads what `save` wrote; with the scores of any model if `scored_by` is None.
 
   Raises:
     FileNotFoundError: no such file.
-    StaleIndex: it is of other data, of another version of this program, or damaged.
+    StaleIndex: it is of other data, has the scores of another model, is of another version of this program, or damaged.
   """
   file = paths.open_path(file)
   try:
     with np.load(io.BytesIO(paths.read(file)), allow_pickle=False) as stored:
       arrays = {name: stored[name] for name in stored.files}
     form, found = int(arrays.pop("format")), str(arrays.pop("fingerprint"))
+    by = str(arrays.pop("scored_by", ""))
     index = Index(**arrays) if form == FORMAT else None
   except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
     raise StaleIndex(f"{file} is no index that can be read ({error}); delete it.") from error
@@ -216,7 +219,16 @@ def load(file: Any, *, num_records: int, fingerprint: str) -> Index:
       f"{file} is the index of {len(index)} records with fingerprint {found}, the dataset has {num_records} and "
       f"{fingerprint}; delete it."
     )
+  if scored_by not in (None, by):
+    raise StaleIndex(f"{file} has scores by {by or 'an unknown model'}, expected {scored_by}; choose another file.")
   return index
+
+
+def score_agreement(index: Index) -> float:
+  """The share of labels that the scores agree with, without ties of labels or scores; NaN if there are no others."""
+  score_0, score_1 = index.scores()
+  decided = (index.label_0 != 0.5) & (score_0 != score_1)
+  return float(np.mean(((score_0 > score_1) == (index.label_0 > 0.5))[decided])) if decided.any() else float("nan")
 
 
 def load_or_build(

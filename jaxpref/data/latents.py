@@ -93,8 +93,8 @@ def start(folder: Any, plan: Mapping[str, Any], *, process_index: int = 0, proce
   with paths.cannot_be_written(folder):
     folder.mkdir(parents=True, exist_ok=True)
   for name in paths.names(folder):
-    *_, owner, end = name.rsplit(".", 2)
-    if f".{end}" == paths.PART and owner.isdigit() and int(owner) % process_count == process_index:
+    owner = name.removesuffix(paths.PART).rpartition(".")[2]
+    if name.endswith(paths.PART) and owner.isdigit() and int(owner) % process_count == process_index:
       (folder / name).unlink()
   if PLAN not in paths.names(folder):
     _write_json(folder / PLAN, plan, process_index)

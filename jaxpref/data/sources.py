@@ -205,6 +205,8 @@ def read_prompts(path: Path) -> list[str]:
   try:
     text = paths.read(file).decode("utf-8-sig")
     rows = json.loads(text) if file.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
+    if not isinstance(rows, list):
+      raise TypeError(f"it is a {type(rows).__name__}")
     prompts = [row["caption"] if isinstance(row, dict) else row for row in rows]
   except UnicodeDecodeError as error:
     raise ValueError(f"{file} is not UTF-8 ({error}); convert it.") from error

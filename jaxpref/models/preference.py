@@ -196,7 +196,7 @@ class StepAwareCLIPModel(CLIPModel):
 
   def score(self, image_embeds: Array, text_embeds: Array) -> Array:
     """f32[B]: exp(logit_scale) cos(image, text), row by row, of unit vectors [B, P]."""
-    return jnp.exp(self.logit_scale) * jnp.sum(image_embeds * text_embeds, axis=-1)
+    return jnp.exp(self.logit_scale.astype(jnp.float32)) * jnp.sum(image_embeds * text_embeds, axis=-1)
 
   def __call__(self, input_ids: Array, pixel_values: Array, t: Array) -> Array:  # type: ignore[override]
     """Scores f32[B] of images at times t under their prompts."""

@@ -397,7 +397,9 @@ def test_prompts(tmp_path, name, content):
   assert sources.read_prompts(tmp_path / name) == ["a cat", "a dog"]
 
 
-@pytest.mark.parametrize("content", ["[1]", "[]", "3", '[{"prompt": "a"}]', "[", '["a", " "]', '[{"caption": ""}]'])
+@pytest.mark.parametrize(
+  "content", ["[1]", "[]", "3", '"abc"', '{"1": "a cat"}', '[{"prompt": "a"}]', "[", '["a", " "]', '[{"caption": ""}]']
+)
 def test_wrong_prompts(tmp_path, content):
   (tmp_path / "a.json").write_text(content)
   with pytest.raises(ValueError, match="a.json: expected"):
