@@ -122,8 +122,14 @@ def check(args: argparse.Namespace) -> tuple[dict[str, tuple[str, pathlib.Path |
       raise ValueError(f"--{name}={getattr(args, name)}; expected at least 1.")
   models = parse_models(args.models)
   prompts = read_prompts(args.prompts, kind=args.prompts_kind, count=args.num_prompts)
+  names = [spec.partition("=")[0] for spec in args.scorers]
+  for name in names:
+    if names.count(name) > 1:
+      raise ValueError(f"--scorers names {name} twice; scores are kept by name, so give it once.")
+  if args.diversity is not None and args.diversity.partition("=")[0] not in scorers.CLIPS:
+    raise ValueError(f"--diversity={args.diversity}; expected one of {', '.join(scorers.CLIPS)}, or NAME=FOLDER.")
   for spec in (*args.scorers, *filter(None, [args.diversity])):
-    scorers.check(spec)
+    scorers.check(spec, preferred_style=args.preferred_style)
   return models, prompts
 
 

@@ -72,13 +72,16 @@ def score(
 def compare(
   base: Mapping[str, np.ndarray] | None, aligned: Mapping[str, np.ndarray], *, samples: int, seed: int
 ) -> dict[str, Any]:
-  """The table's numbers from the scores of both models; without a base, those of one."""
+  """The table's numbers from the scores of both models; without a base, those of one. One prompt has no intervals."""
+
+  def interval(values: np.ndarray) -> tuple[float, float] | None:
+    return bootstrap_interval(values, samples=samples, seed=seed) if len(values) > 1 else None
 
   def one(scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {
       name: {
         "mean": float(scores[key].mean()),
-        "interval": bootstrap_interval(scores[key].mean(axis=1), samples=samples, seed=seed),
+        "interval": interval(scores[key].mean(axis=1)),
       }
       for name, key in (("preferred_share", "preferred"), ("caption_accuracy", "correct"))
     }
@@ -89,5 +92,5 @@ def compare(
     results |= win_rate(aligned["style_log_prob"], base["style_log_prob"], samples=samples, seed=seed)
     change = aligned["correct"].mean(axis=1) - base["correct"].mean(axis=1)
     results["caption_accuracy_change"] = float(change.mean())
-    results["caption_accuracy_change_interval"] = bootstrap_interval(change, samples=samples, seed=seed)
+    results["caption_accuracy_change_interval"] = interval(change)
   return results

@@ -7,6 +7,7 @@ end, so a mean is never a mean of means. A pair of vectors is a mean per bin (e.
 import json
 import os
 import pathlib
+import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -89,7 +90,10 @@ class Writer:
         raise ValueError(
           "config.logging.wandb_project is set but wandb is not installed; pip install 'jaxpref[wandb]'."
         ) from error
-      self._wandb = wandb.init(project=wandb_project, dir=str(workdir), config=config, resume="allow")
+      file = path.with_name("wandb_run.txt")  # so that a run that continues goes on with its curves
+      name = file.read_text().strip() if file.is_file() else secrets.token_hex(4)
+      file.write_text(f"{name}\n")
+      self._wandb = wandb.init(id=name, project=wandb_project, dir=str(workdir), config=config, resume="allow")
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Writes one row of host floats; those that are not finite are left out, since JSON knows none."""

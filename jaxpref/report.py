@@ -84,11 +84,16 @@ def curves(path: pathlib.Path, rows: Sequence[Mapping[str, Any]], names: Sequenc
 
 
 def table(results: Mapping[str, Any], *, style: str, candidates: int) -> str:
-  """The results of `judging.compare` as a Markdown table, intervals in brackets (95 %, bootstrap over prompts)."""
+  """The results of `judging.compare` as a Markdown table.
+
+  In brackets are 95 % intervals, by bootstrap over prompts; of a single prompt there are none.
+  """
+
+  def number(value: float, interval: tuple[float, float] | None) -> str:
+    return f"{value:.1%}" if interval is None else f"{value:.1%} [{interval[0]:.1%}, {interval[1]:.1%}]"
 
   def cell(entry: Mapping[str, Any]) -> str:
-    low, high = entry["interval"]
-    return f"{entry['mean']:.1%} [{low:.1%}, {high:.1%}]"
+    return number(entry["mean"], entry["interval"])
 
   lines = [
     f"| | share of {style} | win rate against base "
@@ -96,9 +101,9 @@ def table(results: Mapping[str, Any], *, style: str, candidates: int) -> str:
     "|---|---|---|---|",
   ]
   if "base" in results:
-    base, (low, high) = results["base"], results["win_rate_interval"]
+    base = results["base"]
     lines.append(f"| base | {cell(base['preferred_share'])} | | {cell(base['caption_accuracy'])} |")
-    wins = f"{results['win_rate']:.1%} [{low:.1%}, {high:.1%}]"
+    wins = number(results["win_rate"], results["win_rate_interval"])
   else:
     wins = ""
   aligned = results["aligned"]

@@ -8,8 +8,11 @@ prepared as the code that came with each model does it (`jaxpref.scorer_networks
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import hashlib
 import importlib
+import inspect
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -218,16 +221,20 @@ def _load_function(spec: str) -> Scorer:
       "prompts and returns [N] scores."
     )
   doc = (function.__doc__ or "").strip().splitlines()
+  version = getattr(module, "__version__", None)
+  if version is None:  # scores of a module that has changed since are not to be taken for its own
+    with contextlib.suppress(OSError, TypeError):  # no file of Python
+      version = hashlib.sha256(inspect.getsource(module).encode()).hexdigest()[:8]
   return Scorer(
     name=spec,
-    version=str(getattr(module, "__version__", "")),
+    version=str(version or ""),
     scale=doc[0].strip() if doc else "user's",
     score=_checked(spec, function),
   )
 
 
-def check(spec: str) -> None:
-  """Looks for all that `load` of the same spec needs, without reading weights; hub models are fetched.
+def check(spec: str, *, preferred_style: str = "noto") -> None:
+  """Looks for all that `load` of the same spec needs, without reading large weights; hub models are fetched.
 
   Raises:
     ValueError, FileNotFoundError: as `load`.
@@ -242,6 +249,8 @@ def check(spec: str) -> None:
     scorer_networks.aesthetic_clip(folder)
   elif name == "imagereward":
     scorer_networks.bert_tokenizer(folder)
+  elif name == "judge":
+    scorer_networks.judge_network(folder, preferred_style, None)
   elif name in CLIPS and name != "tiny-clip":
     scorer_networks.clip_tokenizer(name, folder)
 

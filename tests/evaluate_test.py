@@ -1,7 +1,9 @@
 """The command that compares models: drawing, resuming, scoring, and what it refuses."""
 
 import dataclasses
+import importlib
 import json
+import linecache
 import os
 import pathlib
 import re
@@ -15,7 +17,7 @@ import pytest
 from PIL import Image
 
 from configs import dpo_tiny
-from jaxpref import evaluate, lora_files, main, weights
+from jaxpref import evaluate, loading, lora_files, main, scorers, weights
 from jaxpref.data import emoji
 from jaxpref.models import lora, presets
 
@@ -156,6 +158,33 @@ def test_the_shipped_models_with_the_shipped_scorers(tmp_path, capsys):
   assert np.shape(found["diversity"]["base"]) == (2,) and min(found["diversity"]["base"]) > 0
   assert all(p["category"] for p in found["prompts"])
   assert "tiny-clip" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--scorers", "judge", "--preferred_style=notto"], "not config.data.preferred_style='notto'"),
+    (["--scorers", "judge", f"judge={loading.folder_of('tiny-judge')}"], "--scorers names judge twice"),
+    (["--scorers", "judge", "--diversity=judge"], "--diversity=judge; expected one of "),
+  ],
+)
+def test_mistakes_are_told_before_anything_is_drawn(tmp_path, monkeypatch, arguments, message):
+  monkeypatch.setattr(evaluate.drawing, "draw", None)
+  with pytest.raises(SystemExit, match=message):
+    evaluate.main(["--models", "base=tiny-sd", "--prompts=emoji", *arguments, f"--out={tmp_path / 'out'}"])
+  assert not (tmp_path / "out").exists()
+
+
+def test_scores_of_a_function_that_has_changed_are_not_its_own(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(tmp_path)
+  versions = []
+  for constant in (1.0, 1.0, 2.0):
+    (tmp_path / "own_scores.py").write_text(f"def one(images, prompts):\n  return [{constant}] * len(images)\n")
+    importlib.invalidate_caches()
+    sys.modules.pop("own_scores", None)
+    linecache.clearcache()
+    versions.append(scorers.load("own_scores:one").version)
+  assert versions[0] == versions[1] != versions[2]
 
 
 def test_geneval_layout(models, tmp_path):

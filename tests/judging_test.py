@@ -114,6 +114,14 @@ def test_scores_and_table():
   assert "win_rate" not in alone and len(report.table(alone, style="x", candidates=4).split("\n")) == 3
 
 
+def test_one_prompt_has_no_intervals():
+  scores = judging.score(
+    Judge(), {}, pictures(np.array([[1, 0]]), np.array([[3, 3]])), [3], style="shaded", candidates=4, seed=0
+  )
+  table = report.table(judging.compare(scores, scores, samples=200, seed=0), style="shaded", candidates=4)
+  assert "| aligned | 50.0% | 50.0% | 100.0% |" in table
+
+
 def test_a_style_that_the_judge_does_not_know_is_named():
   with pytest.raises(ValueError, match="knows the styles flat, shaded, outlined, not 'noto'"):
     judging.score(

@@ -3,6 +3,8 @@
 import json
 import re
 import resource
+import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -114,7 +116,17 @@ def test_event_files_hold_scalars_and_pictures(tmp_path):
   assert b"loss" in content and b"samples" in content and event_file_loader
 
 
+def test_a_run_that_continues_goes_on_with_its_run_of_wandb(tmp_path, monkeypatch):
+  begun = []
+  wandb = types.SimpleNamespace(init=lambda **kwargs: begun.append(kwargs["id"]))
+  monkeypatch.setitem(sys.modules, "wandb", wandb)
+  for folder in ("a", "a", "b"):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    metrics.Writer(tmp_path / folder, first_step=0, wandb_project="p").close()
+  assert begun[0] == begun[1] != begun[2]
+
+
 def test_wandb_that_is_missing_is_named(tmp_path, monkeypatch):
-  monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+  monkeypatch.setitem(sys.modules, "wandb", None)
   with pytest.raises(ValueError, match=r"wandb_project is set.*pip install"):
     metrics.Writer(tmp_path, first_step=0, wandb_project="p")
