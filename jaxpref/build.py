@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict as Config
 
+from jaxpref import config as config_lib
 from jaxpref import inputs, loading, lora_files, metrics, objectives, pretraining, step, weights
 from jaxpref.data import emoji, pipeline
 from jaxpref.models import lora, presets
@@ -36,7 +37,8 @@ class Experiment:
     online_step: builds the step of online ones: (optimizer, and keyword arguments of its function in `step`) -> step.
     divergence: gates the reference of an online objective.
     init_params: the pre-trained values of params, from frozen (for the reference).
-    has_reference: whether a reference model is kept.
+    has_reference: whether a reference model is kept: not for losses that do not look at it.
+    read_base: reads the values of params anew that training started from; None for objectives without a base model.
     images_per_step: images, or pairs, or generated images of one step.
     evaluable: whether the result is a text-to-image model to be compared with the one it started from.
     model: the text-to-image model, if there is one.
@@ -54,6 +56,7 @@ class Experiment:
   divergence: objectives.DivergenceFn | None = None
   init_params: Callable[[Any], Any] = lambda frozen: {}
   has_reference: bool = False
+  read_base: Callable[[], Any] | None = None
   images_per_step: int = 0
   evaluable: bool = False
   model: TextToImage | None = None
@@ -188,10 +191,17 @@ def _text_to_image(config: Config, sharding: weights.Sharding, vae_slicing: int 
   pipe = dataclasses.replace(pipe, params={k: v for k, v in pipe.params.items() if k not in components})
   tokenize = pipe.tokenize
   model = loading.text_to_image(pipe, lora_scale=scale, vae_slicing=vae_slicing)
+  drawing = {"evaluation"} if "vae" in needed else set()
+  for name in sorted(drawing | ({config.objective} & set(config_lib.ONLINE))):
+    count, total = config[name].num_inference_steps, model.schedule.num_train_timesteps
+    if count > total:
+      raise ValueError(f"config.{name}.num_inference_steps={count}; expected at most {total}, as {config.model} has.")
   num_classes = max(emoji.num_classes(config.data.subset), config.evaluation.candidates)
   judge, judge_params = loading.load_judge(config.judge, style=config.data.preferred_style, num_classes=num_classes)
   reference_free = config.objective in ("dpo", "tdpo") and config.loss.name in objectives.REFERENCE_FREE
-  has_reference = config.objective != "denoise"  # a loss that calls none is compared with it in the end
+  has_reference = not (
+    config.objective == "denoise" or reference_free or (config.objective == "grpo" and not config.grpo.kl_coef)
+  )
   if config.reference.mode == "frozen":  # Only a moving reference needs the pre-trained weights beside it.
     frozen = {k: v for k, v in frozen.items() if k not in params}
 
@@ -202,6 +212,11 @@ def _text_to_image(config: Config, sharding: weights.Sharding, vae_slicing: int 
   def init_params(frozen: Any) -> Any:
     return None if zero_adapter else {k: frozen[k] for k in trained_names}
 
+  def read_base() -> Any:
+    if components:
+      return _load(config, sharding, trained=components, components=components).params
+    return {"unet_lora": initial_adapter(config, pipe.unet.config, pipe.params["unet"])}
+
   def export(params: Any, folder: pathlib.Path) -> None:
     original = pipe
     if config.dtype != "float32" or needed != weights.NETWORKS or jax.process_count() > 1:
@@ -209,7 +224,12 @@ def _text_to_image(config: Config, sharding: weights.Sharding, vae_slicing: int 
       # cannot compute by itself with arrays that are spread over all.
       param_dtype = "float32" if config.dtype == "float32" else "float16"
       original = loading.load_text_to_image(
-        config.model, dtype=config.dtype, seed=config.seed, param_dtype=param_dtype, vae_model=config.vae_model
+        config.model,
+        dtype=config.dtype,
+        seed=config.seed,
+        param_dtype=param_dtype,
+        vae_model=config.vae_model,
+        components=[name for name in weights.NETWORKS if name not in params],
       )
     save_trained(folder, original, params, scale=scale, dtype=jnp.float16)
 
@@ -219,6 +239,7 @@ def _text_to_image(config: Config, sharding: weights.Sharding, vae_slicing: int 
     export=export,
     init_params=init_params,
     has_reference=has_reference,
+    read_base=None if config.objective == "denoise" else read_base,
     images_per_step=config.batch_size,
     evaluable=True,
     model=model,
@@ -242,6 +263,8 @@ def _text_to_image(config: Config, sharding: weights.Sharding, vae_slicing: int 
     o = config.loss
     options = {"beta": o.beta, "label_smoothing": o.label_smoothing, "snr": o.snr}
     total = model.schedule.num_train_timesteps
+    if config.timesteps.num_bins > total:
+      raise ValueError(f"config.timesteps.num_bins={config.timesteps.num_bins}; expected at most {total} timesteps.")
     loss = objectives.denoised_loss(o.name, **options, num_train_timesteps=total)
     objective = objectives.dpo(
       model,
@@ -292,8 +315,13 @@ def _spm(config: Config, sharding: weights.Sharding, vae_slicing: int | None) ->
   held_out.data.update(split="validation", ties="drop", flip_labels=0.0, caption_dropout=0.0)
   if config.data.scores and not config.data.validation_share:  # the scores are those of the other split
     held_out.data.update(scores=None, labels="given", min_gap=0.0)
-  if config.evaluation.num_prompts:
-    inputs.pairs_source(held_out)  # a split that is not there is refused now, not after the training
+  if config.evaluation.num_prompts:  # What is not there is refused now, not after the training.
+    if config.data.source not in ("emoji", "tfds") and not config.data.validation_share:
+      raise ValueError(
+        f"{config.data.path} has no validation split to measure the preference model on; hold out a share of its "
+        "prompts by config.data.validation_share, or measure nothing: config.evaluation.num_prompts=0."
+      )
+    held_out.batch_size = min(config.batch_size, max(1, len(inputs.pairs_source(held_out))))
 
   def report(params: Any) -> dict[str, float]:
     if not config.evaluation.num_prompts:
@@ -301,7 +329,7 @@ def _spm(config: Config, sharding: weights.Sharding, vae_slicing: int | None) ->
     batches = inputs.pair_batches(held_out, model.image_size, tokenize, process_index=0, process_count=1)
     evaluate = jax.jit(lambda params, batch, key: objective.loss(params, {}, frozen, batch, key)[2])
     total: Any = None
-    for i in range(max(1, 512 // config.batch_size)):
+    for i in range(max(1, 512 // held_out.batch_size)):
       pairs = evaluate(params, next(batches), jax.random.key(i))
       total = pairs if total is None else jax.tree.map(jnp.add, total, pairs)
     return metrics.to_scalars({f"validation_{k}": v for k, v in metrics.divide(total).items()})

@@ -407,7 +407,7 @@ def load_params(workdir: str | os.PathLike, step: int | None = None) -> tuple[An
     ValueError: the checkpoint is damaged: what is exported is not silently of an earlier step.
   """
   folder = pathlib.Path(workdir).absolute() / "checkpoints"
-  steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+  steps = _saved_steps(folder)
   if not steps:
     raise FileNotFoundError(f"{folder} holds no checkpoint yet; wait for the first one, or choose another run.")
   step = steps[-1] if step is None else step
@@ -445,6 +445,11 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
+def _saved_steps(folder: pathlib.Path) -> list[int]:
+  """Of the checkpoints in a folder, without opening them."""
+  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
 def check_workdir(
   workdir: str | os.PathLike, config: Mapping[str, Any], *, may_change: tuple[str, ...] = ()
 ) -> None:
@@ -473,10 +478,12 @@ def check_workdir(
     ]
     if differ:
       key = differ[0]
+      remedy = "choose another --workdir, or give the old value to resume"
+      if not _saved_steps(workdir / "checkpoints"):
+        remedy = "it has no checkpoint yet: remove it, or choose another --workdir"
       raise ValueError(
         f"work folder {workdir} belongs to another config: config.{key} is {old.get(key)!r} there and "
-        f"{new.get(key)!r} now{f' (and {len(differ) - 1} more fields differ)' if differ[1:] else ''}; "
-        "choose another --workdir, or give the old value to resume."
+        f"{new.get(key)!r} now{f' (and {len(differ) - 1} more fields differ)' if differ[1:] else ''}; {remedy}."
       )
   elif workdir.exists() and any(workdir.iterdir()):
     raise ValueError(

@@ -4,6 +4,7 @@ A `placeholder` has a type but no value until it is set, so that it can be given
 """
 
 import difflib
+import math
 import pathlib
 import re
 import sys
@@ -16,6 +17,7 @@ from ml_collections.config_dict import placeholder
 REMAT = ("none", "attention", "block", "full")
 OBJECTIVES = ("spo", "grpo", "dpo", "tdpo", "kto", "spm", "denoise", "autoencode", "contrastive", "classify")
 ONLINE = ("spo", "grpo")  # these draw what they learn from
+ALIGNMENT = (*ONLINE, "dpo", "tdpo", "kto")  # these have a base model and may have a reference
 
 # What each kind of data is for, and what lies at config.data.path.
 _PAIRS = ("dpo", "tdpo", "kto", "spm")
@@ -68,7 +70,7 @@ def default() -> ml_collections.ConfigDict:
         only_labelled=False,  # leave out pairs that nobody judged (Pick-a-Pic's has_label)
         max_per_prompt=0,  # pairs of a prompt that are used at most; 0: all
         keep_best=False,  # an image that won and later lost gives way to the one that beat it
-        flip_labels=0.0,  # share of labels that is turned round, for studies of noise
+        flip_labels=0.0,  # share of labels that is flipped, for studies of noise
         caption_dropout=0.0,  # share of captions replaced by the empty prompt
         flip=False,  # mirror half of the pairs, both images alike
         random_crop=False,  # or the central square
@@ -100,7 +102,7 @@ def default() -> ml_collections.ConfigDict:
         safeguard=placeholder(float),  # dpo, tdpo: mu in [0, 1] of arXiv 2511.03317, on top of any loss
       ),
       kto=dict(weight_desirable=1.0, weight_undesirable=1.0),  # arXiv 2404.04465: of liked images and of others
-      timesteps=dict(gamma=1.0, num_bins=20, reward_scale=False),  # tdpo: arXiv 2505.18736
+      timesteps=dict(gamma=1.0, num_bins=20, reward_scale=False),  # dpo, tdpo (which is another name): arXiv 2505.18736
       reference=dict(
         mode="frozen",  # frozen or update
         alpha=1.0,
@@ -175,8 +177,7 @@ def smoke(config: ml_collections.ConfigDict, preset: str) -> None:
     config.preference_model = f"random:{preset}"
   config.accumulation = min(config.accumulation, 2)
   config.update(num_steps=3, batch_size=2 if config.objective in ONLINE else 2 * config.accumulation)
-  config.data.update(source="emoji", path=None, images=None, scores=None, labels="given", split="train")
-  config.data.min_gap = 0.0
+  use_embedded_data(config)
   config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 1)
   config.lora.rank = min(config.lora.rank, 4)
   config.reference.tau = min(config.reference.tau, 2)
@@ -186,6 +187,12 @@ def smoke(config: ml_collections.ConfigDict, preset: str) -> None:
   config.checkpoint.every = 2
   config.sample.every = 0
   config.evaluation.num_prompts = 0
+
+
+def use_embedded_data(config: ml_collections.ConfigDict) -> None:
+  """The emoji in the place of what a recipe trains on, and no options that they have nothing for."""
+  config.data.update(source="emoji", path=None, images=None, scores=None, labels="given", split="train")
+  config.data.update(min_gap=0.0, keep_best=False, validation_share=0.0)
 
 
 def names(config: ml_collections.ConfigDict | None = None, prefix: str = "") -> list[str]:
@@ -272,9 +279,12 @@ def check(config: ml_collections.ConfigDict) -> None:
   require(config.loss.beta > 0, "loss.beta", "a number above 0")
   require(0.0 <= config.loss.label_smoothing < 0.5, "loss.label_smoothing", "a number in [0, 0.5)")
   offline = config.objective in ("dpo", "tdpo")
-  if offline or config.objective == "spo":
-    one_of("loss.name", ("sigmoid", "robust", "ipo", "hinge", *(("dspo", "mapo", "sft") if offline else ())))
-  if config.loss.name in ("mapo", "sft") and offline:
+  pairwise = ("sigmoid", "robust", "ipo", "hinge")
+  of_pairs = offline or config.objective == "spo"
+  one_of("loss.name", (*pairwise, "dspo", "mapo", "sft") if offline else pairwise if of_pairs else pairwise[:1])
+  smoothed = of_pairs and config.loss.name in ("sigmoid", "robust")
+  require(smoothed or not config.loss.label_smoothing, "loss.label_smoothing", "0: it is for sigmoid and robust losses")
+  if config.loss.name in ("mapo", "sft"):
     require(config.reference.mode == "frozen", "reference.mode", f"frozen: {config.loss.name} has no reference")
   # The default of 5000 is for the margin of errors; these count it in units of the error itself.
   require(config.loss.name != "mapo" or config.loss.beta <= 10.0, "loss.beta", "at most 10 for mapo; published: 0.1")
@@ -285,16 +295,37 @@ def check(config: ml_collections.ConfigDict) -> None:
   require(mu is None or offline, "loss.safeguard", f"None for {config.objective}: it is for dpo and tdpo")
   require(0.0 < config.timesteps.gamma <= 1.0, "timesteps.gamma", "a number in (0, 1]")
   require(config.timesteps.num_bins >= 1, "timesteps.num_bins", "an integer of at least 1")
+  require(offline or config.timesteps.gamma == 1.0, "timesteps.gamma", f"1 for {config.objective}: it is for dpo, tdpo")
+  scaled = config.timesteps.reward_scale
+  require(offline or not scaled, "timesteps.reward_scale", f"False for {config.objective}: it is for dpo and tdpo")
+  aligns = config.objective in ALIGNMENT
+  require(aligns or config.reference.mode == "frozen", "reference.mode", f"frozen: {config.objective} has no reference")
   require(config.vae_slicing >= 0, "vae_slicing", "0 (all at once) or a number of images")
   require(config.lora.rank >= 0, "lora.rank", "0 (full training) or a positive rank")
+  for field in ("rank", "init_from"):
+    adapts = aligns or config.objective == "denoise"
+    require(adapts or not config.lora[field], f"lora.{field}", f"nothing for {config.objective}: it trains no UNet")
+  try:
+    re.compile(config.lora.targets)
+  except re.error as error:
+    require(False, "lora.targets", f"a regular expression ({error})")
   require(config.lora.alpha is None or config.lora.alpha > 0, "lora.alpha", "a number above 0")
+  require(config.evaluation.num_prompts >= 0, "evaluation.num_prompts", "0 (no evaluation) or a number of prompts")
+  require(0.0 <= config.evaluation.eta <= 1.0, "evaluation.eta", "a number in [0, 1]")
   require(config.evaluation.candidates >= 2, "evaluation.candidates", "at least 2 captions to choose from")
   require(
-    not config.evaluation.scorers or config.objective in (*ONLINE, "dpo", "tdpo", "kto"),
+    not config.evaluation.scorers or aligns,
     "evaluation.scorers",
     "nothing for this objective: they compare an aligned model with its base",
   )
-  require(config.optimizer.learning_rate > 0, "optimizer.learning_rate", "a number above 0")
+  require(config.sample.num_prompts >= 1, "sample.num_prompts", "an integer of at least 1")
+  require(0.0 < config.optimizer.learning_rate < math.inf, "optimizer.learning_rate", "a number above 0")
+  for field in ("b1", "b2"):
+    require(0.0 <= config.optimizer[field] < 1.0, f"optimizer.{field}", "a number in [0, 1)")
+  require(config.optimizer.eps > 0.0, "optimizer.eps", "a number above 0")
+  require(config.optimizer.warmup_steps >= 0, "optimizer.warmup_steps", "an integer of at least 0")
+  require(config.optimizer.weight_decay >= 0.0, "optimizer.weight_decay", "a number of at least 0")
+  require(config.optimizer.clip_norm >= 0.0, "optimizer.clip_norm", "0 (no clipping) or the largest norm")
   require(
     not config.train_text_encoder
     or (config.objective == "denoise" and not config.lora.rank and not config.lora.init_from),
@@ -302,7 +333,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     "False for this objective: only denoise without LoRA trains the text encoder",
   )
   require(
-    not config.vae_model or config.objective in (*ONLINE, "dpo", "tdpo", "kto", "spm", "denoise"),
+    not config.vae_model or aligns or config.objective in ("spm", "denoise"),
     "vae_model",
     "nothing for this objective: it is for those with a UNet",
   )
@@ -313,10 +344,22 @@ def check(config: ml_collections.ConfigDict) -> None:
     f"another source for objective {config.objective}: this one is for {', '.join(objectives)}",
   )
   require(config.data.source == "emoji" or bool(config.data.path), "data.path", what)
+  require(
+    config.data.source != "emoji" or not config.data.path,
+    "data.path",
+    f"nothing for data.source=emoji; set data.source to what it is: {', '.join(k for k in SOURCES if k != 'emoji')}",
+  )
   for field in ("validation_share", "min_gap", "flip_labels", "caption_dropout"):
     require(0.0 <= config.data[field] < 1.0, f"data.{field}", "a share of at least 0 and below 1")
   for field in ("max_per_prompt", "num_threads", "num_workers"):
     require(config.data[field] >= 0, f"data.{field}", "an integer of at least 0")
+  usual = default().data
+  pairs = config.objective in _PAIRS and config.data.source != "unpaired_file"
+  for field in ("labels", "scores", "ties", "min_gap", "only_labelled", "max_per_prompt", "keep_best", "flip_labels"):
+    require(pairs or config.data[field] == usual[field], f"data.{field}", f"{usual[field]!r}: it is for data of pairs")
+  for field in ("caption_dropout", "flip", "random_crop"):
+    drawn = config.objective in ONLINE and config.data[field] != usual[field]
+    require(not drawn, f"data.{field}", f"{usual[field]!r} for {config.objective}, which has no images to learn from")
   require(not config.data.keep_best or config.data.ties == "drop", "data.keep_best", "False unless ties are dropped")
   if config.data.source == "precomputed":
     require(not config.data.random_crop, "data.random_crop", "False: precomputed images are central squares")
@@ -329,6 +372,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     require(config.spo.minibatch >= 1, "spo.minibatch", "at least 1 transition")
     require(0.0 <= config.spo.threshold < 1.0, "spo.threshold", "a softmax gap in [0, 1)")
     require(0.0 < config.spo.ratio_clip < 1.0, "spo.ratio_clip", "a number in (0, 1)")
+    require(0.0 < config.spo.eta <= 1.0, "spo.eta", "a number in (0, 1]: without noise all candidates are the same")
+    require(config.spo.inner_steps >= 0, "spo.inner_steps", "an integer of at least 0")
     group = config.spo.inner_steps + 1
     steps = config.spo.num_inference_steps - config.spo.warmup_steps
     require(
@@ -336,7 +381,9 @@ def check(config: ml_collections.ConfigDict) -> None:
       "spo.inner_steps",
       f"a group length inner_steps + 1 that divides num_inference_steps - warmup_steps = {steps}",
     )
-    require(config.preference_model is not None, "preference_model", "the folder of a step-aware preference model")
+    require(bool(config.preference_model), "preference_model", "the folder of a step-aware preference model")
+  if config.objective == "spm":
+    require(bool(config.preference_model), "preference_model", "the folder of a CLIP or preference model to start from")
   if config.objective == "grpo":
     g = config.grpo
     require(g.num_inference_steps >= 1, "grpo.num_inference_steps", "at least 1 step")
@@ -350,7 +397,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     require(g.minibatch >= 1, "grpo.minibatch", "at least 1 step")
     moves = config.reference.mode == "update"
     require(g.kl_coef > 0.0 or not moves, "reference.mode", "frozen, as grpo.kl_coef is 0 and nothing looks at it")
-    require(config.preference_model is not None, "preference_model", "the folder of a preference model")
+    require(bool(config.preference_model), "preference_model", "the folder of a preference model")
 
 
 def _check_arguments(argv: list[str]) -> None:
@@ -361,6 +408,12 @@ def _check_arguments(argv: list[str]) -> None:
     file = recipe.partition(":")[0]
     if not pathlib.Path(file).is_file():
       raise ValueError(f"--config={recipe}: there is no file {file}; give a recipe such as configs/spo_tiny.py.")
+    variants = re.search(r"def get_config\((.*?)\)", pathlib.Path(file).read_text(encoding="utf-8", errors="replace"))
+    if ":" in recipe and variants is not None and not variants[1]:
+      raise ValueError(f"--config={recipe}: {file} has no variants; leave out the colon and what follows.")
+  given = {option.partition("=")[0] for option in options}
+  if not {"config", "flagfile", "help", "helpfull", "helpshort", "helpxml"} & given:
+    raise ValueError("no --config; give a recipe such as --config=configs/spo_tiny.py.")
   known = names()
   for option in options:
     name = option.partition("=")[0].removeprefix("config.")

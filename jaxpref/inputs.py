@@ -16,7 +16,6 @@ from jaxpref.data import batching, latents, pipeline, sources
 from jaxpref.data import index as index_lib
 
 logger = logging.getLogger(__name__)
-OF_PAIRS = ("emoji", *sources.PAIR_KINDS)
 
 
 def selection(config: Config, index: index_lib.Index, *, part: str) -> index_lib.Selection:
@@ -53,12 +52,19 @@ def open_pairs(config: Config) -> Any:
     if split not in splits:
       raise ValueError(f"config.data.split={d.split!r}; expected one of {', '.join(splits)} for pairs.")
     return sources.Indexed(splits[split], sources.index_of_records(splits[split]))
-  if d.source != "tfds" and split != "train":
+  if d.source != "tfds":
+    _check_split(config)
+  return sources.open_source(d.source, d.path, split=split, images=d.images, pairs=d.ranking_pairs)
+
+
+def _check_split(config: Config) -> None:
+  """Refuses a split that a file has not."""
+  d = config.data
+  if d.split != "train" and not (d.split == "validation" and d.validation_share):
     raise ValueError(
       f"config.data.split={d.split!r}: {d.path} has no splits; hold out a share of its prompts by "
       "config.data.validation_share."
     )
-  return sources.open_source(d.source, d.path, split=split, images=d.images, pairs=d.ranking_pairs)
 
 
 def pairs_source(config: Config) -> sources.Selected:
@@ -75,6 +81,11 @@ def pairs_source(config: Config) -> sources.Selected:
   if d.scores:
     fingerprint = index_lib.fingerprint(source.index)
     scored = index_lib.load(d.scores, num_records=len(source), fingerprint=fingerprint)
+    if missing := int(np.isnan(scored.scores()).any(0).sum()):
+      raise ValueError(
+        f"config.data.scores={d.scores}: {missing} of {len(source)} pairs have no scores yet; run the same "
+        "python -m jaxpref.score again, which finishes it."
+      )
     source = sources.Indexed(source, scored)
   if d.labels == "scores":
     source = sources.Indexed(source, index_lib.labels_by_score(source.index))
@@ -90,6 +101,7 @@ def unpaired_source(config: Config) -> Any:
   """
   if config.data.source != "unpaired_file":
     return sources.unpaired(pairs_source(config))
+  _check_split(config)
   source = sources.open_source("unpaired_file", config.data.path)
   held_out = index_lib.in_validation(source.index.prompt, config.data.validation_share)
   kept = np.flatnonzero(held_out if config.data.split == "validation" else ~held_out)
@@ -150,9 +162,20 @@ def image_batches(
 
 
 def prompt_batches(config: Config, tokenize: Callable[[list[str]], np.ndarray]) -> batching.Batches:
-  """The prompts of an online objective."""
+  """The prompts of an online objective; of a file those of `config.data.split`.
+
+  Raises:
+    ValueError: a split that the file has not, or fewer prompts than a batch holds.
+  """
+  d = config.data
+  prompts = None
+  if d.source == "prompts":
+    _check_split(config)
+    prompts = sources.read_prompts(d.path)
+    held_out = index_lib.in_validation(index_lib.prompt_ids(prompts), d.validation_share)
+    prompts = [p for p, out in zip(prompts, held_out, strict=True) if out == (d.split == "validation")]
   return pipeline.prompt_batches(
-    sources.read_prompts(config.data.path) if config.data.source == "prompts" else None,
+    prompts,
     tokenize=tokenize,
     subset=config.data.subset,
     split=_split(config),
@@ -214,10 +237,11 @@ def open_precomputed(config: Config) -> latents.Precomputed:
     )
   made, now = data.manifest["config"], precomputed_fields(config)
   defaults = precomputed_fields(config_lib.default())  # of fields that came after the folder was made
-  # Float32 and bfloat16 differ by rounding alone; a published model does not depend on the seed; and a folder that was
-  # made with flip has both, the images and the mirrored ones.
+  # Float32 and bfloat16 differ by rounding alone; a published model does not depend on the seed, nor does the choice of
+  # all pairs with their own labels; and a folder that was made with flip has both, the images and the mirrored ones.
   ignored = ["data.source", "data.path", "data.images", "data.scores", "dtype"]
-  ignored += ["seed"] if loading.preset_of(config.model) is None else []
+  drawn = loading.preset_of(config.model) is not None or config.data.flip_labels or config.data.max_per_prompt
+  ignored += [] if drawn else ["seed"]
   ignored += ["data.flip"] if made["data.flip"] else []
   for field, value in now.items():
     found = made.get(field, defaults[field])

@@ -239,17 +239,21 @@ def _minibatch_updates(
     return jax.tree.map(lambda g: g / jnp.maximum(found["loss"][1], 1.0), grads), found
 
   def update(m, carry):
-    state, sums, norms = carry
-    grads, found = gradients(state, m)
-    state, norm = _apply(optimizer, found["loss"][0], grads, state)
+    before, sums, norms = carry
+    grads, found = gradients(before, m)
+    state, norm = _apply(optimizer, found["loss"][0], grads, before)
+    # The metrics are those of the updates that count.
+    found, norm = jax.tree.map(lambda x: jnp.where(state.skipped == before.skipped, x, 0.0), (found, norm))
     return state, metrics_lib.add(sums, found), norms + norm
 
   gradients = jax.jit(gradients)  # so that it is traced once
+  before = state
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradients, state, jnp.int32(0))[1])
   state, sums, norms = jax.lax.fori_loop(jnp.int32(0), num_updates, update, (state, zeros, jnp.zeros(())))
+  done = num_updates - (state.skipped - before.skipped)
   return state, {
     **metrics_lib.divide(sums),
-    "grad_norm": norms / jnp.maximum(num_updates, 1),
+    "grad_norm": jnp.where((done > 0) | (num_updates == 0), norms / jnp.maximum(done, 1), jnp.nan),
     "updates": num_updates.astype(jnp.float32),
   }
 
@@ -281,7 +285,7 @@ def spo_step(
 
   All valid transitions of the batch are shuffled and spread evenly over ceil(valid / minibatch) updates; invalid ones
   cost nothing. Winner and loser transitions that start from one latent share one policy pass and one reference pass.
-  An update whose loss or gradient is not finite is left out and counted in `skipped_updates`.
+  An update whose loss or gradient is not finite is left out, of the metrics, too, and counted in `skipped_updates`.
 
   Args:
     pair_loss: on the log of the clipped ratios; the paper's is the sigmoid loss with beta 10.
@@ -406,7 +410,7 @@ def grpo_step(
   DDPO (arXiv 2305.13301) with `advantage="batch"`, `group_size=1` and `kl_coef=0`. Of each prompt `group_size` samples
   are drawn from noises of their own, and their images scored at time 0. All steps of all samples, or a share of them,
   are shuffled and spread evenly over ceil(steps / minibatch) updates; each is used once. An update whose loss or
-  gradient is not finite is left out and counted in `skipped_updates`.
+  gradient is not finite is left out, of the metrics, too, and counted in `skipped_updates`.
 
   Args:
     eta: of DDIM, above 0; the three methods take 1, 0.3 and another sampler of about 0.7.

@@ -24,9 +24,15 @@ from jaxpref.data import batching, emoji
 
 # Fields that may differ when a run is continued: they do not change what is computed at a given step.
 MAY_CHANGE = (
-  "num_steps", "logging.", "checkpoint.", "sample.", "evaluation.", "mesh.", "judge", "data.num_threads",
+  "logging.", "checkpoint.", "sample.", "evaluation.", "mesh.", "judge", "data.num_threads",
   "data.num_workers", "remat", "vae_slicing", "max_bad_steps", "profile_steps",
 )  # fmt: skip
+
+
+def may_change(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+  """Fields, or beginnings of their names, that may differ when a run is continued."""
+  # A learning rate that decays does so until the last step.
+  return MAY_CHANGE + (("num_steps",) if config.optimizer.schedule == "constant" else ())
 
 
 class NonFiniteError(RuntimeError):
@@ -130,17 +136,17 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   offline = config.objective not in config_lib.ONLINE
   sharding.check_batch_size(mesh, config.batch_size, config.accumulation if offline else 1)
   folder = pathlib.Path(workdir)
-  checkpoint.check_workdir(folder, config_lib.to_dict(config), may_change=MAY_CHANGE)
+  optimizer, schedule = make_optimizer(config)
+  checkpoint.check_workdir(folder, config_lib.to_dict(config), may_change=may_change(config))
 
-  # ---- Models, data and optimiser ----------------------------------------------------------------------------
+  # ---- Models and data ---------------------------------------------------------------------------------------
   experiment = build.build(
     config, functools.partial(sharding.tree_shardings, mesh), batch_devices=sharding.batch_devices(mesh)
   )
   batches = experiment.batches()
-  optimizer, schedule = make_optimizer(config)
   # Nothing was written so far, and what could be wrong with the config has been found.
   if jax.process_index() == 0:
-    checkpoint.claim_workdir(folder, config_lib.to_dict(config), may_change=MAY_CHANGE)
+    checkpoint.claim_workdir(folder, config_lib.to_dict(config), may_change=may_change(config))
   distributed.check_shared(folder)
 
   # ---- State -------------------------------------------------------------------------------------------------
@@ -196,9 +202,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     done, values, batch = pending
     started = time.perf_counter()
     scalars = metrics_lib.to_scalars({k: values[k] for k in ("loss", "grad_norm", "skipped_updates")})
+    updates = 1.0 if offline else float(values["updates"])
     on_devices += time.perf_counter() - started
     bar.set_postfix(loss=f"{scalars['loss']:.4f}", refresh=False)
-    if scalars["skipped_updates"]:
+    if scalars["skipped_updates"] and scalars["skipped_updates"] == updates:
       bad.append({"step": done, **scalars})
       _say(
         f"step {done}: loss {scalars['loss']}, gradient norm {scalars['grad_norm']}; its update was left out "
@@ -206,6 +213,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       )
     else:
       bad.clear()
+      if scalars["skipped_updates"]:
+        _say(f"step {done}: {scalars['skipped_updates']:.0f} of {updates:.0f} updates were not finite and left out.")
       if (spike := loss_monitor.see(scalars["loss"])) is not None:
         _say(f"step {done}: loss {scalars['loss']:.4g} is {spike:.1f} standard deviations above its running mean.")
     if bad or done % config.logging.every == 0 or done in (1, config.num_steps):  # whether resumed or not
@@ -374,8 +383,12 @@ def _evaluate(
   chosen = _prompts(config, e.split, e.num_prompts)
   captions, classes = [c.caption for c in chosen], [c.class_id for c in chosen]
   models = {}
-  if experiment.has_reference:  # Pre-training has no base model. A reference that never moved still is it.
-    models["base"] = frozen if config.reference.mode == "update" else {**frozen, **state.ref_params}
+  if config.reference.mode == "update" and experiment.has_reference:
+    models["base"] = frozen  # which has it, for the reference's divergence
+  elif experiment.has_reference:  # a reference that never moved still is it
+    models["base"] = {**frozen, **state.ref_params}
+  elif experiment.read_base is not None:  # pre-training has none
+    models["base"] = {**frozen, **sharding.put_tree(mesh, experiment.read_base())}
   models["aligned"] = {**frozen, **state.params}
   images, scores = {}, {}
   for name, weights in models.items():

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs jaxpref into .venv and aligns the small Stable Diffusion that it ships by SPO, on whatever device there is.
+# Installs jaxpref into .venv and aligns the small Stable Diffusion that it ships by SPO, on the CPU; with EXTRA=cuda or
+# EXTRA=tpu in the environment it installs JAX for these, and they do it.
 #
 #   bash scripts/quickstart.sh [--config.FIELD=VALUE ...]
 #
@@ -9,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 
-environment .venv .
+environment .venv ".${EXTRA:+[$EXTRA]}"
 workdir=runs/spo_tiny
 for argument in "$@"; do
   case $argument in -workdir=* | --workdir=*) workdir=${argument#*=} ;; esac

@@ -70,12 +70,17 @@ def _table(head: str, rows: Sequence[Sequence[Any]]) -> list[str]:
   return [f"| {head} |", *lines, ""]
 
 
-def markdown(study: dict[str, Any], conclusions: str = "") -> str:
-  """docs/study.md; the conclusions are written by hand, in docs/study_conclusions.md."""
+def markdown(study: dict[str, Any], conclusions: str = "", *, divergence: bool = True) -> str:
+  """docs/study.md; the conclusions are written by hand, in docs/study_conclusions.md.
+
+  Args:
+    divergence: whether there is a plot of D.
+  """
   runs = {name: [r for r in rows if "failed" not in r] for name, rows in study["runs"].items()}
   rule: dict[str, Any] = {"factors": ", ".join(map(str, study_plan.FACTORS)), "seed": study_plan.TUNING_SEED}
   rule |= {"fall": f"{100 * study_plan.ALLOWED_FALL:g}", "pictures": study_plan.TUNING_PICTURES}
   rule["conclusions"] = conclusions and f"## Conclusions\n\n{conclusions}\n## Numbers\n\n"
+  rule["divergence"] = "![D of the proposed reference](study_divergence.png)" if divergence else ""
   rule["budget"] = " ![Preferred share against cost](study_budget.png)" if _has_budgets(study) else ""
   lines = [_HEAD.format(n=study["seeds"], p=2 / 2 ** study["seeds"], **rule)]
   if done := [r for rows in runs.values() for r in rows]:
@@ -167,7 +172,8 @@ _COLUMNS |= {"minutes": ".1f", "evaluations": ",.0f"}
 _D = {"last_d": ".4f", "largest_d": ".4f", "accepted_d": ".4f", "moves": ".0f"}
 _HEAD = """# Study of methods on tiny-sd
 
-Made by `python scripts/study.py`; all numbers are in study.json. Runs have half of the updates or iterations of the
+Made by `python scripts/study.py`; all numbers are in study.json (of the plot of D only those of runs since it keeps
+them). Runs have half of the updates or iterations of the
 recipes (configs/*_tiny.py); all that is not named is theirs. Learning rates: of {factors} times the recipe's, with seed
 {seed} and {pictures} pictures of each validation prompt, that of the highest preferred share among those whose caption
 accuracy falls by at most {fall} points against base (if there is none, those that fall least); of equal ones the
@@ -186,7 +192,7 @@ the number of comparisons, and tell of other seeds of training, not of other pro
 D is what the gate reads: a running mean of err_ref - err_init, 8 samples at a time, of the reference that is proposed,
 also where it is then refused; reinit sets it to 0.
 
-![D of the proposed reference](study_divergence.png){budget}
+{divergence}{budget}
 """
 _CLEAN = """spo_clean is judged by an ordinary preference model: the recipe of the step-aware one (configs/spm_tiny.py,
 from the same tiny-clip), trained on images without noise, and told time 0 at every step.
@@ -240,5 +246,7 @@ def write(folder: pathlib.Path, docs: pathlib.Path, seeds: int) -> None:
   docs.mkdir(parents=True, exist_ok=True)
   plots(study, docs)
   conclusions = docs / "study_conclusions.md"
-  (docs / "study.md").write_text(markdown(study, conclusions.read_text() if conclusions.is_file() else ""))
+  text = conclusions.read_text() if conclusions.is_file() else ""
+  plotted = (docs / "study_divergence.png").is_file()
+  (docs / "study.md").write_text(markdown(study, text, divergence=plotted))
   (docs / "study.json").write_text(json.dumps(study, indent=1) + "\n")

@@ -72,6 +72,9 @@ def test_a_loss_without_a_reference_is_compared_with_the_base_model_all_the_same
   c = config.default()
   c.update(objective="dpo", model="random:sd15-miniature")
   c.loss.update(name="mapo", beta=0.1)
-  experiment = build.build(c)
-  assert experiment.has_reference
-  assert experiment.objective is not None and experiment.objective.divergence is None
+  for rank in (0, 2):
+    c.lora.rank = rank
+    experiment = build.build(c)
+    assert not experiment.has_reference and experiment.read_base is not None  # no copy of it in memory meanwhile
+    assert experiment.objective is not None and experiment.objective.divergence is None
+    jax.tree.map(np.testing.assert_array_equal, experiment.read_base(), experiment.params)

@@ -29,8 +29,9 @@ def completed(name):
   c = recipe(name)
   if c.data.source == "tfds":
     c.data.path = "pickapic"
-  if c.objective == "spo":
+  if c.data.source == "prompts":
     c.data.path = "prompts.json"
+  if c.objective == "spo":
     c.preference_model = c.preference_model or "spm"
   return c
 
@@ -234,6 +235,9 @@ def settings(**fields):
   return c
 
 
+SPO = {"objective": "spo", "preference_model": "tiny-spm"}
+
+
 @pytest.mark.parametrize(
   ("fields", "sentence"),
   [
@@ -244,6 +248,28 @@ def settings(**fields):
       "data.source='tfds'; expected another source for objective denoise: this one is for dpo",
     ),
     ({"vae_model": "x", "objective": "contrastive"}, "vae_model='x'; expected nothing for this objective"),
+    ({"data__path": "mine.jsonl"}, "data.path='mine.jsonl'; expected nothing for data.source=emoji; set data.source"),
+    ({"objective": "spo", "preference_model": ""}, "preference_model=''; expected the folder of a step-aware"),
+    ({"objective": "spm"}, "preference_model=None; expected the folder of a CLIP"),
+    (SPO | {"spo__eta": 0.0}, r"spo.eta=0.0; expected a number in \(0, 1\]: without noise"),
+    (SPO | {"spo__inner_steps": -1}, "spo.inner_steps=-1; expected an integer of at least 0"),
+    (SPO | {"data__caption_dropout": 0.1}, "data.caption_dropout=0.1; expected 0.0 for spo"),
+    (SPO | {"data__flip_labels": 0.1}, "data.flip_labels=0.1; expected 0.0: it is for data of pairs"),
+    (SPO | {"timesteps__gamma": 0.9}, "timesteps.gamma=0.9; expected 1 for spo"),
+    (
+      {"objective": "kto", "data__source": "unpaired_file", "data__path": "x.csv", "data__labels": "scores"},
+      "data.labels='scores'; expected 'given': it is for data of pairs",
+    ),
+    ({"objective": "kto", "loss__name": "ipo"}, "loss.name='ipo'; expected one of sigmoid"),
+    ({"loss__name": "ipo", "loss__label_smoothing": 0.1}, "loss.label_smoothing=0.1; expected 0: it is for sigmoid"),
+    ({"objective": "denoise", "reference__mode": "update"}, "reference.mode='update'; expected frozen: denoise has no"),
+    ({"objective": "spm", "lora__rank": 4}, "lora.rank=4; expected nothing for spm: it trains no UNet"),
+    ({"lora__targets": "("}, r"lora.targets='\('; expected a regular expression"),
+    ({"optimizer__clip_norm": -1.0}, "optimizer.clip_norm=-1.0; expected 0"),
+    ({"optimizer__b2": 1.5}, r"optimizer.b2=1.5; expected a number in \[0, 1\)"),
+    ({"optimizer__learning_rate": math.inf}, "optimizer.learning_rate=inf; expected a number above 0"),
+    ({"sample__num_prompts": 0}, "sample.num_prompts=0; expected an integer of at least 1"),
+    ({"evaluation__num_prompts": -1}, "evaluation.num_prompts=-1; expected 0"),
   ],
   ids=lambda v: " ".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
 )

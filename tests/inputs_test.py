@@ -106,6 +106,30 @@ def test_prompts_are_rolled_out(raw, tmp_path):
   trained(tmp_path, **fields, data__source="prompts", data__path=str(raw / "prompts.json"))
 
 
+def test_prompts_that_are_held_out_are_not_rolled_out(raw):
+  tokenize = lambda captions: np.array([[sum(map(ord, c))] for c in captions], np.int32)  # noqa: E731
+  fields = {"objective": "spo", "preference_model": "random:sd15-miniature", "batch_size": 1}
+  fields |= {"data__source": "prompts", "data__path": str(raw / "prompts.json")}
+  drawn = {}
+  for split in ("train", "validation"):
+    batches = inputs.prompt_batches(settings(**fields, data__validation_share=0.3, data__split=split), tokenize)
+    drawn[split] = {int(next(batches)["input_ids"][0, 0]) for _ in range(24)}
+  everything = {int(tokenize([row["caption"]])[0, 0]) for row in json.loads((raw / "prompts.json").read_text())}
+  assert drawn["train"] and drawn["validation"] and drawn["train"] | drawn["validation"] == everything
+  assert not drawn["train"] & drawn["validation"]
+  with pytest.raises(ValueError, match="config.data.split='test': .* has no splits; hold out a share"):
+    inputs.prompt_batches(settings(**fields, data__split="test"), tokenize)
+
+
+def test_a_preference_model_is_measured_on_few_pairs_or_says_what_is_missing(raw):
+  fields = {"objective": "spm", "preference_model": "random:sd15-miniature", "evaluation__num_prompts": 8}
+  fields |= {"data__source": "pairs_file", "data__path": str(raw / "pairs.jsonl"), "batch_size": 8}
+  with pytest.raises(ValueError, match="has no validation split to measure .* config.data.validation_share"):
+    build.build(settings(**fields))
+  experiment = build.build(settings(**fields, data__validation_share=0.3))
+  assert set(experiment.report(experiment.params)) >= {"validation_loss"}
+
+
 def test_what_is_selected_is_what_is_drawn(raw):
   fields = {"data__source": "pairs_file", "data__path": str(raw / "pairs.jsonl")}
   drop, keep = (inputs.pairs_source(settings(**fields, data__ties=ties)) for ties in ("drop", "keep"))
