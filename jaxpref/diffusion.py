@@ -2,10 +2,9 @@
 
     x_t = alpha_t x_0 + sigma_t eps,   alpha_t = sqrt(abar_t),  sigma_t = sqrt(1 - abar_t)
 
-`alpha_sigma` is the only place that knows where the two coefficients come from; everything else is
-written in terms of them, so another Gaussian path (flow matching) needs a new schedule and nothing
-else. All arithmetic is float32 whatever the input dtype: one bf16 ulp of a squared error moves a
-Diffusion-DPO logit by more than 1 at beta = 5000.
+`alpha_sigma` gives the two coefficients at a timestep; noise, targets and conversions between predictions are written
+in terms of them, samplers and weights in terms of abar. All arithmetic is float32 whatever the input dtype: one bf16
+ulp of a squared error moves a Diffusion-DPO logit by more than 1 at beta = 5000.
 """
 
 import dataclasses

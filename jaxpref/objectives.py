@@ -299,10 +299,9 @@ def dpo(
       )
     )
     margin = reward_w - reward_l
-    accuracy = 0.5 * (jnp.sign(margin) + 1.0)
     bins = {"total": schedule.num_train_timesteps, "bins": REWARD_BINS}
     metrics = {
-      "implicit_accuracy": mean_of(accuracy, valid),
+      "implicit_accuracy": mean_of(losses.implicit_accuracy(reward_w, reward_l), valid),
       "margin": mean_of(margin, valid),
       "reward_w": mean_of(reward_w, valid),
       "reward_l": mean_of(reward_l, valid),
@@ -461,7 +460,7 @@ def transition_loss(
   values = loss_fn(reward_w, reward_l, None)
   times = join(first.t, later.t)
   metrics = {
-    "implicit_accuracy": mean_of(0.5 * (jnp.sign(margin) + 1.0), mask),
+    "implicit_accuracy": mean_of(losses.implicit_accuracy(reward_w, reward_l), mask),
     "margin": mean_of(margin, mask),
     "loss_bin": binned_mean(values, mask, times, total=schedule.num_train_timesteps, bins=REWARD_BINS),
   }

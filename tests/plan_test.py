@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import dpo_sd15, dpo_sdxl, grpo_tiny, spo_sd15, spo_sdxl
+from configs import dpo_sd15, dpo_sdxl, grpo_tiny, spm_sdxl, spo_sd15, spo_sdxl
 from jaxpref import build, plan, precompute, sharding, train
 
 MESH = sharding.make_mesh(devices=jax.devices()[:1])
@@ -58,6 +58,15 @@ def test_recipes_of_published_models_need_neither_network_nor_weights():
   assert {x.dtype for x in jax.tree.leaves(frozen["unet"])} == {jnp.dtype("bfloat16")}
   assert set(state.params) == {"unet_lora"}
   assert batch["pixels_0"].shape == (2, 1024, 1024, 3)
+
+
+def test_a_preference_model_needs_neither_scores_nor_images():
+  config = spm_sdxl.get_config()
+  config.data.update(path="nowhere", scores="nowhere.npz")
+  config = plan.without_weights(config)
+  config.update(batch_size=1, accumulation=1)
+  _, state, _, batch = plan.abstract_inputs(config, MESH)
+  assert set(state.params) == {"spm"} and batch["pixels_0"].shape[0] == 1
 
 
 def test_an_unknown_model_is_refused():

@@ -301,6 +301,13 @@ def test_nothing_is_written_before_the_config_is_known_to_work(run):
   assert list(run.folder.iterdir()) == []
 
 
+def test_a_run_whose_learning_rate_decays_keeps_its_length():
+  constant, decaying = config.default(), config.default()
+  decaying.optimizer.schedule = "cosine"
+  assert "num_steps" in train.may_change(constant)
+  assert "num_steps" not in train.may_change(decaying) and "logging." in train.may_change(decaying)
+
+
 def test_compiled_steps_are_kept_and_virtual_devices_have_threads():
   found = {"XDG_CACHE_HOME": "/caches", "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --other"}
   main_lib.set_defaults(found)
