@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict as Config
 
 from jaxpref import config as config_lib
-from jaxpref import inputs, loading, lora_files, metrics, objectives, pretraining, step, weights
+from jaxpref import inputs, loading, lora_files, objectives, pretraining, step, weights
 from jaxpref.data import emoji, pipeline
 from jaxpref.models import lora, presets
 from jaxpref.models.preference import Judge
@@ -44,7 +44,8 @@ class Experiment:
     model: the text-to-image model, if there is one.
     tokenize: captions to i32[n, L].
     judge, judge_params: for the evaluation only.
-    report: numbers on held-out data for pre-training objectives, from the trained params.
+    held_out: opens the data that a preference model is measured on, as `batches`.
+    report: numbers on held-out data for pre-training objectives, from the trained params on the host.
   """
 
   params: Any
@@ -63,6 +64,7 @@ class Experiment:
   tokenize: Callable[[list[str]], np.ndarray] | None = None
   judge: Judge | None = None
   judge_params: Any = None
+  held_out: Callable[[], Any] | None = None
   report: Callable[[Any], dict[str, float]] = lambda params: {}
 
 
@@ -79,8 +81,10 @@ def build(config: Config, sharding: weights.Sharding = None, *, batch_devices: i
   pretraining_stages = {"autoencode": _autoencode, "contrastive": _contrastive, "classify": _classify}
   if config.objective in pretraining_stages:
     return pretraining_stages[config.objective](config)
-  family = _spm if config.objective == "spm" else _text_to_image
-  return family(config, sharding, config.vae_slicing * batch_devices or None)
+  vae_slicing = config.vae_slicing * batch_devices or None
+  if config.objective == "spm":
+    return _spm(config, sharding, vae_slicing, batch_devices)
+  return _text_to_image(config, sharding, vae_slicing)
 
 
 def _remat(text: str) -> str | tuple[str, ...]:
@@ -304,7 +308,7 @@ def _text_to_image(config: Config, sharding: weights.Sharding, vae_slicing: int 
 # ---- Preference model ------------------------------------------------------------------------------------------
 
 
-def _spm(config: Config, sharding: weights.Sharding, vae_slicing: int | None) -> Experiment:
+def _spm(config: Config, sharding: weights.Sharding, vae_slicing: int | None, batch_devices: int) -> Experiment:
   pipe = _load(config, sharding)
   model, tokenize = loading.text_to_image(pipe, vae_slicing=vae_slicing), pipe.tokenize
   scorer, params = loading.load_scorer(config.preference_model, dtype=config.dtype, seed=config.seed, sharding=sharding)
@@ -321,18 +325,10 @@ def _spm(config: Config, sharding: weights.Sharding, vae_slicing: int | None) ->
         f"{config.data.path} has no validation split to measure the preference model on; hold out a share of its "
         "prompts by config.data.validation_share, or measure nothing: config.evaluation.num_prompts=0."
       )
-    held_out.batch_size = min(config.batch_size, max(1, len(inputs.pairs_source(held_out))))
-
-  def report(params: Any) -> dict[str, float]:
-    if not config.evaluation.num_prompts:
-      return {}
-    batches = inputs.pair_batches(held_out, model.image_size, tokenize, process_index=0, process_count=1)
-    evaluate = jax.jit(lambda params, batch, key: objective.loss(params, {}, frozen, batch, key)[2])
-    total: Any = None
-    for i in range(max(1, 512 // held_out.batch_size)):
-      pairs = evaluate(params, next(batches), jax.random.key(i))
-      total = pairs if total is None else jax.tree.map(jnp.add, total, pairs)
-    return metrics.to_scalars({f"validation_{k}": v for k, v in metrics.divide(total).items()})
+    few = len(inputs.pairs_source(held_out)) // batch_devices * batch_devices
+    held_out.batch_size = min(config.batch_size, max(few, batch_devices))
+    inputs.pair_batches(held_out, model.image_size, tokenize).close()
+  open_held_out = lambda: inputs.pair_batches(held_out, model.image_size, tokenize)
 
   return Experiment(
     params={"spm": params},
@@ -341,7 +337,7 @@ def _spm(config: Config, sharding: weights.Sharding, vae_slicing: int | None) ->
     batches=lambda: inputs.pair_batches(config, model.image_size, tokenize),
     export=lambda params, folder: weights.save_preference_model(folder, scorer, params["spm"], dtype=jnp.float16),
     images_per_step=2 * config.batch_size,
-    report=report,
+    held_out=open_held_out if config.evaluation.num_prompts else None,
   )
 
 

@@ -227,6 +227,7 @@ def main(argv: list[str]) -> None:
     config = plan.without_weights(flags.FLAGS.config)
     devices = topology_devices(topology) if topology else jax.devices()
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    config.mesh.update(dict(mesh.shape))  # what was -1 is known now
     offline = config.objective not in config_lib.ONLINE
     sharding.check_batch_size(mesh, config.batch_size, config.accumulation if offline else 1)
     print(f"compiling a step of {config.objective} for {len(devices)} x {devices[0].device_kind} ...", file=sys.stderr)

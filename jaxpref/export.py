@@ -16,7 +16,7 @@ import sys
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jaxpref import build, checkpoint, loading, lora_files
+from jaxpref import build, checkpoint, loading, lora_files, weights
 from jaxpref import config as config_lib
 
 TEXT_TO_IMAGE = ("spo", "grpo", "dpo", "tdpo", "kto", "denoise")
@@ -77,7 +77,10 @@ def export(
     )
   scale = 1.0 if adapter is None else build.adapter_scale(config, lora_files.adapter_rank(adapter))
   if form == "pipeline":
-    pipe = loading.load_text_to_image(config.model, dtype=config.dtype, seed=config.seed, vae_model=config.vae_model)
+    kept = [name for name in weights.NETWORKS if name not in params]
+    pipe = loading.load_text_to_image(
+      config.model, dtype=config.dtype, seed=config.seed, vae_model=config.vae_model, components=kept
+    )
     build.save_trained(out, pipe, params, scale=scale, dtype=jnp.dtype(dtype or "float16"))
     return out
   file.parent.mkdir(parents=True, exist_ok=True)

@@ -154,7 +154,7 @@ def apply_gathered(
     tensor_axis: the axis that `DEFAULT_RULES` split over `tensor`, if they do.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.shape["fsdp"] == 1:
+  if not set(AXES) <= set(mesh.axis_names) or mesh.shape["fsdp"] == 1:  # none, or one of another program
     return product(x, kernel)
   if mesh.shape["tensor"] > 1 or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
     split = tensor_axis is not None and kernel.shape[tensor_axis] % mesh.shape["tensor"] == 0

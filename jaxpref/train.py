@@ -21,6 +21,7 @@ from jaxpref import build, checkpoint, distributed, drawing, judging, monitor, o
 from jaxpref import config as config_lib
 from jaxpref import metrics as metrics_lib
 from jaxpref.data import batching, emoji
+from jaxpref.models.attention import cuda_capability
 
 # Fields that may differ when a run is continued: they do not change what is computed at a given step.
 MAY_CHANGE = (
@@ -132,6 +133,12 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   # ---- Checks ------------------------------------------------------------------------------------------------
   goodput = monitor.Goodput("start")
   config_lib.check(config)
+  capability = cuda_capability()
+  if config.dtype == "bfloat16" and capability is not None and capability < 8.0:
+    raise ValueError(
+      f"config.dtype='bfloat16': a GPU of compute capability {capability} cannot multiply in it; expected one of 8.0 "
+      "(Ampere) or later; set config.dtype=float32."
+    )
   mesh = sharding.make_mesh(**config.mesh)
   offline = config.objective not in config_lib.ONLINE
   sharding.check_batch_size(mesh, config.batch_size, config.accumulation if offline else 1)
@@ -312,6 +319,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   distributed.barrier("exported")
   _say(f"exported to {folder / 'export'}")
   results = experiment.report(params)
+  if experiment.held_out is not None:
+    results = _validate(experiment, mesh, frozen, state)
   if experiment.evaluable and experiment.judge is not None and config.evaluation.num_prompts:
     results = _evaluate(config, experiment, mesh, frozen, state, folder)
   if results and jax.process_index() == 0:
@@ -322,6 +331,27 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     _say(f"results, pictures and curves are in {folder}")
   _say(str(goodput))
   return results
+
+
+def _validate(
+  experiment: build.Experiment, mesh: jax.sharding.Mesh, frozen: Any, state: step.State, *, least: int = 512
+) -> dict[str, float]:
+  """The objective's metrics on held-out batches: means over at least so many rows, those of a short split repeated."""
+  assert experiment.objective is not None and experiment.held_out is not None
+  loss = experiment.objective.loss
+  evaluate = jax.jit(
+    sharding.on_mesh(mesh, lambda params, frozen, batch, key: loss(params, {}, frozen, batch, key)[2])
+  )
+  batches, total = experiment.held_out(), None
+  try:
+    for i in range(max(1, least // batches.batch_size)):
+      batch = sharding.put_batch(mesh, next(batches))
+      pairs = evaluate(state.params, frozen, batch, jax.random.key(i))
+      total = pairs if total is None else metrics_lib.add(total, pairs)
+  finally:
+    batches.close()
+  assert total is not None
+  return metrics_lib.to_scalars({f"validation_{k}": v for k, v in metrics_lib.divide(total).items()})
 
 
 def _prompts(config: ml_collections.ConfigDict, split: str, count: int) -> list[emoji.Emoji]:

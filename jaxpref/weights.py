@@ -304,7 +304,8 @@ def load_pipeline(
     scheduler_config=scheduler_config,
     tokenizer=tokenizer,
     tokenizer_2=tokenizer_2,
-    force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", False)),
+    # The default is that of diffusers' pipeline of SDXL; the others have no such option.
+    force_zeros_for_empty_prompt="text_encoder_2" in modules and bool(index.get("force_zeros_for_empty_prompt", True)),
   )
 
 
@@ -585,7 +586,7 @@ def load_clip(
   """Opens a plain CLIP, without a time condition: in transformers' layout or in open_clip's.
 
   Args:
-    folder: path or hub name with config.json and model.safetensors, or with open_clip_config.json and
+    folder: path or hub name with config.json and model.safetensors, or path of a folder with open_clip_config.json and
       open_clip_model.safetensors.
     dtype, param_dtype: as for `load_preference_model`.
     sharding: of all parameters.

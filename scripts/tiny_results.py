@@ -32,14 +32,19 @@ def main() -> None:
       folder = args.runs / f"{name}_{seed}"
       started = time.time()
       if not (folder / "results.json").exists():
-        subprocess.run(
-          [
-            sys.executable, "-m", "jaxpref.main", f"--config=configs/{name}_tiny.py", f"--config.seed={seed}",
-            f"--workdir={folder}",
-          ],
-          check=True,
-        )  # fmt: skip
-        (folder / "seconds.txt").write_text(f"{time.time() - started:.0f}\n")
+        seconds = folder / "seconds.txt"
+        before = float(seconds.read_text()) if seconds.exists() else 0.0  # of the parts of an interrupted run
+        try:
+          subprocess.run(
+            [
+              sys.executable, "-m", "jaxpref.main", f"--config=configs/{name}_tiny.py", f"--config.seed={seed}",
+              f"--workdir={folder}",
+            ],
+            check=True,
+          )  # fmt: skip
+        finally:
+          if folder.is_dir():
+            seconds.write_text(f"{before + time.time() - started:.0f}\n")
       results = json.loads((folder / "results.json").read_text())
       seconds = folder / "seconds.txt"
       rows.append(

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpref import diffusion, objectives, rollout
+from jaxpref import diffusion, losses, objectives, rollout
 from jaxpref.loading import text_to_image
 from jaxpref.models.preference import preprocess
 from jaxpref.models.text_to_image import TextToImage
@@ -71,11 +71,11 @@ def image_batch(size):
 
 def test_kto_is_half_where_policy_and_reference_agree_and_pulls_apart():
   """lam / 2 for each image at first; a step along the gradient raises the liked ones' reward over the others'."""
-  objective = compiled_loss(objectives.kto(MODEL, beta=10.0, weight_desirable=2.0))
+  objective = compiled_loss(objectives.kto(MODEL, beta=10.0, weight_desirable=2.0, weight_undesirable=0.5))
   batch = image_batch(9)
   (loss, (count, found)), grads = objective(SAME, SAME, FROZEN, batch, KEY)
   assert count == 9 and found["reward_liked"][1] == 3 and found["reward_disliked"][1] == 6
-  np.testing.assert_allclose(loss, 3 * 2.0 / 2 + 6 / 2, rtol=1e-5)
+  np.testing.assert_allclose(loss, 3 * 2.0 / 2 + 6 * 0.5 / 2, rtol=1e-5)
   moved = jax.tree.map(lambda p, g: p - 0.01 * g / optax.tree.norm(grads), SAME, grads)
   (after, (_, found)), _ = objective(moved, SAME, FROZEN, batch, KEY)
   assert after < loss
@@ -318,6 +318,47 @@ def test_other_losses_equal_numpy_on_the_same_front_end(name):
   np.testing.assert_allclose(loss, expected.sum(), rtol=2e-3)
   assert count == 6
   np.testing.assert_allclose(found["margin"][0], 0.5 * margin.sum(), rtol=2e-3, atol=1e-5)
+
+
+def test_the_divergence_of_kto_looks_at_liked_images_first():
+  """At most at eight."""
+  batch = image_batch(12) | {"label": np.float32([0] * 4 + [1] * 8)}
+  divergence = jax.jit(objectives.kto(MODEL, beta=10.0).divergence)
+  found = []
+  for changed in (slice(0, 0), slice(0, 4), slice(4, 12)):
+    pixels = batch["pixels"].copy()
+    pixels[changed] = 0
+    found.append(float(divergence(OTHER, FROZEN, batch | {"pixels": pixels}, KEY)))
+  assert found[0] == found[1] != found[2]
+
+
+def test_a_safeguard_scales_the_losers_gradient_alone():
+  rng = np.random.default_rng(0)
+  pred_w, noise, target_w, target_l = (jnp.float32(rng.standard_normal((5, *LATENT))) for _ in range(4))
+  pred_l = target_l + 3.0 * (pred_w - target_w) + 0.5 * noise  # so that the gradients agree
+  scalars = jnp.float32(rng.uniform(0.1, 1.0, (4, 5)))
+  scale = losses.safeguard_scale(pred_w, target_w, pred_l, target_l, mu=0.3)
+  assert (np.asarray(scale) < 0.9).all()  # they are held back
+
+  def gradients(name, guarded):
+    loss = objectives.denoised_loss(name, beta=0.5)
+    loss = objectives.safeguarded(loss, mu=0.3) if guarded else loss
+
+    def total(scalars):
+      pair = objectives.DenoisedPair(
+        pred_w, pred_l, pred_w, pred_l, target_w, target_l, *scalars, weight=jnp.ones(5)
+      )
+      return jnp.sum(loss(pair))
+
+    return jax.grad(total)(scalars)  # of err_w, err_l, reward_w, reward_l
+
+  for name in ("sigmoid", "mapo"):
+    plain, safe = gradients(name, False), gradients(name, True)
+    np.testing.assert_allclose(safe[0], plain[0], rtol=1e-6)
+    np.testing.assert_allclose(safe[2], plain[2], rtol=1e-6)
+    np.testing.assert_allclose(safe[1], plain[1] * scale, rtol=1e-5)
+    np.testing.assert_allclose(safe[3], plain[3] * scale, rtol=1e-5)
+    assert np.abs(plain[1]).max() + np.abs(plain[3]).max() > 0
 
 
 def test_a_safeguard_holds_back_the_losers_gradient():
@@ -598,6 +639,10 @@ def test_spm_equals_numpy():
   weights = 1 / batch["num_example_per_prompt"]
   np.testing.assert_allclose(count, weights.sum(), rtol=1e-6)
   np.testing.assert_allclose(loss, (values * weights).sum(), rtol=5e-3)
+  chosen = np.linspace(0.1, 2.0, size).astype(np.float32)  # what a selection of pairs says instead
+  (loss, count, _), _ = recorded(spm_of, FROZEN, {}, FROZEN, batch | {"weight": chosen}, KEY)
+  np.testing.assert_allclose(count, chosen.sum(), rtol=1e-6)
+  np.testing.assert_allclose(loss, (values * chosen).sum(), rtol=5e-3)
   decided = label != 0.5
   right = ((z > 0) == (label > 0.5)) * weights
   np.testing.assert_allclose(

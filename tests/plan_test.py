@@ -36,6 +36,7 @@ def test_the_arguments_are_those_of_training(recipe):
 def test_precomputed_data_need_neither_vae_nor_text_encoders(tmp_path):
   config = dpo_sdxl.get_config("smoke")
   config.batch_size = 4
+  config.data.split = "validation"  # a ninth of the images
   assert precompute.run(config, str(tmp_path / "made"), rows_per_file=2048, batch_size=8)
   config.data.update(source="precomputed", path=str(tmp_path / "made"))
   config.sample.every, config.evaluation.num_prompts = 0, 0

@@ -393,13 +393,20 @@ def test_the_gradient_of_an_iteration_is_traced_once(accumulation, monkeypatch):
   assert len(calls) == 1
 
 
-def test_an_iteration_learns_and_reports():
+def test_an_iteration_learns_and_reports(monkeypatch):
   """From log 2 at the start; the next iteration starts where it ended, with other noise."""
-  seen = []
+  seen, winners, drawn = [], [], rollout.pool_rollout
+
+  def pool_rollout(*args, **kwargs):
+    pairs = drawn(*args, **kwargs)
+    jax.debug.callback(lambda latents: winners.append(np.array(latents)), pairs.separate.next_w[:, -1])
+    return pairs
+
+  monkeypatch.setattr(rollout, "pool_rollout", pool_rollout)
 
   def update(ref_params, params, stats, step, frozen, batch, key):
     """Moves at the second step; the latents are those the divergence is measured on."""
-    seen.append(batch["latents"].shape)
+    jax.debug.callback(lambda latents: seen.append(np.array(latents)), batch["latents"])
     return jax.tree.map(lambda r, p: jnp.where(step == 2, p, r), ref_params, params), stats
 
   run = jax.jit(spo(update_reference=update))
@@ -420,7 +427,9 @@ def test_an_iteration_learns_and_reports():
   second, later = run(state, FROZEN, PROMPTS)
   assert later["reward"] != found["reward"]
   assert later["optimizer_updates"] == found["updates"] + later["updates"]
-  assert seen[0] == (8, *LATENT) and "divergence" in found
+  jax.effects_barrier()
+  assert seen[0].shape == (8, *LATENT) and "divergence" in found
+  np.testing.assert_array_equal(seen[0], winners[0])
   assert equal(second.ref_params, second.params)
 
 

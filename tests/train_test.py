@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import build, checkpoint, config, metrics, monitor, objectives, train, weights
+from jaxpref import build, checkpoint, config, metrics, monitor, objectives, step, train, weights
 from jaxpref import main as main_lib
 from jaxpref.data import batching
+from jaxpref.models import lora
 from tests import QUICK_FLAGS
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -301,6 +302,68 @@ def test_nothing_is_written_before_the_config_is_known_to_work(run):
   assert list(run.folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("kept", ["moved", "frozen", "read"])
+def test_the_base_model_is_what_training_started_from(tmp_path, monkeypatch, kept):
+  """Wherever its weights are; pictures have the brightness of the weights, and the judge likes bright ones."""
+
+  def generate(config, experiment, mesh, weights, captions, *, seeds_per_prompt, **kwargs):
+    return np.full((len(captions), seeds_per_prompt, 2, 2, 3), int(weights["w"]), np.uint8)
+
+  def score(judge, params, images, classes, **kwargs):
+    brightness = images.mean(axis=(2, 3, 4))
+    return {"style_log_prob": brightness, "preferred": brightness > 100.0, "correct": brightness < 220.0}
+
+  monkeypatch.setattr(train, "_generate", generate)
+  monkeypatch.setattr(train.judging, "score", score)
+  base, aligned = {"w": jnp.float32(10)}, {"w": jnp.float32(200)}
+  c = config.default()
+  c.reference.mode = "update" if kept == "moved" else "frozen"
+  reference = {"moved": {"w": jnp.float32(150)}, "frozen": base, "read": {}}[kept]
+  (tmp_path / "metrics.jsonl").write_text("")
+  experiment = build.Experiment(
+    params=None,
+    frozen=None,
+    batches=lambda: None,
+    export=lambda *_: None,
+    judge=object(),
+    has_reference=kept != "read",
+    read_base=lambda: base,
+  )
+  mesh = train.sharding.make_mesh(devices=jax.devices()[:1])
+  state = step.initial_state(aligned, reference, ())
+  found = train._evaluate(c, experiment, mesh, base if kept == "moved" else {}, state, tmp_path)
+  assert found["base"]["preferred_share"]["mean"] == 0 and found["aligned"]["preferred_share"]["mean"] == 1
+  assert found["win_rate"] == 1 and found["base"]["caption_accuracy"]["mean"] == 1
+  assert (tmp_path / "before_after.png").is_file()
+
+
+@pytest.mark.parametrize("delta", [1e9, 0.0])
+def test_the_fields_of_the_reference_arrive(delta):
+  """A proposal by alpha and rho, accepted below delta, and else what on_diverge says."""
+  c = config.default()
+  c.reference.update(mode="update", alpha=0.25, rho=0.1, tau=3, delta=delta, on_diverge="reinit")
+  ref, params, init = ({"w": jnp.full(2, value)} for value in (1.0, 5.0, 0.5))
+  seen = []
+  experiment = build.Experiment(
+    params=None,
+    frozen=None,
+    batches=lambda: None,
+    export=lambda *_: None,
+    objective=objectives.Objective(None, lambda ref, *_: seen.append(ref) or jnp.sum(ref["w"])),
+    init_params=lambda frozen: init,
+  )
+  update = train._reference_updater(c, experiment)
+  stats = train.reference.ReferenceStats.zeros()
+  with jax.disable_jit():
+    still, _ = update(ref, params, stats, jnp.int32(2), {}, {}, jax.random.key(0))
+    moved, after = update(ref, params, stats, jnp.int32(3), {}, {}, jax.random.key(0))
+  proposed = train.reference.propose(ref, params, init, alpha=0.25, rho=0.1)
+  np.testing.assert_array_equal(still["w"], ref["w"])
+  np.testing.assert_allclose(seen[-1]["w"], proposed["w"])
+  np.testing.assert_allclose(moved["w"], proposed["w"] if delta > 0 else init["w"])
+  assert after.accepted == (delta > 0) and after.resets == (delta == 0)
+
+
 def test_a_run_whose_learning_rate_decays_keeps_its_length():
   constant, decaying = config.default(), config.default()
   decaying.optimizer.schedule = "cosine"
@@ -400,6 +463,7 @@ DPO = {
   "checkpoint__every": 2,
   "sample__every": 0,
   "optimizer__warmup_steps": 2,
+  "optimizer__learning_rate": 1e-3,
   "evaluation__num_prompts": 2,
   "evaluation__seeds_per_prompt": 2,
   "evaluation__num_inference_steps": 2,
@@ -442,6 +506,12 @@ def test_the_exported_model_is_the_base_with_the_adapter_merged(whole):
   folder, _ = whole
   base = weights.random_pipeline("one-level", 0)
   found = weights.load_pipeline(folder / "export")
+  adapter = checkpoint.load_params(folder)[0]["unet_lora"]
+  half = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), tree)  # noqa: E731
+  merged = half(lora.merge_lora(base.params["unet"], adapter, 1.0))
+  jax.tree.map(np.testing.assert_array_equal, half(found.params["unet"]), merged)
+  untouched = jax.tree.leaves(half(base.params["unet"]))
+  assert not all(map(np.array_equal, jax.tree.leaves(merged), untouched))  # it has learnt something
   assert found.unet.config == base.unet.config
   moved = {}
   for (path, a), b in zip(

@@ -1,5 +1,6 @@
 """Attention and the transformer of the UNet's cross-attention blocks, named as in diffusers."""
 
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -44,11 +45,20 @@ def attention(
       implementation = "xla"
     else:
       half = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[3] <= 128 and q.shape[3] % 8 == 0
-      implementation = "cudnn" if half and jax.default_backend() == "gpu" else "chunked"
+      implementation = "cudnn" if half and (cuda_capability() or 0.0) >= 8.0 else "chunked"
   if implementation == "chunked":
     assert mask is None
     return _chunked_attention(q, k, v, chunks=-(-logits // MAX_LOGITS))
   return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+
+
+@functools.cache
+def cuda_capability() -> float | None:
+  """The compute capability of this machine's NVIDIA GPUs, None without."""
+  if jax.default_backend() != "gpu":
+    return None
+  capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))  # of AMD's GPUs it is a name
+  return float(capability) if capability.replace(".", "", 1).isdigit() else None
 
 
 def _chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, chunks: int) -> jax.Array:
