@@ -434,6 +434,9 @@ def test_dspo_at_initialisation_is_the_winners_error():
   zero = jnp.zeros(B)
   loss = losses.dspo_loss(pred, pred, target, zero, zero, beta=BETA)
   np.testing.assert_allclose(loss, np.mean((pred - target) ** 2, axis=1), rtol=1e-6)
+  beta = 0.25
+  gradient = jax.grad(lambda p: losses.dspo_loss(p, pred, target, zero, zero, beta=beta).sum())(pred)
+  np.testing.assert_allclose(gradient, (1 - beta / 2) * 2 * (pred - target) / 4, rtol=1e-5)  # SFT's, but for a factor
   with pytest.raises(ValueError, match="one per sample"):
     losses.dspo_loss(pred, pred, target, zero[:1], zero[:1], beta=BETA)
 
