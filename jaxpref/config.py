@@ -412,7 +412,7 @@ def _check_arguments(argv: list[str]) -> None:
     if ":" in recipe and variants is not None and not variants[1]:
       raise ValueError(f"--config={recipe}: {file} has no variants; leave out the colon and what follows.")
   given = {option.partition("=")[0] for option in options}
-  if not {"config", "flagfile", "help", "helpfull", "helpshort", "helpxml"} & given:
+  if not {"config", "flagfile", "verify", "help", "helpfull", "helpshort", "helpxml"} & given:
     raise ValueError("no --config; give a recipe such as --config=configs/spo_tiny.py.")
   known = names()
   for option in options:

@@ -34,8 +34,8 @@ def _decayed(
   core: optax.GradientTransformation, schedule: optax.Schedule, weight_decay: float, *, flip_sign: bool = True
 ) -> optax.GradientTransformation:
   """Decoupled weight decay as AdamW's; `flip_sign`: of what `core` gives, an ascent."""
-  decay = optax.add_decayed_weights(weight_decay if flip_sign else -weight_decay)
-  return optax.chain(core, decay, optax.scale_by_learning_rate(schedule, flip_sign=flip_sign))
+  decay = [optax.add_decayed_weights(weight_decay if flip_sign else -weight_decay)] if weight_decay else []
+  return optax.chain(core, *decay, optax.scale_by_learning_rate(schedule, flip_sign=flip_sign))
 
 
 def make_optimizer(

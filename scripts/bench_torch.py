@@ -261,7 +261,7 @@ def check_recipe(case: str, size: str) -> Any:
   """
   config = bench.recipe(case, size, None, dtype="float32", miniature=True)
   config.batch_size = 4 if config.objective == "dpo" else 2
-  config.optimizer.update(name="sgd", learning_rate=1.0, schedule="constant", warmup_steps=0, b1=0.0)
+  config.optimizer.update(name="sgd", learning_rate=1.0, schedule="constant", warmup_steps=0, b1=0.0, weight_decay=0.0)
   config.spo.minibatch = sys.maxsize
   if config.objective == "dpo":
     config.accumulation = 1

@@ -295,8 +295,8 @@ def test_a_recipe_names_scorers(models, tmp_path, monkeypatch):
   for fields, message in (
     ({"scorers": "beauty"}, "scorer 'beauty' is unknown"),
     ({"scorers": f"{BRIGHTNESS},tests.evaluate_test:gone"}, "has no function 'gone'"),
-    ({"scorers": BRIGHTNESS, "num_prompts": -1}, "--num_prompts=-1; .* has 3, expected 1 to that"),
-    ({"scorers": BRIGHTNESS, "eta": 2.0, "num_prompts": 0}, "--eta=2.0; expected 0 to 1"),
+    ({"scorers": BRIGHTNESS, "num_prompts": -1}, "evaluation.num_prompts=-1; expected 0"),
+    ({"scorers": BRIGHTNESS, "eta": 2.0, "num_prompts": 0}, "evaluation.eta=2.0; expected a number in"),
   ):
     config.evaluation.update(fields)
     with pytest.raises(ValueError, match=message):

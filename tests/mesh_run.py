@@ -27,7 +27,8 @@ def recipe(objective, mesh):
   c.accumulation = 2 if objective != "tdpo" else 1
   # With Adam's epsilon of 1e-8, gradients that are rounding alone would make whole steps.
   c.optimizer.update(learning_rate=LEARNING_RATE, warmup_steps=2, clip_norm=1.0, eps=1e-6)
-  c.data.update(caption_dropout=0.2, flip=True)
+  if objective not in ("spo", "grpo"):
+    c.data.update(caption_dropout=0.2, flip=True)
   c.logging.every = 1
   c.checkpoint.every = STEPS
   # Each error, of about 1, is rounded to 6e-8; the published beta of 5000 would make 3e-4 of it in the loss.
