@@ -53,6 +53,11 @@ def test_in_full_precision_nothing_is_read_again_to_be_written(tmp_path, monkeyp
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, np.float16)), found, original)
 
 
+def test_pretraining_may_train_the_text_encoder():
+  experiment = build.build(recipe(objective="denoise", train_text_encoder=True))
+  assert set(experiment.params) == {"unet", "text_encoder"} and not {"unet", "text_encoder"} & set(experiment.frozen)
+
+
 def test_full_training_lets_go_of_the_parameters_it_started_from():
   experiment = build.build(recipe())
   loaded = weakref.ref(experiment.params["unet"]["conv_in"]["kernel"])

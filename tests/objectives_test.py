@@ -406,6 +406,14 @@ def test_denoise_is_the_mean_squared_error():
   assert count == 5
   bins = np.bincount(t // 100, minlength=10)
   np.testing.assert_array_equal(found["loss_bin"][1], bins)
+  # A text encoder that is trained, too.
+  params = SAME | {"text_encoder": FROZEN["text_encoder"]}
+  frozen = {k: v for k, v in FROZEN.items() if k not in params}
+  (again, _), grads = compiled_loss(objectives.denoise(MODEL))(params, {}, frozen, images, KEY)
+  np.testing.assert_allclose(again, loss, rtol=1e-5)
+  used = np.unique(images["input_ids"])
+  moved = np.abs(grads["text_encoder"]["embedding"]).max(axis=1) > 0
+  assert moved[used].all() and moved.sum() == len(used)
 
 
 DIVERGENCE = jax.jit(objectives.dpo(MODEL, SIGMOID).divergence)

@@ -302,6 +302,20 @@ def test_nothing_is_written_before_the_config_is_known_to_work(run):
   assert list(run.folder.iterdir()) == []
 
 
+def test_a_loss_whose_mean_rises_is_said_to_diverge():
+  noise = np.random.default_rng(0).normal(0.0, 0.1, 400)
+  for slope, expected in ((0.005, 1.0), (0.0, 0.0), (-0.002, 0.0)):
+    alarm = monitor.LossMonitor()
+    for step_number, jitter in enumerate(noise):
+      alarm.see(2.0 + slope * max(0, step_number - 200) + float(jitter))
+      if step_number == 199:
+        assert alarm.metrics()["diverging"] == 0
+        again = monitor.LossMonitor()  # as a run that continues
+        again.set_state(json.loads(json.dumps(alarm.get_state())))
+        alarm = again
+    assert alarm.metrics()["diverging"] == expected
+
+
 @pytest.mark.parametrize("kept", ["moved", "frozen", "read"])
 def test_the_base_model_is_what_training_started_from(tmp_path, monkeypatch, kept):
   """Wherever its weights are; pictures have the brightness of the weights, and the judge likes bright ones."""
