@@ -195,8 +195,7 @@ def _text_to_image(config: Config, sharding: weights.Sharding, vae_slicing: int 
   pipe = dataclasses.replace(pipe, params={k: v for k, v in pipe.params.items() if k not in components})
   tokenize = pipe.tokenize
   model = loading.text_to_image(pipe, lora_scale=scale, vae_slicing=vae_slicing)
-  drawing = {"evaluation"} if "vae" in needed else set()
-  for name in sorted(drawing | ({config.objective} & set(config_lib.ONLINE))):
+  for name in ("evaluation", config.objective) if config.objective in config_lib.ONLINE else ("evaluation",):
     count, total = config[name].num_inference_steps, model.schedule.num_train_timesteps
     if count > total:
       raise ValueError(f"config.{name}.num_inference_steps={count}; expected at most {total}, as {config.model} has.")

@@ -401,7 +401,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_arguments(argv: list[str]) -> None:
-  """Answers a missing recipe and misspelt fields before absl does, which shows a traceback."""
+  """Answers recipes that are not there and misspelt fields before absl does, which shows a traceback."""
   options = [a.lstrip("-") for a in argv[1:] if a.startswith("-")]
   recipes = [o.partition("=")[2] for o in options if o.startswith("config=")]
   for recipe in recipes:
@@ -411,9 +411,6 @@ def _check_arguments(argv: list[str]) -> None:
     variants = re.search(r"def get_config\((.*?)\)", pathlib.Path(file).read_text(encoding="utf-8", errors="replace"))
     if ":" in recipe and variants is not None and not variants[1]:
       raise ValueError(f"--config={recipe}: {file} has no variants; leave out the colon and what follows.")
-  given = {option.partition("=")[0] for option in options}
-  if not {"config", "flagfile", "verify", "help", "helpfull", "helpshort", "helpxml"} & given:
-    raise ValueError("no --config; give a recipe such as --config=configs/spo_tiny.py.")
   known = names()
   for option in options:
     name = option.partition("=")[0].removeprefix("config.")
@@ -429,4 +426,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     return flags.FLAGS(argv)
   except (flags.Error, ValueError) as error:
     lines = [line for line in str(error).splitlines() if line.strip(" ;") not in ("", "see --help.")]
-    sys.exit(f"error: {re.sub(r'^[A-Za-z]*Error: ', '', lines[-1])}")
+    said = re.sub(r"^[A-Za-z]*Error: ", "", lines[-1])
+    if missing := re.match(r"flag --(\w+)=None: Flag --\w+ must have a value", said):
+      said = f"--{missing[1]} is missing; --help says what it is."
+    sys.exit(f"error: {said}")

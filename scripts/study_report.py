@@ -45,7 +45,7 @@ def compare(new: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]]) -> dic
   p = np.mean(np.abs(flipped) >= abs(change.sum()) - 1e-9)
   found = {"change": change.tolist(), "p": float(p), "caption_accuracy": float(accuracy.mean())}
   found["win_rate"] = float(wins.mean())
-  if len(pairs) > 1:
+  if len(pairs) > 2:  # of two seeds an interval says nothing
     found |= {"interval": _interval(change), "win_rate_interval": _interval(wins)}
     if (deviation := float(change.std(ddof=1))) > 1e-9:
       found["effect_size"] = float(change.mean()) / deviation
@@ -185,9 +185,10 @@ iterations as SPO (quarter and half: 1/4 and 1/2 of them); KTO sees as many imag
 accuracy is the change against base. Minutes are those of training alone, by the median step, on one core of
 machines that had other work. UNet evaluations are those of one sample in training, as the README counts them.
 
-Comparisons are by seed. Intervals are Student's t, d is the mean of the differences over their standard deviation, p is
-of the exact two-sided sign-flip test, a weak one: with {n} seeds it cannot be below {p:.3g}. They are not corrected for
-the number of comparisons, and tell of other seeds of training, not of other prompts, which all runs share.
+Comparisons are by seed. Intervals are Student's t, of three seeds or more; d is the mean of the differences over their
+standard deviation, p is of the exact two-sided sign-flip test, a weak one: with {n} seeds it cannot be below {p:.3g}. They
+are not corrected for the number of comparisons, and tell of other seeds of training, not of other prompts, which all
+runs share.
 
 D is what the gate reads: a running mean of err_ref - err_init, 8 samples at a time, of the reference that is proposed,
 also where it is then refused; reinit sets it to 0.

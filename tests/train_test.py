@@ -302,6 +302,38 @@ def test_nothing_is_written_before_the_config_is_known_to_work(run):
   assert list(run.folder.iterdir()) == []
 
 
+def test_held_out_batches_are_averaged_by_what_they_count():
+  """The trained parameters on batches of the mesh, each with a key of its own; not a mean of means."""
+  drawn = []
+
+  class HeldOut(Batches):
+    batch_size = 8
+
+    def close(self):
+      drawn.append(self.next)
+
+  def loss(params, ref_params, frozen, batch, key):
+    count = jnp.sum(batch["x"])  # 8, 16, 24: the later the more
+    found = {"accuracy": (params["w"] * frozen["factor"] * count * batch["x"][0], count)}
+    return jnp.nan, jnp.nan, found | {"noise": (jax.random.normal(key), 1.0)}
+
+  experiment = build.Experiment(
+    params=None,
+    frozen=None,
+    batches=lambda: None,
+    export=lambda *_: None,
+    objective=objectives.Objective(loss),
+    held_out=HeldOut,
+  )
+  mesh = train.sharding.make_mesh(devices=jax.devices()[:2])
+  state = step.initial_state({"w": jnp.float32(3)}, {}, ())
+  found = train._validate(experiment, mesh, {"factor": jnp.float32(2)}, state, least=24)
+  assert set(found) == {"validation_accuracy", "validation_noise"} and drawn == [3]
+  np.testing.assert_allclose(found["validation_accuracy"], 6 * (1 + 4 + 9) / (1 + 2 + 3), rtol=1e-6)
+  noise = np.mean([jax.random.normal(jax.random.key(i)) for i in range(3)])
+  np.testing.assert_allclose(found["validation_noise"], noise, rtol=1e-5)
+
+
 def test_a_loss_whose_mean_rises_is_said_to_diverge():
   noise = np.random.default_rng(0).normal(0.0, 0.1, 400)
   for slope, expected in ((0.005, 1.0), (0.0, 0.0), (-0.002, 0.0)):
