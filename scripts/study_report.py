@@ -186,9 +186,9 @@ accuracy is the change against base. Minutes are those of training alone, by the
 machines that had other work. UNet evaluations are those of one sample in training, as the README counts them.
 
 Comparisons are by seed. Intervals are Student's t, of three seeds or more; d is the mean of the differences over their
-standard deviation, p is of the exact two-sided sign-flip test, a weak one: with {n} seeds it cannot be below {p:.3g}. They
-are not corrected for the number of comparisons, and tell of other seeds of training, not of other prompts, which all
-runs share.
+standard deviation, p is of the exact two-sided sign-flip test, a weak one: with {n} seeds it cannot be below {p:.3g}.
+They are not corrected for the number of comparisons, and tell of other seeds of training, not of other prompts, which
+all runs share.
 
 D is what the gate reads: a running mean of err_ref - err_init, 8 samples at a time, of the reference that is proposed,
 also where it is then refused; reinit sets it to 0.
