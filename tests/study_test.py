@@ -171,28 +171,17 @@ def fake_command(run, folder):
 def test_runs_are_made_once_and_in_order(tmp_path, monkeypatch):
   monkeypatch.setattr(study_plan, "command", fake_command)
   monkeypatch.setattr(study_report, "plots", lambda *_: None)
-  study_of = [
-    "--only",
-    "C ipo",
-    "--seeds",
-    "2",
-    "--runs",
-    str(tmp_path),
-    "--docs",
-    str(tmp_path / "docs"),
-    "--workers",
-    "1",
-  ]
+  study_of = f"--seeds 2 --runs {tmp_path} --docs {tmp_path / 'docs'} --workers 1 --only".split() + ["C hinge"]
   study.main([*study_of, "--until", "00:00"])
   assert not (tmp_path / "calls.txt").exists()
   study.main(study_of)
-  expected = [f"ipo/validation_{r}_seed100" for r in ("2e-05", "4e-05", "8e-05")]
-  expected += [f"ipo/test_2e-05_seed{s}" for s in (0, 1)]
+  expected = [f"hinge/validation_{r}_seed100" for r in ("2e-05", "4e-05", "8e-05")]
+  expected += [f"hinge/test_2e-05_seed{s}" for s in (0, 1)]
   assert (tmp_path / "calls.txt").read_text().split() == expected
   (tmp_path / expected[-1] / "results.json").unlink()  # as if it had been interrupted
   study.main(study_of)
   assert (tmp_path / "calls.txt").read_text().split() == [*expected, expected[-1]]
-  assert [r["seed"] for r in json.loads((tmp_path / "docs" / "study.json").read_text())["runs"]["ipo"]] == [0, 1]
+  assert [r["seed"] for r in json.loads((tmp_path / "docs" / "study.json").read_text())["runs"]["hinge"]] == [0, 1]
 
 
 def test_two_runs_at_a_time_make_the_same_runs_once_each(tmp_path, monkeypatch):
