@@ -12,15 +12,14 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from jaxpref import build, checkpoint, distributed, drawing, judging, monitor, optim, reference, report, sharding, step
+from jaxpref import build, checkpoint, distributed, monitor, optim, reference, sharding, step, validation
 from jaxpref import config as config_lib
 from jaxpref import metrics as metrics_lib
-from jaxpref.data import batching, emoji
+from jaxpref.data import batching
 from jaxpref.models.attention import cuda_capability
 
 # Fields that may differ when a run is continued: they do not change what is computed at a given step.
@@ -292,7 +291,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         if experiment.evaluable and config.sample.every and done % config.sample.every == 0:
           path = folder / "samples" / f"step_{done:06d}.png"
           with goodput.phase("samples"):
-            writer.image(done, "samples", _draw_samples(config, experiment, mesh, {**frozen, **state.params}, path))
+            picture = validation.draw_samples(config, experiment, mesh, {**frozen, **state.params}, path)
+            writer.image(done, "samples", picture)
         stopping = stop(done)  # read once: a signal may arrive at any time
         if done % config.checkpoint.every == 0 or done == config.num_steps or stopping:
           if pending is not None:
@@ -320,9 +320,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   _say(f"exported to {folder / 'export'}")
   results = experiment.report(params)
   if experiment.held_out is not None:
-    results = _validate(experiment, mesh, frozen, state)
+    results = validation.held_out_metrics(experiment, mesh, frozen, state)
   if experiment.evaluable and experiment.judge is not None and config.evaluation.num_prompts:
-    results = _evaluate(config, experiment, mesh, frozen, state, folder)
+    results = validation.compare_with_base(config, experiment, mesh, frozen, state, folder)
   if results and jax.process_index() == 0:
     unfinished = folder / "results.json.partial"
     unfinished.write_text(json.dumps(results, indent=2) + "\n")
@@ -330,128 +330,6 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     _say(str(results.get("table", json.dumps(results))))
     _say(f"results, pictures and curves are in {folder}")
   _say(str(goodput))
-  return results
-
-
-def _validate(
-  experiment: build.Experiment, mesh: jax.sharding.Mesh, frozen: Any, state: step.State, *, least: int = 512
-) -> dict[str, float]:
-  """The objective's metrics on held-out batches: means over at least so many rows, those of a short split repeated."""
-  assert experiment.objective is not None and experiment.held_out is not None
-  loss = experiment.objective.loss
-  evaluate = jax.jit(
-    sharding.on_mesh(mesh, lambda params, frozen, batch, key: loss(params, {}, frozen, batch, key)[2])
-  )
-  batches, total = experiment.held_out(), None
-  try:
-    for i in range(max(1, least // batches.batch_size)):
-      batch = sharding.put_batch(mesh, next(batches))
-      pairs = evaluate(state.params, frozen, batch, jax.random.key(i))
-      total = pairs if total is None else metrics_lib.add(total, pairs)
-  finally:
-    batches.close()
-  assert total is not None
-  return metrics_lib.to_scalars({f"validation_{k}": v for k, v in metrics_lib.divide(total).items()})
-
-
-def _prompts(config: ml_collections.ConfigDict, split: str, count: int) -> list[emoji.Emoji]:
-  """`count` emoji of a split, spread evenly over it, and so over animals, food, objects, ..."""
-  every = emoji.load_index(config.data.subset, split)
-  return [every[i] for i in np.linspace(0, len(every) - 1, min(count, len(every))).round().astype(int)]
-
-
-def _generate(
-  config: ml_collections.ConfigDict,
-  experiment: build.Experiment,
-  mesh: jax.sharding.Mesh,
-  weights: Any,
-  captions: list[str],
-  **kwargs: Any,
-) -> np.ndarray:
-  assert experiment.model is not None and experiment.tokenize is not None
-  e = config.evaluation
-  return drawing.generate(
-    experiment.model,
-    weights,
-    experiment.tokenize(captions),
-    num_inference_steps=e.num_inference_steps,
-    guidance_scale=e.guidance_scale,
-    eta=e.eta,
-    seed=e.seed,
-    mesh=mesh,
-    **kwargs,
-  )
-
-
-def _draw_samples(
-  config: ml_collections.ConfigDict,
-  experiment: build.Experiment,
-  mesh: jax.sharding.Mesh,
-  weights: Any,
-  path: pathlib.Path,
-) -> np.ndarray:
-  """A grid of validation prompts, two seeds each, written and returned."""
-  captions = [e.caption for e in _prompts(config, "validation", config.sample.num_prompts)]
-  images = _generate(config, experiment, mesh, weights, captions, seeds_per_prompt=2, batch_size=2 * len(captions))
-  picture = report.grid(images.swapaxes(0, 1))
-  if jax.process_index() == 0:
-    report.save_image(path, picture)
-  return picture
-
-
-def _evaluate(
-  config: ml_collections.ConfigDict,
-  experiment: build.Experiment,
-  mesh: jax.sharding.Mesh,
-  frozen: Any,
-  state: step.State,
-  folder: pathlib.Path,
-) -> dict[str, Any]:
-  """Generates from the base and the aligned model, lets the judge score both, writes table and pictures."""
-  assert experiment.judge is not None
-  e = config.evaluation
-  chosen = _prompts(config, e.split, e.num_prompts)
-  captions, classes = [c.caption for c in chosen], [c.class_id for c in chosen]
-  models = {}
-  if config.reference.mode == "update" and experiment.has_reference:
-    models["base"] = frozen  # which has it, for the reference's divergence
-  elif experiment.has_reference:  # a reference that never moved still is it
-    models["base"] = {**frozen, **state.ref_params}
-  elif experiment.read_base is not None:  # pre-training has none
-    models["base"] = {**frozen, **sharding.put_tree(mesh, experiment.read_base())}
-  models["aligned"] = {**frozen, **state.params}
-  images, scores = {}, {}
-  for name, weights in models.items():
-    images[name] = _generate(
-      config,
-      experiment,
-      mesh,
-      weights,
-      captions,
-      seeds_per_prompt=e.seeds_per_prompt,
-      batch_size=e.batch_size,
-      progress=f"{name}: {len(captions)} prompts x {e.seeds_per_prompt} seeds" if jax.process_index() == 0 else None,
-    )
-    scores[name] = judging.score(
-      experiment.judge,
-      experiment.judge_params,
-      images[name],
-      classes,
-      style=config.data.preferred_style,
-      candidates=e.candidates,
-      seed=e.seed,
-    )
-  results = judging.compare(scores.get("base"), scores["aligned"], samples=e.bootstrap_samples, seed=e.seed)
-  results["table"] = report.table(results, style=config.data.preferred_style, candidates=e.candidates)
-  results["protocol"] = config_lib.to_dict(config)["evaluation"] | {"preferred_style": config.data.preferred_style}
-  if jax.process_index() == 0:
-    (folder / "table.md").write_text(results["table"] + "\n")
-    few = np.linspace(0, len(captions) - 1, min(12, len(captions))).round().astype(int)
-    titles = {"base": "before", "aligned": "after"} if "base" in images else {"aligned": ""}
-    picture = folder / ("before_after.png" if "base" in images else "samples.png")
-    report.picture_table(picture, {titles[k]: v[few] for k, v in images.items()}, [captions[i] for i in few])
-    names = ("loss", "implicit_accuracy", "reward", "valid_pairs", "margin", "divergence", "grad_norm")
-    report.curves(folder / "curves.png", metrics_lib.read(folder / "metrics.jsonl"), names)
   return results
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import build, checkpoint, config, metrics, monitor, objectives, step, train, weights
+from jaxpref import build, checkpoint, config, metrics, monitor, objectives, step, train, validation, weights
 from jaxpref import main as main_lib
 from jaxpref.data import batching
 from jaxpref.models import lora
@@ -327,7 +327,7 @@ def test_held_out_batches_are_averaged_by_what_they_count():
   )
   mesh = train.sharding.make_mesh(devices=jax.devices()[:2])
   state = step.initial_state({"w": jnp.float32(3)}, {}, ())
-  found = train._validate(experiment, mesh, {"factor": jnp.float32(2)}, state, least=24)
+  found = validation.held_out_metrics(experiment, mesh, {"factor": jnp.float32(2)}, state, least=24)
   assert set(found) == {"validation_accuracy", "validation_noise"} and drawn == [3]
   np.testing.assert_allclose(found["validation_accuracy"], 6 * (1 + 4 + 9) / (1 + 2 + 3), rtol=1e-6)
   noise = np.mean([jax.random.normal(jax.random.key(i)) for i in range(3)])
@@ -359,8 +359,8 @@ def test_the_base_model_is_what_training_started_from(tmp_path, monkeypatch, kep
     brightness = images.mean(axis=(2, 3, 4))
     return {"style_log_prob": brightness, "preferred": brightness > 100.0, "correct": brightness < 220.0}
 
-  monkeypatch.setattr(train, "_generate", generate)
-  monkeypatch.setattr(train.judging, "score", score)
+  monkeypatch.setattr(validation, "_generate", generate)
+  monkeypatch.setattr(validation.judging, "score", score)
   base, aligned = {"w": jnp.float32(10)}, {"w": jnp.float32(200)}
   c = config.default()
   c.reference.mode = "update" if kept == "moved" else "frozen"
@@ -377,7 +377,7 @@ def test_the_base_model_is_what_training_started_from(tmp_path, monkeypatch, kep
   )
   mesh = train.sharding.make_mesh(devices=jax.devices()[:1])
   state = step.initial_state(aligned, reference, ())
-  found = train._evaluate(c, experiment, mesh, base if kept == "moved" else {}, state, tmp_path)
+  found = validation.compare_with_base(c, experiment, mesh, base if kept == "moved" else {}, state, tmp_path)
   assert found["base"]["preferred_share"]["mean"] == 0 and found["aligned"]["preferred_share"]["mean"] == 1
   assert found["win_rate"] == 1 and found["base"]["caption_accuracy"]["mean"] == 1
   assert (tmp_path / "before_after.png").is_file()
