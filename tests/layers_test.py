@@ -20,7 +20,7 @@ LAYERS = {
   3: ["objectives", "pretraining", "step"],
   4: [
     "train", "evaluate", "drawing", "judging", "score", "scorers", "scorer_networks", "sample", "export", "precompute",
-    "compile", "plan", "replay", "build", "inputs", "loading", "evaluation_folder",
+    "compile", "plan", "replay", "build", "inputs", "loading", "evaluation_folder", "validation",
   ],  # fmt: skip
   5: ["main"],
 }
