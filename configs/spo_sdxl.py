@@ -38,7 +38,7 @@ def get_config(variant: str = ""):
   config.dtype = "bfloat16"
   config.remat = "block"
   config.update(num_steps=5000, batch_size=8, accumulation=2, vae_slicing=1)
-  config.lora.rank = 64
+  config.lora.update(rank=64, init="gaussian")
   config.loss.beta = 10.0
   config.optimizer.update(learning_rate=1e-5, weight_decay=1e-4, clip_norm=1.0)
   config.spo.update(num_inference_steps=20, eta=1.0, guidance_scale=5.0, warmup_steps=4, pool_size=2, inner_steps=3)

@@ -12,7 +12,8 @@ unless the divergence exceeds delta = 0.005, and then it stays ("freeze", PickSc
 tau was searched among 16, 32 and 64. Not stated: the grid of i (here 20 bins), whether the divergence is scaled by
 the number of timesteps (here it is not), and which tau is the table's (here the middle one). Batch, steps, warm-up,
 optimiser and augmentation are those of Diffusion-DPO, on which the method builds (configs/dpo_sd15.py says where they
-come from and what differs).
+come from and what differs). The gate reads a running mean of the divergence, as 8 samples are noisy (reference.decay
+0.5; 0 is the paper's single measurement).
 
 Hardware: as Diffusion-DPO's 16 x A100, about 24 hours, and every tau steps two more UNet calls on 8 images. The
 pixels of one batch are 3 GB, in the memory of hosts and of devices together. To expect: PickScore 21.93 where the

@@ -120,7 +120,7 @@ def initial_adapter(config: Config, unet: UNetConfig, params: Any) -> Any:
       raise ValueError(f"config.lora.rank={c.rank}, but {c.init_from} has rank {rank}; leave out one of them.")
     return lora_files.rescale(adapter, scale, adapter_scale(config, rank))
   if c.rank:
-    return lora.init_lora(jax.random.key(config.seed), params, rank=c.rank, targets=c.targets)
+    return lora.init_lora(jax.random.key(config.seed), params, rank=c.rank, targets=c.targets, init=c.init)
   return None
 
 

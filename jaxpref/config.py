@@ -81,6 +81,7 @@ def default() -> ml_collections.ConfigDict:
         rank=0,  # 0: full training, or the rank of init_from
         alpha=placeholder(float),  # default: the rank
         targets=r"(to_q|to_k|to_v|to_out\.0)$",
+        init="kaiming",  # of A: kaiming (PEFT's default) or gaussian, of deviation 1 / rank (larger for small ranks)
         init_from=placeholder(str),  # a LoRA file (diffusers, PEFT or kohya) to continue from; it says the targets
       ),
       optimizer=dict(
@@ -109,6 +110,7 @@ def default() -> ml_collections.ConfigDict:
         rho=0.0,
         tau=32,
         delta=0.005,
+        decay=0.5,  # weight of the past in the mean of D that the gate reads; 0: each D by itself, as in the paper
         on_diverge="freeze",  # freeze or reinit
       ),
       spo=dict(
@@ -276,6 +278,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   require(0.0 <= config.reference.rho < 1.0, "reference.rho", "a number in [0, 1)")
   require(config.reference.delta >= 0.0, "reference.delta", "a divergence of at least 0")
   require(config.reference.tau >= 1, "reference.tau", "an integer of at least 1")
+  require(0.0 <= config.reference.decay < 1.0, "reference.decay", "a number in [0, 1)")
   require(config.loss.beta > 0, "loss.beta", "a number above 0")
   require(0.0 <= config.loss.label_smoothing < 0.5, "loss.label_smoothing", "a number in [0, 0.5)")
   offline = config.objective in ("dpo", "tdpo")
@@ -286,6 +289,10 @@ def check(config: ml_collections.ConfigDict) -> None:
   require(smoothed or not config.loss.label_smoothing, "loss.label_smoothing", "0: it is for sigmoid and robust losses")
   if config.loss.name in ("mapo", "sft"):
     require(config.reference.mode == "frozen", "reference.mode", f"frozen: {config.loss.name} has no reference")
+  if config.loss.name == "sft":  # which sees neither margin nor loser
+    require(config.loss.safeguard is None, "loss.safeguard", "None: the loss sft has no loser")
+    require(not config.timesteps.reward_scale, "timesteps.reward_scale", "False: the loss sft has no margin")
+    require(config.data.ties != "soft", "data.ties", "drop: the loss sft has no margin that a soft label would scale")
   # The default of 5000 is for the margin of errors; these count it in units of the error itself.
   require(config.loss.name != "mapo" or config.loss.beta <= 10.0, "loss.beta", "at most 10 for mapo; published: 0.1")
   require(config.loss.name != "dspo" or config.loss.beta < 2.0, "loss.beta", "below 2 for dspo; published: 0.001")
@@ -309,6 +316,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     re.compile(config.lora.targets)
   except re.error as error:
     require(False, "lora.targets", f"a regular expression ({error})")
+  one_of("lora.init", ("kaiming", "gaussian"))
   require(config.lora.alpha is None or config.lora.alpha > 0, "lora.alpha", "a number above 0")
   require(config.evaluation.num_prompts >= 0, "evaluation.num_prompts", "0 (no evaluation) or a number of prompts")
   require(0.0 <= config.evaluation.eta <= 1.0, "evaluation.eta", "a number in [0, 1]")
@@ -360,6 +368,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   for field in ("caption_dropout", "flip", "random_crop"):
     drawn = config.objective in ONLINE and config.data[field] != usual[field]
     require(not drawn, f"data.{field}", f"{usual[field]!r} for {config.objective}, which has no images to learn from")
+  kto = config.objective == "kto"
+  require(not kto or config.data.ties == "drop", "data.ties", "drop for kto: a tie has no liked image")
   require(not config.data.keep_best or config.data.ties == "drop", "data.keep_best", "False unless ties are dropped")
   if config.data.source == "precomputed":
     require(not config.data.random_crop, "data.random_crop", "False: precomputed images are central squares")
@@ -377,7 +387,12 @@ def check(config: ml_collections.ConfigDict) -> None:
     group = config.spo.inner_steps + 1
     steps = config.spo.num_inference_steps - config.spo.warmup_steps
     require(
-      config.spo.warmup_steps >= 1 and steps >= 2 and steps % group == 0,
+      config.spo.warmup_steps >= 1 and steps >= 2,
+      "spo.warmup_steps",
+      f"at least 1 step before the first pool, and at least 2 of the {config.spo.num_inference_steps} after it",
+    )
+    require(
+      steps % group == 0,
       "spo.inner_steps",
       f"a group length inner_steps + 1 that divides num_inference_steps - warmup_steps = {steps}",
     )

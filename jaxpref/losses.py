@@ -249,19 +249,26 @@ def soft_dpo_loss(
 
 
 def ipo_loss(
-  reward_w: jax.Array, reward_l: jax.Array, *, beta: float, weight: jax.Array | None = None
+  reward_w: jax.Array,
+  reward_l: jax.Array,
+  *,
+  beta: float,
+  weight: jax.Array | None = None,
+  factor: float = 2.0,
 ) -> jax.Array:
   """IPO, (l - 1 / (2 beta))^2 with l = -[(err_w - err_w_ref) - (err_l - err_l_ref)].
 
   The error margin l is twice the margin of `implicit_reward`, which carries the 1/2 of
-  Diffusion-DPO, so l = 2 (r_w - r_l) here. It grows as the winner's error falls: descent pulls it
-  up to 1 / (2 beta), then holds it there.
+  Diffusion-DPO, so l = factor (r_w - r_l) with a factor of 2. `clipped_log_ratio` carries none:
+  there l is the margin of log-ratios itself, with a factor of 1. It grows as the winner's error
+  falls: descent pulls it up to 1 / (2 beta), then holds it there.
 
   Args:
-    reward_w: f32[B] `implicit_reward` of the preferred sample.
-    reward_l: f32[B] `implicit_reward` of the dispreferred sample.
-    beta: inverse of twice the target margin, in units of the mean-reduced error.
+    reward_w: f32[B] reward of the preferred sample.
+    reward_l: f32[B] reward of the dispreferred sample.
+    beta: inverse of twice the target margin, in units of l.
     weight: f32[B] factor on l; None for 1.
+    factor: 2 for `implicit_reward`, 1 for `clipped_log_ratio`.
   Returns:
     f32[B], 1 / (4 beta^2) where policy and reference agree.
   Raises:
@@ -272,7 +279,7 @@ def ipo_loss(
   >>> print(ipo_loss(jnp.array([0.0, 0.25]), jnp.zeros(2), beta=1.0))
   [0.25 0.  ]
   """
-  margin = _margin(reward_w, reward_l, 2.0, weight)
+  margin = _margin(reward_w, reward_l, factor, weight)
   return jnp.square(margin - 1.0 / (2.0 * beta))
 
 

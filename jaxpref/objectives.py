@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpref import diffusion, losses
+from jaxpref import diffusion, losses, reference
 from jaxpref.metrics import Pairs, binned_mean, mean_of
 from jaxpref.models.preference import StepAwareCLIPModel, preprocess
 from jaxpref.models.text_to_image import Cond, TextToImage, guided
@@ -50,9 +50,11 @@ def named_key(key: jax.Array, name: str) -> jax.Array:
   return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-def pair_loss(name: str, *, beta: float, label_smoothing: float = 0.0) -> PairLoss:
+def pair_loss(name: str, *, beta: float, label_smoothing: float = 0.0, ipo_factor: float = 1.0) -> PairLoss:
   """A loss on two implicit rewards by the name TRL users know: what `transition_loss` takes.
 
+  Args:
+    ipo_factor: the `factor` of `losses.ipo_loss`; 1 for the log-ratios of `transition_loss`.
   Raises:
     ValueError: if the name is unknown.
   """
@@ -63,7 +65,7 @@ def pair_loss(name: str, *, beta: float, label_smoothing: float = 0.0) -> PairLo
     "robust": lambda w, l, weight: losses.robust_dpo_loss(
       w, l, beta=beta, weight=weight, label_smoothing=label_smoothing
     ),
-    "ipo": lambda w, l, weight: losses.ipo_loss(w, l, beta=beta, weight=weight),
+    "ipo": lambda w, l, weight: losses.ipo_loss(w, l, beta=beta, weight=weight, factor=ipo_factor),
     "hinge": lambda w, l, weight: losses.hinge_loss(w, l, beta=beta, weight=weight),
   }
   if name not in known:
@@ -142,7 +144,9 @@ def denoised_loss(
     "mapo": lambda p: losses.mapo_loss(p.err_w, p.err_l, beta=beta, snr=snr, weight=num_train_timesteps * p.weight),
     "sft": lambda p: losses.sft_loss(p.err_w),
   }
-  return known[name] if name in known else on_rewards(pair_loss(name, beta=beta, label_smoothing=label_smoothing))
+  if name in known:
+    return known[name]
+  return on_rewards(pair_loss(name, beta=beta, label_smoothing=label_smoothing, ipo_factor=2.0))  # of halves
 
 
 def _split_pair(batch: Batch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
@@ -274,6 +278,9 @@ def dpo(
   def preferred_time_ids(batch):
     return _split_pair(batch)[0].get("time_ids")
 
+  def is_preferred(batch):
+    return batch["label_0"] != 0.5
+
   def loss(params, ref_params, frozen, batch, key):
     x_t, t2, cond, target, valid = noisy_pair(frozen, batch, key)
     pred = model.predict({**frozen, **params}, x_t, t2, cond)
@@ -313,7 +320,7 @@ def dpo(
     }
     return jnp.sum(jnp.where(valid > 0, values, 0.0)), jnp.sum(valid), metrics
 
-  divergence = None if reference_free else denoising_divergence(model, preferred, preferred_time_ids)
+  divergence = None if reference_free else denoising_divergence(model, preferred, preferred_time_ids, is_preferred)
   return Objective(loss, divergence, timesteps)
 
 
@@ -365,7 +372,10 @@ def kto(
   def latents(frozen, batch, key):
     return _latents(model, frozen, batch, key)
 
-  of_samples = denoising_divergence(model, latents, lambda batch: batch.get("time_ids"))
+  def is_liked(batch):
+    return batch["label"] >= 0.5
+
+  of_samples = denoising_divergence(model, latents, lambda batch: batch.get("time_ids"), is_liked)
 
   def divergence(ref_params, frozen, batch, key):
     order = jnp.argsort(-batch["label"])  # the liked ones come first
@@ -378,6 +388,7 @@ def denoising_divergence(
   model: TextToImage,
   latents: Callable[[Any, Batch, jax.Array], jax.Array],
   time_ids: Callable[[Batch], jax.Array | None] = lambda batch: None,
+  is_preferred: Callable[[Batch], jax.Array] | None = None,
   *,
   max_samples: int = 8,
 ) -> DivergenceFn:
@@ -389,6 +400,8 @@ def denoising_divergence(
   Args:
     latents: the preferred samples f32[B,h,w,C] of (frozen, batch, key).
     time_ids: the preferred samples' own f32[B,6] of a batch; None: the model's own size, uncropped.
+    is_preferred: which rows of a batch count, bool[B]: ties, say, have no preferred sample; None: all. D of no
+      row is NaN.
   """
 
   def divergence(ref_params, frozen, batch, key):
@@ -401,7 +414,9 @@ def denoising_divergence(
     target = diffusion.training_target(model.schedule, x0, noise, t)
     cond = _with_time_ids(_text(model, frozen, few), time_ids(few))
     err_ref = _errors(model, {**frozen, **ref_params}, x_t, t, cond, target)
-    return jnp.mean(err_ref - _errors(model, frozen, x_t, t, cond, target))
+    mask = jnp.ones(err_ref.shape, bool) if is_preferred is None else is_preferred(few)
+    found = reference.divergence(err_ref, _errors(model, frozen, x_t, t, cond, target), mask)
+    return jnp.where(jnp.any(mask), found, jnp.nan)
 
   return divergence
 
@@ -555,6 +570,8 @@ def spm(
     t = timesteps(key, batch["label_0"].shape[0])
     t2 = jnp.concatenate([t, t])
     images = jax.lax.stop_gradient(scored_images(frozen, batch, pixels, t2, key))
+    # The reference implementation clips here, and not where it scores a rollout, before the resize, too.
+    images = jnp.clip(images, -1.0, 1.0)
     text = embed_prompts(scorer, params["spm"], batch["input_ids"])
     score_0, score_1 = jnp.split(score_images(scorer, params["spm"], images, t2, jnp.concatenate([text, text])), 2)
     values = losses.preference_loss(score_0, score_1, batch["label_0"])
@@ -607,8 +624,11 @@ def embed_prompts(scorer: StepAwareCLIPModel, params: Any, input_ids: jax.Array)
 def score_images(
   scorer: StepAwareCLIPModel, params: Any, images: jax.Array, t: jax.Array, text_embeds: jax.Array
 ) -> jax.Array:
-  """Scores f32[N] = exp(logit_scale) cos(image, text) of images f32[N,H,W,3] in [-1, 1] at times t i32[N]."""
-  pixels = preprocess(jnp.clip(images, -1.0, 1.0), scorer.config.vision_config.image_size)
+  """Scores f32[N] = exp(logit_scale) cos(image, text) of images f32[N,H,W,3] in [-1, 1] at times t i32[N].
+
+  Predictions that overshoot are clipped after the resize to the scorer's size, see `preprocess`.
+  """
+  pixels = preprocess(images, scorer.config.vision_config.image_size)
   image_embeds = scorer.apply({"params": params}, pixels, t, method="image_embeds")
   return scorer.apply({"params": params}, image_embeds, text_embeds, method="score")
 

@@ -213,8 +213,9 @@ def update(
     tau: steps between moves; the paper searches 16, 32, 64.
     delta: largest divergence at which a move is accepted; 0.005 for SD1.5, 0.002 for SDXL.
     on_diverge: "freeze" keeps the reference (better in the paper), "reinit" sets it to init.
-    gate: whose divergence is measured: of the "proposal", so that no reference beyond delta is
-      ever taken up, or of the present "reference", which lets the first one beyond it happen.
+    gate: whose divergence is measured: of the "proposal", so that none beyond delta is taken up,
+      or of the present "reference", which lets the first one beyond it happen. Beyond it by the
+      running mean, that is: with decay = 0 by the proposal's own measurement.
     decay: weight of the past in the running mean, in [0, 1).
   Returns:
     The float32 tree to use from now on, of ref's shardings, and the new statistics.

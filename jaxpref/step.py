@@ -365,7 +365,8 @@ def spo_step(
     batch = {**batch, "latents": pairs.separate.next_w[:, -1]}
     state, finished = _finish(before, state, update_reference, frozen, batch, key)
     # An iteration without any valid pair changes nothing: its loss is that of an undecided pair.
-    found["loss"] = jnp.where(found["updates"] > 0, found["loss"], jnp.log(2.0))
+    undecided = pair_loss(jnp.zeros(1), jnp.zeros(1), None)[0]
+    found["loss"] = jnp.where(found["updates"] > 0, found["loss"], undecided)
     return state, {
       **found,
       "valid_pairs": jnp.mean(pairs.shared.valid.astype(jnp.float32)),

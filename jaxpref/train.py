@@ -64,6 +64,7 @@ def _reference_updater(config: ml_collections.ConfigDict, experiment: build.Expe
       tau=r.tau,
       delta=r.delta,
       on_diverge=r.on_diverge,
+      decay=r.decay,
     )
 
   return update

@@ -28,6 +28,7 @@ Tree = Mapping[str, Any]
 
 # The attention projections of a diffusers UNet: what SPO, Diffusion-DPO with LoRA and PEFT adapt.
 ATTENTION_TARGETS = r"(to_q|to_k|to_v|to_out\.0)$"
+INITS = ("kaiming", "gaussian")
 
 
 def linear_layers(params: Tree) -> dict[tuple[str, ...], tuple[int, ...]]:
@@ -83,9 +84,10 @@ def init_lora(
   *,
   rank: int,
   targets: str = ATTENTION_TARGETS,
+  init: str = "kaiming",
   dtype: Any = jnp.float32,
 ) -> dict[str, Any]:
-  """A fresh adapter: A uniform as in PEFT (kaiming with a = sqrt 5), B zero, so A B = 0.
+  """A fresh adapter: A random as in PEFT, B zero, so A B = 0.
 
   Args:
     key: PRNG key; each layer folds in the hash of its own name, so its factor does not depend on
@@ -95,16 +97,20 @@ def init_lora(
     targets: regular expression searched in the dotted name of each linear layer, e.g.
       "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"; the layers of a stack share one name, without
       number, and are adapted together.
+    init: of A: "kaiming", uniform in +-1/sqrt(in) (PEFT's default, kaiming with a = sqrt 5); or "gaussian", normal of
+      standard deviation 1/rank (its init_lora_weights="gaussian"), with rank 4 about ten times as large.
     dtype: of the factors.
 
   Returns:
-    A nested dict with `lora_A` uniform in +-1/sqrt(in) [..., in, r] and `lora_B` zeros [..., r, out].
+    A nested dict with `lora_A` [..., in, r] and `lora_B` zeros [..., r, out].
 
   Raises:
-    ValueError: `rank` is below 1, or no linear layer matches `targets`.
+    ValueError: `rank` is below 1, `init` is unknown, or no linear layer matches `targets`.
   """
   if rank < 1:
     raise ValueError(f"LoRA: rank is {rank}, expected at least 1; set e.g. rank=4.")
+  if init not in INITS:
+    raise ValueError(f"LoRA: init is {init!r}, expected one of {', '.join(INITS)}.")
   layers = linear_layers(params)
   adapter: dict[str, Any] = {}
   for path, (*leading, fan_in, fan_out) in layers.items():
@@ -114,7 +120,9 @@ def init_lora(
 
     def factor(path):
       layer_key = jax.random.fold_in(key, zlib.crc32(".".join(path).encode()))
-      return jax.random.uniform(layer_key, (fan_in, rank), dtype, -bound, bound)  # noqa: B023 (called below)
+      if init == "gaussian":
+        return jax.random.normal(layer_key, (fan_in, rank), dtype) / rank  # noqa: B023 (called below)
+      return jax.random.uniform(layer_key, (fan_in, rank), dtype, -bound, bound)  # noqa: B023
 
     a = jnp.stack([factor(layer_path(path, i)) for i in range(leading[0])]) if is_stacked(path) else factor(path)
     factors = {"lora_A": a.reshape(*leading, fan_in, rank), "lora_B": jnp.zeros((*leading, rank, fan_out), dtype)}
