@@ -9,8 +9,8 @@ command scores all images; an image wins where softmax(scores of the two) is mor
 rest are ties. To skip all this, scripts/convert_spm.py turns the published model into a folder.
 
 From step_aware_preference_model/ of github.com/RockeyCoss/SPO, with the paper: 7,000 steps, rate 1e-6, 1024 pixels,
-the VAE madebyollin/sdxl-vae-fp16-fix, labels as above; the rest as for Stable Diffusion 1.5 (configs/spm_sd15.py). SDXL is told each image's own size, there
-1024 x 1024 for all.
+the VAE madebyollin/sdxl-vae-fp16-fix, labels as above; the rest as for Stable Diffusion 1.5 (configs/spm_sd15.py).
+SDXL is told each image's own size and crop, there 1024 x 1024 and none.
 
 Hardware of the paper: 4 x A100 (80 GB); part of the 234 A100 hours of SPO on SDXL. To expect: an accuracy on held-out
 pairs is not stated. This recipe has not been run at full size.

@@ -80,7 +80,7 @@ def summarize(results: Mapping[str, Any], *, samples: int = statistics.SAMPLES, 
     `comparisons`: model -> scorer -> `statistics.compare` with the baseline, and of its p `p_holm`, corrected for the
     `tests` of all models and scorers, and `verdict`: "higher" or "lower" where p_holm is below 0.05 and the interval
     of the win rate leaves out 50 %, else "undecided"; that of categories has neither, as they are not corrected;
-    `diversity`: model -> mean, interval, and for models with a baseline `statistics.change`;
+    `diversity`: model -> mean, interval, and with a baseline `statistics.change`, corrected for their number;
     `warnings`: sentences that whoever reads the numbers must know.
 
   Raises:
@@ -124,11 +124,12 @@ def _verdict(test: Mapping[str, Any], p_holm: float) -> str:
 def _diversity(results: Mapping[str, Any], **options: int) -> dict[str, Any]:
   values, baseline = results.get("diversity", {}), results["baseline"]
   found: dict[str, Any] = {}
+  tests = max(1, sum(model != baseline for model in values))
   for model in (m for m in results["models"] if m in values):
     mine = np.asarray(values[model], np.float64)
     found[model] = {"mean": float(mine.mean()), "interval": statistics.interval(mine, **options)}
     if baseline in values and model != baseline:
-      found[model] |= statistics.change(mine, values[baseline], **options)
+      found[model] |= statistics.change(mine, values[baseline], tests=tests, **options)
   return found
 
 
@@ -144,11 +145,16 @@ def _warnings(results: Mapping[str, Any], summary: Mapping[str, Any]) -> list[st
   for model, of_model in summary["diversity"].items():
     if of_model.get("falls"):
       change = bounded(of_model["change"], of_model["change_interval"], change_text)
+      rises = any(pair["verdict"] == "higher" for pair in summary["comparisons"][model].values())
       found.append(
         f"The pictures of {model} are less diverse than those of {baseline}: {change}, from "
-        f"{score_text(summary['diversity'][baseline]['mean'])}. Higher scores may come from drawing the same picture "
-        "again and again."
+        f"{score_text(summary['diversity'][baseline]['mean'])}."
+        + " Higher scores may come from drawing the same picture again and again." * rises
       )
+  if baseline is not None and not summary["diversity"]:
+    one = results["seeds_per_prompt"] == 1
+    why = "there is one picture of each prompt" if one else "no CLIP is among the scorers (--diversity=clip_l)"
+    found.append(f"Diversity was not measured, as {why}: nothing would show drawing the same picture again and again.")
   for model in summary["comparisons"]:
     if all(results["scores"][model][n] == results["scores"][baseline][n] for n in summary["comparisons"][model]):
       found.append(f"All scores of {model} and {baseline} are equal: they may be the same model.")
@@ -234,7 +240,7 @@ def table_rows(results: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterat
 
 def _notes(results: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
   prompts, seeds = summary["prompts"], summary["seeds_per_prompt"]
-  text = f"{prompts} prompts, {seeds} pictures each."
+  text = f"{prompts} prompt{'s' * (prompts != 1)}, {seeds} picture{'s' * (seeds != 1)} each."
   if prompts > 1:
     text += f" In brackets 95 % intervals, bootstrap over prompts ({summary['bootstrap_samples']} samples)."
   if results["baseline"] is not None:
@@ -253,7 +259,7 @@ def markdown(results: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return [lines[0], "|" + "---|" * len(cells[0]), *lines[1:], ""]
 
-  lines = [*table(table_rows(results, summary)), _notes(results, summary), ""]
+  lines = [*table(table_rows(results, summary)), _notes(results, summary), "", *_drawn_by(results), ""]
   lines += [f"{s['name']}: version {s['version']}, scale {s['scale']}  " for s in results["scorers"]] + [""]
   if any(pair["categories"] for of_model in summary["comparisons"].values() for pair in of_model.values()):
     lines += table(_category_rows(summary))
@@ -282,6 +288,15 @@ def _diversity_rows(summary: Mapping[str, Any]) -> Iterator[list[str]]:
     yield [model, bounded(found["mean"], found["interval"], score_text), change]
 
 
+DRAWN_BY = ("scheduler", "steps", "guidance_scale", "eta", "seed", "prompts")
+
+
+def _drawn_by(results: Mapping[str, Any]) -> list[str]:
+  """A line of the settings that change all scores; none if results have none of them."""
+  known = [f"{name} {results['settings'][name]}" for name in DRAWN_BY if results["settings"].get(name) is not None]
+  return [f"Drawn with {', '.join(known)}."] if known else []
+
+
 LATEX = {
   "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
   "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", **{c: f"\\{c}" for c in "&%$#_"}, "\n": " ",
@@ -303,10 +318,12 @@ def latex(results: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
       body.append(r"\addlinespace")
     numbers = [re.sub(r"-(?=\d)", "\u2212", cell) for cell in row[2:]]  # a minus, not a hyphen
     body.append(line([row[0] if i == 0 or row[0] != rows[i - 1][0] else "", row[1], *numbers]))
-  note = _notes(results, summary)
+  about = [_notes(results, summary), *_drawn_by(results)]
+  about += [f"{s['name']}: version {s['version']}, scale {s['scale']}" for s in results["scorers"]]
+  about += summary["warnings"]
   return "\n".join(
     [
-      f"% {note}",
+      *("% " + " ".join(text.split()) for text in about),
       r"% \usepackage{booktabs}",
       rf"\begin{{tabular}}{{ll{'r' * (len(header) - 2)}}}",
       r"\toprule",

@@ -398,6 +398,9 @@ def _diversity(summary: Mapping[str, Any]) -> str:
     rows.append(row)
   header = ["model", "diversity", *(["change", "verdict"] if compared else [])]
   text = "How different the pictures of one prompt are; where it falls, higher scores may come from drawing the same."
+  tests = sum("change" in found for found in summary["diversity"].values())
+  if tests > 1:
+    text += f" Changes have intervals of {100 - 5 / tests:.4g} %, as there are {tests} of them."
   return f'<section id="diversity"><h2>Diversity</h2><p>{text}</p>{_table("Mean over prompts", header, rows)}</section>'
 
 
@@ -437,7 +440,7 @@ def _scorer(
         ]
         for category, found in categories.items()
       ]
-      caption = "By category; these intervals are not corrected for their number"
+      caption = "By category; intervals are not corrected for their number, and categories of few prompts have none"
       parts.append(_table(caption, ["category", "prompts", "win rate", "difference"], rows))
     for section in mine:
       parts.append(f"<h5>{escape(section.title)}</h5>{_cards(results, section, embedded)}")

@@ -159,6 +159,7 @@ def default() -> ml_collections.ConfigDict:
         # names of docs/evaluation.md, or a function of your own as package.module:function.
         scorers="",
         prompts="emoji",  # for them: a file, or emoji (those of `split`); num_prompts of it, 0: all
+        diversity="",  # the CLIP that measures it; one of the scorers by itself
       ),
     )
   )

@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
   launch.add_argument("--num_processes", type=int, help="of this evaluation")
   launch.add_argument("--process_id", type=int, help="which one this is, from 0")
   args = parser.parse_args(argv)
+  args.scorers = [name for spec in args.scorers for name in spec.split(",") if name]
   by_hand = {name: getattr(args, name) for name in ("coordinator_address", "num_processes", "process_id")}
   try:
     distributed.join(distributed.find_launch(args.distributed, **by_hand))
@@ -76,16 +77,23 @@ def make_parser() -> argparse.ArgumentParser:
     "--scorers",
     nargs="+",
     default=["pickscore"],
-    help=f"{', '.join(scorers.PUBLISHED)}; NAME=FOLDER for weights elsewhere; or MODULE:FUNCTION of your own "
-    "(default: %(default)s)",
+    help=f"{', '.join(scorers.PUBLISHED)}; NAME=FOLDER for weights elsewhere; or MODULE:FUNCTION of your own; with "
+    "spaces or commas in between (default: %(default)s)",
   )
   add("--diversity", default=None, help="CLIP for the distance among a prompt's pictures (default: one of --scorers)")
   add("--preferred_style", default="noto", help="that the judge looks for (default: %(default)s)")
   add("--score_batch_size", type=int, default=32, help="pictures scored at a time (default: %(default)s)")
   sample.add_arguments(parser)
   add("--pictures", type=int, default=12, help="in each section of report.html (default: %(default)s)")
-  add("--geneval_layout", type=pathlib.Path, metavar="FOLDER", help="also lay out pictures for GenEval's own scorer")
+  add(
+    "--geneval_layout",
+    "--geneval-layout",
+    type=pathlib.Path,
+    metavar="FOLDER",
+    help="also lay out pictures for GenEval's own scorer",
+  )
   add("--out", type=pathlib.Path, default=pathlib.Path("evaluation"), help="new folder, or one to continue")
+  parser.set_defaults(set_aside=False)
   return parser
 
 
@@ -100,12 +108,14 @@ def arguments_of_run(config: ConfigDict, workdir: str) -> argparse.Namespace:
   command = ["--models", f"base={config.model}", f"aligned={workdir}", "--prompts", prompts, "--scorers"]
   command += [name.strip() for name in e.scorers.split(",")]
   command += [f"--vae_model={config.vae_model}"] if config.vae_model else []
+  command += [f"--diversity={e.diversity}"] if e.diversity else []
   fields = {"seeds": e.seeds_per_prompt, "seed": e.seed, "steps": e.num_inference_steps, "eta": e.eta}
   fields |= {"guidance_scale": e.guidance_scale, "batch_size": e.batch_size, "dtype": config.dtype}
   fields |= {"preferred_style": config.data.preferred_style, "out": pathlib.Path(workdir) / "evaluation"}
   if e.num_prompts:  # 0: all
     fields["num_prompts"] = min(e.num_prompts, len(read_prompts(prompts)))
   args = make_parser().parse_args(command + [f"--{name}={value}" for name, value in fields.items()])
+  args.set_aside = True  # the evaluation of a run that was continued since, or changed
   check(args)
   return args
 
@@ -144,7 +154,10 @@ def evaluate(args: argparse.Namespace) -> None:
     distributed.barrier("evaluation: the folder is begun")
     if not (folder / "manifest.json").is_file():
       raise ValueError(f"this host does not see {folder}, which another one has begun; use a disk that all hosts see.")
-  manifest = evaluation_folder.open_folder(folder, args, models, prompts, sizes)
+  asked = evaluation_folder.make_manifest(args, models, prompts, sizes)
+  if first and args.set_aside and (aside := evaluation_folder.set_aside(folder, asked)) is not None:
+    print(f"{folder} was of other weights or settings, and is {aside} now", file=sys.stderr)
+  manifest = evaluation_folder.open_folder(folder, asked)
   if first:
     distributed.barrier("evaluation: the folder is begun")
   mesh = sharding.make_mesh(devices=jax.local_devices())
@@ -158,9 +171,8 @@ def evaluate(args: argparse.Namespace) -> None:
   found: dict[str, dict[str, Any]] = {name: {} for name in models}
   described = []
   for spec in args.scorers:
-    scorer = scorers.load(
-      spec, batch_size=args.score_batch_size, mesh=mesh, preferred_style=args.preferred_style, dtype=args.dtype
-    )
+    # In float32, whatever the pictures were drawn in: a score of bfloat16 is another one.
+    scorer = scorers.load(spec, batch_size=args.score_batch_size, mesh=mesh, preferred_style=args.preferred_style)
     described.append({"name": scorer.name, "version": scorer.version, "scale": scorer.scale})
     known = {"version": scorer.version, "scale": scorer.scale}
     for name in models:
@@ -182,7 +194,7 @@ def evaluate(args: argparse.Namespace) -> None:
   clip = args.diversity or next((s for s in args.scorers if s.partition("=")[0] in scorers.CLIPS), None)
   if clip is not None and args.seeds > 1:
     results["settings"]["diversity"] = f"mean of 1 - cosine between the pictures of a prompt, by {clip}"
-    embed = scorers.image_embedder(clip, batch_size=args.score_batch_size, mesh=mesh, dtype=args.dtype)
+    embed = scorers.image_embedder(clip, batch_size=args.score_batch_size, mesh=mesh)
     results["diversity"] = {name: image_diversity(folder, name, embed, len(prompts), args.seeds) for name in models}
 
   # ---- Files

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import pathlib
 import re
@@ -17,7 +18,7 @@ import jaxpref
 from jaxpref import loading, sample, tensor_files, weights
 from jaxpref.data import paths, prompt_sets
 
-PACKAGES = ("jax", "flax", "numpy")
+PACKAGES = ("jax", "flax", "numpy", "transformers", "pillow")
 # Of the arguments: what decides the pictures, and so has to stay the same in a folder.
 OF_PICTURES = (
   "seeds", "seed", "scheduler", "steps", "karras", "eta", "guidance_scale", "guidance_rescale", "negative_prompt",
@@ -30,18 +31,14 @@ def image_file(folder: pathlib.Path, model: str, prompt: int, seed: int) -> path
   return folder / "images" / model / f"{prompt:05d}_{seed}.png"
 
 
-def open_folder(
-  folder: pathlib.Path,
+def make_manifest(
   args: argparse.Namespace,
   models: dict[str, tuple[str, pathlib.Path | None]],
   prompts: Sequence[prompt_sets.Prompt],
   sizes: dict[str, list[int]],
 ) -> dict[str, Any]:
-  """Starts the folder, or continues it; returns its manifest.
-
-  Raises:
-    ValueError: it was begun with other settings, prompts or weights, or is something else.
-  """
+  """What the pictures that are asked for will be of."""
+  versions = {"jaxpref": jaxpref.__version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
   texts = "\n".join(p.text for p in prompts)
   settings = {name: getattr(args, name) for name in OF_PICTURES} | {
     "prompts": args.prompts,
@@ -49,44 +46,82 @@ def open_folder(
     "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
     "image_size": next(iter(sizes.values())),
   }
+  if args.vae_model:
+    settings["vae_weights"] = fingerprint_of_vae(args.vae_model)
   described = {
-    name: {"model": source, "lora": None if adapter is None else str(adapter), "weights": fingerprint(source, adapter)}
+    name: {
+      "model": source,
+      "lora": None if adapter is None else str(adapter),
+      "weights": fingerprint(source, adapter),
+      "versions": versions,
+    }
     for name, (source, adapter) in models.items()
   }
+  return {"settings": settings, "models": described, "versions": versions}
+
+
+def _begun(folder: pathlib.Path) -> dict[str, Any] | None:
+  """The manifest of a folder; None without."""
   file = folder / "manifest.json"
-  if file.is_file():
-    try:
-      begun = json.loads(file.read_text(encoding="utf-8"))
-      old_settings, old_models = dict(begun["settings"]), dict(begun["models"])
-      old_weights = {name: entry["weights"] for name, entry in old_models.items()}
-    except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(f"{file} cannot be read ({error}); choose another --out.") from error
-    for name, value in settings.items():
-      if name != "prompts" and old_settings.get(name) != value:
-        raise ValueError(
-          f"{folder} was begun with {name}={old_settings.get(name)!r}, not {value!r}; choose another --out, or the "
-          "same settings."
-        )
+  if not file.is_file():
+    return None
+  try:
+    begun = json.loads(file.read_text(encoding="utf-8"))
+    for entry in dict(begun["models"]).values():
+      entry["weights"]
+    return {**begun, "settings": dict(begun["settings"])}
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{file} cannot be read ({error}); choose another --out.") from error
+
+
+def _difference(folder: pathlib.Path, begun: dict[str, Any], asked: dict[str, Any]) -> str | None:
+  """What the pictures of a folder were made with that is not what is asked for, as a sentence."""
+  for name, value in asked["settings"].items():
+    old = begun["settings"].get(name)
+    if name != "prompts" and old != value:
+      return f"{folder} was begun with {name}={old!r}, not {value!r}; choose another --out, or the same settings."
+  for name, entry in asked["models"].items():
+    if name in begun["models"] and begun["models"][name]["weights"] != entry["weights"]:
+      return f"{folder} has pictures of other weights under the name {name}; choose another name, or another --out."
+  return None
+
+
+def set_aside(folder: pathlib.Path, asked: dict[str, Any]) -> pathlib.Path | None:
+  """Where the folder is now, FOLDER_1 or the next that is free, as it was of other settings or weights; else None."""
+  begun = _begun(folder)
+  if begun is None or _difference(folder, begun, asked) is None:
+    return None
+  number = next(i for i in itertools.count(1) if not folder.with_name(f"{folder.name}_{i}").exists())
+  return folder.rename(folder.with_name(f"{folder.name}_{number}"))
+
+
+def open_folder(folder: pathlib.Path, asked: dict[str, Any]) -> dict[str, Any]:
+  """Starts the folder for what `make_manifest` gave, or continues it; returns its manifest.
+
+  A model's `versions` stay those of the first call with it.
+
+  Raises:
+    ValueError: it was begun with other settings, prompts or weights, or is something else.
+  """
+  begun = _begun(folder)
+  described = dict(asked["models"])
+  if begun is not None:
+    if (difference := _difference(folder, begun, asked)) is not None:
+      raise ValueError(difference)
     for name, entry in described.items():
-      if old_weights.get(name, entry["weights"]) != entry["weights"]:
-        raise ValueError(
-          f"{folder} has pictures of other weights under the name {name}; choose another name, or another --out."
-        )
-    described = old_models | described
+      before = begun["models"].get(name, {})
+      described[name] = entry | {key: before[key] for key in ("versions",) if key in before}
+    described = begun["models"] | described
   elif folder.is_dir() and any(folder.iterdir()):
     raise ValueError(f"--out={folder} is not empty and has no manifest.json; choose another folder.")
   elif folder.exists() and not folder.is_dir():
     raise ValueError(f"--out={folder} is a file; name a folder.")
-  manifest = {
-    "settings": settings,
-    "models": described,
-    "versions": {"jaxpref": jaxpref.__version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
-  }
+  manifest = asked | {"models": described}
   if jax.process_index() == 0:
     with paths.cannot_be_written(folder):
       folder.mkdir(parents=True, exist_ok=True)
-    paths.write(file, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
-  return manifest | {"models": {name: described[name] for name in models}}
+    paths.write(folder / "manifest.json", (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+  return manifest | {"models": {name: described[name] for name in asked["models"]}}
 
 
 def read_image(file: pathlib.Path) -> np.ndarray:
@@ -145,5 +180,15 @@ def fingerprint(source: str, adapter: pathlib.Path | None) -> str:
     return source
   folder = weights.resolve_folder(loading.folder_of(sample.model_folder(source)), "*/*.safetensors")
   files = [f for name in weights.NETWORKS if (folder / name).is_dir() for f in tensor_files.weight_files(folder / name)]
-  by_network = [tensor_files.fingerprint([file]) for file in [*files, *filter(None, [adapter])]]
-  return hashlib.sha256(" ".join(by_network).encode()).hexdigest()[:16]
+  return _fingerprint([*files, *filter(None, [adapter])])
+
+
+def fingerprint_of_vae(source: str) -> str:
+  """Of the weights of a VAE by itself, a folder or a hub name."""
+  if source.partition(":")[0] in ("random", "zeros"):
+    return source
+  return _fingerprint(tensor_files.weight_files(weights.resolve_folder(source, "diffusion_pytorch_model*.safetensors")))
+
+
+def _fingerprint(files: Sequence[pathlib.Path]) -> str:
+  return hashlib.sha256(" ".join(tensor_files.fingerprint([file]) for file in files).encode()).hexdigest()[:16]

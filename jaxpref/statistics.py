@@ -11,6 +11,7 @@ import numpy as np
 
 SAMPLES = 2000  # of the bootstrap
 CHUNK = 2**22  # values that are resampled at once
+LEAST_PROMPTS = 6  # of a category with an interval: by a sign test five, all won, tell nothing at 5 % either
 
 
 def check_scores(scores: Any, *, of: str = "scores") -> np.ndarray:
@@ -45,22 +46,32 @@ def _pair(new: Any, old: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bootstrap_interval(
-  values: np.ndarray, *, samples: int = SAMPLES, seed: int = 0, statistic: Callable[..., np.ndarray] = np.mean
+  values: np.ndarray,
+  *,
+  samples: int = SAMPLES,
+  seed: int = 0,
+  statistic: Callable[..., np.ndarray] = np.mean,
+  tail: float = 2.5,
 ) -> tuple[float, float]:
-  """Percentile bootstrap, 95 %, over the first axis (prompts: the images of one prompt are not independent)."""
+  """Percentile bootstrap over the first axis (prompts: the images of one prompt are not independent).
+
+  95 %, or as much as leaves `tail` percent out on each side.
+  """
   rng = np.random.default_rng(seed)
   rows = max(1, CHUNK // values.size)
   found = []
   for start in range(0, samples, rows):
     index = rng.integers(0, len(values), (min(rows, samples - start), len(values)))
     found.append(statistic(values[index], axis=1))
-  low, high = np.percentile(np.concatenate(found), [2.5, 97.5])
+  low, high = np.percentile(np.concatenate(found), [tail, 100 - tail])
   return float(low), float(high)
 
 
-def interval(values: np.ndarray, *, samples: int = SAMPLES, seed: int = 0) -> tuple[float, float] | None:
+def interval(
+  values: np.ndarray, *, samples: int = SAMPLES, seed: int = 0, tail: float = 2.5
+) -> tuple[float, float] | None:
   """`bootstrap_interval` of the mean of f[P], a value for each prompt; None of one prompt, which tells no spread."""
-  return bootstrap_interval(values, samples=samples, seed=seed) if len(values) > 1 else None
+  return bootstrap_interval(values, samples=samples, seed=seed, tail=tail) if len(values) > 1 else None
 
 
 def describe(scores: Any, *, samples: int = SAMPLES, seed: int = 0) -> dict[str, Any]:
@@ -79,20 +90,29 @@ def win_rate(new: Any, old: Any, *, samples: int = SAMPLES, seed: int = 0) -> di
   Args:
     new, old: f[P, S] scores.
   Returns:
-    `win_rate` and `win_rate_interval`, 95 %, bootstrapped over prompts; None with one prompt.
+    `win_rate` and `win_rate_interval`, 95 %, bootstrapped over prompts; None with one prompt. Where all pairs are won,
+    or all lost, resampling shows no spread, and the interval is Clopper and Pearson's.
   """
   new, old = _pair(new, old)
   wins = ((new > old) + 0.5 * (new == old)).mean(axis=1)
-  return {"win_rate": float(wins.mean()), "win_rate_interval": interval(wins, samples=samples, seed=seed)}
+  bounds = interval(wins, samples=samples, seed=seed)
+  least = 0.025 ** (1 / len(wins))
+  if bounds == (1.0, 1.0):
+    bounds = (least, 1.0)
+  elif bounds == (0.0, 0.0):
+    bounds = (0.0, 1.0 - least)
+  return {"win_rate": float(wins.mean()), "win_rate_interval": bounds}
 
 
-def difference(new: Any, old: Any, *, samples: int = SAMPLES, seed: int = 0) -> dict[str, Any]:
+def difference(
+  new: Any, old: Any, *, samples: int = SAMPLES, seed: int = 0, tail: float = 2.5
+) -> dict[str, Any]:
   """How much higher `new` scores than `old`.
 
   Args:
     new, old: f[P, S] scores.
   Returns:
-    `difference` of the means, its `difference_interval`, 95 % over prompts (None with one prompt), and `effect_size`:
+    `difference` of the means, its `difference_interval` over prompts (None with one prompt), and `effect_size`:
     the mean of the prompts' differences in units of their standard deviation (Cohen's d of paired samples), 0 where
     nothing differs, None where all differ by the same or there is one prompt.
   """
@@ -103,7 +123,7 @@ def difference(new: Any, old: Any, *, samples: int = SAMPLES, seed: int = 0) -> 
     effect = mean / float(change.std(ddof=1))
   return {
     "difference": mean,
-    "difference_interval": interval(change, samples=samples, seed=seed),
+    "difference_interval": interval(change, samples=samples, seed=seed, tail=tail),
     "effect_size": effect,
   }
 
@@ -157,7 +177,7 @@ def compare(
 ) -> dict[str, Any]:
   """All of `win_rate`, `difference` and `sign_test`; and `categories`: the same for the prompts of each.
 
-  `prompts` is how many there are.
+  `prompts` is how many there are. Categories of fewer than LEAST_PROMPTS have no intervals.
 
   Args:
     new, old: f[P, S] scores.
@@ -174,7 +194,11 @@ def compare(
       **sign_test(*pair),
     }
 
-  return of(slice(None)) | {"categories": {name: of(rows) for name, rows in rows_of(categories or ()).items()}}
+  by_category = {name: of(rows) for name, rows in rows_of(categories or ()).items()}
+  for found in by_category.values():
+    if found["prompts"] < LEAST_PROMPTS:
+      found |= {"win_rate_interval": None, "difference_interval": None}
+  return of(slice(None)) | {"categories": by_category}
 
 
 def rows_of(categories: Sequence[str]) -> Mapping[str, np.ndarray]:
@@ -184,11 +208,16 @@ def rows_of(categories: Sequence[str]) -> Mapping[str, np.ndarray]:
   return {name: np.flatnonzero(values == name) for name in names} if len(names) > 1 else {}
 
 
-def change(new: Any, old: Any, *, samples: int = SAMPLES, seed: int = 0) -> dict[str, Any]:
+def change(new: Any, old: Any, *, samples: int = SAMPLES, seed: int = 0, tests: int = 1) -> dict[str, Any]:
   """`change` of the mean of f[P], a value for each prompt (such as diversity), its `change_interval`, and `falls`.
 
   `falls` says whether the whole interval is below 0; with one prompt nothing is said.
+
+  Args:
+    tests: how many such changes are looked at; the interval leaves out 5 % / tests (Bonferroni).
   """
-  values = difference(np.asarray(new)[:, None], np.asarray(old)[:, None], samples=samples, seed=seed)
+  values = difference(
+    np.asarray(new)[:, None], np.asarray(old)[:, None], samples=samples, seed=seed, tail=2.5 / tests
+  )
   bounds = values["difference_interval"]
   return {"change": values["difference"], "change_interval": bounds, "falls": bounds is not None and bounds[1] < 0}

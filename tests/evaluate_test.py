@@ -7,6 +7,7 @@ import linecache
 import os
 import pathlib
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -146,7 +147,9 @@ def test_one_prompt_has_no_interval_and_identical_models_are_even(models, tmp_pa
   assert "null" in text
   table = capsys.readouterr().out
   assert "50.0%" in table and "[" not in table.split("In brackets")[0].split("| one |")[1].split("\n")[0]
-  assert "one prompt" in table.lower()
+  assert "one prompt" in table.lower() and "1 prompt, 2 pictures each" in table
+  assert "Drawn with scheduler ddim, steps 2," in table
+  assert "Diversity was not measured, as no CLIP is among the scorers" in table
 
 
 def test_the_shipped_models_with_the_shipped_scorers(tmp_path, capsys):
@@ -278,7 +281,7 @@ def test_two_processes_share_the_work(models, evaluated, tmp_path):
     np.testing.assert_allclose(np.ravel(found[name][REDNESS]), of_files, rtol=1e-5)
 
 
-def test_a_recipe_names_scorers(models, tmp_path, monkeypatch):
+def test_a_recipe_names_scorers(models, tmp_path, monkeypatch, capsys):
   """The comparison follows the training; what is not there is refused before it."""
   trained = []
 
@@ -317,6 +320,21 @@ def test_a_recipe_names_scorers(models, tmp_path, monkeypatch):
   found = results(tmp_path / "run" / "evaluation")
   assert found["models"] == ["base", "aligned"] and [s["name"] for s in found["scorers"]] == [BRIGHTNESS, REDNESS]
   assert len(found["prompts"]) == 3 and found["settings"]["guidance_scale"] == 3.5
+  # Continued, the run has other weights: the evaluation of those before is kept, and there is a new one.
+  run_before, two = run, weights.load_pipeline(models / "two")
+
+  def go_on(config, workdir):
+    run_before(config, workdir)
+    changed = {**two.params, "unet": jax.tree.map(lambda x: 1.5 * x, two.params["unet"])}
+    weights.save_pipeline(pathlib.Path(workdir) / "export", dataclasses.replace(two, params=changed))
+
+  before = pictures(tmp_path / "run" / "evaluation", "aligned")
+  monkeypatch.setattr("jaxpref.train.run", go_on)
+  shutil.rmtree(tmp_path / "run" / "export")
+  main.run_and_evaluate(config, str(tmp_path / "run"))
+  assert pictures(tmp_path / "run" / "evaluation_1", "aligned") == before
+  assert pictures(tmp_path / "run" / "evaluation", "aligned") != before
+  assert "is " + str(tmp_path / "run" / "evaluation_1") + " now" in capsys.readouterr().err
   config.objective = "denoise"
   with pytest.raises(ValueError, match="config.evaluation.scorers=.*expected nothing for this objective"):
     main.run_and_evaluate(config, str(tmp_path / "other"))

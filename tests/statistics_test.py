@@ -134,15 +134,38 @@ def test_difference_and_effect_size():
 
 
 def test_categories_are_comparisons_of_their_prompts():
-  new, old, names = draw(0, 9, 2), draw(1, 9, 2), ["cat", "dog", ""] * 3
+  new, old, names = draw(0, 20, 2), draw(1, 20, 2), ["cat", "dog", ""] * 6 + ["few"] * 2
   found = statistics.compare(new, old, categories=names)["categories"]
-  assert list(found) == ["cat", "dog", ""]
-  part = statistics.compare(new[1::3], old[1::3])
+  assert list(found) == ["cat", "dog", "", "few"]
+  part = statistics.compare(new[1:18:3], old[1:18:3])
   assert found["dog"] == {name: value for name, value in part.items() if name != "categories"}
-  assert found["dog"]["prompts"] == 3
-  total = sum(c["win_rate"] * c["prompts"] for c in found.values()) / 9
+  assert found["dog"]["prompts"] == 6 and found["dog"]["win_rate_interval"] is not None
+  total = sum(c["win_rate"] * c["prompts"] for c in found.values()) / 20
   assert total == pytest.approx(statistics.win_rate(new, old)["win_rate"])
-  assert statistics.compare(new, old, categories=["all"] * 9)["categories"] == {}
+  assert found["few"]["win_rate_interval"] is found["few"]["difference_interval"] is None  # of two prompts
+  assert statistics.compare(new, old, categories=["all"] * 20)["categories"] == {}
+
+
+def test_where_all_is_won_the_interval_is_not_a_point():
+  """It holds what wins all of n prompts in 2.5 % of cases."""
+  low, high = statistics.win_rate(np.ones((10, 2)), np.zeros((10, 2)))["win_rate_interval"]
+  assert low**10 == pytest.approx(0.025) and high == 1.0
+  assert statistics.win_rate(np.zeros((10, 2)), np.ones((10, 2)))["win_rate_interval"] == (0.0, 1 - low)
+  mixed = np.vstack([np.ones((9, 1)), np.zeros((1, 1))])
+  low, high = statistics.win_rate(mixed, np.full((10, 1), 0.5))["win_rate_interval"]
+  assert 0.5 < low < 0.9 and high == 1.0
+
+
+def test_of_many_changes_few_fall_by_chance():
+  """Of six models that differ from the baseline by chance alone, one in 5 of 100 cases: without correction in more."""
+  wrong = {1: 0, 6: 0}
+  for i in range(60):
+    old = draw(i, 50, 1)[:, 0]
+    models = [old + 0.3 * draw(1000 + 10 * i + k, 50, 1)[:, 0] for k in range(6)]
+    for tests in wrong:
+      found = [statistics.change(new, old, samples=400, tests=tests)["falls"] for new in models]
+      wrong[tests] += any(found)
+  assert wrong[6] <= 8 < wrong[1]
 
 
 def test_change_says_whether_it_falls():

@@ -3,8 +3,8 @@
   kind     file                                                            category
   text     a prompt a line                                                 none
   json     a list of strings, or of objects with a caption or a prompt     of the object, if it has one
-  table    .csv or .jsonl with a column caption or prompt, and optionally  of the row, if it has one
-           category and id, such as Pick-a-Pic's test or test_unique
+  table    .csv, .jsonl or .parquet with a column caption or prompt, and   of the row, if it has one
+           optionally category and id, such as Pick-a-Pic's test_unique
   parti    PartiPrompts.tsv: Prompt, Category, Challenge, Note             Category
   hpdv2    HPDv2's benchmark: a folder of anime.json, concept-art.json,    the name of the file
            paintings.json and photo.json, or one of these
@@ -56,7 +56,10 @@ class Prompt:
 
 
 def read(path: Path, *, kind: str | None = None) -> list[Prompt]:
-  """The prompts of a file, or of HPDv2's folder, in order; those that are there twice stay, and a warning counts them.
+  """The prompts of a file, or of HPDv2's folder, in order; of those that are there twice the first.
+
+  They are the unit of intervals and tests, and a repeated one would count as if it were another. GenEval's all stay, as
+  its own scorer numbers them. A warning counts the repeated ones.
 
   Args:
     path: of the file or folder.
@@ -73,9 +76,14 @@ def read(path: Path, *, kind: str | None = None) -> list[Prompt]:
     if kind not in (None, "hpdv2"):
       raise ValueError(f"{place} is a folder; expected a file of kind {kind}.")
     prompts = _read_hpdv2_folder(place)
+  elif place.is_file() and place.name.lower().endswith(".parquet"):
+    if kind not in (None, "table"):
+      raise ValueError(f"{place} is a Parquet file; expected a file of kind {kind}.")
+    prompts = _read_parquet(place)
   elif place.is_file():
     text = _decoded(place)
-    prompts = _READERS[kind or detect_kind(place.name, text)](place, text)
+    kind = kind or detect_kind(place.name, text)
+    prompts = _READERS[kind](place, text)
   else:
     raise FileNotFoundError(f"there is no file of prompts {path}; expected one of the kinds {', '.join(KINDS)}.")
   if not prompts:
@@ -83,11 +91,17 @@ def read(path: Path, *, kind: str | None = None) -> list[Prompt]:
   repeated = repeats(prompts)
   if repeated:
     first = next(iter(repeated))
+    what = "each is kept and counts by itself" if kind == "geneval" else "each is used once"
     logger.warning(
-      "%s: %d prompts are there more than once, such as %r (%d times); each is kept and counts by itself.",
-      place, len(repeated), first, repeated[first],
+      "%s: %d prompts are there more than once, such as %r (%d times); %s.",
+      place, len(repeated), first, repeated[first], what,
     )  # fmt: skip
-  return prompts
+  if kind == "geneval":
+    return prompts
+  firsts: dict[str, Prompt] = {}
+  for prompt in prompts:
+    firsts.setdefault(prompt.text, prompt)
+  return list(firsts.values())
 
 
 def repeats(prompts: Sequence[Prompt]) -> dict[str, int]:
@@ -234,6 +248,24 @@ def _read_table(place: Any, text: str) -> list[Prompt]:
   is_csv = place.suffix.lower() == ".csv"
   rows = _csv_rows(place, text) if is_csv else _json_lines(place, text)
   return [_prompt(row, f"{place}, line", number, TEXT_COLUMNS) for number, row in rows]
+
+
+def _read_parquet(place: Any) -> list[Prompt]:
+  """Its columns of text alone: others may hold pictures."""
+  import pyarrow
+  import pyarrow.parquet
+
+  try:
+    with place.open("rb") as stream:
+      file = pyarrow.parquet.ParquetFile(stream)
+      names = list(file.schema_arrow.names)
+      wanted = [name for name in names if name.strip().lower() in (*TEXT_COLUMNS, "category", "id")]
+      if not any(name.strip().lower() in TEXT_COLUMNS for name in wanted):
+        raise ValueError(f"{place}: found {', '.join(names)}; expected a column {' or '.join(TEXT_COLUMNS)}.")
+      rows = file.read(columns=wanted).to_pylist()
+  except pyarrow.ArrowInvalid as error:
+    raise ValueError(f"{place} is no Parquet file ({error}); download it again.") from error
+  return [_prompt(row, f"{place}, row", i, TEXT_COLUMNS) for i, row in enumerate(rows, 1)]
 
 
 def _json_lines(place: Any, text: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -4,6 +4,8 @@ import json
 import logging
 import re
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -108,13 +110,30 @@ def test_tables_such_as_pick_a_pics(tmp_path):
   assert prompt_sets.read(write(tmp_path, "test_unique", raw)) == expected
 
 
-def test_repeated_prompts_stay_and_are_reported(tmp_path, caplog):
-  file = write(tmp_path, "a.txt", "a cat\na dog\na cat\na cat\n")
+def test_of_repeated_prompts_the_first_is_used(tmp_path, caplog):
+  rows = [{"caption": "a cat", "id": i} if i % 2 else {"caption": f"a dog {i}"} for i in range(1, 6)]
   with caplog.at_level(logging.WARNING):
-    found = prompt_sets.read(file)
-  assert [p.text for p in found] == ["a cat", "a dog", "a cat", "a cat"]
-  assert prompt_sets.repeats(found) == {"a cat": 3}
-  assert "1 prompts are there more than once, such as 'a cat' (3 times)" in caplog.text
+    found = prompt_sets.read(write(tmp_path, "a.jsonl", lines(rows)))
+  assert found == [Prompt("a cat", id="1"), Prompt("a dog 2"), Prompt("a dog 4")]
+  assert "1 prompts are there more than once, such as 'a cat' (3 times); each is used once." in caplog.text
+  twice = [*GENEVAL, GENEVAL[0]]  # GenEval's scorer numbers all of them
+  with caplog.at_level(logging.WARNING):
+    assert [p.id for p in prompt_sets.read(write(tmp_path, "b.jsonl", lines(twice)))] == ["00000", "00001", "00002"]
+  assert "'a photo of a bench' (2 times); each is kept and counts by itself." in caplog.text
+
+
+def test_columns_of_a_parquet_file(tmp_path):
+  """Pick-a-Pic's, say, whose pictures are not read."""
+  file = tmp_path / "test_unique-00000-of-00001-abc.parquet"
+  columns = {"jpg_0": [b"x", b"y"], "caption": ["a cat", "a dog"], "Category": ["pets", None]}
+  pyarrow.parquet.write_table(pyarrow.table(columns), file)
+  assert prompt_sets.read(file) == [Prompt("a cat", "pets"), Prompt("a dog")]
+  assert prompt_sets.read(file, kind="table") == prompt_sets.read(file)
+  with pytest.raises(ValueError, match="is a Parquet file; expected a file of kind parti"):
+    prompt_sets.read(file, kind="parti")
+  pyarrow.parquet.write_table(pyarrow.table({"text": ["a cat"]}), file)
+  with pytest.raises(ValueError, match="found text; expected a column caption or prompt"):
+    prompt_sets.read(file)
 
 
 # ---- Bad input -------------------------------------------------------------------------------------------------
@@ -127,7 +146,8 @@ def test_repeated_prompts_stay_and_are_reported(tmp_path, caplog):
     ("a.txt", " \n\n", "has no prompts"),
     ("a.txt", b"\xff\xfe\xfa", "is not UTF-8 text"),
     ("a.png", b"\x89PNG\r\n\x1a\n\0\0", "is not UTF-8 text"),
-    ("a.parquet", b"PAR1\0\0", "is no text; expected one of the kinds text, json"),
+    ("a.parquet", b"PAR1\0\0", "is no Parquet file .*; download it again"),
+    ("a.bin", b"PAR1\0\0", "is no text; expected one of the kinds text, json"),
     ("a.json", "[]", "has no prompts"),
     ("a.json", '["a", 3]', r"entry 2: 3; expected a string, or an object with a caption or a prompt"),
     ("a.json", '[{"text": "a"}]', r"entry 1: found text; expected a field caption or prompt"),
