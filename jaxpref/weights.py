@@ -372,10 +372,17 @@ def random_pipeline(
     params=params,
     schedule=schedule_from_config(preset.scheduler),
     scheduler_config=dict(preset.scheduler),
-    tokenizer=tiny_tokenizer(),
-    tokenizer_2=tiny_tokenizer() if "text_encoder_2" in modules else None,
+    tokenizer=_tokenizer_of(preset.text_encoder),
+    tokenizer_2=None if preset.text_encoder_2 is None else _tokenizer_of(preset.text_encoder_2),
     force_zeros_for_empty_prompt="text_encoder_2" in modules,
   )
+
+
+def _tokenizer_of(config: CLIPTextConfig) -> Any:
+  """The shipped one, padding to as many tokens as the text encoder reads."""
+  tokenizer = tiny_tokenizer()
+  tokenizer.model_max_length = config.max_position_embeddings
+  return tokenizer
 
 
 def tiny_tokenizer() -> Any:

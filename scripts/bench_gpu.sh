@@ -5,8 +5,9 @@
 #   SIZES=sd15 CASES="dpo-lora sample" bash scripts/bench_gpu.sh
 #
 # SIZES (default: sd15 sdxl; also smoke, tiny) times CASES (default: all of scripts/bench.py). Of DPO and SPO, LoRA and
-# full, PyTorch takes turns with jaxpref (scripts/bench_vs_torch.sh, whose STEPS, ROUNDS, BATCH, DTYPE and COMPILE hold;
-# COMPILE is 1 by default). A case that is done is not measured again: after an interruption, the same command goes on.
+# full, PyTorch takes turns with jaxpref (scripts/bench_vs_torch.sh, whose STEPS, ROUNDS, BATCH, DTYPE, CHECK and COMPILE
+# hold; COMPILE is 1 by default). First scripts/check_gpu.py looks for the packages, and shows that attention by cuDNN is
+# right. What is done is not measured again: after an interruption, the same command goes on with the next run.
 # One that fails leaves the others, is tried again by the next call, and makes the status 1. Writes OUT/bench.md and
 # OUT/vs_torch.md, and the JSON of every run beside them. $PYTHON (default: python3) has jaxpref, JAX for the device,
 # torch, diffusers, transformers and peft.
@@ -19,6 +20,9 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 read -ra sizes <<<"${SIZES:-sd15 sdxl}"
 read -ra cases <<<"${CASES:-dpo-lora spo-lora dpo-full spo-full tdpo-lora tdpo-full spm sample}"
 mkdir -p "$out"
+# A step that was compiled before an interruption is not compiled again.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(cd "$out" && pwd)/compiled}
+if [ ! -s "$out/check.md" ]; then "$PYTHON" scripts/check_gpu.py --out "$out/check"; fi
 
 failed=() speed=() both=()
 for size in "${sizes[@]}"; do
@@ -28,6 +32,7 @@ for size in "${sizes[@]}"; do
       dpo-* | spo-*)
         if [ ! -s "$place.md" ] && ! OUT=$place bash scripts/bench_vs_torch.sh "$size" "$case"; then
           failed+=("$size $case")
+          if [ -s "${place}_jax_1.json" ]; then speed+=("${place}_jax_1.json"); fi
           continue
         fi
         speed+=("${place}_jax_1.json")

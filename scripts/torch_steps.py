@@ -277,7 +277,7 @@ def load_scorer(
     size = vision["image_size"]
     scale = size / min(height, width)
     shape = (int(height * scale + 0.5), int(width * scale + 0.5))
-    x = images.float().clamp(-1, 1)
+    x = images.float()
     if shape != (height, width):
       x = F.interpolate(x, size=shape, mode="bicubic", align_corners=False)
     top, left = (round((n - size) / 2) for n in shape)

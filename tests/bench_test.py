@@ -22,7 +22,7 @@ def test_cases_are_the_recipes_on_random_weights(case, size):
 
 
 def test_a_case_is_timed_and_reported(tmp_path, monkeypatch):
-  monkeypatch.setattr(bench, "matrix_peak", lambda: (1e11, "float32"))
+  monkeypatch.setattr(bench, "matrix_peak", lambda dtype: (1e11, dtype))
   row = bench.measure("sample", "smoke", 1, steps=2)
   assert len(row["seconds"]) == 2 and row["seconds_a_step"] > 0 and row["tflop_a_step"] > 0
   assert row["share_of_peak"] == pytest.approx(row["tflop_per_second"] * 1e12 / 1e11)
