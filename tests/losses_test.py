@@ -182,6 +182,16 @@ def test_soft_labels_interpolate_between_the_two_orders():
   assert not np.any(jax.grad(lambda a: soft(a, b, prob=jnp.full(B, 0.5)).sum())(a))
 
 
+def test_ipo_of_log_ratios_is_least_at_the_same_margin():
+  """1 / (2 beta), of errors' halves and of log-ratios alike."""
+  margins = jnp.linspace(0.0, 0.1, 101)
+  zero = jnp.zeros_like(margins)
+  of_ratios = losses.ipo_loss(margins, zero, beta=10.0, factor=1.0)
+  of_errors = losses.ipo_loss(margins / 2, zero, beta=10.0)
+  np.testing.assert_allclose(margins[jnp.argmin(of_ratios)], 0.05, rtol=1e-5)
+  np.testing.assert_allclose(of_ratios, of_errors, rtol=1e-5, atol=1e-9)
+
+
 def test_ipo_is_least_at_its_target_margin():
   """Zero loss where the error margin is 1 / (2 beta), growing on both sides of it."""
   target = 1.0 / (2.0 * BETA)

@@ -11,7 +11,7 @@ import pytest
 
 from jaxpref import diffusion, losses, objectives, rollout
 from jaxpref.loading import text_to_image
-from jaxpref.models.preference import preprocess
+from jaxpref.models.preference import StepAwareCLIPConfig, preprocess
 from jaxpref.models.text_to_image import TextToImage
 from jaxpref.weights import random_pipeline
 from tests.stub_model import LATENT, SCHEDULE, StubModel, StubScorer, draw, init, pair_batch
@@ -427,6 +427,53 @@ def test_divergence_is_zero_at_the_start_and_grows_with_damage():
     damaged = jax.tree.map(lambda k, s=scale: s * k, SAME)
     found.append(float(DIVERGENCE(damaged, FROZEN, batch, KEY)))
   assert 0 < found[0] < found[1]
+
+
+def test_ties_have_no_preferred_image():
+  """Nor has a batch of images that nobody likes; D of none is no number, which closes the gate."""
+  batch = pair_batch(6)
+  tied = np.array([True, False] * 3)
+  with_ties = batch | {"label_0": np.where(tied, 0.5, batch["label_0"]).astype(np.float32)}
+  changed = {k: v.copy() for k, v in with_ties.items()}
+  for k in ("pixels_0", "pixels_1"):
+    changed[k][tied] = 0
+  one, other = (float(DIVERGENCE(OTHER, FROZEN, b, KEY)) for b in (with_ties, changed))
+  assert one == other not in (0, float(DIVERGENCE(OTHER, FROZEN, batch, KEY)))
+  assert np.isnan(DIVERGENCE(OTHER, FROZEN, batch | {"label_0": np.full(6, 0.5, np.float32)}, KEY))
+  of_images = jax.jit(objectives.kto(MODEL, beta=10.0).divergence)
+  batch = image_batch(6) | {"label": np.float32([0, 1, 0, 1, 0, 0])}
+  changed = batch["pixels"].copy()
+  changed[batch["label"] == 0] = 0
+  assert of_images(OTHER, FROZEN, batch, KEY) == of_images(OTHER, FROZEN, batch | {"pixels": changed}, KEY)
+  assert np.isnan(of_images(OTHER, FROZEN, batch | {"label": np.zeros(6, np.float32)}, KEY))
+
+
+def test_the_margin_of_ipo_is_that_of_errors_or_of_log_ratios():
+  reward, zero, weight = jnp.linspace(0.0, 0.1, 11), jnp.zeros(11), jnp.ones(11)
+  of_ratios = objectives.pair_loss("ipo", beta=10.0)(reward, zero, None)
+  np.testing.assert_allclose(of_ratios, np.square(reward - 0.05), rtol=1e-5, atol=1e-9)
+  pair = objectives.DenoisedPair(*[None] * 8, reward_w=reward, reward_l=zero, weight=weight)
+  of_errors = objectives.denoised_loss("ipo", beta=10.0)(pair)
+  np.testing.assert_allclose(of_errors, np.square(2 * reward - 0.05), rtol=1e-5, atol=1e-9)
+
+
+def test_overshoot_is_clipped_after_the_resize():
+  """As the published scorer does it; before it, edges would be other ones."""
+  seen = []
+
+  class Scorer:
+    config = StepAwareCLIPConfig.from_dict(
+      {"vision_config": {"image_size": 4, "patch_size": 2}, "text_config": {}, "projection_dim": 8}
+    )
+
+    def apply(self, variables, *args, method):
+      seen.append(args[0])
+      return args[0]
+
+  images = jnp.asarray(2.0 * draw(0, 2, 8, 8, 3))
+  objectives.score_images(Scorer(), {}, images, jnp.zeros(2, jnp.int32), None)
+  np.testing.assert_array_equal(seen[0], preprocess(images, 4))
+  assert np.abs(seen[0] - preprocess(jnp.clip(images, -1, 1), 4)).max() > 0.1
 
 
 def test_divergence_looks_at_few_preferred_images_only():

@@ -368,6 +368,9 @@ def test_without_a_valid_pair_nothing_changes():
   assert equal(state.opt_state, start.opt_state)
   assert state.step == 1
   np.testing.assert_allclose(found["loss"], math.log(2), rtol=1e-6)
+  hinge = objectives.pair_loss("hinge", beta=10.0)
+  undecided = step.spo_step(StubModel(), StubScorer(), hinge, ADAMW, **OPTIONS | {"threshold": 0.9999})
+  assert jax.jit(undecided)(start, FROZEN, PROMPTS)[1]["loss"] == 1
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])

@@ -408,6 +408,18 @@ def test_the_fields_of_the_reference_arrive(delta):
   np.testing.assert_allclose(seen[-1]["w"], proposed["w"])
   np.testing.assert_allclose(moved["w"], proposed["w"] if delta > 0 else init["w"])
   assert after.accepted == (delta > 0) and after.resets == (delta == 0)
+  # The mean of D that the gate reads: after 4, half as much of the past and so on, or the last one alone.
+  high = {"w": jnp.full(2, 9.0)}
+  for decay in (0.5, 0.0):
+    c.reference.update(delta=1e9, decay=decay)
+    update = train._reference_updater(c, experiment)
+    stats = train.reference.ReferenceStats.zeros()
+    with jax.disable_jit():
+      for policy in (params, high):
+        _, stats = update(ref, policy, stats, jnp.int32(3), {}, {}, jax.random.key(0))
+    proposals = [train.reference.propose(ref, policy, init, alpha=0.25, rho=0.1) for policy in (params, high)]
+    first, last = (float(jnp.sum(p["w"])) for p in proposals)
+    np.testing.assert_allclose(stats.divergence, (first * decay + last) / (1 + decay), rtol=1e-6)
 
 
 def test_a_run_whose_learning_rate_decays_keeps_its_length():

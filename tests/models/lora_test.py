@@ -77,6 +77,12 @@ def test_initialisation_is_peft_s():
   assert np.abs(factors["lora_A"]).max() <= bound
   np.testing.assert_allclose(factors["lora_A"].std(), bound / 3**0.5, rtol=0.02)
   np.testing.assert_array_equal(factors["lora_B"], 0)
+  factors = lora.init_lora(KEY, wide, rank=4, init="gaussian")["to_q"]
+  np.testing.assert_allclose(factors["lora_A"].std(), 1 / 4, rtol=0.05)
+  assert np.abs(factors["lora_A"]).max() > 2 / 4  # not uniform
+  np.testing.assert_array_equal(factors["lora_B"], 0)
+  with pytest.raises(ValueError, match="init is 'pissa', expected one of kaiming, gaussian"):
+    lora.init_lora(KEY, wide, rank=4, init="pissa")
 
 
 def test_factors_do_not_depend_on_what_else_is_adapted():
