@@ -351,9 +351,11 @@ def ddim_prev_timesteps(
     clamp_last: False leaves the last step's target negative, which stands for
       `final_alpha_cumprod`; with abar = 1 there the last transition has std 0 and no density. True
       clamps it to 0 (abar_0), as SPO's reference implementation does, so that std stays positive
-      and the last transition can be trained on (for a last timestep above 0: steps_offset 1).
+      and the last transition can be trained on.
   Returns:
     i32[num_steps] numpy array.
+  Raises:
+    ValueError: with `clamp_last`, steps that end at timestep 0, from where the last one goes nowhere.
 
   >>> schedule = schedule_from_config({"steps_offset": 1})
   >>> ddim_prev_timesteps(schedule, 5)
@@ -361,7 +363,13 @@ def ddim_prev_timesteps(
   >>> ddim_prev_timesteps(schedule, 5, clamp_last=True)
   array([601, 401, 201,   1,   0], dtype=int32)
   """
-  prev = ddim_timesteps(schedule, num_steps) - schedule.num_train_timesteps // num_steps
+  t = ddim_timesteps(schedule, num_steps)
+  if clamp_last and t[-1] == 0:
+    raise ValueError(
+      f"the last of {num_steps} steps of this schedule starts at timestep 0, so it has no noise, and no density to "
+      'train on; set "steps_offset": 1 in scheduler_config.json, of spacing "leading", or "timestep_spacing": "trailing".'
+    )
+  prev = t - schedule.num_train_timesteps // num_steps
   return (np.maximum(prev, 0) if clamp_last else prev).astype(np.int32)
 
 
