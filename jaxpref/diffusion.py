@@ -367,7 +367,8 @@ def ddim_prev_timesteps(
   if clamp_last and t[-1] == 0:
     raise ValueError(
       f"the last of {num_steps} steps of this schedule starts at timestep 0, so it has no noise, and no density to "
-      'train on; set "steps_offset": 1 in scheduler_config.json, of spacing "leading", or "timestep_spacing": "trailing".'
+      'train on; set "steps_offset": 1 (for spacing "leading") or "timestep_spacing": "trailing" in its '
+      "scheduler_config.json."
     )
   prev = t - schedule.num_train_timesteps // num_steps
   return (np.maximum(prev, 0) if clamp_last else prev).astype(np.int32)

@@ -315,7 +315,7 @@ def dpo(
       "error_w": mean_of(err_w, valid),
       "error_l": mean_of(err_l, valid),
       "valid_pairs": mean_of(valid, jnp.ones_like(valid)),
-      "reward_bin": binned_mean(margin, valid, t, **bins),
+      "margin_bin": binned_mean(margin, valid, t, **bins),
       "loss_bin": binned_mean(values, valid, t, **bins),
     }
     return jnp.sum(jnp.where(valid > 0, values, 0.0)), jnp.sum(valid), metrics

@@ -371,7 +371,7 @@ def spo_step(
       **found,
       "valid_pairs": jnp.mean(pairs.shared.valid.astype(jnp.float32)),
       "reward": jnp.mean(pairs.scores[:, -1]),
-      "reward_bin": jnp.mean(pairs.scores, axis=(0, 2)),
+      "reward_group": jnp.mean(pairs.scores, axis=(0, 2)),
       "score_gap": jnp.mean(jnp.max(pairs.scores, axis=2) - jnp.min(pairs.scores, axis=2)),
       **finished,
     }

@@ -23,7 +23,7 @@ def held_out_metrics(
   )
   batches, total = experiment.held_out(), None
   try:
-    for i in range(max(1, least // batches.batch_size)):
+    for i in range(-(-least // batches.batch_size)):
       batch = sharding.put_batch(mesh, next(batches))
       pairs = of_batch(state.params, frozen, batch, jax.random.key(i))
       total = pairs if total is None else metrics.add(total, pairs)

@@ -422,7 +422,7 @@ def test_an_iteration_learns_and_reports(monkeypatch):
   assert abs(found["loss"] - math.log(2)) < 0.2
   assert not equal(state.params, start.params)
   assert equal(state.ref_params, start.ref_params)
-  assert found["reward_bin"].shape == (3,)  # groups: one step, and the last two
+  assert found["reward_group"].shape == (3,)  # groups: one step, and the last two
   assert found["score_gap"] > 0 and found["grad_norm"] > 0
   again, found_again = run(start, FROZEN, PROMPTS)
   assert equal(again.params, state.params)
@@ -445,7 +445,7 @@ def test_an_ordinary_preference_model_is_told_time_0_at_every_step():
     jax.jit(spo(step_aware=step_aware))(start, frozen, PROMPTS)[1] for step_aware, frozen in cases
   )
   jax.tree.map(np.testing.assert_array_equal, of_images, without)
-  assert not equal(of_images["reward_bin"], aware["reward_bin"])
+  assert not equal(of_images["reward_group"], aware["reward_group"])
 
 
 def test_updates_of_an_iteration_are_clipped():
@@ -860,7 +860,7 @@ def test_spo_is_the_same_on_every_mesh(sizes):
   assert 0 < expected_found["valid_pairs"] < 1
   assert found["valid_pairs"] == expected_found["valid_pairs"]
   assert found["updates"] == expected_found["updates"]
-  np.testing.assert_allclose(found["reward_bin"], expected_found["reward_bin"], rtol=1e-4)
+  np.testing.assert_allclose(found["reward_group"], expected_found["reward_group"], rtol=1e-4)
   assert_close(params, expected, 1e-5)
 
 

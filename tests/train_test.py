@@ -327,7 +327,7 @@ def test_held_out_batches_are_averaged_by_what_they_count():
   )
   mesh = train.sharding.make_mesh(devices=jax.devices()[:2])
   state = step.initial_state({"w": jnp.float32(3)}, {}, ())
-  found = validation.held_out_metrics(experiment, mesh, {"factor": jnp.float32(2)}, state, least=24)
+  found = validation.held_out_metrics(experiment, mesh, {"factor": jnp.float32(2)}, state, least=20)
   assert set(found) == {"validation_accuracy", "validation_noise"} and drawn == [3]
   np.testing.assert_allclose(found["validation_accuracy"], 6 * (1 + 4 + 9) / (1 + 2 + 3), rtol=1e-6)
   noise = np.mean([jax.random.normal(jax.random.key(i)) for i in range(3)])
@@ -631,7 +631,7 @@ def test_spo_runs_from_the_command_line(shared):
   assert [r["step"] for r in found] == [1, 2]
   assert abs(found[0]["loss"] - math.log(2)) < 0.05
   assert found[0]["valid_pairs"] == 1.0 and found[0]["updates"] == 2
-  assert {"reward", "reward_bin_00", "reward_bin_01", "score_gap", "margin"} <= set(found[0])
+  assert {"reward", "reward_group_00", "reward_group_01", "score_gap", "margin"} <= set(found[0])
   assert list(states(folder)) == [2]
   assert weights.load_pipeline(folder / "export").unet.config.sample_size == 8
   assert "exported" in said and not (folder / "results.json").exists()
