@@ -444,8 +444,8 @@ def test_an_ordinary_preference_model_is_told_time_0_at_every_step():
   of_images, without, aware = (
     jax.jit(spo(step_aware=step_aware))(start, frozen, PROMPTS)[1] for step_aware, frozen in cases
   )
-  jax.tree.map(np.testing.assert_array_equal, of_images, without)
-  assert not equal(of_images["reward_group"], aware["reward_group"])
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), of_images, without)
+  assert not np.allclose(of_images["reward_group"], aware["reward_group"], rtol=1e-2)
 
 
 def test_updates_of_an_iteration_are_clipped():
