@@ -458,7 +458,7 @@ def test_what_is_missing_is_said_with_where_it_comes_from(tmp_path, monkeypatch)
     "pickscore": r"model.safetensors of the Hugging Face repository yuvalkirstain/PickScore_v1 is not .* pickscore=F",
     "hpsv2.1": (
       r"no folder ~/.cache/jaxpref/scorers/hpsv2.1; download HPS_v2.1_compressed.pt from the Hugging Face repository "
-      r"xswu/HPSv2 and run python scripts/convert_scorer.py hpsv2.1 HPS_v2.1_compressed.pt ~/.cache/.*/hpsv2.1\."
+      r"xswu/HPSv2 and run python scripts/convert_scorer.py hpsv2.1 HPS_v2.1_compressed.pt ~/.cache/.*/hpsv2.1 in a "
     ),
     "aesthetic": r"download sac\+logos\+ava1-l14-linearMSE.pth from christophschuhmann/.* on GitHub and run python",
     "imagereward=nowhere": "no folder nowhere; download ImageReward.pt from the Hugging Face repository THUDM/ImageR",

@@ -271,7 +271,7 @@ def counting(monkeypatch):
     frozen = init()
     params = {"unet": {"uses": jnp.zeros(total)}}
     options = OPTIONS | {"minibatch": minibatch}
-    go = jax.jit(step.spo_step(StubModel(), StubScorer(), None, optimizer, **options))
+    go = jax.jit(step.spo_step(StubModel(), StubScorer(), SPO_LOSS, optimizer, **options))
     batch = {"input_ids": jnp.zeros((valid.shape[0], 5), jnp.int32)}
     state, given = state_of(params, optimizer), []
     for _ in range(steps):
