@@ -108,9 +108,9 @@ def open_folder(folder: pathlib.Path, asked: dict[str, Any]) -> dict[str, Any]:
   if begun is not None:
     if (difference := _difference(folder, begun, asked)) is not None:
       raise ValueError(difference)
-    for name, entry in described.items():
-      before = begun["models"].get(name, {})
-      described[name] = entry | {key: before[key] for key in ("versions",) if key in before}
+    for name in described.keys() & begun["models"].keys():
+      drawn_with = begun["models"][name].get("versions", begun.get("versions"))
+      described[name] = described[name] | {"versions": drawn_with}
     described = begun["models"] | described
   elif folder.is_dir() and any(folder.iterdir()):
     raise ValueError(f"--out={folder} is not empty and has no manifest.json; choose another folder.")

@@ -126,12 +126,20 @@ def test_missing_and_damaged_pictures_are_drawn_again_and_scored_again(models, e
 def test_models_and_scorers_are_added_to_a_folder(models, evaluated, tmp_path, capsys, monkeypatch):
   folder = copy(evaluated, tmp_path / "out")
   with_lora = f"lora={models / 'one'}+{models / 'lora.safetensors'}"
+  begun = json.loads((folder / "manifest.json").read_text())
+  begun["models"]["one"]["versions"]["jaxpref"] = "0.0.1"
+  del begun["models"]["two"]["versions"]  # as they were, once for all
+  (folder / "manifest.json").write_text(json.dumps(begun))
   run(models, folder, names=("one", with_lora), scorers=(BRIGHTNESS, REDNESS))
   found = results(folder)
   assert found["models"] == ["one", "lora"] and set(found["scores"]["lora"]) == {BRIGHTNESS, REDNESS}
   assert found["scores"]["one"][BRIGHTNESS] == results(evaluated)["scores"]["one"][BRIGHTNESS]
   assert pictures(folder, "lora") != pictures(folder, "one")
-  assert set(json.loads((folder / "manifest.json").read_text())["models"]) == {"one", "two", "lora"}
+  manifest = json.loads((folder / "manifest.json").read_text())
+  assert set(manifest["models"]) == {"one", "two", "lora"}
+  # What was drawn before keeps its versions.
+  assert manifest["models"]["one"]["versions"] == manifest["versions"] | {"jaxpref": "0.0.1"}
+  assert manifest["models"]["lora"]["versions"] == manifest["versions"]
   # Nothing is drawn or scored a second time.
   monkeypatch.setattr(evaluate.drawing, "draw", None)
   monkeypatch.setattr(evaluate, "score_images", None)
