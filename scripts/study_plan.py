@@ -37,7 +37,8 @@ PARTS = {
 class Variant:
   """A recipe with changes, the variants it is compared with, and the one whose learning rate it takes ("": its own).
 
-  `judged_by` names a preference model of MODELS, in the place of the recipe's.
+  `judged_by` names a preference model of MODELS, in the place of the recipe's. One with `betas` is `tuned_as` with one
+  of them, or as it is, whichever is chosen at that one's learning rate.
   """
 
   name: str
@@ -47,6 +48,7 @@ class Variant:
   against: tuple[str, ...] = ("dpo",)
   tuned_as: str = ""
   judged_by: str = ""
+  betas: tuple[float, ...] = ()
 
 
 # Preference models that variants need, by name: recipe and changes. Trained once, in runs/study/models/.
@@ -63,6 +65,11 @@ def _moving(
 ) -> Variant:
   changes = {"reference.tau": tau} | {f"reference.{k}": v for k, v in reference.items()}
   return Variant(name, "A", config_file, MOVING | changes, ("dpo", *against), tuned_as)
+
+
+def _beta(name: str, config_file: str, *betas: float) -> Variant:
+  against = ("dpo",) if name == "dpo" else ("dpo_beta", name)
+  return Variant(f"{name}_beta", "C", config_file, against=against, tuned_as=name, betas=betas)
 
 
 VARIANTS = (
@@ -99,13 +106,20 @@ VARIANTS = (
   Variant("smoothed", "C", "dpo_tiny", {"loss.label_smoothing": 0.1}, tuned_as="dpo"),
   Variant("robust", "C", "dpo_tiny", {"loss.name": "robust", "loss.label_smoothing": 0.1}, tuned_as="dpo"),
   Variant("ipo", "C", "dpo_tiny", {"loss.name": "ipo"}),
-  # The recipe's beta asks for a margin of errors of 0.001, and holds it there: this asks for ten times as much.
-  Variant("ipo_beta50", "C", "dpo_tiny", {"loss.name": "ipo", "loss.beta": 50.0}, against=("dpo", "ipo")),
   Variant("hinge", "C", "dpo_tiny", {"loss.name": "hinge"}),
   Variant("dspo", "C", "dpo_tiny", {"loss.name": "dspo", "loss.beta": 0.001}),
   Variant("mapo", "C", "dpo_tiny", {"loss.name": "mapo", "loss.beta": 0.1}),
   Variant("safeguard", "C", "dpo_tiny", {"loss.safeguard": 0.0}, tuned_as="dpo"),
   Variant("kto", "C", "kto_tiny"),
+  # beta tuned, too: a tenth and ten times the one above. But IPO's 500 asks for a margin of errors of 0.001, and holds
+  # it there: smaller ones ask for more. And DSPO's 0.001 is SFT: a smaller one is no less so, and 2 turns its gradient.
+  _beta("dpo", "dpo_tiny", 50.0, 5000.0),
+  _beta("ipo", "dpo_tiny", 5.0, 50.0),
+  _beta("hinge", "dpo_tiny", 50.0, 5000.0),
+  _beta("dspo", "dpo_tiny", 0.1, 1.0),
+  _beta("mapo", "dpo_tiny", 0.01, 1.0),
+  _beta("kto", "kto_tiny", 50.0, 5000.0),
+  _beta("spo", "spo_tiny", 1.0, 100.0),
   # The same number of samples in an iteration, of 4 prompts and of 24.
   Variant("grpo", "C", "grpo_tiny", against=("spo",)),
   Variant("ddpo", "C", "grpo_tiny", DDPO, against=("spo",)),
@@ -113,6 +127,17 @@ VARIANTS = (
   Variant("d3po", "C", "spo_tiny", D3PO, against=("spo",)),
 )
 BY_NAME = {v.name: v for v in VARIANTS}
+
+
+def with_beta(name: str, beta: float) -> Variant:
+  """The variant of that name with another beta, at its learning rate."""
+  v = BY_NAME[name]
+  return dataclasses.replace(
+    v, name=f"{name}_beta{beta:g}", overrides=v.overrides | {"loss.beta": beta}, tuned_as=v.tuned_as or name
+  )
+
+
+BY_NAME |= {v.name: v for v in (with_beta(chosen.tuned_as, b) for chosen in VARIANTS for b in chosen.betas)}
 CURVES = {"Diffusion-DPO": ("dpo_quarter", "dpo_half", "dpo"), "SPO": ("spo_quarter", "spo_half", "spo")}
 
 
@@ -146,6 +171,10 @@ def load_config(variant: Variant) -> Any:
   config = importlib.import_module(f"configs.{variant.config_file}").get_config()
   config.update_from_flattened_dict(changes(variant))
   return config
+
+
+def beta(variant: Variant) -> float:
+  return float(load_config(variant).loss.beta)
 
 
 def command(run: Run, folder: pathlib.Path) -> list[str]:
@@ -261,8 +290,8 @@ def restore(file: pathlib.Path, folder: pathlib.Path) -> int:
   return count
 
 
-def choose(rows: Sequence[dict[str, Any]]) -> float | None:
-  """The learning rate of the highest preferred share; of equal ones the smallest; None if all failed.
+def choose(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+  """That of the highest preferred share; of equal ones the smallest learning rate, then the first; None if all failed.
 
   Among those whose caption accuracy falls by at most ALLOWED_FALL, or where there is none, that falls least.
   """
@@ -270,36 +299,55 @@ def choose(rows: Sequence[dict[str, Any]]) -> float | None:
     return None
   bound = min(-ALLOWED_FALL, max(r["caption_accuracy_change"] for r in rows)) - 1e-9
   allowed = [r for r in rows if r["caption_accuracy_change"] >= bound]
-  return min(allowed, key=lambda r: (-r["preferred_share"], r["learning_rate"]))["learning_rate"]
+  return min(allowed, key=lambda r: (-r["preferred_share"], r["learning_rate"]))
 
 
-def tuning_runs(variant: Variant) -> list[Run]:
+def rate_runs(variant: Variant) -> list[Run]:
   """The runs on the validation split that decide on the learning rate of a variant, be they its own or another's."""
   tuned = BY_NAME[variant.tuned_as or variant.name]
   rate = load_config(tuned).optimizer.learning_rate
   return [Run(tuned, factor * rate, TUNING_SEED, "validation") for factor in FACTORS]
 
 
+def beta_runs(variant: Variant, folder: pathlib.Path) -> list[Run]:
+  """Those that decide on beta, the first with the one it has anyway; none before the learning rate is known."""
+  if not variant.betas or not (best := _best(rate_runs(variant), folder)):
+    return []
+  among = [BY_NAME[variant.tuned_as], *(BY_NAME[f"{variant.tuned_as}_beta{b:g}"] for b in variant.betas)]
+  return [Run(v, best["learning_rate"], TUNING_SEED, "validation") for v in among]
+
+
+def _best(runs: Sequence[Run], folder: pathlib.Path) -> dict[str, Any] | None:
+  """What `choose` takes of these, once all are done."""
+  rows = [read_run(run, folder) for run in runs]
+  return choose([r for r in rows if r]) if all(rows) else None
+
+
 def test_runs(variant: Variant, folder: pathlib.Path, seeds: int) -> list[Run]:
-  """None before the learning rate is known."""
-  rows = [row for run in tuning_runs(variant) if (row := read_run(run, folder))]
-  rate = choose(rows) if len(rows) == len(FACTORS) else None
-  return [] if rate is None else [Run(variant, rate, seed, "test") for seed in range(seeds)]
+  """None before learning rate and beta are known."""
+  if not (best := _best(rate_runs(variant), folder)):
+    return []
+  if variant.betas:
+    if not (best := _best(beta_runs(variant, folder), folder)):
+      return []
+    variant = BY_NAME[best["variant"]]
+  return [Run(variant, best["learning_rate"], seed, "test") for seed in range(seeds)]
 
 
 def remaining(variants: Sequence[Variant], folder: pathlib.Path, seeds: int) -> Iterator[Run]:
   """Runs without a result: all of tuning, then seed by seed, so that those of a seed can be compared early."""
-  runs = {run.path: run for v in variants for run in tuning_runs(v)}
-  yield from (run for run in runs.values() if read_run(run, folder) is None)
+  runs = {run.path: run for v in variants for run in rate_runs(v)}
+  runs |= {run.path: run for v in variants for run in beta_runs(v, folder)}
   for seed, variant in itertools.product(range(seeds), variants):
-    yield from (r for r in test_runs(variant, folder, seeds)[seed : seed + 1] if read_run(r, folder) is None)
+    runs |= {run.path: run for run in test_runs(variant, folder, seeds)[seed : seed + 1]}
+  yield from (run for run in runs.values() if read_run(run, folder) is None)
 
 
 def plan(variants: Sequence[Variant], folder: pathlib.Path, seeds: int, workers: int) -> str:
   """The runs that are left of each variant, and the hours they take with so many at a time."""
   lines, seen, total, hours = [], set[str](), 0, 0.0
   for variant in variants:
-    tuning = [r for r in tuning_runs(variant) if r.path not in seen]
+    tuning = [r for r in [*rate_runs(variant), *beta_runs(variant, folder)] if r.path not in seen]
     seen |= {r.path for r in tuning}
     tests = test_runs(variant, folder, seeds)
     left = [

@@ -17,17 +17,18 @@ def collect(folder: pathlib.Path, seeds: int) -> dict[str, Any]:
   study: dict[str, Any] = {"seeds": seeds, "runs": {}, "tuning": {}, "comparisons": [], "missing": []}
   for v in study_plan.VARIANTS:
     tests = study_plan.test_runs(v, folder, seeds)
-    tuning = [] if v.tuned_as else study_plan.tuning_runs(v)
+    tuning = study_plan.beta_runs(v, folder) if v.tuned_as else study_plan.rate_runs(v)
     rows = {run.path: study_plan.read_run(run, folder) for run in [*tuning, *tests]}
-    study["missing"] += [path for path, row in rows.items() if not row]
+    study["missing"] += [path for path, row in rows.items() if not row and path not in study["missing"]]
     study["missing"] += [] if tests else [f"{v.name}/test_*: no learning rate is chosen"]
     study["runs"][v.name] = [row for row in rows.values() if row and row["split"] == "test"]
     if tuning:
-      chosen = tests[0].learning_rate if tests else None
+      chosen = (study_plan.beta(tests[0].variant) if v.betas else tests[0].learning_rate) if tests else None
       study["tuning"][v.name] = {"chosen": chosen, "runs": [r for r in rows.values() if r and r["split"] != "test"]}
   for v in study_plan.VARIANTS:
     for other in v.against:
-      if v.name != other and (found := compare(study["runs"][v.name], study["runs"][other])):
+      runs, others = study["runs"][v.name], study["runs"][other]
+      if v.name != other and runs != others and (found := compare(runs, others)):
         study["comparisons"].append({"variant": v.name, "against": other} | found)
   return study
 
@@ -88,13 +89,18 @@ def markdown(study: dict[str, Any], conclusions: str = "", *, divergence: bool =
     text = f"Evaluation: {text} {{guidance_scale}}. The base model's preferred share is"
     lines.append(f"{text.format(**done[0]['protocol'])} {spread(done, 'base_preferred_share', '.1%')}.\n")
   cell = lambda r: r.get("failed") or f"{r['preferred_share']:.1%} ({100 * r['caption_accuracy_change']:+.1f})"
-  rows: list[Sequence[Any]] = [
-    (name, "; ".join(f"{r['learning_rate']:g}: {cell(r)}" for r in t["runs"]), t["chosen"] or "")
-    for name, t in study["tuning"].items()
-    if t["runs"]
-  ]
-  lines += ["## Learning rates", ""]
-  lines += _table("variant | rate: preferred share (change of caption accuracy, points) | chosen", rows)
+  tried = lambda r: study_plan.beta(study_plan.BY_NAME[r["variant"]])
+  rates: list[Sequence[Any]] = []
+  betas: list[Sequence[Any]] = []
+  for name, t in study["tuning"].items():
+    of_beta = bool(study_plan.BY_NAME[name].betas)
+    values = "; ".join(f"{tried(r) if of_beta else r['learning_rate']:g}: {cell(r)}" for r in t["runs"])
+    if values:
+      (betas if of_beta else rates).append((name, values, f"{t['chosen']:g}" if t["chosen"] else ""))
+  for title, rows in (("Learning rates", rates), ("Betas", betas)):
+    if rows:
+      head = f"variant | {title[:-1].lower()}: preferred share (change of caption accuracy, points) | chosen"
+      lines += [f"## {title}", "", *_table(head, rows)]
   for part, title in study_plan.PARTS.items():
     members = [v for v in study_plan.VARIANTS if v.part == part]
     if not any(runs[v.name] for v in members):
@@ -178,7 +184,9 @@ recipes (configs/*_tiny.py); all that is not named is theirs. Learning rates: of
 {seed} and {pictures} pictures of each validation prompt, that of the highest preferred share among those whose caption
 accuracy falls by at most {fall} points against base (if there is none, those that fall least); of equal ones the
 smaller. Variants of tau alone take the rate of tau 16; those of one setting of SPO or of Diffusion-DPO's loss, and
-shorter runs, that of the method. Then {n} seeds, judged on the test prompts by the judge, which no training sees.
+shorter runs, that of the method. Those that end in _beta are the method with the beta that the same rule chose at its
+learning rate, of its own, a tenth and ten times as much (IPO, DSPO: as listed); where that is its own, they are the
+same runs. Then {n} seeds, judged on the test prompts by the judge, which no training sees.
 
 {conclusions}Numbers are means over seeds (lowest to highest). All have as many updates as Diffusion-DPO, or as many
 iterations as SPO (quarter and half: 1/4 and 1/2 of them); KTO sees as many images as there are in the pairs. Caption

@@ -64,7 +64,7 @@ def write(folder, run, **numbers):
 
 def tune(folder, variant, rows=((0.5, 0.0), (0.6, 0.0), (0.7, 0.1))):
   """Rows: (preferred share, fall of caption accuracy) of each learning rate; by default the middle one is chosen."""
-  for run, (share, fall) in zip(study_plan.tuning_runs(variant), rows, strict=True):
+  for run, (share, fall) in zip(study_plan.rate_runs(variant), rows, strict=True):
     write(folder, run, share=share, fall=fall)
 
 
@@ -83,6 +83,9 @@ def test_every_variant_is_a_config():
     assert set(variant.overrides) - {"reference.delta"} <= changed | {"reference.mode"}  # none says what holds anyway
     assert set(variant.against) <= set(names)
     assert not variant.tuned_as or not study_plan.BY_NAME[variant.tuned_as].tuned_as
+    assert not variant.betas or variant.tuned_as and not variant.overrides
+  for variant in study_plan.BY_NAME.values():  # those with another beta, too, at each of its tries
+    assert study_plan.beta(variant) > 0 and study_plan.load_config(variant).num_steps < 151
   moving = [v for v in study_plan.VARIANTS if v.overrides.get("reference.mode") == "update"]
   for config in map(study_plan.load_config, moving):
     assert config.reference.tau % config.logging.every == 0
@@ -159,8 +162,58 @@ def test_learning_rate_is_chosen_by_the_rule(tmp_path, rows, factor):
 
 def test_failed_runs_are_not_chosen():
   row = {"learning_rate": 1.0, "preferred_share": 0.5, "caption_accuracy_change": 0.0}
-  assert study_plan.choose([{"failed": "NaN"}, row]) == 1.0
+  assert study_plan.choose([{"failed": "NaN"}, row]) == row
   assert study_plan.choose([{"failed": "NaN"}]) is None
+
+
+def tries(folder, variant, *shares):
+  """Runs with each beta; with no share, of the one it has anyway alone."""
+  for run, share in zip(study_plan.beta_runs(variant, folder)[1:], shares, strict=True):
+    write(folder, run, share=share)
+
+
+@pytest.mark.parametrize(
+  "shares, name, beta",
+  [((0.5, 0.7), "mapo_beta1", 1.0), ((0.7, 0.5), "mapo_beta0.01", 0.01), ((0.6, 0.5), "mapo", 0.1)],
+)
+def test_beta_is_chosen_at_the_learning_rate(tmp_path, shares, name, beta):
+  """By the same rule; the runs of the method itself are taken where its own beta is the best, also of equal ones."""
+  mapo, chosen = study_plan.BY_NAME["mapo"], study_plan.BY_NAME["mapo_beta"]
+  assert study_plan.beta_runs(chosen, tmp_path) == []
+  tune(tmp_path, mapo)
+  assert [r.path for r in study_plan.beta_runs(chosen, tmp_path)] == [
+    f"{n}/validation_4e-05_seed100" for n in ("mapo", "mapo_beta0.01", "mapo_beta1")
+  ]
+  assert study_plan.test_runs(chosen, tmp_path, 2) == []
+  left = [r.path for r in study_plan.remaining([chosen], tmp_path, 2)]
+  assert left == [f"mapo_beta{b}/validation_4e-05_seed100" for b in ("0.01", "1")]
+  tries(tmp_path, chosen, *shares)
+  tests = study_plan.test_runs(chosen, tmp_path, 2)
+  assert [r.path for r in tests] == [f"{name}/test_4e-05_seed{seed}" for seed in (0, 1)]
+  assert all(study_plan.load_config(r.variant).loss.beta == beta for r in tests)
+  fields = tests[0].fields()
+  assert fields.get("loss.beta") == beta and fields["loss.name"] == "mapo"
+  assert [r.path for r in study_plan.test_runs(mapo, tmp_path, 1)] == ["mapo/test_4e-05_seed0"]
+
+
+def test_the_report_tells_of_betas(tmp_path):
+  for name, shares in (("dpo", (0.7, 0.1)), ("mapo", (0.1, 0.2))):
+    tune(tmp_path, study_plan.BY_NAME[name])
+    chosen = study_plan.BY_NAME[f"{name}_beta"]
+    tries(tmp_path, chosen, *shares)
+    runs = {r.path: r for v in (study_plan.BY_NAME[name], chosen) for r in study_plan.test_runs(v, tmp_path, 1)}
+    for run in runs.values():
+      write(tmp_path, run, share=0.5 + 0.1 * (run.variant.name == "dpo_beta50"))
+  text = report(tmp_path)
+  assert "| dpo_beta | 500: 60.0% (+0.0); 50: 70.0% (+0.0); 5000: 10.0% (+0.0) | 50 |" in text
+  assert "| mapo_beta | 0.1: 60.0% (+0.0); 0.01: 10.0% (+0.0); 1: 20.0% (+0.0) | 0.1 |" in text
+  assert "| dpo_beta | dpo | 1 | +10.0 |" in text and "| mapo_beta | dpo_beta | 1 | -10.0 |" in text
+  assert "| mapo_beta | mapo |" not in text  # the same runs
+  other = tmp_path / "other"
+  assert study_plan.restore(tmp_path / "docs" / "study.json", other) == 6 + 4 + 3
+  names = ("dpo_beta", "mapo_beta")
+  for chosen in (study_plan.BY_NAME[n] for n in names):
+    assert study_plan.test_runs(chosen, other, 1) == study_plan.test_runs(chosen, tmp_path, 1)
 
 
 def fake_command(run, folder):
@@ -171,17 +224,17 @@ def fake_command(run, folder):
 def test_runs_are_made_once_and_in_order(tmp_path, monkeypatch):
   monkeypatch.setattr(study_plan, "command", fake_command)
   monkeypatch.setattr(study_report, "plots", lambda *_: None)
-  study_of = f"--seeds 2 --runs {tmp_path} --docs {tmp_path / 'docs'} --workers 1 --only".split() + ["C hinge"]
+  study_of = f"--seeds 2 --runs {tmp_path} --docs {tmp_path / 'docs'} --workers 1 --only".split() + ["C sft"]
   study.main([*study_of, "--until", "00:00"])
   assert not (tmp_path / "calls.txt").exists()
   study.main(study_of)
-  expected = [f"hinge/validation_{r}_seed100" for r in ("2e-05", "4e-05", "8e-05")]
-  expected += [f"hinge/test_2e-05_seed{s}" for s in (0, 1)]
+  expected = [f"sft/validation_{r}_seed100" for r in ("2e-05", "4e-05", "8e-05")]
+  expected += [f"sft/test_2e-05_seed{s}" for s in (0, 1)]
   assert (tmp_path / "calls.txt").read_text().split() == expected
   (tmp_path / expected[-1] / "results.json").unlink()  # as if it had been interrupted
   study.main(study_of)
   assert (tmp_path / "calls.txt").read_text().split() == [*expected, expected[-1]]
-  assert [r["seed"] for r in json.loads((tmp_path / "docs" / "study.json").read_text())["runs"]["hinge"]] == [0, 1]
+  assert [r["seed"] for r in json.loads((tmp_path / "docs" / "study.json").read_text())["runs"]["sft"]] == [0, 1]
 
 
 def test_two_runs_at_a_time_make_the_same_runs_once_each(tmp_path, monkeypatch):
