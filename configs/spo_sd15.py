@@ -13,13 +13,8 @@ From configs/basic_config.py and configs/spo_sd-v1-5_4k-prompts_num-sam-4_10ep_b
 1, guidance 5; from the fifth step on pools of 4; threshold 0.3; beta 10, ratio clipped to 1 +- 0.1; LoRA of rank 4
 and alpha 4 on to_q, to_k, to_v and to_out.0, A normal with a deviation of 1/4; AdamW (0.9, 0.999, 1e-8), weight decay
 1e-4, constant rate 6e-5, gradient norm clipped to 1 (there it is not: an exhausted iterator is clipped); seed 42. 10
-epochs over 4,000 prompts, 10 prompts a GPU on 4 GPUs: 1,000 rollouts of 40 prompts. Updates are made of 10 transitions
-a GPU, 40 in all: 37 that share their start, and 3 of the last step, which do not and come in proportion (of 16
-transitions of a prompt one is such). bfloat16, there float16.
-
-Another difference is the last step. It draws no pool of its own here, as in the published rollout for SDXL: the last
-two steps are walked by one pool, and are one of 15 decisions. In the published one for Stable Diffusion 1.5 they are
-two of 16, of as many UNet calls.
+epochs over 4,000 prompts, 10 prompts a GPU on 4 GPUs: 1,000 rollouts of 40 prompts, with 16 decisions a prompt, the
+last step's included (`pool_last_step`). Updates are made of 10 transitions a GPU, 40 in all. bfloat16, there float16.
 
 Hardware of the paper: 4 x A100 (80 GB), 80 A100 hours with the preference model's training. To expect: PickScore
 21.43, from 20.53. This recipe has not been run at full size.
@@ -43,7 +38,7 @@ def get_config(variant: str = ""):
   config.loss.beta = 10.0
   config.optimizer.update(learning_rate=6e-5, weight_decay=1e-4, clip_norm=1.0)
   config.spo.update(num_inference_steps=20, eta=1.0, guidance_scale=5.0, warmup_steps=4, pool_size=4, inner_steps=0)
-  config.spo.update(threshold=0.3, ratio_clip=0.1, minibatch=37)
+  config.spo.update(threshold=0.3, ratio_clip=0.1, minibatch=40, pool_last_step=True)
   config.data.source = "prompts"
   config.logging.every = 1
   config.checkpoint.every = 50

@@ -122,6 +122,7 @@ def default() -> ml_collections.ConfigDict:
         inner_steps=0,
         threshold=0.3,  # smallest softmax gap between winner and loser
         next_latent="random",  # random, winner or loser
+        pool_last_step=False,  # a pool in the last step, too (SD 1.5's rollout), with inner_steps 0
         step_aware=True,  # False: the preference model is told time 0 at every step
         ratio_clip=0.1,
         minibatch=32,  # transitions of one update
@@ -397,6 +398,7 @@ def check(config: ml_collections.ConfigDict) -> None:
       "spo.inner_steps",
       f"a group length inner_steps + 1 that divides num_inference_steps - warmup_steps = {steps}",
     )
+    require(group == 1 or not config.spo.pool_last_step, "spo.pool_last_step", "False, as spo.inner_steps is above 0")
     require(bool(config.preference_model), "preference_model", "the folder of a step-aware preference model")
   if config.objective == "spm":
     require(bool(config.preference_model), "preference_model", "the folder of a CLIP or preference model to start from")

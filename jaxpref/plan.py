@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxpref import build, precompute, sharding, step, train, weights
+from jaxpref import build, precompute, rollout, sharding, step, train, weights
 from jaxpref import config as config_lib
 from jaxpref.models import presets
 
@@ -145,9 +145,14 @@ def device_bytes(tree: Any) -> int:
 
 def spo_transitions(config: ConfigDict) -> tuple[int, int]:
   """Transition pairs of one prompt: those that share their start, and others (`rollout.pool_rollout`)."""
-  steps = config.spo.num_inference_steps - config.spo.warmup_steps
-  shared = steps - 1 if config.spo.inner_steps == 0 else steps // (config.spo.inner_steps + 1)
-  return shared, steps - shared
+  s = config.spo
+  groups = rollout.pool_groups(
+    num_steps=s.num_inference_steps,
+    warmup_steps=s.warmup_steps,
+    inner_steps=s.inner_steps,
+    pool_last_step=s.pool_last_step,
+  )
+  return len(groups), sum(groups) - len(groups)
 
 
 def spo_minibatch(config: ConfigDict) -> tuple[int, int]:
@@ -160,7 +165,7 @@ def spo_minibatch(config: ConfigDict) -> tuple[int, int]:
 def spo_updates(config: ConfigDict) -> float:
   """Updates of an iteration in which all pairs are valid."""
   pairs = zip(spo_transitions(config), spo_minibatch(config), strict=True)
-  return float(max(-(-of_prompt * config.batch_size // of_update) for of_prompt, of_update in pairs))
+  return float(max(-(-of_prompt * config.batch_size // of_update) for of_prompt, of_update in pairs if of_update))
 
 
 def grpo_minibatch(config: ConfigDict) -> int:

@@ -184,6 +184,13 @@ def pool_calls(*, num_steps: int, warmup_steps: int, pool_size: int) -> int:
   return warmup_steps + 1 + (num_steps - warmup_steps - 1) * pool_size
 
 
+def pool_groups(*, num_steps: int, warmup_steps: int, inner_steps: int, pool_last_step: bool = False) -> list[int]:
+  """The length of each of `pool_rollout`'s groups, whose first transition winner and loser start from one latent."""
+  length = inner_steps + 1
+  groups = [length] * ((num_steps - warmup_steps) // length)
+  return groups if length > 1 or pool_last_step else [*groups[:-2], 2]
+
+
 def pool_rollout(
   predict: Predict,
   score: Score,
@@ -198,19 +205,22 @@ def pool_rollout(
   inner_steps: int,
   threshold: float,
   next_latent: str = "random",
+  pool_last_step: bool = False,
 ) -> PoolRollout:
   """SPO's rollout (arXiv 2406.04314, Algorithm 1), costing `pool_calls` guided UNet calls a prompt.
 
   After `warmup_steps` ordinary steps, every group of j = inner_steps + 1 steps draws `pool_size` candidates from one
   shared latent; each runs j steps on its own, is scored on its decoded x0-prediction with the timestep it has
   reached, and best and worst form a pair. The call that predicts x0 for the score is the one that denoises next.
-  One member of the pool, at random, is where the next group starts. The last step draws no new pool (for j = 1 it
-  joins the group before it); its results are scored as images with time 0.
+  One member of the pool, at random, is where the next group starts. What the last group makes are images, scored with
+  time 0.
 
   Args:
     x: f32[B,h,w,C] standard normal latents.
     threshold: a pair is valid if softmax([s_w, s_l])_w - softmax([s_w, s_l])_l exceeds it.
     next_latent: "random" (the paper), "winner" or "loser".
+    pool_last_step: for j = 1 alone: True draws a pool in the last step, too, as published for Stable Diffusion 1.5;
+      else the last two steps are one group, so that no image is chosen by its last noise alone. The calls are the same.
   """
   batch, shape, k, length = x.shape[0], x.shape[1:], pool_size, inner_steps + 1
   t = jnp.asarray(diffusion.ddim_timesteps(schedule, num_steps))
@@ -291,8 +301,10 @@ def pool_rollout(
     carry = (member(path[-1], scores, key_member), member(end_pred, scores, key_member))
     return carry, (pairs, scores, prev_ts[-1])
 
-  last_length = 2 if length == 1 else length
-  num_groups = (num_steps - warmup_steps - last_length) // length
+  *groups, last_length = pool_groups(
+    num_steps=num_steps, warmup_steps=warmup_steps, inner_steps=inner_steps, pool_last_step=pool_last_step
+  )
+  num_groups = len(groups)
   middle = slice(warmup_steps, num_steps - last_length)
   grouped = lambda v: v[middle].reshape(num_groups, length)  # noqa: E731
   (x, pred), (pairs, scores, score_t) = jax.lax.scan(
@@ -313,7 +325,11 @@ def pool_rollout(
   pairs = jax.tree.map(lambda v: jnp.moveaxis(v, 0, 1), pairs)
   first = jax.tree.map(lambda v, e: jnp.concatenate([v[:, :, 0], e[:, :1]], axis=1), pairs, last_pairs)
   rest = jax.tree.map(
-    lambda v, e: jnp.concatenate([v[:, :, 1:].reshape(batch, -1, *v.shape[3:]), e[:, 1:]], axis=1), pairs, last_pairs
+    lambda v, e: jnp.concatenate(
+      [v[:, :, 1:].reshape(batch, num_groups * (length - 1), *v.shape[3:]), e[:, 1:]], axis=1
+    ),
+    pairs,
+    last_pairs,
   )
   return PoolRollout(
     shared=first,

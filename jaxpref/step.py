@@ -206,13 +206,13 @@ def _minibatch_updates(
   Args:
     loss_fn: (params, ref_params, and of each kind of transitions rows, prompts i32[n] and mask f32[n]) -> (sum of
       losses, count, metric pairs).
-    transitions, sizes: of each kind, those of the iteration, and how many an update takes.
+    transitions, sizes: of each kind, those of the iteration, and how many an update takes; 0 of a kind without any.
     accumulation, constrain, row_multiple: as of `spo_step`.
   """
   ceil_div = lambda a, b: (a + b - 1) // b  # noqa: E731
   # Rows of all micro-batches past the size of the minibatch are past the valid ones.
   micro = lambda n: ceil_div(ceil_div(n, accumulation), row_multiple) * row_multiple  # noqa: E731
-  needed = [ceil_div(kind.valid, size) for kind, size in zip(transitions, sizes, strict=True)]
+  needed = [ceil_div(kind.valid, size) for kind, size in zip(transitions, sizes, strict=True) if size]
   num_updates = functools.reduce(jnp.maximum, needed)
 
   def take(kind: _Shuffled, start: jax.Array, size: int):
@@ -273,6 +273,7 @@ def spo_step(
   inner_steps: int,
   threshold: float,
   next_latent: str,
+  pool_last_step: bool = False,
   step_aware: bool = True,
   ratio_clip: float,
   minibatch: int,
@@ -325,6 +326,7 @@ def spo_step(
       inner_steps=inner_steps,
       threshold=threshold,
       next_latent=next_latent,
+      pool_last_step=pool_last_step,
     )
     return jax.lax.stop_gradient(pairs), cond, uncond
 
@@ -362,7 +364,8 @@ def spo_step(
       constrain=constrain,
       row_multiple=row_multiple,
     )
-    batch = {**batch, "latents": pairs.separate.next_w[:, -1]}
+    ends = pairs.separate if size_separate else pairs.shared
+    batch = {**batch, "latents": ends.next_w[:, -1]}
     state, finished = _finish(before, state, update_reference, frozen, batch, key)
     # An iteration without any valid pair changes nothing: its loss is that of an undecided pair.
     undecided = pair_loss(jnp.zeros(1), jnp.zeros(1), None)[0]

@@ -93,6 +93,7 @@ VARIANTS = (
   Variant("spo_pool2", "B", "spo_tiny", {"spo.pool_size": 2}, against=("spo",), tuned_as="spo"),
   Variant("spo_pool8", "B", "spo_tiny", {"spo.pool_size": 8}, against=("spo", "spo_pool2"), tuned_as="spo"),
   Variant("spo_clean", "B", "spo_tiny", {"spo.step_aware": False}, against=("spo",), tuned_as="spo", judged_by="clean"),
+  Variant("spo_pool_last", "B", "spo_tiny", {"spo.pool_last_step": True}, against=("spo",), tuned_as="spo"),
   Variant(
     "spo_reference", "B", "spo_tiny", {"reference.mode": "update", "reference.tau": 8}, against=("spo",), tuned_as="spo"
   ),
@@ -202,7 +203,8 @@ def evaluations(config: Any, valid: float = 1.0) -> float:
     s, after = config.spo, config.spo.num_inference_steps - config.spo.warmup_steps
     rollout = s.warmup_steps + 1 + (after - 1) * s.pool_size
     length = s.inner_steps + 1
-    shared = after // length - (length == 1)  # of winner and loser, which share start and call
+    # Of winner and loser, which share start and call; single steps but for a pair of two at the end.
+    shared = after // length - (length == 1 and not s.pool_last_step)
     step = 2 * config.batch_size * (rollout + valid * update * (shared + 2 * (after - shared)))
   elif config.objective == "grpo":
     g = config.grpo

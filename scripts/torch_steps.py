@@ -446,7 +446,7 @@ def pool_rollout(models: Models, config: Config, cond: Cond, text: Tensor, draws
   for i in range(s.warmup_steps):
     x = draw(call(x, i), x, i)
   pred = call(x, s.warmup_steps)
-  last_length = 2 if length == 1 else length
+  last_length = 2 if length == 1 and not s.pool_last_step else length
   last_start = s.num_inference_steps - last_length
   starts = [*range(s.warmup_steps, last_start, length), last_start]
   found: dict[str, list[Tensor]] = {name: [] for name in ("x_w", "x_l", "next_w", "next_l", "t", "prev_t", "prompt")}
@@ -553,10 +553,11 @@ def spo_step(models: Models, config: Config, optimizer: Any, batch: Mapping[str,
 def num_updates(config: Config, shared: int, separate: int) -> int:
   """As jaxpref makes them: `minibatch` transitions that share their start in one, the others in proportion."""
   s = config.spo
-  of_prompt = (s.num_inference_steps - s.warmup_steps) // (s.inner_steps + 1) - (s.inner_steps == 0)
+  steps = s.num_inference_steps - s.warmup_steps
+  of_prompt = steps // (s.inner_steps + 1) - (s.inner_steps == 0 and not s.pool_last_step)
   size = min(s.minibatch, config.batch_size * of_prompt)
-  size_separate = -(-size * (s.num_inference_steps - s.warmup_steps - of_prompt) // of_prompt)
-  return max(-(-shared // size), -(-separate // size_separate))
+  size_separate = -(-size * (steps - of_prompt) // of_prompt)
+  return max(-(-shared // size), -(-separate // size_separate) if size_separate else 0)
 
 
 def load_batch(file: pathlib.Path, device: str) -> tuple[dict[str, Tensor], np.ndarray]:

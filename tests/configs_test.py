@@ -89,7 +89,8 @@ def test_published_numbers():
   for model, expected in table.items():
     c = recipe(f"spo_{model}")
     s = c.spo
-    groups = (s.num_inference_steps - s.warmup_steps) // (s.inner_steps + 1) - (s.inner_steps == 0)
+    groups = (s.num_inference_steps - s.warmup_steps) // (s.inner_steps + 1)  # the last step of SD 1.5 is one, too
+    assert s.pool_last_step == (model == "sd15")
     separate = s.num_inference_steps - s.warmup_steps - groups  # transitions of a prompt without a shared start
     transitions = s.minibatch + -(-s.minibatch * separate // groups)
     found = (s.pool_size, s.inner_steps, s.threshold, c.lora.rank, c.optimizer.learning_rate, c.batch_size)
@@ -261,6 +262,7 @@ SPO = {"objective": "spo", "preference_model": "tiny-spm"}
     ({"reference__decay": 1.0}, r"reference.decay=1.0; expected a number in \[0, 1\)"),
     ({"lora__init": "gausian"}, "lora.init='gausian'; expected one of kaiming, gaussian .did you mean 'gaussian'"),
     (SPO | {"spo__inner_steps": -1}, "spo.inner_steps=-1; expected an integer of at least 0"),
+    (SPO | {"spo__inner_steps": 1, "spo__pool_last_step": True}, "spo.pool_last_step=True; expected False, as"),
     (SPO | {"data__caption_dropout": 0.1}, "data.caption_dropout=0.1; expected 0.0 for spo"),
     (SPO | {"data__flip_labels": 0.1}, "data.flip_labels=0.1; expected 0.0: it is for data of pairs"),
     (SPO | {"timesteps__gamma": 0.9}, "timesteps.gamma=0.9; expected 1 for spo"),

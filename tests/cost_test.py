@@ -76,14 +76,16 @@ def test_an_image_of_kto_takes_half_a_pair():
 
 
 @pytest.mark.parametrize(
-  ("pool_size", "inner_steps", "accumulation"), [(2, 0, 1), (4, 0, 1), (4, 0, 2), (2, 1, 1), (3, 3, 1)]
+  ("pool_size", "inner_steps", "last", "accumulation"),
+  [(2, 0, False, 1), (4, 0, False, 1), (4, 0, False, 2), (4, 0, True, 2), (2, 1, False, 1), (3, 3, False, 1)],
 )
-def test_an_iteration_of_spo_takes_what_the_readme_says(pool_size, inner_steps, accumulation):
+def test_an_iteration_of_spo_takes_what_the_readme_says(pool_size, inner_steps, last, accumulation):
   """And as `scripts/study_plan.py` counts: a call of winner and loser is shared where they start from one latent."""
   prompts = 4
   config = study_plan.load_config(study_plan.BY_NAME["spo"])
   config.batch_size, config.num_steps = prompts, 1
   config.spo.update(num_inference_steps=12, warmup_steps=4, pool_size=pool_size, inner_steps=inner_steps)
+  config.spo.pool_last_step = last
   config.spo.minibatch = plan.spo_transitions(config)[0] * prompts // 2  # two updates, without rows that only fill up
   options = config.spo.to_dict()
 

@@ -78,10 +78,13 @@ def test_an_unknown_model_is_refused():
 
 
 def test_sizes_of_spo_are_the_published_ones():
-  """As the recipes say: of 16 transitions one, or three of four, do not share their start."""
+  """As the recipes say: of 16 transitions none, or three of four, do not share their start."""
   sd15, sdxl = spo_sd15.get_config(), spo_sdxl.get_config()
-  assert plan.spo_transitions(sd15) == (15, 1) and plan.spo_minibatch(sd15) == (37, 3)
+  assert plan.spo_transitions(sd15) == (16, 0) and plan.spo_minibatch(sd15) == (40, 0)
   assert plan.spo_transitions(sdxl) == (4, 12) and plan.spo_minibatch(sdxl) == (4, 12)
+  assert plan.spo_updates(sd15) == 16 and plan.unet_rows(sd15, 4) == 2 * 10
+  sd15.spo.update(pool_last_step=False, minibatch=37)
+  assert plan.spo_transitions(sd15) == (15, 1) and plan.spo_minibatch(sd15) == (37, 3)
   assert plan.spo_updates(sd15) == 17  # 600 shared in pieces of 37, and 40 others in pieces of 3 are 14
   assert plan.spo_updates(sdxl) == 8
   assert plan.unet_rows(sdxl, 4) == 2 * (1 + 2 * 2)  # guided: one shared, winner and loser of two others

@@ -108,9 +108,10 @@ class Stub:
 
 
 SD15 = {"num_steps": 20, "warmup_steps": 4, "pool_size": 4, "inner_steps": 0, "threshold": 0.3}
+LAST = SD15 | {"pool_last_step": True}
 SDXL = {"num_steps": 20, "warmup_steps": 4, "pool_size": 2, "inner_steps": 3, "threshold": 0.4}
 SHORT = {"num_steps": 6, "warmup_steps": 2, "pool_size": 3, "inner_steps": 1, "threshold": 0.2}
-CASES = {"sd15": SD15, "sdxl": SDXL, "short": SHORT}
+CASES = {"sd15": SD15, "last": LAST, "sdxl": SDXL, "short": SHORT}
 PROMPTS = 3
 
 
@@ -152,11 +153,11 @@ def ddim_np(x, pred, t, prev_t, eta=1.0):
   return math.sqrt(b) * x0 + math.sqrt(1 - b - std**2) * pred, std, x0
 
 
-def expected_groups(num_steps, warmup_steps, inner_steps):
-  """Step numbers of each group; for single steps the last two form one."""
+def expected_groups(num_steps, warmup_steps, inner_steps, pool_last_step=False, **_):
+  """Step numbers of each group; for single steps the last two form one, if the last is none by itself."""
   length = inner_steps + 1
   groups = [list(range(i, i + length)) for i in range(warmup_steps, num_steps, length)]
-  if length == 1:
+  if length == 1 and not pool_last_step:
     groups = [*groups[:-2], groups[-2] + groups[-1]]
   return groups
 
@@ -173,7 +174,7 @@ def test_number_of_calls(case):
     num_steps=c["num_steps"], warmup_steps=c["warmup_steps"], pool_size=c["pool_size"]
   )
   assert sum(sizes) == PROMPTS * expected
-  if case == "sd15":
+  if case in ("sd15", "last"):
     assert expected == 65
   if case == "sdxl":
     assert expected == 5 + 15 * 2
@@ -188,9 +189,11 @@ def test_times_of_transitions_and_of_scores(case):
   result, (_, scored) = run(case)
   c = CASES[case]
   t, prev_t = timesteps(c["num_steps"])
-  groups = expected_groups(c["num_steps"], c["warmup_steps"], c["inner_steps"])
+  groups = expected_groups(**c)
   if case == "sd15":
     assert [len(g) for g in groups] == [1] * 14 + [2]
+  if case == "last":
+    assert [len(g) for g in groups] == [1] * 16 and result.separate.t.shape == (PROMPTS, 0)
   if case == "sdxl":
     assert groups == [[4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19]]
   firsts = [g[0] for g in groups]
@@ -209,7 +212,7 @@ def test_times_of_transitions_and_of_scores(case):
 def split_groups(result, case):
   """Winner and loser chains of each group: lists of (x, next) f32[B, ...]."""
   c = CASES[case]
-  groups = expected_groups(c["num_steps"], c["warmup_steps"], c["inner_steps"])
+  groups = expected_groups(**c)
   later, chains = 0, []
   for g, steps in enumerate(groups):
     parts = [(result.shared, g)]
@@ -236,7 +239,7 @@ def test_chains_start_from_one_latent_and_hang_together(case):
       for before, after in zip(chain[side][:-1], chain[side][1:], strict=True):
         np.testing.assert_array_equal(before[1], after[0])
     assert np.abs(chain["w"][0][1] - chain["l"][0][1]).min() > 0  # two candidates, not one
-  assert np.abs(result.separate.x_w - result.separate.x_l).min() > 0
+  assert case == "last" or np.abs(result.separate.x_w - result.separate.x_l).min() > 0
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -344,13 +347,13 @@ def normal(key, shape):
   return np.float64(jax.random.normal(key, shape))
 
 
-def reference_rollout(x, key, *, num_steps, warmup_steps, pool_size, inner_steps, next_latent):
+def reference_rollout(x, key, *, num_steps, warmup_steps, pool_size, inner_steps, next_latent, pool_last_step=False):
   """Algorithm 1 of arXiv 2406.04314 as Python loops in float64; yields every group.
 
   A group: (starts f64[j, B, k, ...], ends f64[j, B, k, ...], scores [B, k], chosen [B]).
   """
   t, prev_t = timesteps(num_steps)
-  groups = expected_groups(num_steps, warmup_steps, inner_steps)
+  groups = expected_groups(num_steps, warmup_steps, inner_steps, pool_last_step)
   tape = Tape(key, len(groups) - 1)
   batch, k = len(x), pool_size
   pool_shape = (batch * k, *SHAPE)

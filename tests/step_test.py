@@ -286,7 +286,7 @@ def counting(monkeypatch):
 
 @pytest.mark.parametrize(
   ("prompts", "groups", "separate", "minibatch"),
-  [(4, 15, 1, 20), (3, 4, 12, 5), (2, 4, 12, 100), (5, 3, 1, 1)],
+  [(4, 15, 1, 20), (3, 4, 12, 5), (2, 4, 12, 100), (5, 3, 1, 1), (4, 16, 0, 20)],
 )
 def test_every_valid_transition_is_used_once_and_no_other(
   counting, prompts, groups, separate, minibatch
