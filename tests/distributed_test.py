@@ -534,7 +534,7 @@ def test_a_pod_that_was_stopped_is_not_done(tmp_path, training, finished, code):
     (tmp_path / "run-1" / "export").mkdir()
   stand_in = f"bash -c {shlex.quote(training)}"
   script = container["args"][0].replace("${NAME}", "run-1").replace("/runs", str(tmp_path))
-  first, _, rest = script.partition("\n")
-  assert first.startswith("python -m jaxpref.main --config=") and first.endswith("&")
-  done = subprocess.run([*container["command"], f"{stand_in} &\n{rest}"], timeout=60)
+  trap, command, *rest = script.splitlines()
+  assert trap.startswith("trap ") and command.startswith("python -m jaxpref.main --config=") and command.endswith("&")
+  done = subprocess.run([*container["command"], "\n".join([trap, f"{stand_in} &", *rest])], timeout=60)
   assert done.returncode == code
