@@ -48,7 +48,6 @@ def set_defaults(environment: MutableMapping[str, str]) -> None:
   environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # a start has a hundred small programs
   if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment:  # its older name
     environment.setdefault("XLA_CLIENT_MEM_FRACTION", str(chips.GPU_SHARE))
-  environment.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch: tokenizers need none
   if virtual := re.search(r"xla_force_host_platform_device_count=(\d+)", environment.get("XLA_FLAGS", "")):
     # A virtual device that waits for the others holds a thread; with as few as there are cores, all may wait for ever.
     environment.setdefault("NPROC", str(4 * int(virtual[1])))

@@ -338,7 +338,6 @@ def main(argv: list[str]) -> None:
   options = flags.FLAGS
   if not options["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
-  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   try:
     if options.verify:
       problems = verify(options.out)

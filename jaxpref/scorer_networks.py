@@ -232,8 +232,6 @@ def clip_tokenizer(name: str, folder: pathlib.Path) -> Any:
 
 def bert_tokenizer(folder: pathlib.Path) -> Any:
   """BERT's, whose vocabulary is in the folder or its `tokenizer`, or comes from the hub."""
-  from transformers import BertTokenizer
-
   other = "google-bert/bert-base-uncased"
   place = next((p for p in (folder / "tokenizer", folder) if (p / "vocab.txt").is_file()), None)
   if place is None:
@@ -244,7 +242,7 @@ def bert_tokenizer(folder: pathlib.Path) -> Any:
         f"scorer imagereward: {folder} has no vocab.txt and the Hugging Face repository {other} could not be reached; "
         f"copy vocab.txt of that repository into {folder}."
       ) from error
-  tokenizer = BertTokenizer(vocab=str(place / "vocab.txt"), do_lower_case=True)
+  tokenizer = weights.import_tokenizer("BertTokenizer")(vocab=str(place / "vocab.txt"), do_lower_case=True)
   tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP's own, should a prompt hold them
   return tokenizer
 

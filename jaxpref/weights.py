@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import importlib
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -147,10 +149,14 @@ def _warn_of_cut(message: str) -> None:
   warnings.warn(message, stacklevel=3)
 
 
-def load_tokenizer(folder: Path) -> Any:
-  """The CLIP tokenizer of a folder (transformers, imported here: a second)."""
-  from transformers import CLIPTokenizer
+def import_tokenizer(name: str) -> Any:
+  """A tokenizer's class of transformers, which is imported here: a second, and without advice to install PyTorch."""
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+  return getattr(importlib.import_module("transformers"), name)
 
+
+def load_tokenizer(folder: Path) -> Any:
+  """The CLIP tokenizer of a folder."""
   folder = pathlib.Path(folder)
   missing = [f for f in ("vocab.json", "merges.txt") if not (folder / f).is_file()]
   if missing and not (folder / "tokenizer.json").is_file():
@@ -158,7 +164,7 @@ def load_tokenizer(folder: Path) -> Any:
       f"{folder} has no {' and no '.join(missing)}, expected a CLIP tokenizer; download the "
       "folder again."
     )
-  return CLIPTokenizer.from_pretrained(str(folder))
+  return import_tokenizer("CLIPTokenizer").from_pretrained(str(folder))
 
 
 def _load_tokenizer_of(folder: pathlib.Path, suffix: str, encoder: CLIPTextModel) -> Any:

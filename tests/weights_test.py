@@ -4,6 +4,8 @@ import concurrent.futures
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 
 import diffusers
@@ -529,6 +531,18 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(sd15, tmp_path):
     f"{target / 'tokenizer'} gives ids up to {size}, expected at most {size - 1} by the vocab_size of "
     f"{target / 'text_encoder' / 'config.json'}; take the tokenizer of the same model."
   )
+
+
+def test_tokenizers_come_without_the_advice_to_install_pytorch(monkeypatch):
+  """Which transformers gives where there is none; the same import by itself shows that it does."""
+  monkeypatch.delenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", raising=False)  # loading a tokenizer has set it
+  hidden = "import importlib.util as u; find = u.find_spec\n"
+  hidden += "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)\n"
+  said = []
+  for program in ("import transformers", "from jaxpref import weights; weights.import_tokenizer('CLIPTokenizer')"):
+    done = subprocess.run([sys.executable, "-c", hidden + program], capture_output=True, text=True, check=True)
+    said.append("PyTorch was not found" in done.stderr)
+  assert said == [True, False]
 
 
 def test_shipped_tokenizer_is_what_the_script_builds(tmp_path):
