@@ -67,9 +67,9 @@ def _moving(
   return Variant(name, "A", config_file, MOVING | changes, ("dpo", *against), tuned_as)
 
 
-def _beta(name: str, config_file: str, *betas: float) -> Variant:
+def _beta(name: str, config_file: str, *betas: float, part: str = "C") -> Variant:
   against = ("dpo",) if name == "dpo" else ("dpo_beta", name)
-  return Variant(f"{name}_beta", "C", config_file, against=against, tuned_as=name, betas=betas)
+  return Variant(f"{name}_beta", part, config_file, against=against, tuned_as=name, betas=betas)
 
 
 VARIANTS = (
@@ -87,6 +87,8 @@ VARIANTS = (
   # Tuning gave timestep-aware training half the rate of what it is compared with: this has the same.
   Variant("timesteps_rate_of_dpo", "A", "tdpo_tiny", {"reference.mode": "frozen"}, tuned_as="dpo"),
   _moving("timesteps_freeze_tau16", 16, "tdpo_tiny", against=("freeze_tau16",)),
+  # A smaller beta lets the policy go further, too: both with the beta that suits them.
+  _beta("freeze_tau16", "dpo_tiny", 50.0, 5000.0, part="A"),
   Variant("spo", "B", "spo_tiny", against=("dpo", "dpo_half", "dpo_quarter")),
   Variant("spo_winner", "B", "spo_tiny", {"spo.next_latent": "winner"}, against=("spo",), tuned_as="spo"),
   Variant("spo_loser", "B", "spo_tiny", {"spo.next_latent": "loser"}, against=("spo",), tuned_as="spo"),
@@ -113,11 +115,10 @@ VARIANTS = (
   Variant("safeguard", "C", "dpo_tiny", {"loss.safeguard": 0.0}, tuned_as="dpo"),
   Variant("kto", "C", "kto_tiny"),
   # beta tuned, too: a tenth and ten times the one above. But IPO's 500 asks for a margin of errors of 0.001, and holds
-  # it there: smaller ones ask for more. And DSPO's 0.001 is SFT: a smaller one is no less so, and 2 turns its gradient.
+  # it there: smaller ones ask for more. Not DSPO's: below 2, where its gradient turns, it stays SFT to another target.
   _beta("dpo", "dpo_tiny", 50.0, 5000.0),
   _beta("ipo", "dpo_tiny", 5.0, 50.0),
   _beta("hinge", "dpo_tiny", 50.0, 5000.0),
-  _beta("dspo", "dpo_tiny", 0.1, 1.0),
   _beta("mapo", "dpo_tiny", 0.01, 1.0),
   _beta("kto", "kto_tiny", 50.0, 5000.0),
   _beta("spo", "spo_tiny", 1.0, 100.0),

@@ -185,7 +185,7 @@ recipes (configs/*_tiny.py); all that is not named is theirs. Learning rates: of
 accuracy falls by at most {fall} points against base (if there is none, those that fall least); of equal ones the
 smaller. Variants of tau alone take the rate of tau 16; those of one setting of SPO or of Diffusion-DPO's loss, and
 shorter runs, that of the method. Those that end in _beta are the method with the beta that the same rule chose at its
-learning rate, of its own, a tenth and ten times as much (IPO, DSPO: as listed); where that is its own, they are the
+learning rate, of its own, a tenth and ten times as much (IPO: as listed); where that is its own, they are the
 same runs. Then {n} seeds, judged on the test prompts by the judge, which no training sees.
 
 {conclusions}Numbers are means over seeds (lowest to highest). All have as many updates as Diffusion-DPO, or as many
