@@ -9,6 +9,7 @@
     python scripts/study.py --restore docs/study.json  # goes on from a report: its runs count as done
 
 Each run is one `python -m jaxpref.main` in runs/study/VARIANT/. Finished runs are reused, interrupted ones resume.
+SIGTERM stops it as --until does.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import datetime
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +30,16 @@ if __name__ == "__main__":
 from scripts import study_plan, study_report  # noqa: E402
 from scripts.study_plan import ROOT, Run, Variant  # noqa: E402
 
+_RUNNING: set[subprocess.Popen] = set()
+_STOPPED = threading.Event()  # nothing new is begun
+
+
+def stop() -> None:
+  """Ends the runs that are going on, each of which saves what it has, and `train_all`."""
+  _STOPPED.set()
+  for process in tuple(_RUNNING):
+    process.terminate()
+
 
 def train_all(
   variants: Sequence[Variant], folder: pathlib.Path, seeds: int, deadline: float = float("inf"), workers: int = 1
@@ -39,17 +51,18 @@ def train_all(
   """
   begun: set[str] = set()
   running: set[str] = set()
-  changed, stopped = threading.Condition(), threading.Event()
+  changed = threading.Condition()
+  _STOPPED.clear()
 
   def take() -> Run | None:
     """The next run; waits while only a learning rate that is being chosen holds up the rest."""
     with changed:
       while True:
         left = [run for run in study_plan.remaining(variants, folder, seeds) if run.path not in begun]
-        if left or not running or stopped.is_set() or time.time() >= deadline:
+        if left or not running or _STOPPED.is_set() or time.time() >= deadline:
           break
         changed.wait(1.0)
-      if not left or stopped.is_set() or time.time() >= deadline:
+      if not left or _STOPPED.is_set() or time.time() >= deadline:
         return None
       begun.add(left[0].path)
       running.add(left[0].path)
@@ -63,7 +76,7 @@ def train_all(
       except TimeoutError as error:
         print(f"stopped: {error}", file=sys.stderr)
       except BaseException:
-        stopped.set()
+        _STOPPED.set()
         raise
       finally:
         with changed:
@@ -86,7 +99,7 @@ def train(run: Run, folder: pathlib.Path, deadline: float, core: int | None = No
   """Trains and evaluates. A loss that stays NaN is a result, too, in failed.txt; any other error is raised.
 
   Raises:
-    TimeoutError: the deadline came first; what was done is saved.
+    TimeoutError: the deadline or `stop` came first; what was done is saved.
   """
   if name := run.variant.judged_by:
     model, (config_file, changes) = folder / "models" / name, study_plan.MODELS[name]
@@ -95,14 +108,20 @@ def train(run: Run, folder: pathlib.Path, deadline: float, core: int | None = No
         arguments = study_plan.main_command(config_file, {"checkpoint.keep": 1} | changes, model)
         code, last = _call(arguments, model, deadline, core)
         if code or not (model / "results.json").is_file():
-          raise RuntimeError(f"{model} ended with status {code} and no results, see {model}.log: {last}")
+          raise _without_results(str(model), model, code, last)
   place = folder / run.path
   code, last = _call(study_plan.command(run, folder), place, deadline, core)
   if code and "not finite" in last:
     (place / "failed.txt").write_text(last + "\n")
   elif code or not (place / "results.json").is_file():
-    raise RuntimeError(f"{run.path} ended with status {code} and no results, see {place}.log: {last}")
+    raise _without_results(run.path, place, code, last)
   shutil.rmtree(place / "checkpoints", ignore_errors=True)  # ten times the size of the rest
+
+
+def _without_results(what: str, place: pathlib.Path, code: int, last: str) -> Exception:
+  if _STOPPED.is_set():
+    return TimeoutError(f"{what} was stopped; it resumes with the next call")
+  return RuntimeError(f"{what} ended with status {code} and no results, see {place}.log: {last}")
 
 
 def _call(arguments: list[str], place: pathlib.Path, deadline: float, core: int | None) -> tuple[int, str]:
@@ -110,16 +129,20 @@ def _call(arguments: list[str], place: pathlib.Path, deadline: float, core: int 
   place.parent.mkdir(parents=True, exist_ok=True)
   file = pathlib.Path(f"{place}.log")
   environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+  what = f"{place.parent.name}/{place.name}"
   with file.open("a") as log:
     process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    _RUNNING.add(process)
+    if _STOPPED.is_set():  # just now
+      process.terminate()
     if core is not None:
       os.sched_setaffinity(process.pid, {core})  # before it starts threads, which inherit it
     try:
       process.wait(None if deadline == float("inf") else max(deadline - time.time(), 1.0))
     except subprocess.TimeoutExpired:
-      what = f"{place.parent.name}/{place.name}"
       raise TimeoutError(f"{what} was not ready in time; it resumes with the next call") from None
     finally:
+      _RUNNING.discard(process)
       if process.poll() is None:
         process.terminate()  # upon which it saves and ends
         process.wait()
@@ -154,6 +177,8 @@ def main(arguments: list[str] | None = None) -> None:
     hour = datetime.datetime.strptime(args.until, "%H:%M").time()
     deadline = datetime.datetime.combine(datetime.date.today(), hour).timestamp()
   if not args.report:
+    if threading.current_thread() is threading.main_thread():
+      signal.signal(signal.SIGTERM, lambda *_: stop())
     train_all(variants, folder, args.seeds, deadline, args.workers)
   study_report.write(folder, args.docs, args.seeds)
 

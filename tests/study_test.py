@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from absl import flags
@@ -291,6 +292,22 @@ def test_a_run_in_time_is_stopped(tmp_path, monkeypatch):
   monkeypatch.setattr(study_plan, "command", lambda *_: [sys.executable, "-S", "-c", "import time; time.sleep(60)"])
   with pytest.raises(TimeoutError, match="was not ready in time"):
     study.train(study_plan.Run(study_plan.BY_NAME["ipo"], 1e-5, 0, "test"), tmp_path, 0.0)
+
+
+def test_sigterm_ends_the_runs_and_then_the_study(tmp_path):
+  """Both that are going on, with a report of what there is."""
+  run = [sys.executable, "-S", "-c", "import time; print('begun', flush=True); time.sleep(60)"]
+  program = f"from scripts import study, study_plan; study_plan.command = lambda *_: {run!r};"
+  program += f"study.main('--only sft --workers 2 --runs {tmp_path} --docs {tmp_path}'.split())"
+  process = subprocess.Popen([sys.executable, "-c", program], cwd=study_plan.ROOT, stderr=subprocess.PIPE, text=True)
+  begun = lambda: [log for log in tmp_path.glob("sft/*.log") if "begun" in log.read_text()]
+  deadline = time.monotonic() + 50
+  while len(begun()) < 2 and time.monotonic() < deadline:
+    time.sleep(0.05)
+  process.terminate()
+  _, said = process.communicate(timeout=50)
+  assert process.returncode == 0 and said.count("was stopped; it resumes with the next call") == 2
+  assert len(list(tmp_path.glob("sft/*.log"))) == 2 and (tmp_path / "study.md").is_file()
 
 
 def test_a_folder_of_another_config_is_refused(tmp_path):
