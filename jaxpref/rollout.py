@@ -166,7 +166,7 @@ class PoolRollout(NamedTuple):
 
   Attributes:
     shared: transitions whose winner and loser start from the same latent (x_w is x_l).
-    separate: the later transitions of a group, which do not.
+    separate: the later transitions of a group, which do not; none where all groups are single steps.
     latents: f32[B,h,w,C] the final latents of the path that was followed.
     scores: f32[B,G,k] of all candidates, by group.
     score_t: i32[G] the time condition of each group's scores.

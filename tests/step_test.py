@@ -396,13 +396,15 @@ def test_the_gradient_of_an_iteration_is_traced_once(accumulation, monkeypatch):
   assert len(calls) == 1
 
 
-def test_an_iteration_learns_and_reports(monkeypatch):
+@pytest.mark.parametrize("last, groups", [(False, 3), (True, 4)])  # single steps, with the last two as one, or not
+def test_an_iteration_learns_and_reports(monkeypatch, last, groups):
   """From log 2 at the start; the next iteration starts where it ended, with other noise."""
   seen, winners, drawn = [], [], rollout.pool_rollout
 
   def pool_rollout(*args, **kwargs):
     pairs = drawn(*args, **kwargs)
-    jax.debug.callback(lambda latents: winners.append(np.array(latents)), pairs.separate.next_w[:, -1])
+    ends = (pairs.shared if last else pairs.separate).next_w[:, -1]
+    jax.debug.callback(lambda latents: winners.append(np.array(latents)), ends)
     return pairs
 
   monkeypatch.setattr(rollout, "pool_rollout", pool_rollout)
@@ -412,17 +414,17 @@ def test_an_iteration_learns_and_reports(monkeypatch):
     jax.debug.callback(lambda latents: seen.append(np.array(latents)), batch["latents"])
     return jax.tree.map(lambda r, p: jnp.where(step == 2, p, r), ref_params, params), stats
 
-  run = jax.jit(spo(update_reference=update))
+  run = jax.jit(spo(update_reference=update, pool_last_step=last))
   start = state_of(PARAMS, ADAMW)
   state, found = run(start, FROZEN, PROMPTS)
   assert 0 < found["valid_pairs"] < 1
-  pairs = round(float(found["valid_pairs"]) * 8 * 3)
+  pairs = round(float(found["valid_pairs"]) * 8 * groups)
   assert found["updates"] >= math.ceil(pairs / 6) > 1
   assert found["optimizer_updates"] == found["updates"]
   assert abs(found["loss"] - math.log(2)) < 0.2
   assert not equal(state.params, start.params)
   assert equal(state.ref_params, start.ref_params)
-  assert found["reward_group"].shape == (3,)  # groups: one step, and the last two
+  assert found["reward_group"].shape == (groups,)
   assert found["score_gap"] > 0 and found["grad_norm"] > 0
   again, found_again = run(start, FROZEN, PROMPTS)
   assert equal(again.params, state.params)
