@@ -75,10 +75,10 @@ def _beta(name: str, config_file: str, *betas: float, part: str = "C") -> Varian
 VARIANTS = (
   Variant("dpo", "A", "dpo_tiny"),
   _moving("ungated_tau64", 64, delta=NO_GATE, tuned_as="ungated_tau16"),  # so that only tau differs
-  _moving("ungated_tau16", 16, delta=NO_GATE),
+  _moving("ungated_tau16", 16, delta=NO_GATE, against=("dpo_beta",)),
   _moving("ungated_tau4", 4, delta=NO_GATE, tuned_as="ungated_tau16"),
   _moving("freeze_tau64", 64, tuned_as="freeze_tau16", against=("dpo_rate_of_freeze",)),
-  _moving("freeze_tau16", 16, against=("dpo_rate_of_freeze", "ungated_tau16")),
+  _moving("freeze_tau16", 16, against=("dpo_rate_of_freeze", "dpo_beta", "ungated_tau16")),
   _moving("freeze_tau4", 4, tuned_as="freeze_tau16", against=("dpo_rate_of_freeze", "ungated_tau4")),
   _moving("reinit_tau16", 16, against=("dpo_rate_of_freeze", "freeze_tau16"), on_diverge="reinit"),
   # Those with a gate were given another learning rate than Diffusion-DPO: this tells what the rate alone does.
@@ -89,7 +89,7 @@ VARIANTS = (
   _moving("timesteps_freeze_tau16", 16, "tdpo_tiny", against=("freeze_tau16",)),
   # A smaller beta lets the policy go further, too: both with the beta that suits them.
   _beta("freeze_tau16", "dpo_tiny", 50.0, 5000.0, part="A"),
-  Variant("spo", "B", "spo_tiny", against=("dpo", "dpo_half", "dpo_quarter")),
+  Variant("spo", "B", "spo_tiny", against=("dpo", "dpo_beta", "dpo_half", "dpo_quarter")),
   Variant("spo_winner", "B", "spo_tiny", {"spo.next_latent": "winner"}, against=("spo",), tuned_as="spo"),
   Variant("spo_loser", "B", "spo_tiny", {"spo.next_latent": "loser"}, against=("spo",), tuned_as="spo"),
   Variant("spo_pool2", "B", "spo_tiny", {"spo.pool_size": 2}, against=("spo",), tuned_as="spo"),
