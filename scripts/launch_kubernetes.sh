@@ -16,7 +16,7 @@ set -euo pipefail
 : "${CONFIG:?the recipe, such as configs/dpo_sd15.py}"
 export NAME IMAGE CLAIM PROCESSES GPUS CONFIG
 
-# The variables of the pod's own shell, such as $pid, stay as they are.
+# The variables of the pod's own shell, such as $code, stay as they are.
 # shellcheck disable=SC2016
 manifest=$(envsubst '$NAME $IMAGE $CLAIM $PROCESSES $GPUS $CONFIG' \
   < "$(dirname "${BASH_SOURCE[0]}")/kubernetes_job.yaml")

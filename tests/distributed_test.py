@@ -479,7 +479,7 @@ def test_the_kubernetes_script_fills_in_the_manifest():
   text = (SCRIPTS / "kubernetes_job.yaml").read_text()
   for name, value in VARIABLES.items():
     text = text.replace("${" + name + "}", value)
-  assert done.stdout == text and "$pid" in text
+  assert done.stdout == text and '"$!"' in text and "$code" in text
 
 
 def test_the_kubernetes_manifest():
