@@ -10,6 +10,7 @@ import argparse
 import collections
 import io
 import json
+import os
 import pathlib
 import sys
 import textwrap
@@ -201,6 +202,7 @@ def token_stats(captions: Sequence[str], count: Callable[[list[str]], list[int]]
 def _token_counter(folder: pathlib.Path) -> Callable[[list[str]], list[int]]:
   if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
     raise FileNotFoundError(f"{folder} has no vocab.json and no tokenizer.json; expected a CLIP tokenizer.")
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch: tokenizers need none
   from transformers import CLIPTokenizer
 
   tokenizer = CLIPTokenizer.from_pretrained(str(folder))
