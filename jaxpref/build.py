@@ -93,6 +93,16 @@ def _remat(text: str) -> str | tuple[str, ...]:
   return names[0] if len(names) == 1 else names
 
 
+def _check_decode_size(config: Config, model: TextToImage) -> None:
+  """Refuses sizes that the objective's predictions cannot be decoded at."""
+  size, unit = config[config.objective].decode_size, model.vae.config.downscale
+  if size % unit or not 0 <= size <= model.image_size:
+    raise ValueError(
+      f"config.{config.objective}.decode_size={size}; expected 0 (the images' own size) or a multiple of {unit} up to "
+      f"{model.image_size}, the pixels of {config.model}'s images."
+    )
+
+
 # ---- Text-to-image: denoise, dpo, tdpo, kto, spo, grpo ---------------------------------------------------------
 
 
@@ -199,6 +209,8 @@ def _text_to_image(config: Config, sharding: weights.Sharding, vae_slicing: int 
     count, total = config[name].num_inference_steps, model.schedule.num_train_timesteps
     if count > total:
       raise ValueError(f"config.{name}.num_inference_steps={count}; expected at most {total}, as {config.model} has.")
+  if config.objective == "spo":
+    _check_decode_size(config, model)
   num_classes = max(emoji.num_classes(config.data.subset), config.evaluation.candidates)
   judge, judge_params = loading.load_judge(config.judge, style=config.data.preferred_style, num_classes=num_classes)
   reference_free = config.objective in ("dpo", "tdpo") and config.loss.name in objectives.REFERENCE_FREE
@@ -310,6 +322,7 @@ def _text_to_image(config: Config, sharding: weights.Sharding, vae_slicing: int 
 def _spm(config: Config, sharding: weights.Sharding, vae_slicing: int | None, batch_devices: int) -> Experiment:
   pipe = _load(config, sharding)
   model, tokenize = loading.text_to_image(pipe, vae_slicing=vae_slicing), pipe.tokenize
+  _check_decode_size(config, model)
   scorer, params = loading.load_scorer(config.preference_model, dtype=config.dtype, seed=config.seed, sharding=sharding)
   frozen = dict(pipe.params) | {"empty_ids": tokenize([""])}
   objective = objectives.spm(model, scorer, **config.spm.to_dict())

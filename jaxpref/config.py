@@ -124,6 +124,7 @@ def default() -> ml_collections.ConfigDict:
         next_latent="random",  # random, winner or loser
         pool_last_step=False,  # a pool in the last step, too (SD 1.5's rollout), with inner_steps 0
         step_aware=True,  # False: the preference model is told time 0 at every step
+        decode_size=0,  # pixels a side that predictions are decoded at, for the preference model; 0: the images'
         ratio_clip=0.1,
         minibatch=32,  # transitions of one update
       ),
@@ -139,7 +140,11 @@ def default() -> ml_collections.ConfigDict:
         kl_coef=0.0,  # weight of the KL to the reference; 0: the reference is not called
         minibatch=32,  # steps of one update
       ),
-      spm=dict(guidance_scale=5.0, step_aware=True),  # False: trains on clean images, at time 0
+      spm=dict(
+        guidance_scale=5.0,
+        step_aware=True,  # False: trains on clean images, at time 0
+        decode_size=0,  # as of spo
+      ),
       vae=dict(kl_weight=1e-4, gradient_weight=1.0),
       train_text_encoder=False,  # denoise only
       logging=dict(every=10, wandb_project=""),
@@ -185,7 +190,8 @@ def smoke(config: ml_collections.ConfigDict, preset: str) -> None:
   config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 1)
   config.lora.rank = min(config.lora.rank, 4)
   config.reference.tau = min(config.reference.tau, 2)
-  config.spo.update(threshold=0.0, minibatch=2)
+  config.spo.update(threshold=0.0, minibatch=2, decode_size=0)
+  config.spm.decode_size = 0
   config.grpo.update(group_size=min(config.grpo.group_size, 2), minibatch=2)
   config.logging.every = 1
   config.checkpoint.every = 2

@@ -538,7 +538,12 @@ def policy_loss(
 
 
 def spm(
-  model: TextToImage, scorer: StepAwareCLIPModel, *, guidance_scale: float, step_aware: bool = True
+  model: TextToImage,
+  scorer: StepAwareCLIPModel,
+  *,
+  guidance_scale: float,
+  step_aware: bool = True,
+  decode_size: int = 0,
 ) -> Objective:
   """Trains a step-aware preference model, `params["spm"]` (arXiv 2406.04314, Section 3.2).
 
@@ -549,6 +554,7 @@ def spm(
   Args:
     step_aware: False trains on the images alone, at time 0 and as the VAE gives them back: an ordinary preference
       model, to compare with.
+    decode_size: pixels a side that predictions are decoded at, see `TextToImage.decode`; 0: those of the images.
   """
 
   def timesteps(key, size):
@@ -558,11 +564,11 @@ def spm(
     size = batch["label_0"].shape[0]
     x0 = model.encode_images(frozen, pixels, named_key(key, "posterior"))
     if not step_aware:
-      return model.decode(frozen, x0)
+      return model.decode(frozen, x0, size=decode_size)
     noise = jax.random.normal(named_key(key, "noise"), (size, *x0.shape[1:]))
     x_t = diffusion.add_noise(model.schedule, x0, jnp.concatenate([noise, noise]), t2)
     time_ids = jnp.concatenate([batch["time_ids_0"], batch["time_ids_1"]]) if "time_ids_0" in batch else None
-    return decode_prediction(model, frozen, x_t, t2, batch["input_ids"], guidance_scale, time_ids)
+    return decode_prediction(model, frozen, x_t, t2, batch["input_ids"], guidance_scale, time_ids, size=decode_size)
 
   def loss(params, ref_params, frozen, batch, key):
     del ref_params
@@ -598,8 +604,10 @@ def decode_prediction(
   input_ids: jax.Array,
   guidance_scale: float,
   time_ids: jax.Array | None = None,
+  *,
+  size: int = 0,
 ) -> jax.Array:
-  """Images f32[N,H,W,3] of the guided x0-prediction at x_t f32[N,h,w,C]; prompts repeat to N rows.
+  """Images f32[N,H,W,3] of the guided x0-prediction at x_t f32[N,h,w,C]; prompts repeat to N rows; size: of `decode`.
 
   SDXL's time_ids f32[N,6] condition both the prompt's and the unconditional prediction, as diffusers' pipeline does.
   """
@@ -608,7 +616,7 @@ def decode_prediction(
   cond = _with_time_ids(jax.tree.map(lambda c: jnp.concatenate([c] * times), cond), time_ids)
   uncond = _with_time_ids(model.encode_empty(weights, 1), time_ids)
   predict = guided(lambda x, t, c: model.predict(weights, x, t, c), uncond, guidance_scale)
-  return model.decode(weights, diffusion.to_x0(model.schedule, predict(x_t, t, cond), x_t, t))
+  return model.decode(weights, diffusion.to_x0(model.schedule, predict(x_t, t, cond), x_t, t), size=size)
 
 
 def embed_prompts(scorer: StepAwareCLIPModel, params: Any, input_ids: jax.Array) -> jax.Array:

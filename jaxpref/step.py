@@ -275,6 +275,7 @@ def spo_step(
   next_latent: str,
   pool_last_step: bool = False,
   step_aware: bool = True,
+  decode_size: int = 0,
   ratio_clip: float,
   minibatch: int,
   accumulation: int = 1,
@@ -291,6 +292,8 @@ def spo_step(
   Args:
     pair_loss: on the log of the clipped ratios; the paper's is the sigmoid loss with beta 10.
     step_aware: False tells the preference model time 0 at every step, as one that knows clean images only wants it.
+    decode_size: pixels a side at which predictions are decoded for the preference model, see `TextToImage.decode`;
+      0: those of the images.
     minibatch: transitions with a shared start in one update; those without come in proportion.
     accumulation: micro-batches that an update is split into; the same update, in less memory.
     constrain: pins the leading axis of a minibatch to the devices.
@@ -310,7 +313,8 @@ def spo_step(
 
     def score(x0, t):
       rows = repeat_cond({"text": text}, x0.shape[0] // prompts)["text"]
-      return score_images(scorer, frozen["spm"], model.decode(frozen, x0), t if step_aware else jnp.zeros_like(t), rows)
+      images = model.decode(frozen, x0, size=decode_size)
+      return score_images(scorer, frozen["spm"], images, t if step_aware else jnp.zeros_like(t), rows)
 
     noise = jax.random.normal(named_key(key, "x_T"), (prompts, *model.latent_shape))
     pairs = rollout.pool_rollout(

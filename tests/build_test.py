@@ -83,3 +83,12 @@ def test_a_loss_without_a_reference_is_compared_with_the_base_model_all_the_same
     assert not experiment.has_reference and experiment.read_base is not None  # no copy of it in memory meanwhile
     assert experiment.objective is not None and experiment.objective.divergence is None
     jax.tree.map(np.testing.assert_array_equal, experiment.read_base(), experiment.params)
+
+
+@pytest.mark.parametrize("objective", ["spo", "spm"])
+@pytest.mark.parametrize("size", [7, 32, -2])
+def test_sizes_that_predictions_cannot_be_decoded_at_are_refused(objective, size):
+  c = recipe(objective=objective, preference_model="random:sd15-miniature", **{f"{objective}.decode_size": size})
+  said = f"config.{objective}.decode_size={size}; expected 0 .* or a multiple of 2 up to 16, the pixels of random:sd15"
+  with pytest.raises(ValueError, match=said):
+    build.build(c)

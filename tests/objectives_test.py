@@ -655,8 +655,8 @@ def test_a_step_makes_winners_likelier_than_losers():
 SCORER = StubScorer()
 
 
-def spm_of(model):
-  return objectives.spm(model, SCORER, guidance_scale=5.0)
+def spm_of(model, decode_size=0):
+  return objectives.spm(model, SCORER, guidance_scale=5.0, decode_size=decode_size)
 
 
 @jax.jit
@@ -668,18 +668,19 @@ def spm_loss(params, batch):
   return jax.value_and_grad(total, has_aux=True)(params)
 
 
-def test_spm_equals_numpy():
+@pytest.mark.parametrize("decode_size", [0, 4])
+def test_spm_equals_numpy(decode_size):
   """Two-way cross-entropy of the scores of guided predictions, with a weight for each pair."""
-  size = 7
+  size, of = 7, functools.partial(spm_of, decode_size=decode_size)
   batch = pair_batch(size)
-  (loss, count, found), (call,) = recorded(spm_of, FROZEN, {}, FROZEN, batch, KEY)
+  (loss, count, found), (call,) = recorded(of, FROZEN, {}, FROZEN, batch, KEY)
   # One guided prediction: unconditional rows, then those with a prompt.
   x, t, _, pred = (v.reshape(2, 2 * size, *v.shape[1:]) for v in call)
   np.testing.assert_array_equal(t[0, :size], t[0, size:])
   eps = pred[0] + 5.0 * (pred[1] - pred[0])
   alpha, sigma = (np.sqrt(v)[t[0], None, None, None] for v in (ABARS, 1 - ABARS))
   x0 = (x[0] - sigma * eps) / alpha
-  images = np.clip(np.asarray(MODEL.decode(FROZEN, jnp.float32(x0))), -1, 1)
+  images = np.clip(np.asarray(MODEL.decode(FROZEN, jnp.float32(x0), size=decode_size)), -1, 1)
   noise = x[0] - alpha * latents_np(np.concatenate([batch["pixels_0"], batch["pixels_1"]]))
   np.testing.assert_allclose(noise[:size], noise[size:], atol=1e-5)
 
@@ -695,7 +696,7 @@ def test_spm_equals_numpy():
   np.testing.assert_allclose(count, weights.sum(), rtol=1e-6)
   np.testing.assert_allclose(loss, (values * weights).sum(), rtol=5e-3)
   chosen = np.linspace(0.1, 2.0, size).astype(np.float32)  # what a selection of pairs says instead
-  (loss, count, _), _ = recorded(spm_of, FROZEN, {}, FROZEN, batch | {"weight": chosen}, KEY)
+  (loss, count, _), _ = recorded(of, FROZEN, {}, FROZEN, batch | {"weight": chosen}, KEY)
   np.testing.assert_allclose(count, chosen.sum(), rtol=1e-6)
   np.testing.assert_allclose(loss, (values * chosen).sum(), rtol=5e-3)
   decided = label != 0.5

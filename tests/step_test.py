@@ -450,6 +450,23 @@ def test_an_ordinary_preference_model_is_told_time_0_at_every_step():
   assert not np.allclose(of_images["reward_group"], aware["reward_group"], rtol=1e-2)
 
 
+def test_pairs_may_be_chosen_by_smaller_pictures():
+  """As by a model all of whose pictures are small."""
+
+  class Small(StubModel):
+    def decode(self, weights, latents, *, size=0):
+      assert not size
+      return super().decode(weights, latents, size=4)
+
+  start = state_of(PARAMS, ADAMW)
+  of = lambda model, **options: step.spo_step(model, StubScorer(), SPO_LOSS, ADAMW, **OPTIONS | options)
+  (after, found), (same, expected), (_, whole) = (
+    jax.jit(run)(start, FROZEN, PROMPTS) for run in (of(StubModel(), decode_size=4), of(Small()), of(StubModel()))
+  )
+  jax.tree.map(np.testing.assert_array_equal, (after.params, found), (same.params, expected))
+  assert not np.allclose(found["reward_group"], whole["reward_group"], rtol=1e-2)
+
+
 def test_updates_of_an_iteration_are_clipped():
   optimizer = sgd(learning_rate=1.0, clip_norm=1e-4)
   start = state_of(PARAMS, optimizer)

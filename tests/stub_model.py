@@ -97,7 +97,9 @@ class StubModel:
     small = images.reshape(images.shape[0], LATENT[0], 2, LATENT[1], 2, 3).mean(axis=(2, 4))
     return small[..., :2] * weights["vae"]["gain"]
 
-  def decode(self, weights, latents):
+  def decode(self, weights, latents, *, size=0):
+    if size:
+      latents = jax.image.resize(latents, (len(latents), size // 2, size // 2, latents.shape[-1]), "linear")
     images = jnp.concatenate([latents, latents[..., :1]], axis=-1) / weights["vae"]["gain"]
     return jnp.tanh(images.repeat(2, axis=1).repeat(2, axis=2))
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import drawing, loading, rollout, weights
+from jaxpref import drawing, flops, loading, rollout, weights
 from jaxpref.models.text_to_image import guided
 
 torch = pytest.importorskip("torch")
@@ -211,6 +211,24 @@ def test_a_vae_in_slices_gives_the_same(models, rows):
   size = images.shape[1]
   jaxpr = str(jax.make_jaxpr(lambda z: sliced.decode(params, z))(latents))
   assert f"f32[{min(rows, 2)},{size},{size},3]" in jaxpr
+
+
+@pytest.mark.parametrize("vae_slicing", [None, 1])
+def test_smaller_images_are_of_latents_that_torch_has_shrunk(models, vae_slicing):
+  """And the VAE computes a fourth at half the size, but for its attention, whose share shrinks more."""
+  model, params, _, theirs = models
+  model = dataclasses.replace(model, vae_slicing=vae_slicing)
+  latents = jax.random.normal(jax.random.key(0), (3, *model.latent_shape))
+  size = model.image_size // 2
+  images = model.decode(params, latents, size=size)
+  assert images.shape == (3, size, size, 3)
+  z = torch.from_numpy(np.moveaxis(np.array(latents), 3, 1))
+  small = torch.nn.functional.interpolate(z, scale_factor=0.5, mode="bilinear", antialias=True)
+  with torch.no_grad():
+    expected = theirs.vae.decode(small / theirs.vae.config.scaling_factor).sample
+  assert error(images, expected.permute(0, 2, 3, 1)) <= 1e-5
+  count = lambda size: flops.count(lambda z: model.decode(params, z, size=size), latents)
+  assert 0.2 < count(size) / count(0) <= 0.25
 
 
 def test_sizes_that_the_vae_cannot_halve_are_refused(models):

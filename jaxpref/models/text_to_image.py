@@ -162,8 +162,18 @@ class TextToImage:
     z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
     return scale_latents(self.vae.config, z)
 
-  def decode(self, weights: Weights, latents: jax.Array) -> jax.Array:
-    """Images f32[B,H,W,3], about [-1, 1], of scaled latents f32[B,h,w,C]."""
+  def decode(self, weights: Weights, latents: jax.Array, *, size: int = 0) -> jax.Array:
+    """Images f32[B,H,W,3], about [-1, 1], of scaled latents f32[B,h,w,C].
+
+    Args:
+      size: height and width of smaller images, in pixels: the latents are shrunk first (linear, antialiased), so that
+        the VAE computes (size / H)^2 as much. What it makes is near to the whole images shrunk, and not the same.
+        0: the latents' own.
+    """
+    if size:
+      height, width, _ = self.latent_shape_for(size, size)
+      shape = (latents.shape[0], height, width, latents.shape[3])
+      latents = jax.image.resize(latents, shape, "linear")
     return self._vae("decode", weights, unscale_latents(self.vae.config, latents))
 
   def _vae(self, method: str, weights: Weights, x: jax.Array) -> Any:
