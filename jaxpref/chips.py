@@ -1,6 +1,7 @@
-"""What TPU chips and GPUs can do, and the least time that a step takes on one."""
+"""What TPU chips and GPUs can do, and the least time that a step takes on one; what XLA is told for a CPU."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -144,3 +145,22 @@ def least_seconds(chip: Chip, *, flop: float, memory_bytes: float, collective_by
 def bound(seconds: Mapping[str, Any]) -> str:
   """The resource that takes longest."""
   return max(seconds, key=lambda name: seconds[name])
+
+
+@functools.cache
+def compiler_options() -> dict[str, Any] | None:
+  """For `jax.jit` of networks on this machine's devices; None, XLA's own choice, but on CPUs.
+
+  There without YNNPACK, whose convolutions and matrix products are slower here than XLA's others (docs/benchmarks.md)
+  and which prepares each of them anew at every start; where the compiler has no such option, None, too.
+  """
+  import jax
+
+  options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+  if jax.default_backend() != "cpu":
+    return None
+  try:
+    jax.jit(lambda: 0).lower().compile(options)
+  except jax.errors.JaxRuntimeError:
+    return None
+  return options

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxpref import rollout, sharding
+from jaxpref import chips, rollout, sharding
 from jaxpref.models.text_to_image import TextToImage, guided
 
 SAMPLERS = ("ddim", "dpmpp_2m")
@@ -89,7 +89,8 @@ def draw(
       )
     return to_uint8(model.decode(weights, latents))
 
-  sample = jax.jit(sample) if mesh is None else jax.jit(sharding.on_mesh(mesh, sample), out_shardings=whole)
+  on_devices = sample if mesh is None else sharding.on_mesh(mesh, sample)
+  sample = jax.jit(on_devices, out_shardings=None if mesh is None else whole, compiler_options=chips.compiler_options())
   unit = 1 if mesh is None else sharding.batch_devices(mesh)
   batch_size = -(-batch_size // unit) * unit
   with tqdm(total=numbers.size, desc=progress, disable=progress is None) as bar:

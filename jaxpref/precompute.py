@@ -31,8 +31,8 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 import jaxpref
+from jaxpref import chips, distributed, inputs, loading, sharding
 from jaxpref import config as config_lib
-from jaxpref import distributed, inputs, loading, sharding
 from jaxpref.data import batching, latents, paths
 from jaxpref.models.text_to_image import TextToImage
 
@@ -236,7 +236,7 @@ def stored_text(model: TextToImage, params: Any, input_ids: jax.Array) -> dict[s
 def _encoder(apply: Callable[..., Any], params: Any, mesh: jax.sharding.Mesh, rows: int) -> Encode:
   """Applies a function of (params, x) to at most `rows` rows x, spread over the devices; one program for all."""
   rows = -(-rows // mesh.size) * mesh.size
-  compiled = jax.jit(apply)
+  compiled = jax.jit(apply, compiler_options=chips.compiler_options())
 
   def encode(x: np.ndarray) -> Any:
     padded = np.concatenate([x, np.broadcast_to(x[-1:], (rows - len(x), *x.shape[1:]))])

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxpref import build, checkpoint, export, metrics, monitor, sharding, train
+from jaxpref import build, checkpoint, chips, export, metrics, monitor, sharding, train
 
 TIMESTEPS = 1000  # of the schedules of all Stable Diffusion models
 NOT_FINITE = ("nan", "inf", "-inf")  # as a report has them
@@ -73,7 +73,7 @@ def replay(folder: pathlib.Path) -> str:
     return optimizer.update(gradients, opt_state, params)
 
   watched = optax.GradientTransformation(optimizer.init, update)  # type: ignore[arg-type]
-  step_fn = jax.jit(train.make_step(config, experiment, watched, mesh))
+  step_fn = jax.jit(train.make_step(config, experiment, watched, mesh), compiler_options=chips.compiler_options())
   _, values = step_fn(state, sharding.put_tree(mesh, experiment.frozen), sharding.put_batch(mesh, batch))
   found = metrics.to_scalars(values)
   jax.effects_barrier()

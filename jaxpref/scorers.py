@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxpref import scorer_networks, sharding, tensor_files, weights
+from jaxpref import chips, scorer_networks, sharding, tensor_files, weights
 
 Array = jax.Array
 ScoreFn = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
@@ -152,7 +152,8 @@ def _batched(network: scorer_networks.Network, *, batch_size: int, mesh: Mesh | 
   split = None if mesh is None else sharding.batch_sharding(mesh)
   unit = 1 if mesh is None else sharding.batch_devices(mesh)
   batch_size = -(-batch_size // unit) * unit
-  apply = jax.jit(network.apply, out_shardings=None if mesh is None else sharding.replicated(mesh))
+  whole = None if mesh is None else sharding.replicated(mesh)
+  apply = jax.jit(network.apply, out_shardings=whole, compiler_options=chips.compiler_options())
 
   def placed(rows: np.ndarray) -> Any:
     if split is None:

@@ -16,7 +16,7 @@ import optax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from jaxpref import build, checkpoint, distributed, monitor, optim, reference, sharding, step, validation
+from jaxpref import build, checkpoint, chips, distributed, monitor, optim, reference, sharding, step, validation
 from jaxpref import config as config_lib
 from jaxpref import metrics as metrics_lib
 from jaxpref.data import batching
@@ -183,7 +183,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   # ---- Step --------------------------------------------------------------------------------------------------
   step_fn = make_step(config, experiment, optimizer, mesh)
   # The state is donated; metrics come back whole on every device.
-  train_step = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
+  train_step = jax.jit(
+    step_fn, donate_argnums=0, out_shardings=(shardings, None), compiler_options=chips.compiler_options()
+  )
 
   # ---- Loop --------------------------------------------------------------------------------------------------
   writer = metrics_lib.Writer(

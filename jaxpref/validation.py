@@ -7,7 +7,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from jaxpref import build, drawing, judging, metrics, report, sharding, step
+from jaxpref import build, chips, drawing, judging, metrics, report, sharding, step
 from jaxpref import config as config_lib
 from jaxpref.data import emoji
 
@@ -19,7 +19,8 @@ def held_out_metrics(
   assert experiment.objective is not None and experiment.held_out is not None
   loss = experiment.objective.loss
   of_batch = jax.jit(
-    sharding.on_mesh(mesh, lambda params, frozen, batch, key: loss(params, {}, frozen, batch, key)[2])
+    sharding.on_mesh(mesh, lambda params, frozen, batch, key: loss(params, {}, frozen, batch, key)[2]),
+    compiler_options=chips.compiler_options(),
   )
   batches, total = experiment.held_out(), None
   try:

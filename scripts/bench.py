@@ -168,7 +168,7 @@ def _train(config: Any, mesh: Any, steps: int) -> dict[str, Any]:
 
   import jax
 
-  from jaxpref import build, flops, sharding, train
+  from jaxpref import build, chips, flops, sharding, train
   from jaxpref.models import attention
 
   def experiment_and_step(config):
@@ -186,7 +186,8 @@ def _train(config: Any, mesh: Any, steps: int) -> dict[str, Any]:
   batch = sharding.put_batch(mesh, next(experiment.batches()))
   parameters = sum(x.size for x in jax.tree.leaves(state.params))
 
-  lowered = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None)).lower(state, frozen, batch)
+  options = {"donate_argnums": 0, "out_shardings": (shardings, None), "compiler_options": chips.compiler_options()}
+  lowered = jax.jit(step_fn, **options).lower(state, frozen, batch)
   step, compile_seconds = compile_timed(lowered)
   seconds, metrics = [], {}
   for i in range(steps + 1):
@@ -263,7 +264,7 @@ def _sample(config: Any, mesh: Any, steps: int) -> dict[str, Any]:
   import jax
   import jax.numpy as jnp
 
-  from jaxpref import flops, loading, rollout, sharding
+  from jaxpref import chips, flops, loading, rollout, sharding
   from jaxpref.models import attention
   from jaxpref.models.text_to_image import guided
 
@@ -284,7 +285,7 @@ def _sample(config: Any, mesh: Any, steps: int) -> dict[str, Any]:
     return model.decode(weights, latents)
 
   arguments = (weights, batch, jnp.int32(0))
-  compiled, compile_seconds = compile_timed(jax.jit(draw).lower(*arguments))
+  compiled, compile_seconds = compile_timed(jax.jit(draw, compiler_options=chips.compiler_options()).lower(*arguments))
   seconds = []
   for i in range(steps + 1):
     started = time.perf_counter()
@@ -365,7 +366,9 @@ def main(arguments: list[str] | None = None) -> None:
     options += ["--batch", str(args.batch)] if args.batch else []
     options += ["--dtype", args.dtype] if args.dtype else []
     command = [sys.executable, str(ROOT / "scripts" / "bench.py"), *options]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    # Of the CPU's memory as in training (`jaxpref.main.start_with_huge_pages`).
+    environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True, env=environment)
     if done.returncode or not row_file.is_file():
       last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [f"exit code {done.returncode}"]

@@ -25,6 +25,7 @@ fi
 modes=(eager)
 if [ "${COMPILE:-0}" != 0 ]; then modes+=(compile); fi
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
+export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1} # on a CPU, for both
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 if [ "${CHECK:-1}" != 0 ]; then "$python" scripts/bench_torch.py --check --size "$size" --cases "${cases[@]}"; fi

@@ -202,6 +202,15 @@ def gradient_of_halves() -> Iterator[None]:
     yield
 
 
+@contextlib.contextmanager
+def options_of_xla() -> Iterator[None]:
+  """Compiled as XLA does by itself."""
+  from jaxpref import chips
+
+  with mock.patch.object(chips, "compiler_options", lambda: None):
+    yield
+
+
 OPTIMIZATIONS = (
   Optimization("winner and loser of one latent share a pass", "spo", "a pass for each", separate_passes),
   Optimization("pairs below the threshold cost nothing", "spo", "they are computed, too", all_pairs, False),
@@ -210,6 +219,8 @@ OPTIMIZATIONS = (
   Optimization("a convolution's own gradient (CPU)", "dpo", "that of jax.grad", gradients_of_jax),
   Optimization("Dense layers on one merged axis", "dpo", "flax's", products_of_flax),
   Optimization("GroupNorm by sums of channels", "dpo", "by a reshape to groups", reshaped_groups),
+  Optimization("compiled without YNNPACK (CPU)", "spo", "with it, as XLA does by itself", options_of_xla),
+  Optimization("compiled without YNNPACK (CPU)", "dpo", "with it, as XLA does by itself", options_of_xla),
   Optimization("huge pages (CPU)", "dpo", "pages of 4 kB", contextlib.nullcontext),
   Optimization("huge pages (CPU)", "spo", "pages of 4 kB", contextlib.nullcontext),
 )
@@ -282,7 +293,7 @@ def prepare(config: Any, without: Callable[[], contextlib.AbstractContextManager
   """
   import jax
 
-  from jaxpref import build, flops, sharding, train
+  from jaxpref import build, chips, flops, sharding, train
 
   mesh = sharding.make_mesh(**config.mesh)
   experiment = build.build(config, lambda tree: sharding.tree_shardings(mesh, tree))
@@ -290,7 +301,8 @@ def prepare(config: Any, without: Callable[[], contextlib.AbstractContextManager
   state = jax.jit(train.state_initializer(experiment, optimizer))(experiment.params)
   frozen, batch = experiment.frozen, jax.device_put(next(experiment.batches()))
   with without():
-    traced = jax.jit(train.make_step(config, experiment, optimizer, mesh)).trace(state, frozen, batch)
+    step = train.make_step(config, experiment, optimizer, mesh)
+    traced = jax.jit(step, compiler_options=chips.compiler_options()).trace(state, frozen, batch)
     program = traced.lower().compile()
   _, metrics = jax.block_until_ready(program(state, frozen, batch))
 
