@@ -3,6 +3,7 @@
 import itertools
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -150,7 +151,8 @@ def _has_budgets(study: dict[str, Any]) -> bool:
 def _missing(study: dict[str, Any]) -> list[str]:
   """The missing runs, those of variants without any in one line."""
   none = [name for name, rows in study["runs"].items() if not rows]
-  some = [path for path in study["missing"] if path.split("/")[0] not in none]
+  of_none = re.compile("|".join(rf"{name}[\d.]*/" for name in none) or r"\Z.")  # a folder may have a beta after the name
+  some = [path for path in study["missing"] if not of_none.match(path)]
   return [*some, *([f"all seeds of {', '.join(none)}"] if none else [])]
 
 

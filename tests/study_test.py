@@ -485,3 +485,14 @@ def test_the_plot_of_cost_comes_with_its_runs(tmp_path):
     assert "study_budget" not in report(tmp_path)
     write(tmp_path, study_plan.test_runs(study_plan.BY_NAME[name], tmp_path, 1)[0])
   assert "(study_budget.png)" in report(tmp_path) and (tmp_path / "docs" / "study_budget.png").is_file()
+
+
+def test_runs_of_a_variant_without_any_are_named_once():
+  """By its name, though its folder has the chosen beta in it."""
+  study = {
+    "runs": {"spo": [{"seed": 0}], "spo_beta": []},
+    "missing": ["spo/test_4e-05_seed1", "spo_beta100/test_4e-05_seed0"],
+  }
+  assert study_report._missing(study) == ["spo/test_4e-05_seed1", "all seeds of spo_beta"]
+  full = {"runs": {"spo": [{"seed": 0}]}, "missing": ["spo/test_4e-05_seed1"]}
+  assert study_report._missing(full) == ["spo/test_4e-05_seed1"]
