@@ -151,7 +151,8 @@ def _has_budgets(study: dict[str, Any]) -> bool:
 def _missing(study: dict[str, Any]) -> list[str]:
   """The missing runs, those of variants without any in one line."""
   none = [name for name, rows in study["runs"].items() if not rows]
-  of_none = re.compile("|".join(rf"{name}[\d.]*/" for name in none) or r"\Z.")  # a folder may have a beta after the name
+  # A folder may have a beta after the name.
+  of_none = re.compile("|".join(rf"{name}[\d.]*/" for name in none) or r"\Z.")
   some = [path for path in study["missing"] if not of_none.match(path)]
   return [*some, *([f"all seeds of {', '.join(none)}"] if none else [])]
 

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,17 @@ def test_a_program_is_no_larger_than_it_was(objective, rank):
   assert found["flop"] == recorded["flop"]
   for name in ("compiled_flop", "memory_bytes", "temporary_bytes"):
     assert found[name] <= 1.1 * recorded[name], f"{name}: {found[name]}, recorded {recorded[name]}"
+
+
+@pytest.mark.parametrize(
+  ("objective", "rank", "within", "calls"), [("dpo", 0, "while/body", 2), ("spo", 4, "jit(gradients)", 1)]
+)
+def test_policy_and_reference_compute_what_precedes_the_first_adapter_once(objective, rank, within, calls):
+  """Up to there both are the base model on the same latents, and the compiler sees that; trained whole, they differ."""
+  text = compiled(objective, rank)[0].as_text()
+  names = re.findall(r'op_name="([^"]*UNet2DConditionModel[^"]*/conv_in/conv_general_dilated)"', text)
+  forward = [name for name in names if within in name and "transpose" not in name]
+  assert len(forward) == calls, names
 
 
 @pytest.mark.parametrize(("objective", "rank"), CASES)
