@@ -156,7 +156,7 @@ def compiler_options() -> dict[str, Any] | None:
   """
   import jax
 
-  options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+  options: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
   if jax.default_backend() != "cpu":
     return None
   try:

@@ -186,8 +186,10 @@ def _train(config: Any, mesh: Any, steps: int) -> dict[str, Any]:
   batch = sharding.put_batch(mesh, next(experiment.batches()))
   parameters = sum(x.size for x in jax.tree.leaves(state.params))
 
-  options = {"donate_argnums": 0, "out_shardings": (shardings, None), "compiler_options": chips.compiler_options()}
-  lowered = jax.jit(step_fn, **options).lower(state, frozen, batch)
+  jitted = jax.jit(
+    step_fn, donate_argnums=0, out_shardings=(shardings, None), compiler_options=chips.compiler_options()
+  )
+  lowered = jitted.lower(state, frozen, batch)
   step, compile_seconds = compile_timed(lowered)
   seconds, metrics = [], {}
   for i in range(steps + 1):

@@ -28,7 +28,7 @@ export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
 export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1} # on a CPU, for both
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
-if [ "${CHECK:-1}" != 0 ]; then "$python" scripts/bench_torch.py --check --size "$size" --cases "${cases[@]}"; fi
+if [ "${CHECK:-1}" != 0 ]; then "$python" scripts/torch_check.py --size "$size" --cases "${cases[@]}"; fi
 
 options=(--size "$size" --cases "${cases[@]}" --steps "${STEPS:-20}")
 if [ -n "${BATCH:-}" ]; then options+=(--batch "$BATCH"); fi

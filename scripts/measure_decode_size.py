@@ -12,6 +12,7 @@ second counts the operations of an iteration of the SPO recipes of SD1.5 and SDX
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import pathlib
@@ -44,7 +45,7 @@ def candidate_scores(config: Any, sizes: Sequence[int], num_prompts: int) -> tup
   """
   import jax
 
-  from jaxpref import loading, objectives, rollout
+  from jaxpref import chips, loading, objectives, rollout
   from jaxpref.data import pipeline
   from jaxpref.models.text_to_image import guided, repeat_cond
 
@@ -56,7 +57,7 @@ def candidate_scores(config: Any, sizes: Sequence[int], num_prompts: int) -> tup
   every = [next(batches)["input_ids"] for _ in range(-(-num_prompts // BATCH))]
   s = config.spo
 
-  def roll_out(weights, ids, key, decode):
+  def roll_out(decode, weights, ids, key):
     cond = model.encode_text(weights, ids)
     text = objectives.embed_prompts(scorer, weights["spm"], ids)
     eps = guided(lambda x, t, c: model.predict(weights, x, t, c), model.encode_empty(weights, 1), s.guidance_scale)
@@ -91,12 +92,12 @@ def candidate_scores(config: Any, sizes: Sequence[int], num_prompts: int) -> tup
 
   ways = {"whole": model.decode}
   for size in sizes:
-    ways[f"decoded {size}"] = lambda weights, x0, size=size: model.decode(weights, x0, size=size)
+    ways[f"decoded {size}"] = functools.partial(model.decode, size=size)
     ways[f"shrunk {size}"] = shrunk(size)
   scores = {}
   for name, decode in ways.items():
     started = time.perf_counter()
-    run = jax.jit(lambda weights, ids, key, decode=decode: roll_out(weights, ids, key, decode))
+    run = jax.jit(functools.partial(roll_out, decode), compiler_options=chips.compiler_options())
     parts = [np.asarray(run(weights, ids, jax.random.key(i))) for i, ids in enumerate(every)]
     scores[name] = np.concatenate(parts)[:num_prompts]
     print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
@@ -109,12 +110,14 @@ def compared(truth: np.ndarray, scores: np.ndarray, threshold: float) -> dict[st
   Of the groups valid by `truth`: `same_winner`, `same_loser`. Of the pairs that `scores` chooses: `order_kept`, where
   the winner is better by `truth`, too. Of all groups: `valid` and `truly_valid`.
   """
+  import jax.numpy as jnp
+
   from jaxpref import losses
 
   truth, scores = (x.reshape(-1, x.shape[-1]) for x in (truth, scores))
 
-  best, worst, valid = (np.asarray(x) for x in losses.select_pair(scores, threshold=threshold))
-  best_true, worst_true, valid_true = (np.asarray(x) for x in losses.select_pair(truth, threshold=threshold))
+  pairs = [losses.select_pair(jnp.asarray(x), threshold=threshold) for x in (scores, truth)]
+  (best, worst, valid), (best_true, worst_true, valid_true) = ([np.asarray(x) for x in pair] for pair in pairs)
   of = lambda index: truth[np.arange(len(truth)), index]
   chosen = of(best) > of(worst)
   return {

@@ -14,7 +14,7 @@ import pytest
 from jaxpref.models import presets
 from jaxpref.models.unet import UNetConfig
 from jaxpref.models.vae import VAEConfig
-from scripts import bench, bench_torch, torch_steps
+from scripts import bench, bench_torch, torch_check, torch_steps
 
 # Networks of one level, which compile in seconds.
 SMALL = dataclasses.replace(
@@ -38,7 +38,7 @@ SMALL = dataclasses.replace(
 
 
 def small_recipe(case, **fields):
-  config = bench_torch.check_recipe(case, "sd15")
+  config = torch_check.check_recipe(case, "sd15")
   config.remat = "none"
   config.spo.update(num_inference_steps=6, warmup_steps=2, pool_size=3, inner_steps=1)
   config.update_from_flattened_dict(fields)
@@ -58,7 +58,7 @@ def outcome_of(tmp_path_factory):
       folder = tmp_path_factory.mktemp(case)
       with pytest.MonkeyPatch.context() as patch:
         patch.setitem(presets.PRESETS, "sd15-miniature", SMALL)
-        known[case] = bench_torch.jax_outcome(case, "sd15", folder, small_recipe(case)), folder
+        known[case] = torch_check.jax_outcome(case, "sd15", folder, small_recipe(case)), folder
     return known[case]
 
   return get
@@ -67,9 +67,9 @@ def outcome_of(tmp_path_factory):
 def compared(outcome_of, case, **fields):
   """What is different, by `disagreements`, between jaxpref's step and PyTorch's with other fields."""
   ours, folder = outcome_of(case)
-  theirs = bench_torch.torch_outcome(case, "sd15", folder, small_recipe(case, **fields))
-  found = bench_torch.differences(ours, theirs)
-  return found, bench_torch.disagreements(found)
+  theirs = torch_check.torch_outcome(case, "sd15", folder, small_recipe(case, **fields))
+  found = torch_check.differences(ours, theirs)
+  return found, torch_check.disagreements(found)
 
 
 @pytest.mark.parametrize("case", ["dpo-lora", "spo-full"])
@@ -89,7 +89,7 @@ def test_both_compute_the_same_step(outcome_of, case):
 @pytest.mark.parametrize("case", bench_torch.CASES)
 def test_the_published_topologies_compute_the_same_step(case, size):
   pytest.importorskip("torch")
-  assert not bench_torch.check(case, size)
+  assert not torch_check.check(case, size)
 
 
 @pytest.mark.parametrize(
@@ -167,9 +167,10 @@ if script.endswith("check_gpu.py"):
   calls.open("a").write("gpu\\n")
   pathlib.Path(options["--out"] + ".md").write_text("table")
   sys.exit()
-torch, case = script.endswith("bench_torch.py"), options["--cases"]
-calls.open("a").write(f"{'torch' if torch else 'jax'}{' check' * ('--check' in rest)} {case}\\n")
-if "--check" in rest:
+torch, check = script.endswith("bench_torch.py"), script.endswith("torch_check.py")
+case = options["--cases"]
+calls.open("a").write(f"{'torch check' if check else 'torch' if torch else 'jax'} {case}\\n")
+if check:
   sys.exit()
 rows = json.loads(calls.with_name("rows.json").read_text())
 row = rows["torch" if torch else "jax"] | {"case": case, "size": options["--size"]}
