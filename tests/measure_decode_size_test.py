@@ -1,0 +1,45 @@
+"""What decoding at smaller sizes changes, and how it is compared."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from configs import spo_sd15
+from jaxpref import flops, loading, weights
+from scripts import measure_decode_size
+from scripts.measure_decode_size import compared
+
+
+def test_pairs_of_other_scores():
+  truth = np.float32([[[0, 1, 2, 3], [3, 2, 1, 0], [0, 0.01, 0.02, 0.03]]])  # the last is no valid pair
+  assert compared(truth, truth, 0.3) == {
+    "same_winner": 1.0, "same_loser": 1.0, "order_kept": 1.0, "valid": 2 / 3, "truly_valid": 2 / 3,
+  }  # fmt: skip
+  other = np.float32([[[0, 1, 5, 3], [0, 2, 1, 3], [3, 0, 0, -3]]])  # another winner; the other way round; valid
+  found = compared(truth, other, 0.3)
+  assert found["same_winner"] == 0.0 and found["same_loser"] == 0.5 and found["valid"] == 1.0
+  np.testing.assert_allclose(found["order_kept"], 1 / 3)
+
+
+def test_smaller_pictures_cost_fewer_operations(monkeypatch):
+  """On a miniature, by what its VAE saves: every candidate is decoded once (and resized for the preference model)."""
+  monkeypatch.setattr(measure_decode_size, "load_config", lambda file: spo_sd15.get_config("smoke"))
+  whole, small = (measure_decode_size.operations("spo_sd15", size) for size in (0, 8))
+  pipe = weights.random_pipeline("sd15-miniature", 0)
+  model = loading.text_to_image(pipe)
+  latents = jnp.zeros((1, *model.latent_shape))
+  of = lambda size: flops.count(lambda z: model.decode(pipe.params, z, size=size), latents)
+  s = spo_sd15.get_config("smoke").spo
+  candidates = (s.num_inference_steps - s.warmup_steps) * s.pool_size  # groups of one step, and in the last, too
+  np.testing.assert_allclose(whole - small, candidates * (of(0) - of(8)), rtol=1e-2)
+
+
+def test_tables():
+  share = {"same_winner": 0.9, "same_loser": 0.8, "order_kept": 0.95, "valid": 0.5, "truly_valid": 0.6}
+  report = {
+    "model": "m", "preference_model": "p", "image_size": 32, "groups": 10, "pool": 4, "truly_valid": 0.6,
+    "rows": [{"pictures": "decoded", "size": 16, "against": "whole", **share}],
+    "operations": [{"recipe": "spo_sdxl", "size": 224, "tflop": 12.3456, "share": 0.75}],
+  }  # fmt: skip
+  text = measure_decode_size.tables(report)
+  assert "| decoded | 16 | whole | 90.0 % | 80.0 % | 95.0 % | 50.0 % |" in text
+  assert "| spo_sdxl | 224 | 12.35 | 75.0 % |" in text
