@@ -12,7 +12,8 @@ temporaries are the compiler's.
 
 With --topology (as of `jaxpref.compile`; the device need not be there) two blocks of SD1.5's UNet are compiled with and
 without, forward and gradient, batch 8 in bfloat16 at 64 x 64 x 320, and the bytes that they read and write are counted
-in units of that array. Attention itself, a kernel of its own, is left out there.
+in units of that array, and activations that are transposed or copied. Attention itself, a kernel of its own, is left
+out there.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -266,23 +268,31 @@ def block_costs(block: str, topology: str, without: Callable[[], contextlib.Abst
     found = {}
     for name, function in (("forward", apply), ("gradient of two", jax.grad(loss, argnums=(0, 1)))):
       program: Any = jax.jit(function).lower(params, *inputs).compile(compiler_options=options)
-      array = 8 * 64 * 64 * 320 * 2
+      array, text = 8 * 64 * 64 * 320 * 2, program.as_text()
       found[name] = {
-        "arrays": hlo.memory_bytes(program.as_text()) / array,
+        "arrays": hlo.memory_bytes(text) / array,
         "temporaries": program.memory_analysis().temp_size_in_bytes / array,
+        "transposed_activations": len(transposed(text, of_batch=8)),
       }
   return found
 
 
+def transposed(text: str, *, of_batch: int) -> list[str]:
+  """The results of a compiled program's transposes and copies that have a dimension of this size, as `bf16[8,64]`."""
+  results = re.findall(r"= (\w+\[[\d,]*\])\S* (?:transpose|copy)\(", text)
+  return [result for result in results if str(of_batch) in re.findall(r"\d+", result.partition("[")[2])]
+
+
 def block_table(rows: list[dict[str, Any]]) -> str:
   """OUT.md of --topology."""
-  lines = ["| optimisation | block | pass | arrays read and written | without | temporaries | without |"]
-  lines.append("|---|---|---|---|---|---|---|")
+  lines = ["| optimisation | block | pass | arrays read, written | without | temporaries | without | transposed |"]
+  lines.append("|---|---|---|---|---|---|---|---|")
   for row in rows:
     for name, used in row["with"].items():
       other = row["without"][name]
       cells = (used["arrays"], other["arrays"], used["temporaries"], other["temporaries"])
-      lines.append(f"| {row['name']} | {row['block']} | {name} | " + " | ".join(f"{c:.1f}" for c in cells) + " |")
+      cells = [*(f"{c:.1f}" for c in cells), str(used["transposed_activations"])]
+      lines.append(f"| {row['name']} | {row['block']} | {name} | {' | '.join(cells)} |")
   return "\n".join(lines) + "\n"
 
 

@@ -142,6 +142,17 @@ def test_rows_have_ratios_of_paired_steps(monkeypatch):
   assert measured.measure(measured.OPTIMIZATIONS[1], 3)["with"]["seconds"] == [2.0] * 3
 
 
+def test_transposed_activations_are_told_from_kernels():
+  text = """
+    %transpose.1 = bf16[320,3,3,320]{3,2,1,0} transpose(%convert.1), dimensions={3,0,1,2}
+    ROOT %transpose.5 = bf16[8,320,64,64]{3,2,1,0} transpose(%x.1), dimensions={0,3,1,2}
+    %copy.7 = f32[8,1280]{1,0} copy(%x.2)
+    %copy-start = (f32[8]{0}, f32[8]{0}) copy-start(%x.3)
+    %add.2 = f32[8,64]{1,0} add(%transpose.5, %x.4)
+  """
+  assert measured.transposed(text, of_batch=8) == ["bf16[8,320,64,64]", "f32[8,1280]"]
+
+
 def test_lines():
   found = measure_linearity.fit([1, 2, 4], [13.0, 23.0, 43.0])
   assert (found["slope"], found["intercept"]) == pytest.approx((10.0, 3.0)) and found["deviation"] < 1e-12
