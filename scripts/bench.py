@@ -50,6 +50,15 @@ BATCH = {
 }
 
 
+def recipe_module(file: pathlib.Path) -> Any:
+  """A recipe as a module, wherever it lies."""
+  spec = importlib.util.spec_from_file_location(file.stem, file)
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
 def recipe(case: str, size: str, batch: int | None, *, dtype: str | None = None, miniature: bool = False) -> Any:
   """The config of a case: that of configs/, on random weights, and on the embedded data resized.
 
@@ -62,11 +71,7 @@ def recipe(case: str, size: str, batch: int | None, *, dtype: str | None = None,
   name, rank = CASES[case]
   real = "sdxl" if size == "smoke" else size
   miniature = size == "smoke" or (miniature and size != "tiny")
-  file = ROOT / "configs" / f"{name}_{real}.py"
-  spec = importlib.util.spec_from_file_location(file.stem, file)
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  module = recipe_module(ROOT / "configs" / f"{name}_{real}.py")
   config = module.get_config("smoke") if miniature else module.get_config()
   if not miniature:
     if size != "tiny":

@@ -13,7 +13,6 @@ second counts the operations of an iteration of the SPO recipes of SD1.5 and SDX
 
 import argparse
 import functools
-import importlib.util
 import json
 import pathlib
 import sys
@@ -24,18 +23,14 @@ from typing import Any
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+  sys.path.insert(0, str(ROOT))
+
+from scripts import bench  # noqa: E402
+
 BATCH = 16
 # Recipe -> sizes whose operations are counted; 0 is the images' own. 224 is what CLIP-H sees.
 COUNTED = {"spo_sd15": (0, 256, 224), "spo_sdxl": (0, 512, 256, 224)}
-
-
-def load_config(file: pathlib.Path) -> Any:
-  """The recipe in a file."""
-  spec = importlib.util.spec_from_file_location(file.stem, file)
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config()
 
 
 def candidate_scores(config: Any, sizes: Sequence[int], num_prompts: int) -> tuple[int, dict[str, np.ndarray]]:
@@ -51,6 +46,9 @@ def candidate_scores(config: Any, sizes: Sequence[int], num_prompts: int) -> tup
 
   pipe = loading.load_text_to_image(config.model, dtype=config.dtype, param_dtype=config.dtype)
   model = loading.text_to_image(pipe, vae_slicing=config.vae_slicing or None)
+  for size in sizes:
+    if model.latent_shape_for(size, size) > model.latent_shape:
+      raise ValueError(f"--sizes: {size} is more than the {model.image_size} pixels of {config.model}'s images.")
   scorer, spm = loading.load_scorer(config.preference_model, dtype=config.dtype, param_dtype=config.dtype)
   weights = dict(pipe.params) | {"empty_ids": pipe.tokenize([""]), "spm": spm}
   batches = pipeline.prompt_batches(batch_size=BATCH, tokenize=pipe.tokenize, seed=config.seed, split="validation")
@@ -135,7 +133,7 @@ def operations(recipe: str, size: int) -> float:
 
   from jaxpref import flops, plan, sharding
 
-  config = load_config(ROOT / "configs" / f"{recipe}.py")
+  config = bench.recipe_module(ROOT / "configs" / f"{recipe}.py").get_config()
   config.data.update(source="emoji", path=None)
   config.remat = "none"  # what is computed again to save memory is not counted
   config.spo.decode_size = size
@@ -172,11 +170,17 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument("--prompts", type=int, default=64, help="default: %(default)s")
   parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "decode_size", help="default: %(default)s")
   args = parser.parse_args(arguments)
+  if args.prompts < 1:
+    parser.error(f"--prompts={args.prompts}: expected at least 1.")
   if not args.config.is_file():
     parser.error(f"--config: there is no {args.config}; expected the file of an SPO recipe, as configs/spo_tiny.py.")
-  sys.path.insert(0, str(ROOT))
-  config = load_config(args.config)
-  image_size, scores = candidate_scores(config, args.sizes, args.prompts)
+  config = bench.recipe_module(args.config).get_config()
+  if config.objective != "spo":
+    parser.error(f"--config: {args.config} has the objective {config.objective}; expected a recipe of spo.")
+  try:
+    image_size, scores = candidate_scores(config, args.sizes, args.prompts)
+  except ValueError as error:  # of the models, or of sizes that the VAE cannot make
+    parser.error(str(error))
   whole, threshold = scores["whole"], config.spo.threshold
   rows = []
   for size in args.sizes:

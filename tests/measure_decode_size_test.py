@@ -1,7 +1,10 @@
 """What decoding at smaller sizes changes, and how it is compared."""
 
+import types
+
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from configs import spo_sd15
 from jaxpref import flops, loading, weights
@@ -22,7 +25,8 @@ def test_pairs_of_other_scores():
 
 def test_smaller_pictures_cost_fewer_operations(monkeypatch):
   """On a miniature, by what its VAE saves: every candidate is decoded once (and resized for the preference model)."""
-  monkeypatch.setattr(measure_decode_size, "load_config", lambda file: spo_sd15.get_config("smoke"))
+  smoke = types.SimpleNamespace(get_config=lambda: spo_sd15.get_config("smoke"))
+  monkeypatch.setattr(measure_decode_size.bench, "recipe_module", lambda file: smoke)
   whole, small = (measure_decode_size.operations("spo_sd15", size) for size in (0, 8))
   pipe = weights.random_pipeline("sd15-miniature", 0)
   model = loading.text_to_image(pipe)
@@ -43,3 +47,20 @@ def test_tables():
   text = measure_decode_size.tables(report)
   assert "| decoded | 16 | whole | 90.0 % | 80.0 % | 95.0 % | 50.0 % |" in text
   assert "| spo_sdxl | 224 | 12.35 | 75.0 % |" in text
+
+
+@pytest.mark.parametrize(
+  ("arguments", "sentence"),
+  [
+    (["--config=configs/dpo_tiny.py"], "has the objective dpo; expected a recipe of spo"),
+    (["--config=configs/nowhere.py"], "there is no configs/nowhere.py; expected the file of an SPO recipe"),
+    (["--prompts=0"], "--prompts=0: expected at least 1"),
+    (["--sizes", "7"], "images of 7 x 7 pixels, expected multiples of 4"),
+    (["--sizes", "24", "64"], "--sizes: 64 is more than the 32 pixels of tiny-sd's images"),
+  ],
+)
+def test_what_cannot_be_measured_is_refused_in_a_sentence(arguments, sentence, capsys, monkeypatch):
+  monkeypatch.chdir(measure_decode_size.ROOT)
+  with pytest.raises(SystemExit):
+    measure_decode_size.main(arguments)
+  assert sentence in capsys.readouterr().err
