@@ -290,9 +290,9 @@ def block_table(rows: list[dict[str, Any]]) -> str:
   for row in rows:
     for name, used in row["with"].items():
       other = row["without"][name]
-      cells = (used["arrays"], other["arrays"], used["temporaries"], other["temporaries"])
-      cells = [*(f"{c:.1f}" for c in cells), str(used["transposed_activations"])]
-      lines.append(f"| {row['name']} | {row['block']} | {name} | {' | '.join(cells)} |")
+      arrays = (used["arrays"], other["arrays"], used["temporaries"], other["temporaries"])
+      cells = " | ".join([*(f"{a:.1f}" for a in arrays), str(used["transposed_activations"])])
+      lines.append(f"| {row['name']} | {row['block']} | {name} | {cells} |")
   return "\n".join(lines) + "\n"
 
 
