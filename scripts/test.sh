@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs jaxpref and everything its tests need into .venv-test, then runs the linter, the type checker and the tests.
+# Installs jaxpref and everything its tests need into .venv-test, in the versions of scripts/locks, then runs the linter,
+# the type checker and the tests.
 #
 #   bash scripts/test.sh [PYTEST ARGUMENTS ...]
 #
@@ -9,9 +10,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 
 environment .venv-test '.[test]'
-python=.venv-test/bin/python
-"$python" -m ruff check .
-"$python" -m mypy
-# Compilation uses one core, so two processes help; a file's tests stay together and share what they compiled.
-# In the order of their names, so that the long files are not all among the last.
-"$python" -m pytest -q --durations=20 --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"
+.venv-test/bin/python -m ruff check .
+.venv-test/bin/python -m mypy
+run_tests .venv-test/bin/python "$@"
