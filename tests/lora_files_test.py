@@ -158,7 +158,8 @@ def trained_by_peft(network, targets):
   """Puts an adapter of rank 3 and alpha 6 into a torch network -> its tensors."""
   config = peft.LoraConfig(r=RANK, lora_alpha=6, target_modules=targets, init_lora_weights=False)
   torch.manual_seed(0)
-  network.add_adapter(config)
+  # PEFT by itself: transformers 5.24 has an `add_adapter` that asks for a version of PEFT that is not released.
+  peft.inject_adapter_in_model(config, network, adapter_name="default")
   return {k: v.clone() for k, v in peft.get_peft_model_state_dict(network, adapter_name="default").items()}
 
 
