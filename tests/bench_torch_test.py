@@ -15,6 +15,7 @@ from jaxpref.models import presets
 from jaxpref.models.unet import UNetConfig
 from jaxpref.models.vae import VAEConfig
 from scripts import bench, bench_torch, torch_check, torch_steps
+from tests import decisions
 
 # Networks of one level, which compile in seconds.
 SMALL = dataclasses.replace(
@@ -82,6 +83,8 @@ def test_both_compute_the_same_step(outcome_of, case):
   assert sum(np.any(v) for v in ours.change.values()) > 0.9 * len(ours.change)
   if case == "spo-full":
     assert ours.pairs[2].shape == (2, 2) and ours.pairs[2].all()
+    for scores in (ours.scores, -ours.scores):
+      decisions.argmax(scores, margin=1e-4)
 
 
 @pytest.mark.slow

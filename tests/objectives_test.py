@@ -14,6 +14,7 @@ from jaxpref.loading import text_to_image
 from jaxpref.models.preference import StepAwareCLIPConfig, preprocess
 from jaxpref.models.text_to_image import TextToImage
 from jaxpref.weights import random_pipeline
+from tests import decisions
 from tests.stub_model import LATENT, SCHEDULE, StubModel, StubScorer, draw, init, pair_batch
 
 BETA = 500.0
@@ -206,7 +207,7 @@ def test_dpo_equals_numpy_pair_by_pair(gamma, reward_scale):
   np.testing.assert_allclose(loss, -log_sigmoid(z)[~tie].sum(), rtol=2e-3)
   assert count == (~tie).sum() == 6
   accuracy = float(found["implicit_accuracy"][0])
-  assert accuracy == (margin > 0)[~tie].sum()
+  assert accuracy == decisions.above(margin[~tie], margin=1e-5).sum()
 
 
 def test_gamma_moves_training_to_noisy_steps():
@@ -559,6 +560,8 @@ def test_a_shared_start_equals_two_separate_ones():
   (one, (count, found)), grads = spo(SMALL, SAME, shared, nothing(), cond, uncond)
   (two, (count_2, found_2)), grads_2 = spo(SMALL, SAME, nothing(), shared, cond, uncond)
   assert count == count_2 == 6
+  one_by_one = [spo(SMALL, SAME, with_mask(shared, row), nothing(), cond, uncond)[0][1][1] for row in np.eye(6)]
+  decisions.above([found["margin"][0] for found in one_by_one], margin=1e-5)
   assert found["implicit_accuracy"] == found_2["implicit_accuracy"]
   np.testing.assert_allclose(one, two, rtol=1e-5)
   jax.tree.map(
@@ -672,8 +675,8 @@ def spm_loss(params, batch):
 def test_spm_equals_numpy(decode_size):
   """Two-way cross-entropy of the scores of guided predictions, with a weight for each pair."""
   size, of = 7, functools.partial(spm_of, decode_size=decode_size)
-  batch = pair_batch(size)
-  (loss, count, found), (call,) = recorded(of, FROZEN, {}, FROZEN, batch, KEY)
+  batch, key = pair_batch(size), jax.random.key(10)  # no pair is decided by rounding
+  (loss, count, found), (call,) = recorded(of, FROZEN, {}, FROZEN, batch, key)
   # One guided prediction: unconditional rows, then those with a prompt.
   x, t, _, pred = (v.reshape(2, 2 * size, *v.shape[1:]) for v in call)
   np.testing.assert_array_equal(t[0, :size], t[0, size:])
@@ -696,14 +699,13 @@ def test_spm_equals_numpy(decode_size):
   np.testing.assert_allclose(count, weights.sum(), rtol=1e-6)
   np.testing.assert_allclose(loss, (values * weights).sum(), rtol=5e-3)
   chosen = np.linspace(0.1, 2.0, size).astype(np.float32)  # what a selection of pairs says instead
-  (loss, count, _), _ = recorded(of, FROZEN, {}, FROZEN, batch | {"weight": chosen}, KEY)
+  (loss, count, _), _ = recorded(of, FROZEN, {}, FROZEN, batch | {"weight": chosen}, key)
   np.testing.assert_allclose(count, chosen.sum(), rtol=1e-6)
   np.testing.assert_allclose(loss, (values * chosen).sum(), rtol=5e-3)
   decided = label != 0.5
-  right = ((z > 0) == (label > 0.5)) * weights
+  right = (decisions.above(z[decided], margin=0.05) == (label[decided] > 0.5)) * weights[decided]
   np.testing.assert_allclose(
-    found["accuracy"][0] / found["accuracy"][1], right[decided].sum() / weights[decided].sum(),
-    rtol=1e-5,
+    found["accuracy"][0] / found["accuracy"][1], right.sum() / weights[decided].sum(), rtol=1e-5
   )
 
 

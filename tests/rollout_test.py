@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxpref import diffusion, rollout, sharding
+from tests import decisions
 
 SHAPE = (2, 2, 1)
 STABLE_DIFFUSION = {
@@ -287,7 +288,7 @@ def test_pairs_are_kept_above_the_threshold_only(case):
   gap = result.scores.max(axis=2) - result.scores.min(axis=2)
   best = np.exp(result.scores.max(axis=2))
   share = best / (best + np.exp(result.scores.min(axis=2)))
-  valid = share - (1 - share) > CASES[case]["threshold"]
+  valid = decisions.above(share - (1 - share), CASES[case]["threshold"], margin=1e-5)
   assert 0 < valid.mean() < 1, f"the case decides nothing: gaps {gap}"
   np.testing.assert_array_equal(result.shared.valid, valid)
   later = [g for g, steps in enumerate(groups) for _ in steps[1:]]
@@ -386,7 +387,7 @@ def reference_rollout(x, key, *, num_steps, warmup_steps, pool_size, inner_steps
     if next_latent == "random":
       chosen = np.asarray(jax.random.randint(key_member, (batch,), 0, k))
     else:
-      chosen = scores.argmax(1) if next_latent == "winner" else scores.argmin(1)
+      chosen = decisions.argmax(scores if next_latent == "winner" else -scores, margin=1e-3)
     fold = lambda parts: np.stack(parts).reshape(len(parts), batch, k, *SHAPE)
     yield fold(starts), fold(ends), scores, chosen
     x = pool.reshape(batch, k, *SHAPE)[np.arange(batch), chosen]
@@ -424,7 +425,8 @@ def test_equals_a_rollout_without_scans(case, next_latent):
   rows = np.arange(PROMPTS)
   for g, (starts, ends, scores, _) in enumerate(groups):
     np.testing.assert_allclose(result.scores[:, g], scores, rtol=2e-3, atol=2e-3)
-    for side, index in (("w", scores.argmax(1)), ("l", scores.argmin(1))):
+    best, worst = (decisions.argmax(x, margin=1e-3) for x in (scores, -scores))
+    for side, index in (("w", best), ("l", worst)):
       for n, (start, end) in enumerate(chains[g][side]):
         close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3)
         close(start, starts[n, rows, index])

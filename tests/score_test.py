@@ -12,6 +12,7 @@ from configs import spm_tiny
 from jaxpref import build, inputs, loading, score, weights
 from jaxpref.data import index as index_lib
 from jaxpref.data import records
+from tests import decisions
 
 
 @pytest.mark.parametrize("size", [(300, 200), (224, 224), (97, 411), (640, 481)])
@@ -92,8 +93,9 @@ def test_labels_of_scores_train_a_model(config, scored):
   source = inputs.pairs_source(changed)
   score_0, score_1 = index.scores()
   gap = np.abs(np.tanh((score_0 - score_1) / 2))
-  assert len(source) == (gap > 0.05).sum() < len(index)
-  np.testing.assert_array_equal(source.index.label_0 > 0.5, (score_0 > score_1)[gap > 0.05])
+  wide = decisions.above(gap, 0.05, margin=1e-6)
+  assert len(source) == wide.sum() < len(index)
+  np.testing.assert_array_equal(source.index.label_0 > 0.5, (score_0 > score_1)[wide])
   batch = next(build.build(changed).batches())
   assert set(batch["label_0"]) <= {0.0, 1.0}
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(batch) if x.dtype.kind == "f")

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from jaxpref import diffusion, losses, objectives, optim, reference, rollout, sharding, step
+from tests import decisions
 from tests.stub_model import LATENT, StubModel, StubScorer, draw, init, pair_batch
 
 
@@ -383,8 +384,10 @@ def test_micro_batches_make_the_same_updates(accumulation):
   assert found["updates"] > 1
   assert not equal(whole.params, PARAMS)
   assert_close(parts.params, whole.params, 1e-6)
-  for key in ("loss", "grad_norm", "margin", "implicit_accuracy", "updates"):
+  for key in ("loss", "grad_norm", "margin", "updates"):
     np.testing.assert_allclose(found_parts[key], found[key], rtol=1e-4, atol=1e-7, err_msg=key)
+  # Of a few dozen transitions, rounding may decide one.
+  np.testing.assert_allclose(found_parts["implicit_accuracy"], found["implicit_accuracy"], atol=0.05)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -766,7 +769,7 @@ def test_the_reference_is_moved_by_the_best_samples_and_seed_and_step_decide_eve
   state, found = run(start, FROZEN, FEW)
   jax.effects_barrier()
   x, reward = drawn_by_hand()
-  best = reward.reshape(-1, GROUP).argmax(axis=1) + GROUP * np.arange(len(FEW["input_ids"]))
+  best = decisions.argmax(reward.reshape(-1, GROUP), margin=1e-3) + GROUP * np.arange(len(FEW["input_ids"]))
   np.testing.assert_allclose(seen[0], x[best, -1], rtol=1e-3, atol=1e-3)
   assert equal(state.ref_params, start.ref_params) and not equal(state.params, start.params)
   assert found["optimizer_updates"] == found["updates"] == 3 and "divergence" in found
