@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, and no silent broadcasting between arrays of different rank."""
 
+import gc
 import os
 
 from tests import QUICK_FLAGS
@@ -15,5 +16,14 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("NPROC", "32")  # threads: a device that waits for another one holds one, and all may wait at once
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def free_what_a_file_compiled():
+  """A program stays in JAX's caches as long as the process does, and no file runs what another one compiled."""
+  yield
+  jax.clear_caches()
+  gc.collect()
