@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib.util
 import inspect
+import itertools
 import os
 import pathlib
 import re
@@ -29,6 +30,7 @@ START_SECONDS = 300  # how long processes wait for each other at the start
 EXIT_SECONDS = 60  # and at the end of a run
 # After so long without a heartbeat the JAX runtime gives a process up, if the supervisors have not noticed.
 HEARTBEAT_SECONDS = 60
+_words = itertools.count()  # numbers what process 0 tells the others
 
 
 # ---- Detection ---------------------------------------------------------------------------------------------------
@@ -345,6 +347,28 @@ def barrier(name: str, *, seconds: float = 3600.0) -> None:
   client: Any = runtime.global_state.client
   if client is not None:
     client.wait_at_barrier(f"jaxpref/{name}", int(seconds * 1000))
+
+
+def is_first() -> bool:
+  """Whether this is process 0, or alone."""
+  from jax._src import distributed as runtime
+
+  state: Any = runtime.global_state
+  return state.client is None or state.process_id == 0
+
+
+def word_of_first(text: str, *, seconds: float = 3600.0) -> str:
+  """What process 0 gives as `text`, in all processes; all have to call this equally often, and the others wait."""
+  from jax._src import distributed as runtime
+
+  client: Any = runtime.global_state.client
+  if client is None:
+    return text
+  key = f"jaxpref/word/{next(_words)}"
+  if is_first():
+    client.key_value_set(key, f"={text}")  # an empty value is not accepted everywhere
+    return text
+  return client.blocking_key_value_get(key, int(seconds * 1000))[1:]
 
 
 def check_shared(workdir: str | os.PathLike) -> None:
