@@ -25,7 +25,7 @@ from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxpref import sharding
+from jaxpref import lease, sharding
 
 FORMAT = 1  # of the record
 
@@ -485,9 +485,24 @@ def check_workdir(
         f"work folder {workdir} belongs to another config: config.{key} is {old.get(key)!r} there and "
         f"{new.get(key)!r} now{f' (and {len(differ) - 1} more fields differ)' if differ[1:] else ''}; {remedy}."
       )
-  elif workdir.exists() and any(workdir.iterdir()):
+  elif workdir.exists() and not all(lease.is_lock(path.name) for path in workdir.iterdir()):
     raise ValueError(
       f"work folder {workdir} is not empty and holds no config.json of an earlier run; choose another --workdir."
+    )
+
+
+def check_num_steps(workdir: str | os.PathLike, num_steps: int) -> None:
+  """Checks that a run is not beyond the end that it is asked to go to; writes nothing.
+
+  Raises:
+    ValueError: it is.
+  """
+  workdir = pathlib.Path(workdir)
+  steps = _saved_steps(workdir / "checkpoints")
+  if steps and steps[-1] > num_steps:
+    raise ValueError(
+      f"the run in {workdir} is at step {steps[-1]}, and config.num_steps is {num_steps}; set --config.num_steps to at "
+      f"least {steps[-1]}, or choose another --workdir (python -m jaxpref.export {workdir} exports what is there)."
     )
 
 

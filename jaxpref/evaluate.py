@@ -4,7 +4,8 @@
 
 The first model is the one that the others are compared with. --out gets the pictures, their scores, tables (Markdown,
 LaTeX, CSV, JSON) and report.html, a page by itself with intervals and the pictures side by side. An interrupted run
-continues with the same command; models and scorers can be added to a finished one. All devices take part. Several
+continues with the same command, which is refused while the first one still runs; models and scorers can be added to a
+finished one. All devices take part. Several
 processes, started as for training (docs/operations.md), share the work if --out is on a disk that all of them see.
 """
 
@@ -25,7 +26,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from jaxpref import comparison, distributed, drawing, evaluation_folder, loading, sample, scorers, sharding
+from jaxpref import comparison, distributed, drawing, evaluation_folder, lease, loading, sample, scorers, sharding
 from jaxpref.data import emoji, paths, prompt_sets
 
 IMAGES_AT_A_TIME = 256  # read for scoring
@@ -149,13 +150,27 @@ def evaluate(args: argparse.Namespace) -> None:
   sizes = check_sizes(models, height=args.height, width=args.width)
   if args.geneval_layout:
     prompt_sets.check_geneval(prompts)
+  if args.out.exists() and not args.out.is_dir():
+    raise ValueError(f"--out={args.out} is a file; name a folder.")
+  with lease.hold(args.out) as held:
+    _evaluate(args, models, prompts, sizes, held)
+
+
+def _evaluate(
+  args: argparse.Namespace,
+  models: dict[str, tuple[str, pathlib.Path | None]],
+  prompts: list[prompt_sets.Prompt],
+  sizes: dict[str, list[int]],
+  held: lease.Held,
+) -> None:
+  """The work of `evaluate`, in a folder that this run alone writes."""
   folder, first = args.out, jax.process_index() == 0
   if not first:
     distributed.barrier("evaluation: the folder is begun")
     if not (folder / "manifest.json").is_file():
       raise ValueError(f"this host does not see {folder}, which another one has begun; use a disk that all hosts see.")
   asked = evaluation_folder.make_manifest(args, models, prompts, sizes)
-  if first and args.set_aside and (aside := evaluation_folder.set_aside(folder, asked)) is not None:
+  if first and args.set_aside and (aside := evaluation_folder.set_aside(folder, asked, held)) is not None:
     print(f"{folder} was of other weights or settings, and is {aside} now", file=sys.stderr)
   manifest = evaluation_folder.open_folder(folder, asked)
   if first:
@@ -164,6 +179,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
   # ---- Pictures
   for name, model in models.items():
+    held.check()
     draw_missing(folder, name, model, prompts, args, mesh)
   distributed.barrier("evaluation: the pictures are there", seconds=WAIT_SECONDS)
 
@@ -179,6 +195,7 @@ def evaluate(args: argparse.Namespace) -> None:
       scores = evaluation_folder.read_scores(folder, name, scorer.name, known)
       if scores is None:
         scores = score_images(folder, name, scorer, prompts, args.seeds).tolist()
+        held.check()
         if first:
           evaluation_folder.write_scores(folder, name, scorer.name, known, scores)
       found[name][scorer.name] = scores
@@ -198,6 +215,7 @@ def evaluate(args: argparse.Namespace) -> None:
     results["diversity"] = {name: image_diversity(folder, name, embed, len(prompts), args.seeds) for name in models}
 
   # ---- Files
+  held.check()
   if first:
     write_files(folder, results, prompts, args)
     print(f"{(folder / 'table.md').read_text(encoding='utf-8')}\n{folder / 'report.html'}")

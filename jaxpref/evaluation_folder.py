@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 import jaxpref
-from jaxpref import loading, sample, tensor_files, weights
+from jaxpref import lease, loading, sample, tensor_files, weights
 from jaxpref.data import paths, prompt_sets
 
 PACKAGES = ("jax", "flax", "numpy", "transformers", "pillow")
@@ -86,13 +86,14 @@ def _difference(folder: pathlib.Path, begun: dict[str, Any], asked: dict[str, An
   return None
 
 
-def set_aside(folder: pathlib.Path, asked: dict[str, Any]) -> pathlib.Path | None:
+def set_aside(folder: pathlib.Path, asked: dict[str, Any], held: lease.Held) -> pathlib.Path | None:
   """Where the folder is now, FOLDER_1 or the next that is free, as it was of other settings or weights; else None."""
   begun = _begun(folder)
   if begun is None or _difference(folder, begun, asked) is None:
     return None
   number = next(i for i in itertools.count(1) if not folder.with_name(f"{folder.name}_{i}").exists())
-  return folder.rename(folder.with_name(f"{folder.name}_{number}"))
+  held.move(target := folder.with_name(f"{folder.name}_{number}"))
+  return target
 
 
 def open_folder(folder: pathlib.Path, asked: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def open_folder(folder: pathlib.Path, asked: dict[str, Any]) -> dict[str, Any]:
       drawn_with = begun["models"][name].get("versions", begun.get("versions"))
       described[name] = described[name] | {"versions": drawn_with}
     described = begun["models"] | described
-  elif folder.is_dir() and any(folder.iterdir()):
+  elif folder.is_dir() and not all(lease.is_lock(path.name) for path in folder.iterdir()):
     raise ValueError(f"--out={folder} is not empty and has no manifest.json; choose another folder.")
   elif folder.exists() and not folder.is_dir():
     raise ValueError(f"--out={folder} is a file; name a folder.")

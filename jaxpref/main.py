@@ -28,8 +28,8 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Folder of checkpoints, metrics and results, the same for all processes; the same command resumes. Default: "
-  "runs/NAME of the recipe.",
+  "Folder of checkpoints, metrics and results, the same for all processes; the same command resumes, and is refused "
+  "while the first one still runs. Default: runs/NAME of the recipe.",
 )
 distributed.define_flags()
 flags.mark_flag_as_required("config")
@@ -83,15 +83,16 @@ def main(argv: list[str]) -> None:
 
 def run_and_evaluate(config: ConfigDict, workdir: str) -> None:
   """`train.run`; then, if config.evaluation.scorers names any, the comparison with the base model by them."""
-  from jaxpref import evaluate, train
+  from jaxpref import evaluate, lease, train
 
   if not config.evaluation.scorers:
     train.run(config, workdir)
     return
   config_lib.check(config)
   arguments = evaluate.arguments_of_run(config, workdir)  # what is not there is refused before the training
-  train.run(config, workdir)
-  evaluate.evaluate(arguments)
+  with lease.hold(workdir):  # in between, too
+    train.run(config, workdir)
+    evaluate.evaluate(arguments)
 
 
 def start_with_huge_pages() -> None:

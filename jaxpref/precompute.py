@@ -4,10 +4,10 @@
     python -m jaxpref.main --config=configs/dpo_sdxl.py --config.data.source=precomputed --config.data.path=FOLDER
 
 Training then takes the same steps as without: what is drawn from the VAE's posterior, which captions are dropped and
-which images are mirrored is still decided there. Interrupted at any moment, the same command continues. All devices of
-a host take part. Several hosts, started as for training (docs/operations.md), share the files among them if they are
-given the same FOLDER, on a disk that all of them see or in a bucket (gs://); each waits at the end until all have
-finished.
+which images are mirrored is still decided there. Interrupted at any moment, the same command continues; it is refused
+while the first one still runs. All devices of a host take part. Several hosts, started as for training
+(docs/operations.md), share the files among them if they are given the same FOLDER, on a disk that all of them see or in
+a bucket (gs://); each waits at the end until all have finished.
 
     python -m jaxpref.precompute --verify --out=FOLDER    # reads all files and names the damaged ones
 
@@ -31,7 +31,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 import jaxpref
-from jaxpref import chips, distributed, inputs, loading, sharding
+from jaxpref import chips, distributed, inputs, lease, loading, sharding
 from jaxpref import config as config_lib
 from jaxpref.data import batching, latents, paths
 from jaxpref.models.text_to_image import TextToImage
@@ -89,6 +89,24 @@ def run(
     return True
   plan["weights"] = inputs.encoder_fingerprints(config)
   latents.check_plan(folder, plan)
+  # Processes that do not know of each other share a folder by their numbers.
+  name = lease.NAME if together or count == 1 else f"writer_lock_{index}.json"
+  with lease.hold(folder, name=name) as held:
+    return _run(config, folder, plan, held, batch_size=batch_size, index=index, count=count)
+
+
+def _run(
+  config: ConfigDict,
+  folder: Any,
+  plan: dict[str, Any],
+  held: lease.Held,
+  *,
+  batch_size: int,
+  index: int,
+  count: int,
+) -> bool:
+  """The work of `run`, in a folder, or a share of one, that this run alone writes."""
+  together, rows_per_file = jax.process_count() > 1, plan["rows_per_file"]
 
   # ---- Networks and data -------------------------------------------------------------------------------------
   mesh = sharding.make_mesh(devices=jax.local_devices())
@@ -127,6 +145,7 @@ def run(
   with tqdm(total=num_images, desc="images", unit=" images", disable=index != 0) as bar:
     for i, positions in places.items():
       known = set(data.skipped)
+      held.check()
       latents.write_file(
         folder,
         names[i],
@@ -153,6 +172,7 @@ def run(
   mine = [i for i in range(index, num_files, count)] if together else list(range(num_files))
   with tqdm(total=len(mine), desc="prompts", unit=" files", disable=index != 0) as bar:
     for i in mine:
+      held.check()
       part = slice(i * rows_per_file, (i + 1) * rows_per_file)
       if latents.finished(folder, prompts[i]) is None:
         prompt_records = _prompt_records(keys[part], input_ids[part], encode_text, batch_size * mesh.size)
@@ -163,6 +183,7 @@ def run(
     while not is_complete(folder):
       time.sleep(WAIT_SECONDS)
     return True
+  held.check()
   latents.write_prompts(folder, keys, input_ids, process_index=index)
   versions = {"jaxpref": jaxpref.__version__} | {p: importlib.metadata.version(p) for p in ("jax", "flax", "numpy")}
   latents.write_manifest(folder, {"rows": names, "prompts": prompts}, versions, process_index=index)

@@ -5,7 +5,8 @@
 The recipe with --config.data.scores=scores.npz and --config.data.labels=scores then takes its labels from them instead
 of people's, as SPO does for its SDXL preference model (arXiv 2406.04314), and --config.data.min_gap makes ties of pairs
 that score nearly alike. The model is a CLIP such as PickScore, or a step-aware preference model (at time 0), by folder
-or hub name; scores are exp(logit_scale) x cosine. The devices of one host take part; an interrupted run continues.
+or hub name; scores are exp(logit_scale) x cosine. The devices of one host take part; an interrupted run continues
+with the same command, which is refused while the first one still runs.
 """
 
 import concurrent.futures
@@ -26,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from jaxpref import config as config_lib
-from jaxpref import inputs, loading, sharding, weights
+from jaxpref import inputs, lease, loading, sharding, weights
 from jaxpref.data import index as index_lib
 from jaxpref.data import records
 from jaxpref.models.preference import StepAwareCLIPModel
@@ -125,6 +126,14 @@ def score(config: ConfigDict, *, model: str, out: pathlib.Path, batch_size: int)
   """
   if out.suffix != ".npz":
     raise ValueError(f"--out={out}; expected a file that ends in .npz.")
+  with lease.hold(out.parent, name=f"{out.name}.{lease.NAME}") as held:
+    return _score(config, held, model=model, out=out, batch_size=batch_size)
+
+
+def _score(
+  config: ConfigDict, held: lease.Held, *, model: str, out: pathlib.Path, batch_size: int
+) -> index_lib.Index:
+  """The work of `score`, on a file that this process alone writes."""
   source = inputs.open_pairs(config)
   fingerprint = index_lib.fingerprint(source.index)
   scores = np.full((len(source), 2), np.nan, np.float32)
@@ -141,6 +150,7 @@ def score(config: ConfigDict, *, model: str, out: pathlib.Path, batch_size: int)
   length = module.config.text_config.max_position_embeddings
 
   def save() -> index_lib.Index:
+    held.check()
     scored = dataclasses.replace(source.index, score_0=scores[:, 0], score_1=scores[:, 1])
     index_lib.save(scored, out, fingerprint=fingerprint, scored_by=by)
     return scored

@@ -16,7 +16,7 @@ import optax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from jaxpref import build, checkpoint, chips, distributed, monitor, optim, reference, sharding, step, validation
+from jaxpref import build, checkpoint, chips, distributed, lease, monitor, optim, reference, sharding, step, validation
 from jaxpref import config as config_lib
 from jaxpref import metrics as metrics_lib
 from jaxpref.data import batching
@@ -128,6 +128,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     The evaluation's results (empty for pre-training objectives).
   Raises:
     ValueError: anything wrong with config, folders or data, before compilation.
+    lease.Occupied: another process trains in `workdir`.
     NonFiniteError: the loss or the gradient became NaN or infinite.
   """
   # ---- Checks ------------------------------------------------------------------------------------------------
@@ -142,9 +143,25 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   mesh = sharding.make_mesh(**config.mesh)
   offline = config.objective not in config_lib.ONLINE
   sharding.check_batch_size(mesh, config.batch_size, config.accumulation if offline else 1)
+  make_optimizer(config)
   folder = pathlib.Path(workdir)
-  optimizer, schedule = make_optimizer(config)
   checkpoint.check_workdir(folder, config_lib.to_dict(config), may_change=may_change(config))
+  checkpoint.check_num_steps(folder, config.num_steps)
+  with lease.hold(folder) as held:
+    checkpoint.check_num_steps(folder, config.num_steps)  # the run before may have ended while this one waited
+    return _run(config, folder, mesh, held, goodput)
+
+
+def _run(
+  config: ml_collections.ConfigDict,
+  folder: pathlib.Path,
+  mesh: jax.sharding.Mesh,
+  held: lease.Held,
+  goodput: monitor.Goodput,
+) -> dict[str, Any]:
+  """The loop of `run`, in a folder that this run alone writes."""
+  offline = config.objective not in config_lib.ONLINE
+  optimizer, schedule = make_optimizer(config)
 
   # ---- Models and data ---------------------------------------------------------------------------------------
   experiment = build.build(
@@ -259,6 +276,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     )
 
   def save(done: int) -> None:
+    held.check()
     with goodput.phase("checkpoint"):
       try:
         saver.save(done, state, {"batches": data_state, "loss": loss_monitor.get_state()})
@@ -272,6 +290,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     bar = tqdm(total=config.num_steps, initial=first_step, desc=config.objective, disable=jax.process_index() != 0)
     with bar, _stop_on_signal() as stop:
       for done in range(first_step + 1, config.num_steps + 1):
+        held.check()
         with goodput.phase("input wait"):
           batch, data_state = next(prefetched)
         if done == first_step + 1:
@@ -316,6 +335,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
   # ---- Evaluate and export -----------------------------------------------------------------------------------
   goodput.switch("evaluation")
+  held.check()
   params = sharding.fetch(state.params)
   if jax.process_index() == 0:
     experiment.export(params, folder / "export")

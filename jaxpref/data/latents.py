@@ -39,6 +39,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from jaxpref import lease
 from jaxpref.data import batching, paths
 
 FORMAT = 1
@@ -111,7 +112,7 @@ def check_plan(folder: Any, plan: Mapping[str, Any]) -> None:
     raise ValueError(f"--out={folder} is a file; name a folder.")
   names = paths.names(folder)
   if not {PLAN, MANIFEST} & names:
-    if any(not name.endswith(paths.PART) for name in names):
+    if any(not name.endswith(paths.PART) and not lease.is_lock(name) for name in names):
       raise ValueError(f"--out={folder} is not empty and has no {PLAN} of an earlier run; choose another folder.")
     return
   old = _flat(_read_plan(folder, names))
