@@ -506,6 +506,15 @@ def check_num_steps(workdir: str | os.PathLike, num_steps: int) -> None:
     )
 
 
+def num_steps_before(workdir: str | os.PathLike) -> int | None:
+  """The `num_steps` that a work folder was last claimed with; None if it never was."""
+  try:
+    found = json.loads((pathlib.Path(workdir) / "config.json").read_text()).get("num_steps")
+  except (OSError, ValueError, AttributeError):
+    return None
+  return found if isinstance(found, int) else None
+
+
 def claim_workdir(
   workdir: str | os.PathLike, config: Mapping[str, Any], *, may_change: tuple[str, ...] = ()
 ) -> None:

@@ -70,6 +70,8 @@ def export(
     raise FileExistsError(f"--out={out} exists and is not empty; choose another, or delete it.")
 
   params, step = checkpoint.load_params(run, step)
+  end = "" if step == config.num_steps else f"; it is not the end of the run, which is step {config.num_steps}"
+  print(f"exporting step {step} of {run}{end}", file=sys.stderr)
   adapter = params.get("unet_lora")
   if adapter is None and form != "pipeline":
     raise ValueError(

@@ -181,7 +181,7 @@ def model_folder(name: str) -> str:
   if (folder / "checkpoints").is_dir():
     raise ValueError(
       f"--model={name} is a run without export/, which is written at its end; for its last checkpoint run "
-      f"python -m jaxpref.export {name} --format=pipeline --out={folder / 'export'}."
+      f"python -m jaxpref.export {name} --format=pipeline --out=NEW, and give that folder."
     )
   return name
 

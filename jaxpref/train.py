@@ -35,6 +35,10 @@ def may_change(config: ml_collections.ConfigDict) -> tuple[str, ...]:
   return MAY_CHANGE + (("num_steps",) if config.optimizer.schedule == "constant" else ())
 
 
+# What a run leaves at its end; `export` last, as scripts take it for the sign that there is nothing more to do.
+RESULTS = ("results.json", "table.md", "before_after.png", "samples.png", "curves.png", "export")
+
+
 class NonFiniteError(RuntimeError):
   """Losses or gradients that were not finite in too many steps in a row, or such a state; nothing of it was saved."""
 
@@ -42,6 +46,19 @@ class NonFiniteError(RuntimeError):
 def _say(message: str) -> None:
   if jax.process_index() == 0:
     tqdm.write(message, file=sys.stderr)
+
+
+def _set_results_aside(folder: pathlib.Path, num_steps: int) -> None:
+  """Moves what an earlier end of the run has left: it is not of the run that goes on to `num_steps`."""
+  ended = checkpoint.num_steps_before(folder)
+  there = [name for name in RESULTS if (folder / name).exists()]
+  if ended is None or ended >= num_steps or not there:
+    return
+  aside = folder / f"results_of_step_{ended}"
+  aside.mkdir(exist_ok=True)
+  for name in there:
+    (folder / name).replace(aside / name)
+  _say(f"the run goes on from step {ended} to {num_steps}; the results of step {ended} are in {aside} now")
 
 
 def _reference_updater(config: ml_collections.ConfigDict, experiment: build.Experiment) -> step.UpdateReference | None:
@@ -170,6 +187,7 @@ def _run(
   batches = experiment.batches()
   # Nothing was written so far, and what could be wrong with the config has been found.
   if jax.process_index() == 0:
+    _set_results_aside(folder, config.num_steps)
     checkpoint.claim_workdir(folder, config_lib.to_dict(config), may_change=may_change(config))
   distributed.check_shared(folder)
 
@@ -340,7 +358,7 @@ def _run(
   if jax.process_index() == 0:
     experiment.export(params, folder / "export")
   distributed.barrier("exported")
-  _say(f"exported to {folder / 'export'}")
+  _say(f"exported to {folder / 'export'}: step {config.num_steps}")
   results = experiment.report(params)
   if experiment.held_out is not None:
     results = validation.held_out_metrics(experiment, mesh, frozen, state)

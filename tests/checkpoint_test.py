@@ -86,6 +86,18 @@ def test_a_state_of_another_shape_is_refused_by_name(saved):
   assert not (saved / "checkpoints_damaged").exists()  # nothing is wrong with it
 
 
+def test_a_run_beyond_the_steps_that_are_asked_for_is_refused(saved):
+  for enough in (3, 4):
+    checkpoint.check_num_steps(saved, enough)
+  checkpoint.check_num_steps(saved / "new", 1)
+  with pytest.raises(ValueError) as error:
+    checkpoint.check_num_steps(saved, 2)
+  assert str(error.value) == (
+    f"the run in {saved} is at step 3, and config.num_steps is 2; set --config.num_steps to at least 3, or choose "
+    f"another --workdir (python -m jaxpref.export {saved} exports what is there)."
+  )
+
+
 def test_digest_sees_one_bit_and_every_name():
   one = state_of(1)
   assert checkpoint.digest(one) == checkpoint.digest(state_of(1))

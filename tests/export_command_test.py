@@ -112,6 +112,16 @@ def test_a_fully_trained_pipeline(full_run, base, tmp_path):
   assert not (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
 
 
+def test_export_says_which_step_it_writes(lora_run, tmp_path, capsys):
+  folder = lora_run[0]
+  for more, expected in (([], 2), (["--step=1"], 1)):
+    file = tmp_path / f"{expected}.safetensors"
+    export.main([str(folder), "--format=lora", f"--out={file}", *more])
+    said = capsys.readouterr()
+    assert said.err.startswith(f"exporting step {expected} of {folder}; it is not the end of the run, which is step ")
+    assert said.out == f"{file}\n"
+
+
 def test_what_cannot_be_exported_ends_in_one_sentence(lora_run, full_run, tmp_path):
   lora_folder, full_folder = lora_run[0], full_run[0]
   (tmp_path / "taken").mkdir()

@@ -1,5 +1,6 @@
 """The loop: what it writes, what it survives, and that a killed run ends as one that was not."""
 
+import dataclasses
 import gzip
 import json
 import math
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import build, checkpoint, config, metrics, monitor, objectives, step, train, validation, weights
+from jaxpref import build, checkpoint, config, lease, metrics, monitor, objectives, step, train, validation, weights
 from jaxpref import main as main_lib
 from jaxpref.data import batching
 from jaxpref.models import lora
@@ -157,6 +158,76 @@ def test_a_finished_run_is_not_trained_again(run):
   run(toy_config(num_steps=8), batches)  # more steps continue it
   assert max(states(run.folder / "run")) == 8
   assert [r["step"] for r in rows(run.folder / "run")] == list(range(1, 9))
+
+
+def files(folder):
+  return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_fewer_steps_than_a_run_has_made_are_refused_before_anything_is_written(run):
+  run(toy_config())
+  before, batches = files(run.folder / "run"), Batches()
+  with pytest.raises(ValueError, match=r"run is at step 6, and config.num_steps is 4; set .* least 6, or"):
+    run(toy_config(num_steps=4), batches)
+  assert files(run.folder / "run") == before and batches.next == 0
+  assert json.loads(before[pathlib.Path("config.json")])["num_steps"] == 6
+
+
+def test_the_results_of_an_earlier_end_do_not_pass_for_those_of_a_run_that_goes_on(run, capsys):
+  """Whoever finds export/ takes the run for finished: jaxpref.sample, and the scripts that start a job again."""
+  folder, aside = run.folder / "run", run.folder / "run" / "results_of_step_6"
+  run(toy_config())
+  (folder / "results.json").write_text("{}")
+  exported = (folder / "export").read_bytes()
+  with pytest.raises(train.NonFiniteError):
+    run(toy_config(num_steps=12, max_bad_steps=1), Batches(poisoned=[9, 10]))
+  assert not (folder / "export").exists() and not (folder / "results.json").exists()
+  assert (aside / "export").read_bytes() == exported and (aside / "results.json").exists()
+  assert f"the results of step 6 are in {aside} now" in capsys.readouterr().err
+  run(toy_config(num_steps=12))
+  assert (folder / "export").read_bytes() != exported == (aside / "export").read_bytes()
+  run(toy_config(num_steps=12))  # at its end: everything stays
+  assert sorted(p.name for p in folder.glob("results_of_step_*")) == ["results_of_step_6"]
+
+
+def test_a_second_start_is_refused_and_changes_nothing(run):
+  """In the middle of a step of the first one, from another thread, as from another process."""
+  refused = []
+
+  class Meddling(Batches):
+    def __next__(self):
+      if self.next == 3:
+        metrics_before = (run.folder / "run" / "metrics.jsonl").read_bytes()
+        with pytest.raises(lease.Occupied, match="is being written by another thread"):
+          train.run(toy_config(), str(run.folder / "run"))
+        assert (run.folder / "run" / "metrics.jsonl").read_bytes().startswith(metrics_before)
+        refused.append(self.next)
+      return super().__next__()
+
+  run(toy_config(), Meddling())
+  assert refused == [3]
+  assert [r["step"] for r in rows(run.folder / "run")] == list(range(1, 7))
+  assert not list((run.folder / "run").glob("*lock*"))
+
+
+def test_a_run_whose_folder_was_taken_over_stops_without_saving(run):
+  class TakenOver(Batches):
+    def __next__(self):
+      if self.next == 3:
+        lock = run.folder / "run" / lease.NAME
+        other = dataclasses.replace(lease.Writer.here(), host="gpu012", token="another")
+        lock.write_bytes(other.encode())
+        held = lease._held[str(lock)]
+        held._renewed -= lease.EXPIRE_SECONDS
+        deadline = time.monotonic() + 60
+        while not held._lost and time.monotonic() < deadline:
+          time.sleep(0.01)
+      return super().__next__()
+
+  with pytest.raises(lease.Occupied, match="was taken over by process .* on host gpu012"):
+    run(toy_config(**{"checkpoint.every": 5}), TakenOver())
+  assert states(run.folder / "run") == {}
+  assert (run.folder / "run" / lease.NAME).exists()  # it is the other one's
 
 
 def test_steps_that_are_not_finite_are_left_out_and_counted(run, capsys):
