@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from jaxpref import distributed, metrics, supervise
+from jaxpref import distributed, lease, metrics, supervise
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -217,7 +217,7 @@ def test_flags_that_contradict_each_other_end_in_one_sentence(tmp_path):
 class Run:
   """The processes of a run of `toy_training.py`, started together."""
 
-  def __init__(self, folder, count, *, steps, save_every=2, **variables):
+  def __init__(self, folder, count, *, steps, save_every=2, log=None, **variables):
     self.folder = folder
     with socket.socket() as free:
       free.bind(("localhost", 0))
@@ -235,7 +235,7 @@ class Run:
     command += [f"--config={REPOSITORY / 'configs' / 'dpo_tiny.py'}", f"--workdir={folder}"]
     command += [f"--config.{name}={value}" for name, value in fields.items()]
     group = [f"--coordinator_address={address}", f"--num_processes={count}"] if count > 1 else []
-    self.logs = [folder.with_name(f"{folder.name}.{i}.log") for i in range(count)]
+    self.logs = [folder.with_name(f"{log or folder.name}.{i}.log") for i in range(count)]
     self.processes = []
     for i, log in enumerate(self.logs):
       with log.open("w") as file:
@@ -280,6 +280,30 @@ def test_a_slow_process_shows_and_a_broken_one_ends_all(tmp_path):
   assert 0.1 < usual["host_seconds_max"] < 1.5 * usual["step_seconds"]
   assert usual["host_seconds_median"] < 0.75 * usual["host_seconds_max"]  # of two: their mean
   assert (run.folder / "config.json").exists() and not (run.folder / "export").exists()
+
+
+def test_a_second_start_in_the_folder_of_a_run_is_refused_in_all_its_processes(tmp_path):
+  """And once the first one is killed, the same command goes on at once."""
+  first = Run(tmp_path / "run", 1, steps=4000, PACE=0.1)
+  first.wait_for_step(4)
+  before = (tmp_path / "run" / "metrics.jsonl").read_text()
+  second = Run(tmp_path / "run", 2, steps=4000, log="second")
+  assert second.end() == [1, 1], second.said()
+  there = json.loads((tmp_path / "run" / lease.NAME).read_text())
+  assert there["pid"] == first.processes[0].pid and there["host"] == socket.gethostname()
+  for said in second.said():
+    assert said.splitlines()[-1].startswith(
+      f"error: {tmp_path / 'run'} is being written by process {there['pid']} on host {there['host']}, which started "
+      f"{there['since']}; wait until it ends, or stop it, and run the same command again; or choose another folder."
+    )
+  assert first.processes[0].poll() is None
+  assert (tmp_path / "run" / "metrics.jsonl").read_text().startswith(before)  # not rewound
+  first.processes[0].kill()
+  again = Run(tmp_path / "run", 1, steps=max(steps_of(first.folder)) + 4)
+  assert again.end() == [0], again.said()
+  assert f"took over from process {there['pid']} on host" in again.said()[0] and "resuming" in again.said()[0]
+  steps = [row["step"] for row in metrics.read(tmp_path / "run" / "metrics.jsonl")]
+  assert steps == sorted(set(steps)) and not (tmp_path / "run" / lease.NAME).exists()
 
 
 @pytest.mark.slow
