@@ -18,9 +18,10 @@ import pytest
 from PIL import Image
 
 from configs import dpo_tiny
-from jaxpref import evaluate, loading, lora_files, main, scorers, weights
+from jaxpref import evaluate, lease, loading, lora_files, main, scorers, weights
 from jaxpref.data import emoji
 from jaxpref.models import lora, presets
+from tests.occupied import occupied
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 PROMPTS = ("red apple", "volcano", "grinning cat")
@@ -261,6 +262,16 @@ def test_a_folder_of_other_settings_prompts_or_weights_is_left_alone(models, eva
   (tmp_path / "full" / "mine").touch()
   with pytest.raises(SystemExit, match="full is not empty and has no manifest.json"):
     run(models, tmp_path / "full")
+
+
+def test_a_folder_that_another_evaluation_writes_is_refused(models, evaluated, tmp_path):
+  folder = copy(evaluated, tmp_path / "out")
+  (folder / "report.html").unlink()
+  before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+  with occupied(folder) as sentence, pytest.raises(SystemExit, match=re.escape(f"error: {sentence}")):
+    run(models, folder)
+  (folder / lease.NAME).unlink()
+  assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
 def test_two_processes_share_the_work(models, evaluated, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxpref import build, config, inputs, loading, objectives, optim, precompute, sharding, train, weights
+from jaxpref import build, config, inputs, lease, loading, objectives, optim, precompute, sharding, train, weights
 from jaxpref.data import latents, pipeline, sources
 from jaxpref.models import presets
 from tests.configs_test import smaller
 from tests.data import bucket as buckets
 from tests.data.latents_test import largest_file
+from tests.occupied import occupied
 from tests.stub_model import StubModel, init, pair_batch
 
 bucket, served = buckets.bucket, buckets.served  # fixtures
@@ -274,6 +276,31 @@ def test_two_processes_make_the_files_of_one(folder, tmp_path, capsys):
   assert "2 files of other processes are not finished" in capsys.readouterr().err
   assert share(process_index=0)
   assert files(tmp_path / "data") == files(folder)
+
+
+def test_a_folder_that_another_process_writes_is_refused_until_that_process_is_gone(folder, tmp_path, capsys):
+  with occupied(tmp_path / "data") as sentence, pytest.raises(OSError, match=re.escape(sentence)):
+    precompute.run(recipe(), tmp_path / "data", **OPTIONS)
+  assert [path.name for path in (tmp_path / "data").iterdir()] == [lease.NAME]
+  assert precompute.run(recipe(), tmp_path / "data", **OPTIONS)
+  assert "that process is gone" in capsys.readouterr().err
+  assert files(tmp_path / "data") == files(folder)
+  with occupied(tmp_path / "data"):  # to read it is nobody's concern
+    assert precompute.run(recipe(), tmp_path / "data", **OPTIONS) and precompute.verify(tmp_path / "data") == []
+
+
+def test_a_share_of_a_folder_has_one_writer(tmp_path):
+  share = functools.partial(precompute.run, recipe(), tmp_path / "data", process_count=2, **OPTIONS)
+  with occupied(tmp_path / "data", "writer_lock_1.json") as sentence:
+    with pytest.raises(OSError, match=re.escape(sentence)):
+      share(process_index=1)
+    assert not share(process_index=0)
+
+
+def test_a_bucket_that_another_process_writes_is_refused(served):
+  (served / "made").mkdir()
+  with occupied(served / "made"), pytest.raises(OSError, match="gs://bucket/made is being written by process"):
+    precompute.run(recipe(), "gs://bucket/made", **OPTIONS)
 
 
 def test_a_finished_folder_is_left_alone_and_a_missing_file_is_made_again(folder, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from jaxpref import build, inputs, loading, score, weights
 from jaxpref.data import index as index_lib
 from jaxpref.data import records
 from tests import decisions
+from tests.occupied import occupied
 
 
 @pytest.mark.parametrize("size", [(300, 200), (224, 224), (97, 411), (640, 481)])
@@ -83,6 +85,13 @@ def test_an_interrupted_run_continues(config, scored, tmp_path):
   again = score.score(config, model="tiny-spm", out=tmp_path / "scores.npz", batch_size=32)
   np.testing.assert_allclose(again.scores()[0][5:], index.scores()[0][5:], rtol=1e-5)
   np.testing.assert_allclose(again.scores()[0][:5], index.scores()[0][:5] + 100, rtol=1e-5)  # what was there stays
+
+
+def test_a_file_that_another_process_writes_is_refused(config, tmp_path):
+  with occupied(tmp_path, "scores.npz.writer_lock.json") as sentence:
+    with pytest.raises(OSError, match=re.escape(sentence)):
+      score.score(config, model="tiny-spm", out=tmp_path / "scores.npz", batch_size=32)
+  assert not (tmp_path / "scores.npz").exists()
 
 
 def test_labels_of_scores_train_a_model(config, scored):
