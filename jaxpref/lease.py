@@ -39,7 +39,7 @@ EXPIRE_SECONDS = 60.0  # NFS and gcsfuse may show a file as it was up to 60 s ag
 GRACE_SECONDS = 5.0  # a process that was killed takes a moment to be gone
 SETTLE_SECONDS = 1.0  # where a file cannot be locked: after so long it has the last of those who wrote it
 POLL_SECONDS = 0.2
-SIZE = 1024  # bytes of a lock; of one size, so that it is overwritten in one piece
+SIZE = 512  # bytes of a lock; of one size, so that it is overwritten in one piece
 
 
 class Occupied(OSError):
@@ -201,8 +201,12 @@ class _File:
         descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
       except FileExistsError:
         return False
-      with os.fdopen(descriptor, "wb") as file:
-        file.write(writer.encode())
+      try:
+        with os.fdopen(descriptor, "wb") as file:
+          file.write(writer.encode())
+      except OSError:  # a full disk
+        self.path.unlink(missing_ok=True)
+        raise
     return True
 
   def take(self, writer: Writer, seen: _Seen) -> None:
@@ -215,6 +219,7 @@ class _File:
         alone = False
       if self.read() == seen:
         os.pwrite(file.fileno(), writer.encode(), 0)
+        os.ftruncate(file.fileno(), len(writer.encode()))
       if not alone:
         time.sleep(SETTLE_SECONDS)
 
@@ -357,7 +362,8 @@ def hold(folder: Any, *, name: str = NAME) -> Iterator[Held]:
     OSError: the folder cannot be written.
   """
   folder = paths.open_path(folder)
-  key = os.fspath(folder / name if paths.is_remote(folder) else folder.absolute() / name)
+  place = folder / name if paths.is_remote(folder) else pathlib.Path(os.path.realpath(folder), name)
+  key = os.fspath(place)
   known = _held.get(key)
   if known is not None and known.pid == os.getpid() and known.thread == threading.get_ident():
     yield known
@@ -369,8 +375,7 @@ def hold(folder: Any, *, name: str = NAME) -> Iterator[Held]:
         if known is not None and known.pid == os.getpid():
           raise Occupied(f"{folder} is being written by another thread of this process; wait until it ends.")
         made = _make(folder)
-        lock = _Object(folder / name) if paths.is_remote(folder) else _File(folder.absolute() / name)
-        held = _acquire(lock)
+        held = _acquire(_Object(place) if paths.is_remote(folder) else _File(place), folder)
       except OSError as error:
         problem = str(error)
         distributed.word_of_first(problem)
@@ -399,19 +404,19 @@ def _make(folder: Any) -> list[pathlib.Path]:
   return missing
 
 
-def _acquire(lock: _File | _Object) -> Held:
-  """Returns when this process is the writer; says on stderr whom it took over from.
+def _acquire(lock: _File | _Object, folder: Any) -> Held:
+  """Returns when this process is the writer of a folder; says on stderr whom it took over from.
 
   Raises:
     Occupied: another process is.
   """
   writer = Writer.here()
-  folder = lock.path.parent
   while not lock.create(writer):
     seen = lock.read()
-    if seen is None:
+    if seen is None:  # it has just gone, or a shared disk is not of one mind yet
+      time.sleep(POLL_SECONDS)
       continue
-    found = _outlast(lock, seen)
+    found = _outlast(lock, seen, folder)
     if found is None:
       continue
     lock.take(writer, seen)
@@ -424,13 +429,13 @@ def _acquire(lock: _File | _Object) -> Held:
   return Held(lock, writer)
 
 
-def _outlast(lock: _File | _Object, seen: _Seen) -> str | None:
+def _outlast(lock: _File | _Object, seen: _Seen, folder: Any) -> str | None:
   """Waits until the writer of a lock is known to be gone; returns what is said of it, or None to look again.
 
   Raises:
     Occupied: it is there.
   """
-  folder, writer = lock.path.parent, seen.writer
+  writer = seen.writer
   name = str(writer or "a process that has not given its name")
   began = time.monotonic()
   remedy = "wait until it ends, or stop it, and run the same command again; or choose another folder."

@@ -54,8 +54,9 @@ def _set_results_aside(folder: pathlib.Path, num_steps: int) -> None:
   there = [name for name in RESULTS if (folder / name).exists()]
   if ended is None or ended >= num_steps or not there:
     return
-  aside = folder / f"results_of_step_{ended}"
-  aside.mkdir(exist_ok=True)
+  names = (f"results_of_step_{ended}", *(f"results_of_step_{ended}_{n}" for n in range(2, 10_000)))
+  aside = next(folder / name for name in names if not (folder / name).exists())
+  aside.mkdir()
   for name in there:
     (folder / name).replace(aside / name)
   _say(f"the run goes on from step {ended} to {num_steps}; the results of step {ended} are in {aside} now")

@@ -15,6 +15,7 @@ import time
 import pytest
 
 from jaxpref import distributed, lease
+from tests.data.latents_test import largest_file
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 HOLD = """
@@ -201,7 +202,7 @@ def test_of_many_that_start_at_once_one_writes(tmp_path, lock, monkeypatch):
   def one():
     start.wait()
     try:
-      found = lease._acquire(lease._File(tmp_path / lease.NAME))
+      found = lease._acquire(lease._File(tmp_path / lease.NAME), tmp_path)
     except lease.Occupied:
       refused.append(1)
     else:
@@ -269,6 +270,22 @@ def in_thread(call):
   thread.join()
   if isinstance(found[0], BaseException):
     raise found[0]
+
+
+def test_another_name_of_a_folder_is_the_same_folder(tmp_path):
+  (tmp_path / "run").mkdir()
+  (tmp_path / "link").symlink_to("run")
+  with lease.hold(tmp_path / "run") as outer, lease.hold(tmp_path / "link" / ".." / "run") as inner:
+    assert inner is outer
+    with pytest.raises(lease.Occupied, match="link is being written by another thread"):
+      in_thread(lambda: lease.hold(tmp_path / "link").__enter__())
+
+
+def test_a_lock_that_does_not_fit_on_the_disk_is_not_left_half_written(tmp_path):
+  with largest_file(100), pytest.raises(OSError, match=r"writer_lock.json cannot be written \(.*\); free some space"):
+    with lease.hold(tmp_path):
+      pass
+  assert not list(tmp_path.iterdir())
 
 
 def test_one_run_may_hold_a_folder_twice(tmp_path):
