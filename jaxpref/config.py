@@ -38,7 +38,9 @@ def default() -> ml_collections.ConfigDict:
     dict(
       objective="dpo",  # one of OBJECTIVES
       seed=0,
-      num_steps=1000,  # updates; for spo and grpo: iterations (rollout, scoring, and the updates it pays for)
+      # Updates; for spo and grpo: iterations (rollout, scoring, and the updates it pays for). A run that is beyond them
+      # is refused; a finished one goes on with more if its learning rate is constant.
+      num_steps=1000,
       batch_size=32,  # global: pairs, images, or prompts of one rollout
       accumulation=1,  # micro-batches that an update is split into
       dtype="float32",  # of computation and of what is not trained: float32 or bfloat16; what is trained is float32

@@ -1,7 +1,7 @@
 """Writes a run's model or adapter: `python -m jaxpref.export runs/dpo_sd15 --format=kohya --out=style.safetensors`.
 
 RUN is the work folder of a text-to-image run (spo, grpo, dpo, tdpo, kto, denoise), finished or not; its last checkpoint
-is taken, or that of --step. The formats:
+is taken, or that of --step; which one it was is said on stderr. The formats:
 
   pipeline  a diffusers folder (`from_pretrained`): the trained model, an adapter merged into it
   lora      the adapter alone, for diffusers (`load_lora_weights`): a file, or a folder with one
