@@ -187,8 +187,7 @@ def _run(
   )
   batches = experiment.batches()
   # Nothing was written so far, and what could be wrong with the config has been found.
-  if jax.process_index() == 0:
-    _set_results_aside(folder, config.num_steps)
+  if jax.process_index() == 0 and not (folder / "config.json").exists():
     checkpoint.claim_workdir(folder, config_lib.to_dict(config), may_change=may_change(config))
   distributed.check_shared(folder)
 
@@ -210,6 +209,9 @@ def _run(
   else:
     state = jax.jit(init_state, out_shardings=shardings)(params)
   del params
+  if jax.process_index() == 0:  # what is there can be continued, so the fields that may change hold from here on
+    _set_results_aside(folder, config.num_steps)
+    checkpoint.claim_workdir(folder, config_lib.to_dict(config), may_change=may_change(config))
   num_params = sum(x.size for x in jax.tree.leaves(state.params))
   _say(
     f"{config.objective}: {num_params:,} trained parameters, {len(jax.devices())} x {jax.devices()[0].device_kind}, "

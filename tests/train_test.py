@@ -190,6 +190,16 @@ def test_the_results_of_an_earlier_end_do_not_pass_for_those_of_a_run_that_goes_
   assert sorted(p.name for p in folder.glob("results_of_step_*")) == ["results_of_step_6"]
 
 
+def test_a_run_that_cannot_be_continued_keeps_its_config_and_its_results(run):
+  run(toy_config())
+  for saved in (run.folder / "run" / "checkpoints").iterdir():
+    (saved / "data" / "metadata").write_text("{}")
+  before = files(run.folder / "run")
+  with pytest.raises(ValueError, match="no checkpoint in .* can be used"):
+    run(toy_config(num_steps=12))
+  assert files(run.folder / "run") == before
+
+
 def test_a_second_start_is_refused_and_changes_nothing(run):
   """In the middle of a step of the first one, from another thread, as from another process."""
   refused = []
