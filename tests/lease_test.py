@@ -15,7 +15,10 @@ import time
 import pytest
 
 from jaxpref import distributed, lease
+from tests.data import bucket as buckets
 from tests.data.latents_test import largest_file
+
+bucket = buckets.bucket
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 HOLD = """
@@ -51,7 +54,8 @@ def leave(folder, name=lease.NAME, **changes):
   """The lock of a writer that is gone, of this process but for what is changed."""
   folder.mkdir(exist_ok=True)
   writer = dataclasses.replace(lease.Writer.here(), **changes)
-  (folder / name).write_bytes(writer.encode())
+  (folder / "part").write_bytes(writer.encode())
+  (folder / "part").replace(folder / name)  # in one piece
   return writer
 
 
@@ -127,8 +131,9 @@ def test_a_process_whose_name_has_brackets_and_spaces_is_found(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"place": "", "process_start": ""}, {"place": "boot pid:[2]"}, ELSEWHERE])
-def test_a_lease_that_is_renewed_from_elsewhere_is_refused(tmp_path, changes, capsys):
+def test_a_lease_that_is_renewed_from_elsewhere_is_refused(tmp_path, changes, capsys, monkeypatch):
   """Another host, or another container on this one, where this process's id may be given out, too."""
+  monkeypatch.setattr(lease, "EXPIRE_SECONDS", 600.0)
   leave(tmp_path, **changes)
   ended = threading.Event()
 
@@ -145,7 +150,7 @@ def test_a_lease_that_is_renewed_from_elsewhere_is_refused(tmp_path, changes, ca
   finally:
     ended.set()
     thread.join()
-  assert "waiting up to 1 s" in capsys.readouterr().err
+  assert "waiting up to 600 s" in capsys.readouterr().err
   assert json.loads((tmp_path / lease.NAME).read_text())["place"] == changes["place"]
 
 
@@ -286,6 +291,29 @@ def test_a_lock_that_does_not_fit_on_the_disk_is_not_left_half_written(tmp_path)
     with lease.hold(tmp_path):
       pass
   assert not list(tmp_path.iterdir())
+
+
+def test_a_lease_in_a_bucket_is_renewed_by_its_content(bucket, monkeypatch, capsys):
+  lock = bucket / "made" / lease.NAME
+  with lease.hold("gs://bucket/made") as held:
+    renewals, deadline = 0, time.monotonic() + 60
+    while renewals < 3:
+      there = lease.Writer.decode(lock.read_bytes())  # None: this bucket, unlike a true one, shows half of a file
+      renewals = there.renewals if there else renewals
+      assert time.monotonic() < deadline
+    with pytest.raises(lease.Occupied, match="gs://bucket/made is being written by another thread"):
+      in_thread(lambda: lease.hold("gs://bucket/made").__enter__())
+    held.check()
+  assert not lock.exists()
+  leave(bucket / "made", **ELSEWHERE)
+  monkeypatch.setattr(lease, "RENEW_SECONDS", 600.0)
+  with lease.hold("gs://bucket/made") as held:
+    assert "waited for process 4711 on host gpu012" in capsys.readouterr().err
+    leave(bucket / "made", **ELSEWHERE)
+    held._renewed -= 1.0
+    with pytest.raises(lease.Occupied, match="was taken over by process 4711"):
+      held.check()
+  assert lock.exists()
 
 
 def test_one_run_may_hold_a_folder_twice(tmp_path):

@@ -226,7 +226,8 @@ def test_a_run_whose_folder_was_taken_over_stops_without_saving(run):
       if self.next == 3:
         lock = run.folder / "run" / lease.NAME
         other = dataclasses.replace(lease.Writer.here(), host="gpu012", token="another")
-        lock.write_bytes(other.encode())
+        lock.with_name("part").write_bytes(other.encode())
+        lock.with_name("part").replace(lock)
         held = lease._held[str(lock)]
         held._renewed -= lease.EXPIRE_SECONDS
         deadline = time.monotonic() + 60
