@@ -48,6 +48,12 @@ def _say(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
 
 
+def _check_folder(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+  """Raises ValueError if the run in a work folder cannot be continued as the config says."""
+  checkpoint.check_workdir(folder, config_lib.to_dict(config), may_change=may_change(config))
+  checkpoint.check_num_steps(folder, config.num_steps)
+
+
 def _set_results_aside(folder: pathlib.Path, num_steps: int) -> None:
   """Moves what an earlier end of the run has left: it is not of the run that goes on to `num_steps`."""
   ended = checkpoint.num_steps_before(folder)
@@ -163,10 +169,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   sharding.check_batch_size(mesh, config.batch_size, config.accumulation if offline else 1)
   make_optimizer(config)
   folder = pathlib.Path(workdir)
-  checkpoint.check_workdir(folder, config_lib.to_dict(config), may_change=may_change(config))
-  checkpoint.check_num_steps(folder, config.num_steps)
+  _check_folder(config, folder)  # before anything is written into it
   with lease.hold(folder) as held:
-    checkpoint.check_num_steps(folder, config.num_steps)  # the run before may have ended while this one waited
+    _check_folder(config, folder)  # it may have changed until now
     return _run(config, folder, mesh, held, goodput)
 
 
