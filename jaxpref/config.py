@@ -118,7 +118,7 @@ def default() -> ml_collections.ConfigDict:
       spo=dict(
         num_inference_steps=20,
         eta=1.0,
-        guidance_scale=5.0,
+        guidance_scale=5.0,  # here and below: up to 1 there is no guidance
         warmup_steps=4,  # first denoising steps, one sample each
         pool_size=4,
         inner_steps=0,
@@ -284,6 +284,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     for part in field.split("."):
       value = value[part]
     require(isinstance(value, int) and value >= 1, field, "an integer of at least 1")
+  for section in ("spo", "grpo", "spm", "evaluation"):
+    scale = config[section].guidance_scale
+    require(0.0 <= scale < math.inf, f"{section}.guidance_scale", "a number of at least 0 (up to 1: no guidance)")
   require(0.0 < config.reference.alpha <= 1.0, "reference.alpha", "a number in (0, 1]")
   require(0.0 <= config.reference.rho < 1.0, "reference.rho", "a number in [0, 1)")
   require(config.reference.delta >= 0.0, "reference.delta", "a divergence of at least 0")

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from jaxpref import build, precompute, rollout, sharding, step, train, weights
 from jaxpref import config as config_lib
 from jaxpref.models import presets
+from jaxpref.models.text_to_image import is_guided
 
 # Published models whose shapes are known without their files.
 PUBLISHED = {
@@ -194,11 +195,11 @@ def unet_rows(config: ConfigDict, devices: int) -> int:
   """
   micro = lambda rows: -(-rows // (config.accumulation * devices))
   if config.objective == "grpo":
-    return micro(grpo_minibatch(config)) * (1 if config.grpo.guidance_scale == 1.0 else 2)
+    return micro(grpo_minibatch(config)) * (2 if is_guided(config.grpo.guidance_scale) else 1)
   if config.objective != "spo":
     return micro(config.batch_size) * (2 if config.objective in ("dpo", "tdpo") else 1)
   shared, separate = spo_minibatch(config)
-  return (micro(shared) + 2 * micro(separate)) * (1 if config.spo.guidance_scale == 1.0 else 2)
+  return (micro(shared) + 2 * micro(separate)) * (2 if is_guided(config.spo.guidance_scale) else 1)
 
 
 # ---- What would make it fit ------------------------------------------------------------------------------------

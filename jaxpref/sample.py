@@ -7,6 +7,7 @@ same seed gives every model the same initial noise, so pictures of two models ca
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import re
 import sys
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--steps", type=int, default=20, help="of the scheduler (default: %(default)s)")
   add("--karras", action="store_true", help="Karras' noise levels, for dpmpp_2m")
   add("--eta", type=float, default=0.0, help="of ddim; 0: deterministic, 1: ancestral (default: %(default)s)")
-  add("--guidance_scale", type=float, default=5.0, help="1 switches it off (default: %(default)s)")
+  add("--guidance_scale", type=float, default=5.0, help="0 to 1 switches it off (default: %(default)s)")
   add("--guidance_rescale", type=float, default=0.0, help="0 to 1, against overexposure (default: %(default)s)")
   add("--clip_skip", type=int, help="layers of the text encoder to leave out, as diffusers counts (default: none)")
   add("--height", type=int, help="pixels (default: the model's size)")
@@ -165,6 +166,8 @@ def check_settings(args: argparse.Namespace) -> None:
   for name in ("eta", "guidance_rescale"):
     if not 0.0 <= getattr(args, name) <= 1.0:
       raise ValueError(f"--{name}={getattr(args, name)}; expected 0 to 1.")
+  if not 0.0 <= args.guidance_scale < math.inf:
+    raise ValueError(f"--guidance_scale={args.guidance_scale}; expected a number of at least 0 (up to 1: no guidance).")
   if args.scheduler == "ddim" and args.karras:
     raise ValueError("--karras is for --scheduler=dpmpp_2m; leave it out, or choose that.")
   if args.scheduler == "dpmpp_2m" and args.eta:

@@ -212,6 +212,8 @@ def guided(unet: Any, x: Tensor, t: Tensor, both: Cond, scale: float) -> Tensor:
   """Classifier-free guidance in one call; `both` from `with_empty`."""
   import torch
 
+  if scale <= 1.0:
+    return predict(unet, x, t, {k: v[len(v) // 2 :] for k, v in both.items()})
   t = torch.cat([t, t]) if t.ndim else t
   uncond, cond = predict(unet, torch.cat([x, x]), t, both).chunk(2)
   return uncond + scale * (cond - uncond)

@@ -889,7 +889,7 @@ def test_the_divergence_is_conditioned_on_the_preferred_images():
     np.testing.assert_array_equal(call[2], np.tile(SQUARE, (4, 1)))
 
 
-@pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0, 0.0])
 def test_the_preference_model_sees_predictions_at_each_images_size(guidance_scale):
   """Guidance starts from the unconditional prediction at the same size, as in diffusers' pipeline."""
   batch = sized_batch(7)
@@ -898,7 +898,7 @@ def test_the_preference_model_sees_predictions_at_each_images_size(guidance_scal
   )
   assert encoded == [7, 1]  # the prompts, and the empty one
   rows = np.concatenate([batch["time_ids_0"], batch["time_ids_1"]])
-  np.testing.assert_array_equal(call[2], rows if guidance_scale == 1.0 else np.concatenate([rows, rows]))
+  np.testing.assert_array_equal(call[2], rows if guidance_scale <= 1.0 else np.concatenate([rows, rows]))
 
 
 def test_a_model_without_size_conditioning_is_not_changed_by_sizes():

@@ -161,6 +161,8 @@ def test_names_of_pictures(prompt, expected):
     (["--height=-8"], "--height=-8; expected at least 1"),
     (["--guidance_rescale=7"], "--guidance_rescale=7.0; expected 0 to 1"),
     (["--out=pyproject.toml"], "is a file; name a folder, or a file that ends in .png"),
+    (["--guidance_scale=-1"], "--guidance_scale=-1.0; expected a number of at least 0"),
+    (["--guidance_scale=nan"], "--guidance_scale=nan; expected a number of at least 0"),
     (["--karras"], "--karras is for --scheduler=dpmpp_2m"),
     (["--scheduler=dpmpp_2m", "--eta=1"], "--eta=1.0 is for --scheduler=ddim"),
   ],

@@ -96,15 +96,45 @@ def test_no_negative_prompt_is_not_an_empty_one_for_sdxl(models):
   assert model.zero_empty_prompt == (pipe.text_encoder_2 is not None)
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+def test_guidance_up_to_1_is_the_plain_conditional_prediction(scale):
+  """Turbo and LCM models are run at 0. Above 1 it is the two predictions' combination."""
+  calls = []
+
+  def network(x, t, cond):
+    calls.append(x.shape[0])
+    return x + cond["c"]
+
+  x, t, cond, uncond = jnp.ones((2, 3)), jnp.zeros(2), {"c": jnp.full((2, 3), 7.0)}, {"c": jnp.full((1, 3), 2.0)}
+  found = guided(network, uncond, scale)(x, t, cond)
+  np.testing.assert_array_equal(found, 8.0 * x)
+  assert calls == [2]
+  np.testing.assert_array_equal(guided(network, uncond, 1.5)(x, t, cond), (3.0 + 1.5 * 5.0) * x)
+  assert calls == [2, 4]
+
+
+@pytest.mark.parametrize("scale", [-0.1, float("nan"), float("inf")])
+def test_a_guidance_scale_that_is_none_is_refused(scale):
+  with pytest.raises(ValueError, match=f"guidance_scale={scale}; expected a number of at least 0"):
+    guided(lambda *args: args[0], {}, scale)
+
+
+def test_guidance_of_0_draws_diffusers_pictures(models):
+  """Which follow the prompt."""
+  expected = pictures(models[3], noise(models[0].latent_shape), guidance_scale=0.0)
+  found = draw(models, guidance_scale=0.0)
+  assert np.abs(found - expected).max() <= 1
+  assert np.abs(found[0] - draw(models, guidance_scale=0.0, prompts=PROMPTS[::-1])[0]).mean() > 0.3
+
+
 def pictures(theirs, latents, **kwargs):
   """u8[2, H, W, 3] by diffusers from latents NHWC."""
   out = theirs(
     PROMPTS,
     latents=torch.from_numpy(np.array(latents)).permute(0, 3, 1, 2),
     num_inference_steps=STEPS,
-    guidance_scale=GUIDANCE,
     output_type="pil",
-    **kwargs,
+    **{"guidance_scale": GUIDANCE} | kwargs,
   )
   return np.stack([np.asarray(image) for image in out.images]).astype(int)
 
@@ -117,17 +147,17 @@ def noise(shape):
 def draw(models, **kwargs):
   model, params, pipe, _ = models
   options = {"clip_skip": kwargs.pop("clip_skip", None)}
+  prompts = kwargs.pop("prompts", PROMPTS)
   images = drawing.generate(
     dataclasses.replace(model, **options),
     params,
-    pipe.tokenize(PROMPTS),
+    pipe.tokenize(prompts),
     seeds_per_prompt=1,
     num_inference_steps=STEPS,
-    guidance_scale=GUIDANCE,
     eta=0.0,
     seed=SEED,
     batch_size=2,
-    **kwargs,
+    **{"guidance_scale": GUIDANCE} | kwargs,
   )
   return images[:, 0].astype(int)
 

@@ -193,17 +193,31 @@ def repeat_cond(cond: Cond, times: int) -> Cond:
   return jax.tree.map(lambda c: jnp.repeat(c, times, axis=0), cond)
 
 
+def is_guided(guidance_scale: float) -> bool:
+  """Returns whether a scale guides at all: above 1. At 1 and below the prediction is the prompt's alone, as in diffusers.
+
+  Raises:
+    ValueError: the scale is below 0, infinite or no number.
+  """
+  if not 0.0 <= guidance_scale < math.inf:
+    raise ValueError(f"guidance_scale={guidance_scale}; expected a number of at least 0 (up to 1: no guidance).")
+  return guidance_scale > 1.0
+
+
 def guided(eps_fn: EpsFn, uncond: Cond, guidance_scale: float, *, guidance_rescale: float = 0.0) -> EpsFn:
   """Classifier-free guidance, uncond + scale (cond - uncond), as one call on a doubled batch.
 
   Args:
     eps_fn: the unguided prediction.
     uncond: conditioning on the empty or a negative prompt: one row [1, ...], or as many as there are of cond.
-    guidance_scale: 1 switches guidance off and saves half of the work.
+    guidance_scale: 1 and below switch guidance off and save half of the work.
     guidance_rescale: in [0, 1], how far each sample's standard deviation is brought back to that of the prediction
       without guidance, against overexposure (arXiv 2305.08891, Section 3.4, Eq. 15 and 16; 0.7 there).
+
+  Raises:
+    ValueError: as of `is_guided`.
   """
-  if guidance_scale == 1.0:
+  if not is_guided(guidance_scale):
     return eps_fn
 
   def both(x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
