@@ -440,6 +440,11 @@ def _check_arguments(argv: list[str]) -> None:
     variants = re.search(r"def get_config\((.*?)\)", pathlib.Path(file).read_text(encoding="utf-8", errors="replace"))
     if ":" in recipe and variants is not None and not variants[1]:
       raise ValueError(f"--config={recipe}: {file} has no variants; leave out the colon and what follows.")
+  given: dict[str, str] = {}
+  for option in options:
+    name, equals, value = option.partition("=")
+    if equals and given.setdefault(name, value) != value:
+      raise ValueError(f"--{name} is given twice, as {given[name]} and as {value}; give it once.")
   known = names()
   for option in options:
     name = option.partition("=")[0].removeprefix("config.")

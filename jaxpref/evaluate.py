@@ -26,9 +26,22 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from jaxpref import comparison, distributed, drawing, evaluation_folder, lease, loading, sample, scorers, sharding
+from jaxpref import (
+  arguments,
+  comparison,
+  distributed,
+  drawing,
+  evaluation_folder,
+  lease,
+  loading,
+  lora_files,
+  sample,
+  scorers,
+  sharding,
+)
 from jaxpref.data import emoji, paths, prompt_sets
 
+Model = tuple[str, tuple[lora_files.LoraFile, ...]]  # as of --model and --lora of jaxpref.sample
 IMAGES_AT_A_TIME = 256  # read for scoring
 WAIT_SECONDS = 24 * 3600.0  # for the pictures of other processes
 
@@ -56,16 +69,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
   """Of the arguments that `evaluate` takes."""
-  parser = argparse.ArgumentParser(
-    prog="python -m jaxpref.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = arguments.Parser(prog="python -m jaxpref.evaluate", description=__doc__)
   add = parser.add_argument
   add(
     "--models",
     nargs="+",
     required=True,
     metavar="NAME=MODEL",
-    help="a folder, hub name, shipped model or run; NAME=MODEL+FILE.safetensors adds a LoRA",
+    help="a folder, hub name, shipped model or run; NAME=MODEL+a.safetensors:0.8+b.safetensors adds 0.8 of one LoRA, "
+    "and another one",
   )
   add(
     "--prompts",
@@ -121,7 +133,7 @@ def arguments_of_run(config: ConfigDict, workdir: str) -> argparse.Namespace:
   return args
 
 
-def check(args: argparse.Namespace) -> tuple[dict[str, tuple[str, pathlib.Path | None]], list[prompt_sets.Prompt]]:
+def check(args: argparse.Namespace) -> tuple[dict[str, Model], list[prompt_sets.Prompt]]:
   """The models and the prompts that are asked for; refuses what cannot work before anything is loaded.
 
   Raises:
@@ -236,13 +248,14 @@ def write_files(
 # ---- What is asked for -----------------------------------------------------------------------------------------------
 
 
-def parse_models(specs: Sequence[str]) -> dict[str, tuple[str, pathlib.Path | None]]:
-  """NAME=MODEL or NAME=MODEL+FILE.safetensors -> name: (model, file of a LoRA or None), in order.
+def parse_models(specs: Sequence[str]) -> dict[str, Model]:
+  """Reads NAME=MODEL or NAME=MODEL+FILE.safetensors[:STRENGTH]+... -> name: (model, its LoRAs), in order.
 
   Raises:
-    ValueError: no name, a name that cannot be a folder's, or one given twice.
+    ValueError: no name, a name that cannot be a folder's, one given twice, or a strength that is no number.
+    FileNotFoundError: there is no such LoRA.
   """
-  found: dict[str, tuple[str, pathlib.Path | None]] = {}
+  found: dict[str, Model] = {}
   for spec in specs:
     name, equals, source = spec.partition("=")
     if not equals or not source:
@@ -251,10 +264,15 @@ def parse_models(specs: Sequence[str]) -> dict[str, tuple[str, pathlib.Path | No
       raise ValueError(f"--models {spec!r}: the name becomes a folder's; use letters, digits, dots, dashes.")
     if name in found:
       raise ValueError(f"--models names {name!r} twice; give each model its own name.")
-    base, _, file = source.rpartition("+") if source.endswith(".safetensors") else (source, "", "")
-    if file and not pathlib.Path(file).is_file():
-      raise FileNotFoundError(f"--models {spec!r}: there is no file {file}; give a LoRA of diffusers, PEFT or kohya.")
-    found[name] = (base or source, pathlib.Path(file) if file and base else None)
+    loras: list[lora_files.LoraFile] = []
+    while part := re.fullmatch(r"(.+)\+([^+]*\.safetensors(?::[^+/]*)?)", source):
+      source = part[1]
+      loras.insert(0, lora_files.parse_lora_file(part[2]))
+      if not loras[0].path.is_file():
+        raise FileNotFoundError(
+          f"--models {spec!r}: there is no file {loras[0].path}; give a LoRA of diffusers, PEFT or kohya."
+        )
+    found[name] = (source, tuple(loras))
   return found
 
 
@@ -273,7 +291,7 @@ def read_prompts(name: str, *, kind: str | None = None, count: int | None = None
 
 
 def check_sizes(
-  models: dict[str, tuple[str, pathlib.Path | None]], *, height: int | None, width: int | None
+  models: dict[str, Model], *, height: int | None, width: int | None
 ) -> dict[str, list[int]]:
   """Height and width of each model's pictures, from its configs alone.
 
@@ -302,7 +320,7 @@ def check_sizes(
 def draw_missing(
   folder: pathlib.Path,
   name: str,
-  model: tuple[str, pathlib.Path | None],
+  model: Model,
   prompts: Sequence[prompt_sets.Prompt],
   args: argparse.Namespace,
   mesh: Mesh,

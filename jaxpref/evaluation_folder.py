@@ -7,7 +7,7 @@ import itertools
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 import jaxpref
-from jaxpref import lease, loading, sample, tensor_files, weights
+from jaxpref import lease, loading, lora_files, sample, tensor_files, weights
 from jaxpref.data import paths, prompt_sets
 
 PACKAGES = ("jax", "flax", "numpy", "transformers", "pillow")
@@ -33,7 +33,7 @@ def image_file(folder: pathlib.Path, model: str, prompt: int, seed: int) -> path
 
 def make_manifest(
   args: argparse.Namespace,
-  models: dict[str, tuple[str, pathlib.Path | None]],
+  models: Mapping[str, tuple[str, Sequence[lora_files.LoraFile]]],
   prompts: Sequence[prompt_sets.Prompt],
   sizes: dict[str, list[int]],
 ) -> dict[str, Any]:
@@ -51,11 +51,11 @@ def make_manifest(
   described = {
     name: {
       "model": source,
-      "lora": None if adapter is None else str(adapter),
-      "weights": fingerprint(source, adapter),
+      "lora": " + ".join(map(str, loras)) or None,
+      "weights": fingerprint(source, loras),
       "versions": versions,
     }
-    for name, (source, adapter) in models.items()
+    for name, (source, loras) in models.items()
   }
   return {"settings": settings, "models": described, "versions": versions}
 
@@ -175,13 +175,15 @@ def forget_scores(folder: pathlib.Path, model: str) -> None:
       file.unlink(missing_ok=True)
 
 
-def fingerprint(source: str, adapter: pathlib.Path | None) -> str:
-  """Of the weights that a model of `parse_models` has."""
+def fingerprint(source: str, loras: Sequence[lora_files.LoraFile]) -> str:
+  """Returns a hash of the weights that a model of `parse_models` has."""
+  plain = all(strength == 1.0 for _, strength in loras)
+  strengths = "" if plain else "".join(f":{strength:g}" for _, strength in loras)
   if source.partition(":")[0] in ("random", "zeros"):
-    return source
+    return source + "".join(f"+{_fingerprint([file])}" for file, _ in loras) + strengths
   folder = weights.resolve_folder(loading.folder_of(sample.model_folder(source)), "*/*.safetensors")
   files = [f for name in weights.NETWORKS if (folder / name).is_dir() for f in tensor_files.weight_files(folder / name)]
-  return _fingerprint([*files, *filter(None, [adapter])])
+  return _fingerprint([*files, *(file for file, _ in loras)]) + strengths
 
 
 def fingerprint_of_vae(source: str) -> str:

@@ -8,7 +8,6 @@ is taken, or that of --step; which one it was is said on stderr. The formats:
   kohya     the adapter alone, for ComfyUI and AUTOMATIC1111: a file
 """
 
-import argparse
 import json
 import pathlib
 import sys
@@ -16,7 +15,7 @@ import sys
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jaxpref import build, checkpoint, loading, lora_files, weights
+from jaxpref import arguments, build, checkpoint, loading, lora_files, weights
 from jaxpref import config as config_lib
 
 TEXT_TO_IMAGE = ("spo", "grpo", "dpo", "tdpo", "kto", "denoise")
@@ -24,9 +23,7 @@ TEXT_TO_IMAGE = ("spo", "grpo", "dpo", "tdpo", "kto", "denoise")
 
 def main(argv: list[str] | None = None) -> None:
   """Parses the arguments, writes; expected errors end in one sentence."""
-  parser = argparse.ArgumentParser(
-    prog="python -m jaxpref.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = arguments.Parser(prog="python -m jaxpref.export", description=__doc__)
   parser.add_argument("run", type=pathlib.Path, metavar="RUN", help="work folder: config.json and checkpoints/")
   parser.add_argument("--format", choices=("pipeline", "lora", "kohya"), required=True, help="see above")
   parser.add_argument(

@@ -16,12 +16,13 @@ are refused.
 """
 
 import json
+import math
 import os
 import pathlib
 import re
 import statistics
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -250,6 +251,60 @@ def load_pipeline_lora(
   adapters = {name: _adapter(file, name, layers, config, params[name], peft) for name, layers in found.items()}
   unet, scale = adapters.pop("unet", ({}, 1.0))
   return unet, scale, {name: rescale(adapter, own_scale, 1.0) for name, (adapter, own_scale) in adapters.items()}
+
+
+class LoraFile(NamedTuple):
+  """A file of an adapter, and how much of it is taken."""
+
+  path: pathlib.Path
+  strength: float = 1.0
+
+  def __str__(self) -> str:
+    return str(self.path) if self.strength == 1.0 else f"{self.path}:{self.strength:g}"
+
+
+def parse_lora_file(text: str) -> LoraFile:
+  """Reads FILE.safetensors, or FILE.safetensors:STRENGTH.
+
+  Raises:
+    ValueError: the strength is no finite number.
+
+  >>> parse_lora_file("styles/ink.safetensors:0.8").strength
+  0.8
+  """
+  path, colon, number = text.rpartition(":")
+  if not colon or not path.endswith(".safetensors"):
+    return LoraFile(pathlib.Path(text))
+  try:
+    strength = float(number)
+  except ValueError:
+    strength = math.nan
+  if not math.isfinite(strength):
+    raise ValueError(f"LoRA {text}: the strength is {number!r}; expected a number, such as {path}:0.8.")
+  return LoraFile(pathlib.Path(path), strength)
+
+
+def load_pipeline_loras(
+  files: Sequence[LoraFile], config: UNetConfig, params: Mapping[str, lora.Tree]
+) -> tuple[dict[str, Any], float, dict[str, Any]]:
+  """Reads several LoRAs that act together, each by its strength; arguments and result as of `load_pipeline_lora`.
+
+  The sum is exact: the factors stand side by side (`lora.combine`), nothing is rounded into the network's weights.
+
+  Raises:
+    FileNotFoundError, ValueError: as of `load_pipeline_lora`.
+  """
+  unets: list[tuple[dict[str, Any], float]] = []
+  text_encoders: dict[str, list[tuple[dict[str, Any], float]]] = {}
+  for file, strength in files:
+    unet, scale, of_text = load_pipeline_lora(file, config, params)
+    unets.append((unet, strength * scale))
+    for name, adapter in of_text.items():
+      text_encoders.setdefault(name, []).append((adapter, strength))
+  texts = {name: lora.combine(adapters, params[name]) for name, adapters in text_encoders.items()}
+  if len(unets) == 1:
+    return *unets[0], texts
+  return lora.combine(unets, params["unet"]), 1.0, texts
 
 
 def merge_text_encoders(params: Mapping[str, Any], text_encoders: Mapping[str, lora.Tree]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ together with a checkpoint of the state, which those steps left as it was. This 
 too, and where: in which fields and records of the batch, at which times, in the gradients of which parameters.
 """
 
-import argparse
 import dataclasses
 import pathlib
 import sys
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxpref import build, checkpoint, chips, export, metrics, monitor, sharding, train
+from jaxpref import arguments, build, checkpoint, chips, export, metrics, monitor, sharding, train
 
 TIMESTEPS = 1000  # of the schedules of all Stable Diffusion models
 NOT_FINITE = ("nan", "inf", "-inf")  # as a report has them
@@ -24,9 +23,7 @@ NOT_FINITE = ("nan", "inf", "-inf")  # as a report has them
 
 def main(argv: list[str] | None = None) -> None:
   """Parses the arguments and prints; expected errors end in one sentence."""
-  parser = argparse.ArgumentParser(
-    prog="python -m jaxpref.replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = arguments.Parser(prog="python -m jaxpref.replay", description=__doc__)
   parser.add_argument("folder", type=pathlib.Path, metavar="FOLDER", help="bad_step_... in the work folder of a run")
   parser.add_argument(
     "--debug_nans", action="store_true", help="stop at the first operation that makes a NaN, with its place (slow)"

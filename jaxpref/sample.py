@@ -11,14 +11,14 @@ import math
 import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxpref import drawing, loading, lora_files, report, sharding
+from jaxpref import arguments, drawing, loading, lora_files, report, sharding
 from jaxpref.data import sources
 from jaxpref.models.text_to_image import TextToImage
 
@@ -27,12 +27,16 @@ TABLE_ROWS = 24  # prompts in a folder's grid.png
 
 def main(argv: list[str] | None = None) -> None:
   """Parses the arguments, draws, writes PNG; expected errors end in one sentence."""
-  parser = argparse.ArgumentParser(
-    prog="python -m jaxpref.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = arguments.Parser(prog="python -m jaxpref.sample", description=__doc__)
   add = parser.add_argument
   add("--model", default="tiny-sd", help="folder, hub name, shipped model or run (default: %(default)s)")
-  add("--lora", type=pathlib.Path, help="a .safetensors file of diffusers, PEFT or kohya")
+  add(
+    "--lora",
+    nargs="+",
+    default=[],
+    metavar="FILE[:STRENGTH]",
+    help=".safetensors files of diffusers, PEFT or kohya, which act together; a.safetensors:0.8 takes 0.8 of one",
+  )
   prompts = parser.add_mutually_exclusive_group(required=True)
   prompts.add_argument("--prompt", help="one prompt")
   prompts.add_argument("--prompts", nargs="+", help="prompts, or one file: a prompt a line (.txt), or .json")
@@ -69,12 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def draw(args: argparse.Namespace) -> None:
   """A folder with each picture, their table and the settings; or the table alone, a row a prompt."""
   check(args)
+  loras = [lora_files.parse_lora_file(text) for text in args.lora]
   only_table = args.out.suffix.lower() == ".png"
   prompts = [args.prompt] if args.prompt is not None else args.prompts
   if args.prompt is None and len(prompts) == 1 and pathlib.Path(prompts[0]).suffix in (".txt", ".json"):
     prompts = sources.read_prompts(prompts[0])
   mesh = sharding.make_mesh()
-  model, weights, tokenize = load(args.model, args.lora, args, mesh)
+  model, weights, tokenize = load(args.model, loras, args, mesh)
   names = [f"{p:04d}_{i}{slug(prompt)}.png" for p, prompt in enumerate(prompts) for i in range(args.seeds)]
   batches = drawing.draw(
     model,
@@ -101,13 +106,13 @@ def draw(args: argparse.Namespace) -> None:
 
 
 def load(
-  name: str, adapter_file: pathlib.Path | None, args: argparse.Namespace, mesh: Mesh
+  name: str, loras: Sequence[lora_files.LoraFile], args: argparse.Namespace, mesh: Mesh
 ) -> tuple[TextToImage, dict[str, Any], Callable[[list[str]], np.ndarray]]:
   """A model with its parameters on all devices of a mesh, and its tokenizer.
 
   Args:
     name: as of --model.
-    adapter_file: as of --lora.
+    loras: as of --lora.
   """
   everywhere = sharding.replicated(mesh)
   pipe = loading.load_text_to_image(
@@ -115,8 +120,8 @@ def load(
   )
   weights = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
   scale = 1.0
-  if adapter_file is not None:
-    adapter, scale, text_encoders = lora_files.load_pipeline_lora(adapter_file, pipe.unet.config, pipe.params)
+  if loras:
+    adapter, scale, text_encoders = lora_files.load_pipeline_loras(loras, pipe.unet.config, pipe.params)
     weights = lora_files.merge_text_encoders(weights, text_encoders) | {"unet_lora": adapter}
   model = dataclasses.replace(loading.text_to_image(pipe, lora_scale=scale), clip_skip=args.clip_skip)
   if args.scheduler == "dpmpp_2m":
@@ -148,6 +153,9 @@ def settings(
 def check(args: argparse.Namespace) -> None:
   """Refuses what cannot work before anything is loaded."""
   check_settings(args)
+  for file, _ in map(lora_files.parse_lora_file, args.lora):
+    if not file.is_file():
+      raise FileNotFoundError(f"--lora: there is no file {file}; give a LoRA of diffusers, PEFT or kohya.")
   if args.out.suffix.lower() == ".png":
     if args.out.is_dir():
       raise ValueError(f"--out={args.out} is a folder; choose another name.")

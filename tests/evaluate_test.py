@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from configs import dpo_tiny
-from jaxpref import evaluate, lease, loading, lora_files, main, scorers, weights
+from jaxpref import evaluate, evaluation_folder, lease, loading, lora_files, main, scorers, weights
 from jaxpref.data import emoji
 from jaxpref.models import lora, presets
 from tests.occupied import occupied
@@ -219,6 +219,7 @@ def test_geneval_layout(models, tmp_path):
     ({"names": ("one", "one")}, "names 'one' twice"),
     ({"names": ("one", "large")}, r"one draws 16 x 16 pixels and large 32 x 32; set --height and --width"),
     ({"names": ("one", "l=tiny-sd+gone.safetensors")}, "there is no file gone.safetensors"),
+    ({"names": ("one", "l=tiny-sd+gone.safetensors:0.8+b.safetensors")}, "there is no file b.safetensors"),
     ({"prompts": "gone.txt"}, "gone.txt"),
     ({"scorers": ("beauty",)}, "beauty"),
     ({"scorers": ("imagereward",)}, "ImageReward.pt.*convert_scorer.py"),
@@ -240,6 +241,16 @@ def test_bad_input_is_refused_in_a_sentence_before_anything_is_drawn(
   assert re.search(message, str(error.value)), error.value
   assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
   assert not (tmp_path / "out" / "images").exists()
+
+
+def test_a_model_has_its_loras_with_their_strengths_in_order(tmp_path):
+  one, two = (tmp_path / name for name in ("one.safetensors", "two.safetensors"))
+  for file in (one, two):
+    file.write_bytes(b"")
+  models = evaluate.parse_models(["base=a+b/c:d", f"x=a+b/c+{one}:0.8+{two}", f"y=a+{two}:-1"])
+  assert models == {"base": ("a+b/c:d", ()), "x": ("a+b/c", ((one, 0.8), (two, 1.0))), "y": ("a", ((two, -1.0),))}
+  manifest = evaluation_folder.fingerprint("random:tiny-sd", models["y"][1])
+  assert manifest != evaluation_folder.fingerprint("random:tiny-sd", models["x"][1][1:])  # another strength
 
 
 def test_a_folder_of_other_settings_prompts_or_weights_is_left_alone(models, evaluated, tmp_path):

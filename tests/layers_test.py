@@ -15,7 +15,7 @@ LAYERS = {
   1: ["models", "weights", "tensor_files", "lora_files", "rollout", "sharding"],
   2: [
     "data", "optim", "checkpoint", "metrics", "config", "report", "flops", "monitor", "distributed",
-    "supervise", "lease", "hlo", "chips", "statistics", "comparison", "comparison_page",
+    "supervise", "arguments", "lease", "hlo", "chips", "statistics", "comparison", "comparison_page",
   ],  # fmt: skip
   3: ["objectives", "pretraining", "step"],
   4: [

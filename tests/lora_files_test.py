@@ -207,6 +207,39 @@ def test_some_layers_of_a_stack(both, tmp_path):
   assert len(load_file(tmp_path / "kohya.safetensors")) == 3 * len(expected) // 2
 
 
+def test_several_files_act_together_by_their_strengths(both, tmp_path):
+  """As diffusers' set_adapters has them; of a UNet and of text encoders, of different ranks and layers."""
+  pipe, unet, params = both.torch_pipe, both.pipe.unet.config, both.pipe.params
+  second = random_adapter(params["unet"], rank=2, targets=lora.ATTENTION_TARGETS)
+  lora_files.save_diffusers(tmp_path / "a.safetensors", both.adapter, SCALE)
+  lora_files.save_diffusers(tmp_path / "b.safetensors", second, 1.0)
+  width = both.pipe.text_encoder.config.hidden_size
+  rng, name = np.random.default_rng(5), "text_encoder.text_model.encoder.layers.0.self_attn.v_proj"
+  for file, rank in (("a", RANK), ("b", 2)):
+    a, b = factors(rng, rank, width, width)
+    tensors = load_file(tmp_path / f"{file}.safetensors")
+    tensors |= {f"{name}.lora_A.weight": 0.3 * a, f"{name}.lora_B.weight": b}
+    save_file({k: SCALE * v if file == "a" and ".lora_B." in k else v for k, v in tensors.items()}, tmp_path / file)
+  files = []
+  for file, strength in {"a": 0.8, "b": -0.5}.items():
+    path = (tmp_path / file).rename(tmp_path / f"{file}.safetensors")
+    files.append(lora_files.parse_lora_file(f"{path}:{strength}"))
+    pipe.load_lora_weights(path, adapter_name=file)
+  try:
+    pipe.set_adapters(["a", "b"], adapter_weights=[0.8, -0.5])
+    theirs = both.theirs()
+  finally:
+    pipe.unload_lora_weights()
+  adapter, scale, text_encoders = lora_files.load_pipeline_loras(files, unet, params)
+  assert scale == 1.0 and lora_files.adapter_rank(adapter) == RANK + 2
+  ours = both.ours(adapter, scale, lora_files.merge_text_encoders(params, text_encoders))
+  assert difference(ours, theirs) <= TOLERANCE
+  for alone in files:
+    adapter, scale, text_encoders = lora_files.load_pipeline_loras([alone], unet, params)
+    with_one = both.ours(adapter, scale, lora_files.merge_text_encoders(params, text_encoders))
+    assert difference(with_one, theirs) > 0.01, "one of the files does nothing"
+
+
 def kohya_name(key, config):
   """Of a layer in PEFT's names, as sd-scripts write it."""
   component, _, layer = key.partition(".")

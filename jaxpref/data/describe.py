@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jaxpref import report
+from jaxpref import arguments, report
 from jaxpref.data import index as index_lib
 from jaxpref.data import records, sources
 from jaxpref.data.files import PROGRESS_AFTER
@@ -34,9 +34,7 @@ CLIP_LENGTH = 75  # tokens that fit beside the start and the end
 
 def main(argv: list[str] | None = None) -> None:
   """Parses the arguments, prints; expected errors end in one sentence."""
-  parser = argparse.ArgumentParser(
-    prog="python -m jaxpref.data.describe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = arguments.Parser(prog="python -m jaxpref.data.describe", description=__doc__)
   add = parser.add_argument
   add("source", nargs="+", metavar="SOURCE", help="folder or file")
   add("--kind", choices=sources.KINDS, help="of SOURCE (default: by its name and first lines)")

@@ -14,7 +14,7 @@ factors have the leading axes of the kernel: [1, 1, in, r] and [1, 1, r, out] fo
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -219,6 +219,33 @@ def merge_lora(params: Tree, adapter: Tree, scale: float | jax.Array = 1.0) -> d
     return out
 
   return merge(params, adapter)
+
+
+def combine(adapters: Sequence[tuple[Tree, float]], params: Tree) -> dict[str, Any]:
+  """One adapter that does, with scale 1, what several do together: its product is the sum of scale A B.
+
+  Its rank is the sum of theirs; factors stand side by side, zeros where an adapter leaves a layer out.
+
+  Args:
+    adapters: (adapter, its scale alpha / rank), each of one rank.
+    params: parameters (or their ShapeDtypeStructs) of the network that they are for.
+
+  Raises:
+    ValueError: as of `from_layers`.
+  """
+  layers: dict[str, tuple[jax.Array, jax.Array]] = {}
+  found = [(to_layers(adapter), scale) for adapter, scale in adapters]
+  ranks = [max((a.shape[-1] for a, _ in each.values()), default=0) for each, _ in found]
+  for name in dict.fromkeys(name for each, _ in found for name in each):
+    a, b = next(each[name] for each, _ in found if name in each)
+    parts = [
+      (each[name][0], scale * each[name][1])
+      if name in each
+      else (jnp.zeros((*a.shape[:-1], rank)), jnp.zeros((*b.shape[:-2], rank, b.shape[-1])))
+      for (each, scale), rank in zip(found, ranks, strict=True)
+    ]
+    layers[name] = (jnp.concatenate([p[0] for p in parts], axis=-1), jnp.concatenate([p[1] for p in parts], axis=-2))
+  return from_layers(layers, params)
 
 
 def to_layers(adapter: Tree) -> dict[str, tuple[jax.Array, jax.Array]]:

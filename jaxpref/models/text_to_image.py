@@ -194,7 +194,7 @@ def repeat_cond(cond: Cond, times: int) -> Cond:
 
 
 def is_guided(guidance_scale: float) -> bool:
-  """Returns whether a scale guides at all: above 1. At 1 and below the prediction is the prompt's alone, as in diffusers.
+  """Returns whether a scale guides at all: above 1. Up to 1 the prediction is the prompt's alone, as in diffusers.
 
   Raises:
     ValueError: the scale is below 0, infinite or no number.

@@ -4,17 +4,15 @@ FOLDER has the parquet files of yuvalkirstain/pickapic_v1 or pickapic_v2 as publ
 that is printed is the folder for --config.data.path.
 """
 
-import argparse
 import sys
 
+from jaxpref import arguments
 from jaxpref.data import pickapic
 
 
 def main(argv: list[str] | None = None) -> None:
   """Parses the arguments, writes; expected errors end in one sentence."""
-  parser = argparse.ArgumentParser(
-    prog="python -m jaxpref.data.pickapic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = arguments.Parser(prog="python -m jaxpref.data.pickapic", description=__doc__)
   parser.add_argument("--parquet", required=True, metavar="FOLDER", help="of the parquet files, or gs://...")
   parser.add_argument("--out", required=True, metavar="FOLDER", help="of datasets, or gs://...; gets pickapic/VERSION/")
   parser.add_argument("--version", choices=pickapic.VERSIONS, default="v2", help="of Pick-a-Pic (default: %(default)s)")
