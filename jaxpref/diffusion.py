@@ -65,8 +65,9 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
 
   Args:
     config: the parsed JSON. Used: num_train_timesteps, beta_start, beta_end, beta_schedule,
-      trained_betas, rescale_betas_zero_snr, set_alpha_to_one, prediction_type, timestep_spacing,
-      steps_offset. Clipping or thresholding of x_0 is refused, other keys are ignored.
+      trained_betas, rescale_betas_zero_snr, snr_shift_scale, set_alpha_to_one, prediction_type,
+      timestep_spacing, steps_offset; null stands for the default. Classes and keys of another process (flow matching,
+      EDM) and clipping or thresholding of x_0 are refused; keys that only choose a sampler are ignored.
   Returns:
     The `Schedule`.
   Raises:
@@ -79,6 +80,8 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
   >>> print(schedule.num_train_timesteps, round(float(schedule.alphas_cumprod[-1]), 5))
   1000 0.00466
   """
+  config = {key: value for key, value in config.items() if value is not None}
+  _check_process(config)
   num_train_timesteps = int(config.get("num_train_timesteps", 1000))
   beta_start, beta_end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
   beta_schedule = config.get("beta_schedule", "linear")
@@ -93,7 +96,7 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
         f"(latent diffusion does not use it); set it to false."
       )
 
-  if config.get("trained_betas") is not None:
+  if "trained_betas" in config:
     betas = np.asarray(config["trained_betas"], np.float32)
     if betas.shape != (num_train_timesteps,):
       raise ValueError(
@@ -109,11 +112,18 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
       betas = betas**2
     else:
       betas = _squared_cosine_betas(num_train_timesteps)
-  if config.get("rescale_betas_zero_snr"):
-    betas = _rescale_zero_terminal_snr(betas)
-
+  shift = config.get("snr_shift_scale", 1.0)  # CogVideoX: SNR / shift, before the terminal SNR is set to 0
   # The product is accumulated in float64 and rounded once, as torch.cumprod does on the CPU.
   alphas_cumprod = np.cumprod(np.float32(1.0) - betas, dtype=np.float64).astype(np.float32)
+  if shift != 1.0:
+    alphas_cumprod = (alphas_cumprod / (shift + (1.0 - shift) * alphas_cumprod)).astype(np.float32)
+  if config.get("rescale_betas_zero_snr"):
+    rescaled = _rescale_zero_terminal_snr(alphas_cumprod)
+    if shift == 1.0:  # as diffusers, which turns back to betas here
+      alphas = np.concatenate([rescaled[:1], rescaled[1:] / rescaled[:-1]])
+      betas = (np.float32(1.0) - alphas).astype(np.float32)
+      rescaled = np.cumprod(np.float32(1.0) - betas, dtype=np.float64)
+    alphas_cumprod = rescaled.astype(np.float32)
   to_one = config.get("set_alpha_to_one", True)
   return Schedule(
     alphas_cumprod=alphas_cumprod,
@@ -134,13 +144,42 @@ def _squared_cosine_betas(num_train_timesteps: int, max_beta: float = 0.999) -> 
                     np.float32)
 
 
-def _rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+def _rescale_zero_terminal_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
   """Shifts and scales sqrt(abar) so that it ends at 0 and starts where it did (2305.08891)."""
-  sqrt_bar = np.sqrt(np.cumprod(np.float32(1.0) - betas, dtype=np.float64).astype(np.float32))
+  sqrt_bar = np.sqrt(alphas_cumprod)
   first, last = sqrt_bar[0], sqrt_bar[-1]
-  alphas_bar = ((sqrt_bar - last) * (first / (first - last))) ** 2
-  alphas = np.concatenate([alphas_bar[:1], alphas_bar[1:] / alphas_bar[:-1]])
-  return (np.float32(1.0) - alphas).astype(np.float32)
+  return ((sqrt_bar - last) * (first / (first - last))) ** 2
+
+
+# Classes of diffusers whose process is discrete betas; they differ in how they sample from it.
+_DISCRETE_BETAS = frozenset(
+  "CogVideoXDDIM CogVideoXDPM DDIMInverse DDIMParallel DDIM DDPMParallel DDPM DEISMultistep DPMSolverMultistepInverse "
+  "DPMSolverMultistep DPMSolverSDE DPMSolverSinglestep EulerAncestralDiscrete EulerDiscrete HeunDiscrete "
+  "KDPM2AncestralDiscrete KDPM2Discrete LCM LMSDiscrete PNDM RePaint SASolver TCD UnCLIP UniPCMultistep".split()
+)
+
+
+def _check_process(config: Mapping[str, Any]) -> None:
+  """Refuses what describes another process than the forward process of discrete betas.
+
+  Raises:
+    ValueError: a class or a key, by name.
+  """
+  name = config.get("_class_name", "DDIMScheduler")
+  if name.removeprefix("Flax").removesuffix("Scheduler") not in _DISCRETE_BETAS:
+    raise ValueError(
+      f"scheduler config: _class_name is {name}, expected a scheduler of diffusers with discrete betas, such as "
+      "DDIMScheduler, PNDMScheduler or EulerDiscreteScheduler; flow matching and EDM are other processes."
+    )
+  if config.get("use_flow_sigmas"):
+    raise ValueError(
+      "scheduler config: use_flow_sigmas is true, expected false; flow matching is another process than discrete betas."
+    )
+  if config.get("timestep_type", "discrete") != "discrete":
+    raise ValueError(
+      f"scheduler config: timestep_type is {config['timestep_type']!r}, expected 'discrete'; a network that is given "
+      "log sigma as its time (EDM) was trained with another process."
+    )
 
 
 # ---------------------------------------------------------------------------------------------

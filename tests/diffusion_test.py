@@ -85,6 +85,48 @@ def test_schedule_equals_diffusers(name):
   np.testing.assert_allclose(1 - ours.alphas_cumprod / previous, theirs.betas, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_every_scheduler_of_diffusers_is_read_as_its_own_process_or_refused():
+  """From the file that its class writes by itself."""
+  pytest.importorskip("torch")
+  diffusers = pytest.importorskip("diffusers")
+  read, refused = [], []
+  for name in dir(diffusers.schedulers):
+    kind = getattr(diffusers, name, None)
+    try:
+      theirs = kind() if name.endswith("Scheduler") else None
+    except (ImportError, TypeError, ValueError, AttributeError):  # another library is missing, or what it samples
+      continue
+    if theirs is None:
+      continue
+    config = {**theirs.config, "_class_name": name, "clip_sample": False}
+    try:
+      ours = diffusion.schedule_from_config(config)
+    except ValueError as error:
+      assert "_class_name" in str(error), name
+      refused.append(name)
+      continue
+    np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=2e-6, err_msg=name)
+    read.append(name)
+  assert len(read) == 24 and {"LCMScheduler", "UniPCMultistepScheduler", "CogVideoXDDIMScheduler"} <= set(read)
+  assert {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "EDMEulerScheduler"} <= set(refused)
+  assert diffusion.schedule_from_config({"_class_name": "FlaxPNDMScheduler"}).num_train_timesteps == 1000
+
+
+def test_a_shifted_snr_is_also_rescaled_as_in_diffusers():
+  settings = {"snr_shift_scale": 3.0, "rescale_betas_zero_snr": True}
+  theirs = torch_scheduler("stable_diffusion", "CogVideoXDDIMScheduler", **settings)
+  ours = diffusion.schedule_from_config(STABLE_DIFFUSION | settings)
+  np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-5, atol=1e-7)
+
+
+def test_null_stands_for_the_default():
+  keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "set_alpha_to_one", "prediction_type",
+          "timestep_spacing", "steps_offset", "trained_betas", "_class_name")  # fmt: skip
+  found, usual = (diffusion.schedule_from_config(c) for c in (dict.fromkeys(keys), {}))
+  jax.tree.map(np.testing.assert_array_equal, found, usual)
+
+
 def test_zero_terminal_snr_is_exactly_zero_and_keeps_the_first_step():
   plain, rescaled = schedule_of("stable_diffusion"), schedule_of("zero_snr")
   assert rescaled.alphas_cumprod[-1] == 0.0 and plain.alphas_cumprod[-1] > 0.004
@@ -137,6 +179,11 @@ def test_a_last_step_without_noise_is_refused_where_its_density_is_wanted():
     ({"prediction_type": "flow"}, "prediction_type is 'flow', expected one of epsilon"),
     ({"timestep_spacing": "karras"}, "timestep_spacing is 'karras', expected one of leading"),
     ({"clip_sample": True}, "clip_sample is true"),
+    ({"use_flow_sigmas": True}, "use_flow_sigmas is true, expected false"),
+    ({"timestep_type": "continuous"}, "timestep_type is 'continuous', expected 'discrete'"),
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name is FlowMatchEulerDiscreteScheduler, expected"),
+    ({"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler, expected a scheduler of diffusers with discrete betas"),
+    ({"_class_name": "SCMScheduler"}, "flow matching and EDM are other processes"),
     ({"thresholding": True}, "thresholding is true"),
     ({"trained_betas": [0.1, 0.2]}, r"trained_betas has shape \(2,\), expected \(1000,\)"),
   ],
