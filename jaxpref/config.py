@@ -284,6 +284,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     for part in field.split("."):
       value = value[part]
     require(isinstance(value, int) and value >= 1, field, "an integer of at least 1")
+  require(
+    config.objective != "contrastive" or config.accumulation == 1,
+    "accumulation",
+    "1 for contrastive: each image is compared with the captions of all of the batch",
+  )
   for section in ("spo", "grpo", "spm", "evaluation"):
     scale = config[section].guidance_scale
     require(0.0 <= scale < math.inf, f"{section}.guidance_scale", "a number of at least 0 (up to 1: no guidance)")

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref import diffusion, losses, reference
-from jaxpref.metrics import Pairs, binned_mean, mean_of
+from jaxpref.metrics import Pairs, binned_mean, divide, mean_of
 from jaxpref.models.preference import StepAwareCLIPModel, preprocess
 from jaxpref.models.text_to_image import Cond, TextToImage, guided
 from jaxpref.rollout import Steps, Transitions
 
 Batch = Mapping[str, jax.Array]
-LossFn = Callable[[Any, Any, Any, Any, jax.Array], tuple[jax.Array, jax.Array, Pairs]]
+LossFn = Callable[..., tuple[jax.Array, jax.Array, Pairs]]
 # (reward_w f32[B], reward_l f32[B], weight f32[B] or None) -> f32[B]
 PairLoss = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 # (ref_params, frozen, batch, key) -> f32[], how far the reference has moved from the pre-trained model
@@ -38,11 +38,15 @@ class Objective:
     loss: of a batch.
     divergence: where the reference may move, what gates its moves.
     timesteps: (key, size of the batch) -> i32[size], those that `loss` draws with this key; None: it draws none.
+    statistics: (params, ref_params, frozen, batch, key) -> metric pairs of a batch that its loss depends on as a whole,
+      without gradient. Under accumulation they are summed over the micro-batches first, with the keys that the loss has
+      then, and `loss` gets their sum as an argument `statistics`; without, it computes its own. None: there are none.
   """
 
   loss: LossFn
   divergence: DivergenceFn | None = None
   timesteps: Callable[[jax.Array, int], jax.Array] | None = None
+  statistics: Callable[[Any, Any, Any, Any, jax.Array], Pairs] | None = None
 
 
 def named_key(key: jax.Array, name: str) -> jax.Array:
@@ -329,8 +333,9 @@ def kto(
 ) -> Objective:
   """Diffusion-KTO (arXiv 2404.04465, Eq. 8) on single images that are liked (`label` 1) or not (0); no pairs.
 
-  Two UNet forward passes and one backward pass an image. The baseline K is the mean over the batch of a step or, with
-  accumulation, of each micro-batch. Loss lam / 2 where policy and reference agree.
+  Two UNet forward passes and one backward pass an image. The baseline K is a mean over the whole batch of a step; with
+  accumulation it is known before the first micro-batch, by two more forward passes an image. Loss lam / 2 where policy
+  and reference agree.
 
   Args:
     beta: strength of the pull to the reference; 5000 for mean-reduced errors.
@@ -339,7 +344,7 @@ def kto(
   schedule = model.schedule
   timesteps = _uniform_timesteps(model)
 
-  def loss(params, ref_params, frozen, batch, key):
+  def rewards(params, ref_params, frozen, batch, key):
     x0 = _latents(model, frozen, batch, named_key(key, "posterior"))
     t = timesteps(key, x0.shape[0])
     noise = jax.random.normal(named_key(key, "noise"), x0.shape)
@@ -348,8 +353,16 @@ def kto(
     cond = _with_time_ids(_text(model, frozen, batch), batch.get("time_ids"))
     err = _errors(model, {**frozen, **params}, x_t, t, cond, target)
     ref_err = jax.lax.stop_gradient(_errors(model, {**frozen, **ref_params}, x_t, t, cond, target))
-    reward, liked = losses.implicit_reward(err, ref_err), batch["label"] >= 0.5
-    baseline = losses.kto_baseline(reward)
+    return losses.implicit_reward(err, ref_err), t
+
+  def statistics(params, ref_params, frozen, batch, key):
+    reward, _ = rewards(params, ref_params, frozen, batch, key)
+    return {"reward": mean_of(reward, jnp.ones_like(reward))}
+
+  def loss(params, ref_params, frozen, batch, key, statistics=None):
+    reward, t = rewards(params, ref_params, frozen, batch, key)
+    liked = batch["label"] >= 0.5
+    baseline = losses.kto_baseline(reward if statistics is None else divide(statistics)["reward"][None])
     values = losses.kto_loss(
       reward,
       liked,
@@ -381,7 +394,7 @@ def kto(
     order = jnp.argsort(-batch["label"])  # the liked ones come first
     return of_samples(ref_params, frozen, jax.tree.map(lambda x: x[order], dict(batch)), key)
 
-  return Objective(loss, divergence, timesteps)
+  return Objective(loss, divergence, timesteps, statistics)
 
 
 def denoising_divergence(

@@ -132,12 +132,14 @@ def offline_step(
 ) -> StepFn:
   """One update from a batch of data, summed over `accumulation` micro-batches and divided once by the global count.
 
+  What a loss takes from the batch as a whole (`Objective.statistics`) is computed of all micro-batches first.
+
   Where the loss or the gradient is not finite, the update is left out and `skipped_updates` is 1.
   """
 
-  def gradients(state: State, frozen: Any, batch: Any, key: jax.Array):
+  def gradients(state: State, frozen: Any, batch: Any, key: jax.Array, **statistics: Any):
     def total(params):
-      loss, count, pairs = objective.loss(params, state.ref_params, frozen, batch, key)
+      loss, count, pairs = objective.loss(params, state.ref_params, frozen, batch, key, **statistics)
       return loss, (count, pairs)
 
     (loss, (count, pairs)), grads = jax.value_and_grad(total, has_aux=True)(state.params)
@@ -153,7 +155,11 @@ def offline_step(
         lambda x: x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
       )
       keys = jax.random.split(named_key(key, "loss"), accumulation)
-      grads, pairs = summed(lambda inputs: gradients(state, frozen, *inputs), (micro, keys))
+      known = {}
+      if objective.statistics is not None:
+        of_part = functools.partial(objective.statistics, state.params, state.ref_params, frozen)
+        known["statistics"] = summed(lambda inputs: of_part(*inputs), (micro, keys))
+      grads, pairs = summed(lambda inputs: gradients(state, frozen, *inputs, **known), (micro, keys))
     count = jnp.maximum(pairs["loss"][1], 1e-6)
     found = metrics_lib.divide(pairs)
     # A batch of nothing but ties has no loss, and is no reason to stop.

@@ -142,6 +142,7 @@ def made(pipeline, monkeypatch):
     ({"grpo__guidance_scale": float("nan")}, "config.grpo.guidance_scale=nan; expected a number of at least 0"),
     ({"spo__guidance_scale": float("inf")}, "config.spo.guidance_scale=inf; expected a number of at least 0"),
     ({"spm__guidance_scale": -0.5}, "config.spm.guidance_scale=-0.5; expected a number of at least 0"),
+    ({"objective": "contrastive", "accumulation": 2}, "accumulation=2; expected 1 for contrastive: each image is comp"),
     ({"num_steps": 0}, "config.num_steps=0; expected an integer of at least 1"),
     ({"max_bad_steps": 0}, "config.max_bad_steps=0; expected an integer of at least 1"),
     ({"profile_steps": "13:10"}, "config.profile_steps='13:10'; expected START:STOP with 0 < START < STOP"),

@@ -184,6 +184,53 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_count(value, accumula
   assert not equal(state.params, start.params) and state.ref_stats.resets == 1
 
 
+@pytest.mark.parametrize("sign", [1, -1], ids=["K above 0", "K is 0"])
+def test_the_baseline_of_kto_is_that_of_the_whole_batch_under_accumulation(sign):
+  """The update is the gradient of all images' loss with one K, at the timesteps and the noise of the micro-batches."""
+  model, beta, accumulation, size = StubModel(), 30.0, 4, 8
+  frozen, pairs = init(), pair_batch(size)
+  label = np.float32([1, 1, 1, 0, 0, 0, 1, 0])
+  batch = {"pixels": pairs["pixels_0"], "input_ids": pairs["input_ids"], "label": label}
+  ref_params = {"unet": jax.tree.map(lambda a, b: a + 0.3 * b, frozen["unet"], init(50)["unet"])}
+  params = {"unet": frozen["unet"]}
+  if sign < 0:
+    params, ref_params = ref_params, params
+  optimizer = sgd(learning_rate=1.0)
+  run = jax.jit(step.offline_step(objectives.kto(model, beta=beta), optimizer, seed=4, accumulation=accumulation))
+  state, found = run(state_of(params, optimizer, ref_params), frozen, batch)
+
+  key = objectives.named_key(jax.random.fold_in(jax.random.key(4), 0), "loss")
+  parts = [
+    ({k: v[i::accumulation] for k, v in batch.items()}, k) for i, k in enumerate(jax.random.split(key, accumulation))
+  ]
+
+  def gains(params):
+    """err_ref - err of each image, written out."""
+    rows = []
+    for part, k in parts:
+      x0 = model.encode_images(frozen, part["pixels"], None)
+      t = diffusion.sample_timesteps(objectives.named_key(k, "t"), len(x0), num_train_timesteps=1000)
+      noise = jax.random.normal(objectives.named_key(k, "noise"), x0.shape)
+      abar = jnp.asarray(model.schedule.alphas_cumprod)[t][:, None, None, None]
+      x_t, cond = jnp.sqrt(abar) * x0 + jnp.sqrt(1 - abar) * noise, model.encode_text(frozen, part["input_ids"])
+      err_ref, err = ((model.predict({**frozen, **p}, x_t, t, cond) - noise) ** 2 for p in (ref_params, params))
+      rows.append(jnp.mean(err_ref - err, axis=(1, 2, 3)))
+    return jnp.concatenate(rows)
+
+  baseline = max(float(gains(params).mean()), 0.0)
+  assert (baseline > 0.01) == (sign > 0)
+  liked = jnp.concatenate([part["label"] for part, _ in parts])
+
+  def by_hand(params):
+    z = beta * (gains(params) - baseline)
+    return jnp.mean(1.0 - jax.nn.sigmoid(jnp.where(liked == 1, z, -z)))
+
+  value, gradient = jax.value_and_grad(by_hand)(params)
+  np.testing.assert_allclose(found["loss"], value, rtol=1e-4)
+  np.testing.assert_allclose(found["baseline"], baseline, rtol=1e-4, atol=1e-7)
+  assert_close(jax.tree.map(lambda a, b: a - b, params, state.params), gradient, 1e-3)
+
+
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_the_timesteps_of_a_step_can_be_drawn_again(accumulation):
   """They are those that the loss drew for each row, whichever micro-batch it was in."""
