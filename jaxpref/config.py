@@ -27,7 +27,7 @@ SOURCES: dict[str, tuple[tuple[str, ...], str]] = {
   "pairs_file": (_PAIRS, "a .jsonl or .csv file of pairs"),
   "rankings": (_PAIRS, "a JSON file of rankings, such as HPDv2's train.json"),
   "unpaired_file": (("kto",), "a .jsonl or .csv file of images that are liked or not"),
-  "prompts": (ONLINE, "a text or JSON file of prompts"),
+  "prompts": (ONLINE, "a file of prompts (docs/evaluation.md)"),
   "precomputed": (("dpo", "tdpo", "kto", "denoise"), "the folder that python -m jaxpref.precompute wrote"),
 }
 

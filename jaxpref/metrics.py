@@ -166,7 +166,7 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
   path = pathlib.Path(path)
   rows: list[dict[str, Any]] = []
   if path.exists():
-    for line in path.read_text().splitlines():
+    for line in path.read_text().split("\n"):
       try:
         rows.append(json.loads(line))
       except json.JSONDecodeError:

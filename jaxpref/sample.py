@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxpref import arguments, drawing, loading, lora_files, report, sharding
-from jaxpref.data import sources
+from jaxpref.data import prompt_sets
 from jaxpref.models.text_to_image import TextToImage
 
 TABLE_ROWS = 24  # prompts in a folder's grid.png
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
   )
   prompts = parser.add_mutually_exclusive_group(required=True)
   prompts.add_argument("--prompt", help="one prompt")
-  prompts.add_argument("--prompts", nargs="+", help="prompts, or one file: a prompt a line (.txt), or .json")
+  prompts.add_argument("--prompts", nargs="+", help=f"prompts, or one file of them: {', '.join(prompt_sets.ENDINGS)}")
   add_arguments(parser)
   add("--out", type=pathlib.Path, default=pathlib.Path("samples"), help="new folder, or NAME.png for one table")
   add("--overwrite", action="store_true", help="write into a folder that holds files")
@@ -75,9 +75,10 @@ def draw(args: argparse.Namespace) -> None:
   check(args)
   loras = [lora_files.parse_lora_file(text) for text in args.lora]
   only_table = args.out.suffix.lower() == ".png"
-  prompts = [args.prompt] if args.prompt is not None else args.prompts
-  if args.prompt is None and len(prompts) == 1 and pathlib.Path(prompts[0]).suffix in (".txt", ".json"):
-    prompts = sources.read_prompts(prompts[0])
+  if args.prompt is not None:
+    prompts = [prompt_sets.check_prompt(args.prompt, option="--prompt")]
+  else:
+    prompts = prompt_sets.given(args.prompts, option="--prompts")
   mesh = sharding.make_mesh()
   model, weights, tokenize = load(args.model, loras, args, mesh)
   names = [f"{p:04d}_{i}{slug(prompt)}.png" for p, prompt in enumerate(prompts) for i in range(args.seeds)]
@@ -176,6 +177,8 @@ def check_settings(args: argparse.Namespace) -> None:
       raise ValueError(f"--{name}={getattr(args, name)}; expected 0 to 1.")
   if not 0.0 <= args.guidance_scale < math.inf:
     raise ValueError(f"--guidance_scale={args.guidance_scale}; expected a number of at least 0 (up to 1: no guidance).")
+  if args.negative_prompt:
+    prompt_sets.check_prompt(args.negative_prompt, option="--negative_prompt")
   if args.scheduler == "ddim" and args.karras:
     raise ValueError("--karras is for --scheduler=dpmpp_2m; leave it out, or choose that.")
   if args.scheduler == "dpmpp_2m" and args.eta:

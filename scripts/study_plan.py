@@ -234,7 +234,7 @@ def read_run(run: Run, folder: pathlib.Path) -> dict[str, Any] | None:
   of_config = lambda name: functools.reduce(lambda node, key: node.get(key, {}), name.split("."), made)
   _same_fields(run, {name: of_config(name) for name in run.fields()}, f"{place}")
   results = json.loads((place / "results.json").read_text())
-  metrics = [json.loads(m) for m in (place / "metrics.jsonl").read_text().splitlines() if m.endswith("}")]
+  metrics = [json.loads(m) for m in (place / "metrics.jsonl").read_text().split("\n") if m.endswith("}")]
   config, base, aligned = load_config(run.variant), results["base"], results["aligned"]
   spo, online = config.objective == "spo", config.objective in ("spo", "grpo")
   # The first row's time has what is done once. The median, since other work on the machine may have slowed some.

@@ -97,6 +97,14 @@ def open_text(path: Any) -> io.TextIOWrapper:
   return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
 
 
+def lines(text: str) -> list[str]:
+  r"""Returns the lines of a text without their ends, which are \n, \r\n and \r alone.
+
+  `str.splitlines` also cuts at U+2028, form feeds and others, which are characters of a prompt or of JSON.
+  """
+  return [line.rstrip("\n") for line in io.StringIO(text, newline=None)]
+
+
 def names(folder: Any) -> set[str]:
   """Of all that lies in a folder; none if there is no such folder."""
   try:

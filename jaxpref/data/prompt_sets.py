@@ -1,7 +1,7 @@
-"""Sets of prompts in their published formats, and the folders that GenEval's own scorer reads.
+"""The reader of prompts of all commands, in their published formats; and the folders that GenEval's own scorer reads.
 
   kind     file                                                            category
-  text     a prompt a line                                                 none
+  text     .txt, or a name without an ending: a prompt a line              none
   json     a list of strings, or of objects with a caption or a prompt     of the object, if it has one
   table    .csv, .jsonl or .parquet with a column caption or prompt, and   of the row, if it has one
            optionally category and id, such as Pick-a-Pic's test_unique
@@ -10,7 +10,8 @@
            paintings.json and photo.json, or one of these
   geneval  evaluation_metadata.jsonl: objects with tag, include, prompt    tag
 
-The kind follows from the name and the content. A path may be in a bucket (`jaxpref.data.paths`).
+The kind follows from the name and the content; a file that is none of these is refused. Lines end as
+`paths.lines` says. A path may be in a bucket.
 """
 
 import csv
@@ -36,6 +37,8 @@ STYLES = ("anime", "concept-art", "paintings", "photo")  # of HPDv2's benchmark
 TEXT_COLUMNS = ("caption", "prompt")
 PARTI_COLUMNS = ("Prompt", "Category", "Challenge", "Note")
 GENEVAL_FIELDS = ("tag", "include", "prompt")
+TEXT_ENDINGS = ("", ".txt", ".text")  # of files with a prompt a line
+ENDINGS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")  # a word with one of these names a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,45 +59,19 @@ class Prompt:
 
 
 def read(path: Path, *, kind: str | None = None) -> list[Prompt]:
-  """The prompts of a file, or of HPDv2's folder, in order; of those that are there twice the first.
+  """Reads the prompts that models are compared by: as `read_all`, but of those that are there twice the first alone.
 
   They are the unit of intervals and tests, and a repeated one would count as if it were another. GenEval's all stay, as
   its own scorer numbers them. A warning counts the repeated ones.
-
-  Args:
-    path: of the file or folder.
-    kind: one of KINDS; None: what it looks like.
-
-  Raises:
-    FileNotFoundError: there is nothing, or a file of HPDv2 is missing.
-    ValueError: not of that kind; the line is named.
   """
-  if kind is not None and kind not in KINDS:
-    raise ValueError(f"kind={kind!r} of prompts; expected one of {', '.join(KINDS)}.")
-  place = paths.open_path(path)
-  if place.is_dir():
-    if kind not in (None, "hpdv2"):
-      raise ValueError(f"{place} is a folder; expected a file of kind {kind}.")
-    prompts = _read_hpdv2_folder(place)
-  elif place.is_file() and place.name.lower().endswith(".parquet"):
-    if kind not in (None, "table"):
-      raise ValueError(f"{place} is a Parquet file; expected a file of kind {kind}.")
-    prompts = _read_parquet(place)
-  elif place.is_file():
-    text = _decoded(place)
-    kind = kind or detect_kind(place.name, text)
-    prompts = _READERS[kind](place, text)
-  else:
-    raise FileNotFoundError(f"there is no file of prompts {path}; expected one of the kinds {', '.join(KINDS)}.")
-  if not prompts:
-    raise ValueError(f"{place} has no prompts; expected at least one.")
+  prompts, kind = _read(path, kind)
   repeated = repeats(prompts)
   if repeated:
     first = next(iter(repeated))
     what = "each is kept and counts by itself" if kind == "geneval" else "each is used once"
     logger.warning(
       "%s: %d prompts are there more than once, such as %r (%d times); %s.",
-      place, len(repeated), first, repeated[first], what,
+      paths.open_path(path), len(repeated), first, repeated[first], what,
     )  # fmt: skip
   if kind == "geneval":
     return prompts
@@ -104,29 +81,123 @@ def read(path: Path, *, kind: str | None = None) -> list[Prompt]:
   return list(firsts.values())
 
 
+def read_all(path: Path, *, kind: str | None = None) -> list[Prompt]:
+  """Reads all prompts of a file, or of HPDv2's folder, in order; those that are there twice, twice.
+
+  Args:
+    path: of the file or folder.
+    kind: one of KINDS; None: what it looks like.
+
+  Raises:
+    FileNotFoundError: there is nothing, or a file of HPDv2 is missing.
+    ValueError: not of that kind, or of none of them; the line is named.
+  """
+  return _read(path, kind)[0]
+
+
+def given(words: Sequence[str], *, option: str) -> list[str]:
+  """Returns the prompts that a command line gives: the words themselves, or those of one file that they name.
+
+  Args:
+    words: prompts, or the name of one file or of HPDv2's folder.
+    option: of the command, for messages.
+
+  Raises:
+    FileNotFoundError, ValueError: as `read_all`; or one of several words names a file.
+  """
+  files = [word for word in words if _names_a_file(word)]
+  if files and len(words) > 1:
+    raise ValueError(
+      f"{option} has {len(words)} prompts, and {files[0]!r} is the name of a file; give one file of prompts "
+      "alone, or end this word with a space to draw it."
+    )
+  if files and (not pathlib.Path(files[0]).is_dir() or is_hpdv2_folder(files[0])):
+    return [prompt.text for prompt in read_all(files[0])]
+  return [check_prompt(word, option=option) for word in words]
+
+
+def check_prompt(word: str, *, option: str) -> str:
+  """Returns a prompt of a command line.
+
+  Raises:
+    ValueError: it is the name of a file or folder, whose prompts may be meant.
+  """
+  if _names_a_file(word):
+    raise ValueError(
+      f"{option}={word!r} names a file or a folder, expected the words of a prompt; give a file of prompts as "
+      "--prompts, or end these words with a space to mean them."
+    )
+  return word
+
+
+def _names_a_file(word: str) -> bool:
+  """Whether a word is the name of something that exists, or looks as if a file was meant."""
+  if paths.is_remote(word) and not any(c.isspace() for c in word):
+    return True
+  if pathlib.PurePath(word).suffix.lower() in ENDINGS:
+    return True
+  try:
+    return bool(word.strip()) and pathlib.Path(word).expanduser().exists()
+  except (OSError, RuntimeError, ValueError):  # longer than names may be, of an unknown user, with a zero byte
+    return False
+
+
+def _read(path: Path, kind: str | None) -> tuple[list[Prompt], str]:
+  """The prompts, and the kind that they are of."""
+  if kind is not None and kind not in KINDS:
+    raise ValueError(f"kind={kind!r} of prompts; expected one of {', '.join(KINDS)}.")
+  place = paths.open_path(path)
+  if place.is_dir():
+    if kind not in (None, "hpdv2"):
+      raise ValueError(f"{place} is a folder; expected a file of kind {kind}.")
+    prompts, kind = _read_hpdv2_folder(place), "hpdv2"
+  elif place.is_file() and place.name.lower().endswith(".parquet"):
+    if kind not in (None, "table"):
+      raise ValueError(f"{place} is a Parquet file; expected a file of kind {kind}.")
+    prompts, kind = _read_parquet(place), "table"
+  elif place.is_file():
+    text = _decoded(place)
+    kind = kind or detect_kind(place, text)
+    prompts = _READERS[kind](place, text)
+  else:
+    raise FileNotFoundError(f"there is no file of prompts {path}; expected one of the kinds {', '.join(KINDS)}.")
+  if not prompts:
+    raise ValueError(f"{place} has no prompts; expected at least one.")
+  return prompts, kind
+
+
 def repeats(prompts: Sequence[Prompt]) -> dict[str, int]:
   """Text -> how often, of the prompts that are there more than once."""
   return {text: n for text, n in Counter(p.text for p in prompts).items() if n > 1}
 
 
-def detect_kind(name: str, text: str) -> str:
-  """Which of KINDS a file is, from its name and its content."""
-  suffix = pathlib.PurePosixPath(name).suffix.lower()
-  first = next((line for line in _lines(text) if line.strip()), "")
-  if suffix == ".json" or (suffix != ".jsonl" and re.match(r'\[\s*("|\{|$)', first.strip())):
-    return "hpdv2" if pathlib.PurePosixPath(name).stem in STYLES else "json"
-  if suffix == ".jsonl" or _is_object(first):
+def detect_kind(place: Any, text: str) -> str:
+  """Returns which of KINDS a file is, from its name and its content.
+
+  Raises:
+    ValueError: it looks like none of them.
+  """
+  suffix = pathlib.PurePosixPath(place.name).suffix.lower()
+  first = next((line for line in paths.lines(text) if line.strip()), "").strip()
+  if suffix == ".json" or (suffix != ".jsonl" and (re.match(r'\[\s*("|\{|$)', first) or first == "{")):
+    return "hpdv2" if pathlib.PurePosixPath(place.name).stem in STYLES else "json"
+  if suffix == ".jsonl" or re.match(r'\{\s*"', first):
     return "geneval" if '"tag"' in first and '"include"' in first else "table"
-  if suffix == ".tsv" or "\t" in first and first.split("\t")[0].strip() == PARTI_COLUMNS[0]:
+  if suffix == ".tsv" or ("\t" in first and _is_header(first.split("\t"))):
     return "parti"
-  return "table" if suffix == ".csv" else "text"
+  if suffix == ".csv" or _is_header(re.split("[,;]", first)):
+    return "table"
+  if suffix not in TEXT_ENDINGS or first.startswith(("<?xml", "<!DOCTYPE", "---")):
+    raise ValueError(
+      f"{place} is of no form in which prompts are known; expected {', '.join(ENDINGS)}: convert it, or if it has a "
+      "prompt a line and nothing else, name it .txt."
+    )
+  return "text"
 
 
-def _is_object(line: str) -> bool:
-  try:
-    return isinstance(json.loads(line), dict)
-  except json.JSONDecodeError:
-    return False
+def _is_header(cells: Sequence[str]) -> bool:
+  """Whether the cells of a first line are names of columns, one of them that of the prompts."""
+  return any(cell.strip().strip('"').lower() in TEXT_COLUMNS for cell in cells)
 
 
 def _decoded(place: Any) -> str:
@@ -137,11 +208,6 @@ def _decoded(place: Any) -> str:
   if "\0" in text:
     raise ValueError(f"{place} is no text; expected one of the kinds {', '.join(KINDS)}.")
   return text
-
-
-def _lines(text: str) -> Iterator[str]:
-  """With the ends of Unix, Windows and old Macs alone: JSON may hold other separators as they are."""
-  return (line.rstrip("\n") for line in io.StringIO(text, newline=None))
 
 
 def _prompt(fields: Mapping[str, Any], where: str, number: int, columns: Sequence[str]) -> Prompt:
@@ -164,7 +230,7 @@ def _prompt(fields: Mapping[str, Any], where: str, number: int, columns: Sequenc
 
 
 def _read_text(place: Any, text: str) -> list[Prompt]:
-  return [Prompt(line) for line in text.splitlines() if line.strip()]  # as sources.read_prompts
+  return [Prompt(line) for line in paths.lines(text) if line.strip()]
 
 
 def _read_json(place: Any, text: str) -> list[Prompt]:
@@ -200,6 +266,11 @@ def _read_hpdv2(place: Any, text: str) -> list[Prompt]:
   ]
 
 
+def is_hpdv2_folder(folder: Path) -> bool:
+  """Returns whether a folder has all files of HPDv2's benchmark."""
+  return {f"{style}.json" for style in STYLES} <= paths.names(paths.open_path(folder))
+
+
 def _read_hpdv2_folder(folder: Any) -> list[Prompt]:
   missing = [f"{style}.json" for style in STYLES if not (folder / f"{style}.json").is_file()]
   if missing:
@@ -212,7 +283,7 @@ def _read_hpdv2_folder(folder: Any) -> list[Prompt]:
 
 def _read_parti(place: Any, text: str) -> list[Prompt]:
   """Cells are as they stand between the tabs: the published file has quotes in prompts, and quotes no cells."""
-  lines = ((number, line.split("\t")) for number, line in enumerate(_lines(text), 1) if line.strip())
+  lines = ((number, line.split("\t")) for number, line in enumerate(paths.lines(text), 1) if line.strip())
   _, header = next(lines, (0, []))
   header = [name.strip() for name in header]
   missing = [name for name in PARTI_COLUMNS[:2] if name not in header]
@@ -245,7 +316,8 @@ def _read_geneval(place: Any, text: str) -> list[Prompt]:
 
 
 def _read_table(place: Any, text: str) -> list[Prompt]:
-  is_csv = place.suffix.lower() == ".csv"
+  first = next((line for line in paths.lines(text) if line.strip()), "")
+  is_csv = place.suffix.lower() == ".csv" or _is_header(re.split("[,;]", first))
   rows = _csv_rows(place, text) if is_csv else _json_lines(place, text)
   return [_prompt(row, f"{place}, line", number, TEXT_COLUMNS) for number, row in rows]
 
@@ -269,7 +341,7 @@ def _read_parquet(place: Any) -> list[Prompt]:
 
 
 def _json_lines(place: Any, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-  for number, line in enumerate(_lines(text), 1):
+  for number, line in enumerate(paths.lines(text), 1):
     if not line.strip():
       continue
     try:

@@ -5,7 +5,7 @@
   pairs_file    pairs.jsonl or pairs.csv beside a folder of images              pair
   rankings      HPDv2's train.json or test.json beside a folder of images       pair
   unpaired_file images.jsonl or images.csv, each image liked or disliked        unpaired
-  prompts       text or JSON; `read_prompts` gives a list of strings            (a string)
+  prompts       prompts in any form of `prompt_sets`; see `read_prompts`        (a string)
 
 A pair is a dict of caption, image_0, image_1 (the bytes of image files, untouched), label_0 (1: image_0 is preferred,
 0: image_1, 0.5: a tie), num_example_per_prompt, id, and original_size_0 and original_size_1 ([height, width]) where the
@@ -15,6 +15,7 @@ Opening reads the index (`jaxpref.data.index`) or the columns of the file; image
 in a bucket, such as gs://bucket/folder (`jaxpref.data.paths`).
 """
 
+import csv
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from jaxpref.data import emoji_pairs, paths, records
+from jaxpref.data import emoji_pairs, paths, prompt_sets, records
 from jaxpref.data import index as index_lib
 from jaxpref.data.files import (
   PROGRESS_AFTER,
@@ -194,27 +195,12 @@ def _agrees(index: Index, source: records.Source) -> bool:
 
 
 def read_prompts(path: Path) -> list[str]:
-  """Prompts from a text file, one a line, or a JSON list of strings or {"caption": ...}.
+  """Reads all prompts of a file of any kind that `prompt_sets` knows, in order.
 
   Raises:
-    FileNotFoundError, ValueError: no file, or not of that form.
+    FileNotFoundError, ValueError: no file, or not of such a form.
   """
-  file = paths.open_path(path)
-  if not file.is_file():
-    raise FileNotFoundError(f"there is no file of prompts {path}; give a text file, a prompt a line, or a JSON list.")
-  try:
-    text = paths.read(file).decode("utf-8-sig")
-    rows = json.loads(text) if file.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
-    if not isinstance(rows, list):
-      raise TypeError(f"it is a {type(rows).__name__}")
-    prompts = [row["caption"] if isinstance(row, dict) else row for row in rows]
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{file} is not UTF-8 ({error}); convert it.") from error
-  except (json.JSONDecodeError, KeyError, TypeError) as error:
-    raise ValueError(f"{file}: expected a JSON list of strings or of objects with a caption ({error!r}).") from error
-  if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-    raise ValueError(f"{file}: expected at least one prompt, all of them strings, and none of them empty.")
-  return prompts
+  return [prompt.text for prompt in prompt_sets.read_all(path)]
 
 
 # ---- Sources from sources ----------------------------------------------------------------------------------------
@@ -322,26 +308,44 @@ KINDS = (*PAIR_KINDS, "unpaired_file", "prompts")
 
 
 def detect_kind(path: Path) -> str:
-  """Which of KINDS a path looks like.
+  """Returns which of KINDS a path looks like.
 
   Raises:
     FileNotFoundError, ValueError: there is nothing, or nothing of these.
   """
   place = paths.open_path(path)
   if place.is_dir():
-    return "tfds"
+    return "prompts" if prompt_sets.is_hpdv2_folder(place) else "tfds"
   if not place.is_file():
     raise FileNotFoundError(f"there is no file or folder {path}.")
-  if place.suffix == ".txt":
+  if place.suffix in (".txt", ".tsv", ".parquet"):
     return "prompts"
   with paths.open_text(place) as stream:
     if place.suffix in (".jsonl", ".csv"):
-      first = next((line for line in stream if line.strip()), "")
-      return "pairs_file" if "image_0" in first else "unpaired_file"
+      return _kind_of_columns(_columns(place.suffix, next((line for line in stream if line.strip()), "")))
     if place.suffix == ".json":
       start = stream.read(2**16)
       return "rankings" if "image_path" in start or "file_path" in start else "prompts"
-  raise ValueError(f"{path} is none of {', '.join(KINDS)}; expected a folder, .jsonl, .csv, .json or .txt.")
+  endings = ", ".join(prompt_sets.ENDINGS)
+  raise ValueError(f"{path} is none of {', '.join(KINDS)}; expected a folder, or a file that ends in {endings}.")
+
+
+def _columns(suffix: str, first: str) -> set[str]:
+  """The names in the first line of a file, in small letters; none if it has no such line."""
+  try:
+    names = json.loads(first) if suffix == ".jsonl" else next(csv.reader([first]), [])
+  except (json.JSONDecodeError, csv.Error):
+    names = []
+  return {str(name).strip().lower() for name in names} if isinstance(names, dict | list) else set()
+
+
+def _kind_of_columns(names: set[str]) -> str:
+  """A file with a column of images or labels is of these, also if one is misspelt: its reader says what is wrong."""
+  if {"image_0", "image_1", "label_0", "preferred", "score_0", "score_1"} & names:
+    return "pairs_file"
+  if {"image", "label"} & names or not set(prompt_sets.TEXT_COLUMNS) & names:
+    return "unpaired_file"
+  return "prompts"
 
 
 def open_source(

@@ -36,7 +36,7 @@ def lines(rows):
 # ---- Formats ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["prompts.txt", "pick_test", "prompts.md"])
+@pytest.mark.parametrize("name", ["prompts.txt", "pick_test", "prompts.TXT"])
 @pytest.mark.parametrize("form", ["{}", "\ufeff{}", "{}\n\n  \n"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_text(tmp_path, name, form, end):
@@ -136,6 +136,65 @@ def test_columns_of_a_parquet_file(tmp_path):
     prompt_sets.read(file)
 
 
+SAME = ["a cat", "a dog, sitting", "a cat"]
+FORMS = {
+  "train_metadata.jsonl": "".join(json.dumps({"tag": "two", "prompt": p}) + "\n" for p in SAME),
+  "metadata": "".join(json.dumps({"tag": "two", "prompt": p}) + "\n" for p in SAME),
+  "table.csv": 'id,caption\n1,a cat\n2,"a dog, sitting"\n3,a cat\n',
+  "table.txt": 'id,caption\n1,a cat\n2,"a dog, sitting"\n3,a cat\n',
+  "one_column.csv": 'prompt\na cat\n"a dog, sitting"\na cat\n',
+  "parti.tsv": "Prompt\tCategory\na cat\tx\na dog, sitting\tx\na cat\tx\n",
+  "geneval.jsonl": "".join(json.dumps({"tag": "a", "include": [], "prompt": p}) + "\n" for p in SAME),
+  "list.json": json.dumps([{"prompt": p} for p in SAME], indent=1),
+  "list.txt": json.dumps(SAME),
+  "lines.txt": "\n".join(SAME),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_training_and_drawing_read_what_evaluation_reads(tmp_path, name):
+  """All of them, where evaluation takes each text once."""
+  file = write(tmp_path, name, FORMS[name])
+  assert sources.read_prompts(file) == SAME
+  assert prompt_sets.given([str(file)], option="--prompts") == SAME
+  unique = SAME if name == "geneval.jsonl" else SAME[:2]
+  assert [p.text for p in prompt_sets.read(file)] == unique
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_only_ends_of_lines_end_a_prompt(tmp_path, end):
+  odd = [f"a{c}b" for c in "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"]
+  table = [{"caption": text} for text in odd]
+  for name, content in (
+    ("a.txt", end.join(odd)),
+    ("a.csv", end.join(["caption", *odd])),
+    ("a.tsv", end.join(["Prompt\tCategory", *(f"{text}\tx" for text in odd)])),
+    ("a.jsonl", end.join(json.dumps(row, ensure_ascii=False) for row in table)),
+  ):
+    assert sources.read_prompts(write(tmp_path, name, content)) == odd, name
+
+
+def test_a_word_that_names_a_file_is_no_prompt(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  write(tmp_path, "camera", b"\x89PNG\r\n\x1a\n\0\0")
+  (tmp_path / "volcano").mkdir()
+  for words, message in (
+    (["a cat", "camera"], "--prompts has 2 prompts, and 'camera' is the name of a file; give one file of prompts"),
+    (["a cat", "nowhere.jsonl"], "and 'nowhere.jsonl' is the name of a file"),
+    (["camera"], "camera is not UTF-8 text"),
+    (["nowhere.csv"], "there is no file of prompts nowhere.csv"),
+    (["volcano"], "--prompts='volcano' names a file or a folder, expected the words of a prompt; give a file"),
+    (["ftp://a/b"], "ftp://a/b is no place that data can be in"),
+  ):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+      prompt_sets.given(words, option="--prompts")
+  for word in ("camera", "volcano", "prompts.jsonl"):
+    with pytest.raises(ValueError, match=f"--prompt='{word}' names a file or a folder, .* end these words with a sp"):
+      prompt_sets.check_prompt(word, option="--prompt")
+  words = ["camera ", "a cat.", "", "x" * 5000, "what://ever this is", "~nobody/a"]
+  assert prompt_sets.given(words, option="--prompts") == words
+
+
 # ---- Bad input -------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +207,15 @@ def test_columns_of_a_parquet_file(tmp_path):
     ("a.png", b"\x89PNG\r\n\x1a\n\0\0", "is not UTF-8 text"),
     ("a.parquet", b"PAR1\0\0", "is no Parquet file .*; download it again"),
     ("a.bin", b"PAR1\0\0", "is no text; expected one of the kinds text, json"),
+    ("a.md", "# Prompts", r"is of no form in which prompts are known; expected .txt, .json, .*name it .txt"),
+    ("a.yaml", "- a cat", "is of no form"),
+    ("a.xml", "<prompt>a cat</prompt>", "is of no form"),
+    ("a.txt", "---\nprompts:\n  - a cat\n", "is of no form"),
+    ("a.txt", '{\n "prompts": ["a cat"]\n}', "found a JSON dict; expected a list"),
+    ("a.txt", '{"prompts": ["a cat"]}', "line 1: found prompts; expected a field caption or prompt"),
+    ("a.txt", '{"prompt": "a cat"', "line 1: no JSON"),
+    ("a.txt", "id;caption\n1;a cat\n", "line 2: found id;caption; expected a field caption or prompt"),
+    ("a.txt", "caption\tscore\na cat\t1\n", "no column Prompt or Category"),
     ("a.json", "[]", "has no prompts"),
     ("a.json", '["a", 3]', r"entry 2: 3; expected a string, or an object with a caption or a prompt"),
     ("a.json", '[{"text": "a"}]', r"entry 1: found text; expected a field caption or prompt"),

@@ -398,14 +398,14 @@ def test_prompts(tmp_path, name, content):
 
 
 @pytest.mark.parametrize(
-  "content", ["[1]", "[]", "3", '"abc"', '{"1": "a cat"}', '[{"prompt": "a"}]', "[", '["a", " "]', '[{"caption": ""}]']
+  "content", ["[1]", "[]", "3", '"abc"', '{"1": "a cat"}', '[{"text": "a"}]', "[", '["a", " "]', '[{"caption": ""}]']
 )
 def test_wrong_prompts(tmp_path, content):
   (tmp_path / "a.json").write_text(content)
-  with pytest.raises(ValueError, match="a.json: expected"):
+  with pytest.raises(ValueError, match="a.json.*expected"):
     sources.read_prompts(tmp_path / "a.json")
   (tmp_path / "a.txt").write_bytes(b"a caf\xe9")
-  with pytest.raises(ValueError, match="a.txt is not UTF-8 .*; convert it"):
+  with pytest.raises(ValueError, match="a.txt is not UTF-8 .* convert it"):
     sources.read_prompts(tmp_path / "a.txt")
 
 
@@ -601,10 +601,18 @@ def test_kinds_are_recognised_and_opened_by_name(images, dataset, cache):
   }
   files["prompts"][0].write_text("a cat")
   files["prompts"][1].write_text('["a cat"]')
+  for name, content in (
+    ("metadata.jsonl", '{"tag": "two", "prompt": "a cat with an image_0"}'),
+    ("prompts.csv", "id,prompt\n1,an image\n"),
+    ("parti.tsv", "Prompt\tCategory\na cat\tx\n"),
+  ):
+    files["prompts"].append(images.parent / name)
+    files["prompts"][-1].write_text(content)
+  files["unpaired_file"].append(write(images, [{"caption": "a", "picture": image(0), "label": 1}], "misspelt.jsonl"))
   for kind, paths in files.items():
     for path in paths:
       assert sources.detect_kind(path) == kind
-      if kind != "prompts":
+      if kind != "prompts" and path.stem != "misspelt":
         source = sources.open_source(kind, path, split="test")
         assert len(source) == len(source.index) > 0
   assert set(files) == set(sources.KINDS)

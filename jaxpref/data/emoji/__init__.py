@@ -19,6 +19,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxpref.data import paths
+
 STYLES = ("twemoji", "noto", "openmoji")
 SPLITS = ("train", "validation", "test")
 SUBSETS = ("core", "all")
@@ -54,7 +56,7 @@ def _file(name: str):
 
 @functools.cache
 def _index() -> tuple[Emoji, ...]:
-  lines = _file("index.jsonl").read_text(encoding="utf-8").splitlines()
+  lines = paths.lines(_file("index.jsonl").read_text(encoding="utf-8"))
   return tuple(Emoji(**json.loads(line)) for line in lines)
 
 
