@@ -150,7 +150,12 @@ def pair_batches(
     chosen, label = chosen[decided], label[decided]
     weight = None if weight is None else weight[decided]
   reader = records.Reader(
-    source, image_size, image_fields=("image_0", "image_1"), convert=_pair_fields, kept=chosen
+    source,
+    image_size,
+    image_fields=("image_0", "image_1"),
+    convert=_pair_fields,
+    kept=chosen,
+    decided=label != 0.5,
   )
   return batching.open_batches(
     len(reader),

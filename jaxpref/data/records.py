@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from jaxpref.data import paths
+from jaxpref.data import paths, samples
 
 logger = logging.getLogger(__name__)
 LABELS = (0.0, 0.5, 1.0)
@@ -105,8 +105,24 @@ class _Shards:
       ) from error
 
 
-class UnreadableImage(Exception):
-  """The image of a record cannot be decoded; the record is skipped."""
+class Unusable(Exception):
+  """A record cannot be used, and is skipped; `clause` says why, after its name."""
+
+  clause = ""
+
+
+class UnreadableImage(Unusable):
+  """The image of a record cannot be decoded."""
+
+  def __init__(self, reason: str):
+    super().__init__(reason)
+    self.clause = f"whose image cannot be read ({reason})"
+
+
+class SameImages(Unusable):
+  """The two images of a pair with a winner are one."""
+
+  clause = "whose two images are the same file, so that neither is better"
 
 
 def text(value: str | bytes) -> str:
@@ -252,10 +268,12 @@ def _orientation(picture: Image.Image) -> int:
 def open_image(image: bytes | np.ndarray) -> Image.Image:
   """An RGB picture of an image file's bytes, or of u8[H, W, 3].
 
-  Transparency becomes white, a picture with EXIF's orientation is upright, of an animation it is the first frame.
+  Transparency becomes white, a picture with EXIF's orientation is upright, of an animation it is the first frame;
+  samples of more than 8 bits are scaled by what the file declares.
 
   Raises:
-    UnreadableImage: the bytes are corrupt or truncated, or the array is of another kind.
+    UnreadableImage: the bytes are corrupt or truncated, nobody can tell which sample is white, or the array is of
+      another kind.
   """
   return _open(image)[0]
 
@@ -276,10 +294,10 @@ def _open(image: bytes | np.ndarray, at_least: int | None = None) -> tuple[Image
     if at_least and picture.format == "JPEG":
       reduced = next((n for n in (4, 2) if min(height, width) >= n * at_least), 1)
       picture.draft(None, (width // reduced, height // reduced))  # type: ignore[arg-type]
+    raw = samples.raw_mode(picture)
     picture.load()
     orientation = _orientation(picture)
-    if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut at 255
-      picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+    picture = samples.with_8_bits(picture, raw)
     if orientation in _UPRIGHT:
       picture = picture.transpose(_UPRIGHT[orientation])
       width, height = (height, width) if orientation >= 5 else (width, height)
@@ -326,11 +344,18 @@ def decode(image: bytes | np.ndarray, image_size: int, place: Place | None = Non
 
 
 class Skip(NamedTuple):
-  """A record that was stepped over: its place in the source, its name, and why."""
+  """A record that was stepped over: its place in the source, its name, and why, as a clause."""
 
   place: int
   name: str
   reason: str
+
+
+def _refuse_same(record: Mapping[str, Any], fields: Sequence[str]) -> None:
+  """Raises SameImages if the images are files with the same bytes."""
+  first, second = (record.get(name) for name in fields)
+  if isinstance(first, bytes) and isinstance(second, bytes) and first and first == second:
+    raise SameImages
 
 
 class Reader:
@@ -350,6 +375,7 @@ class Reader:
     image_fields: Sequence[str],
     convert: Callable[[Mapping[str, Any], int], dict[str, Any]],
     kept: Sequence[int] | np.ndarray | None = None,
+    decided: np.ndarray | None = None,
   ):
     """Opens a source; reads nothing.
 
@@ -359,8 +385,11 @@ class Reader:
       image_fields: the fields that hold images.
       convert: (record, index) -> the other fields wanted.
       kept: indices of the records to use; None: all.
+      decided: bool[M], the pairs of `kept` that have a winner. They are skipped where both images are the same bytes,
+        which costs nothing when they are read; sources that know it before make a tie of such a pair.
     """
     self.source = source
+    self._decided = decided
     self._image_size = image_size
     self._image_fields = tuple(image_fields)
     self._convert = convert
@@ -396,7 +425,7 @@ class Reader:
       count = len(self._skipped)
     if self._warns:
       logger.warning(
-        "skipped record %s, whose image cannot be read (%s); %d of %d records skipped so far",
+        "skipped record %s, %s; %d of %d records skipped so far",
         skip.name,
         skip.reason,
         count,
@@ -434,9 +463,11 @@ class Reader:
       if out is None:
         record = self.source[index]
         try:
+          if self._decided is not None and self._decided[candidate]:
+            _refuse_same(record, self._image_fields)
           out = self._decode(record, index, place)
-        except UnreadableImage as error:
-          skipped.append(Skip(index, name_of(record, index), str(error)))
+        except Unusable as error:
+          skipped.append(Skip(index, name_of(record, index), error.clause))
           self.note(skipped[-1])
           continue
         out |= self._convert(record, index)
@@ -444,7 +475,7 @@ class Reader:
           self._cache[index] = out
       return out | {"position": candidate, "skipped": skipped}
     raise ValueError(
-      f"none of {tries} records in a row has readable images (the first is {skipped[0].name}: {skipped[0].reason}); "
+      f"none of {tries} records in a row has readable images (the first is {skipped[0].name}, {skipped[0].reason}); "
       "check that the image fields hold whole image files."
     )
 

@@ -7,9 +7,9 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
-from jaxpref.data import pipeline, records
+from jaxpref.data import pipeline, records, samples
 
 SIZE = 16
 
@@ -107,6 +107,94 @@ def test_damaged_exif_data_do_not_cost_the_picture():
   close(records.decode(content, SIZE)[0], records.decode(file_of(quarters(), "JPEG"), SIZE)[0], 6)
 
 
+GREY = np.linspace(0, 255, SIZE * SIZE).reshape(SIZE, SIZE).round().astype(np.uint8)
+SCALES = {
+  "float": (GREY / np.float32(255), {}),
+  "float up to 255": (GREY.astype(np.float32), {341: 255.0}),
+  "12 bits in 16": (np.rint(GREY / 255 * 4095).astype(np.uint16), {281: 4095}),
+  "16 bits": (GREY.astype(np.uint16) * 257, {}),
+  "16 bits, white is 0": (65535 - GREY.astype(np.uint16) * 257, {262: 0}),
+  "16 bits and its largest value": (GREY.astype(np.uint16) * 257, {281: 65000}),
+  "32 bits": (GREY.astype(np.int32) * 257, {281: 65535}),
+}
+
+
+def tiff(values, tags):
+  directory = TiffImagePlugin.ImageFileDirectory_v2()
+  for number, value in tags.items():
+    directory[number] = value
+  if 341 in tags:
+    directory.tagtype[341] = 11  # float
+  return file_of(Image.fromarray(values), "TIFF", tiffinfo=directory)
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_deep_samples_are_scaled_by_what_the_file_declares(name):
+  pixels = records.decode(tiff(*SCALES[name]), SIZE)[0]
+  np.testing.assert_allclose(pixels, np.repeat(GREY[..., None], 3, axis=-1), atol=1 if "12" in name else 0)
+
+
+def test_deep_samples_of_other_formats():
+  wide = Image.fromarray(GREY.astype(np.uint16) * 257)
+  for kind in ("PNG", "PPM", "JPEG2000"):
+    np.testing.assert_array_equal(records.decode(file_of(wide, kind), SIZE)[0][..., 0], GREY)
+  transparent = file_of(wide, "PNG", transparency=int(GREY[0, 5]) * 257)
+  assert records.decode(transparent, SIZE)[0][0, 5].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize(
+  ("values", "tags", "reason"),
+  [
+    (GREY.astype(np.int32), {}, "its integers, from 0 to 255, are of 32 bits or have a sign; save it with 8 bits"),
+    (GREY.astype(np.float32), {}, "its samples are from 0 to 255, expected 0 to 1; save it with 8 bits"),
+    (GREY - np.float32(1), {341: 255.0}, "its samples are from -1 to 254, expected 0 to 255"),
+    (np.full((4, 4), np.nan, np.float32), {}, "its samples are from nan to nan, expected 0 to 1"),
+    (GREY.astype(np.uint16) * 16, {}, "its samples of 16 bits end at 4080, and it does not say that they have fewer"),
+  ],
+)
+def test_samples_of_an_unknown_scale_are_skipped_and_counted(values, tags, reason, caplog):
+  good = {"image_0": file_of(quarters(), "PNG"), "image_1": file_of(255 - quarters(), "PNG")}
+  rows = [{"caption": f"{i}", "id": f"pair {i}", **good, "label_0": 1.0} for i in range(3)]
+  rows[1]["image_0"] = tiff(values, tags)
+  batches = pipeline.pair_batches(rows, batch_size=3, image_size=SIZE, tokenize=tokens, seed=0, num_threads=0)
+  assert sorted(next(batches)["input_ids"][:, 0]) == [0, 2, 2]
+  assert batches.num_skipped() == 1
+  assert f"skipped record 'pair 1', whose image cannot be read ({reason}" in caplog.text
+
+
+def test_colours_of_16_bits_that_use_12_are_unreadable():
+  assert samples.with_8_bits(Image.fromarray(quarters()), "RGB;16B").getextrema() == ((20, 200),) * 3
+  with pytest.raises(ValueError, match=r"its colours of 16 bits use fewer of them \(the upper 8 end at 12\)"):
+    samples.with_8_bits(Image.fromarray(quarters() // 16), "RGB;16B")
+
+
+def tokens(captions):
+  return np.asarray([[int(caption or 0)] for caption in captions])
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB"])
+def test_every_mode_of_8_bits_is_the_same_picture(mode):
+  picture = Image.fromarray(quarters())
+  expected = np.asarray(picture.convert("L" if mode in ("1", "L", "LA") else "RGB").convert("RGB")).astype(int)
+  if mode == "1":
+    expected = np.where(expected > 127, 255, 0)
+    picture = picture.convert("L").point(lambda value: 255 * (value > 127))
+  if mode in ("P", "PA"):
+    picture = picture.quantize(16)
+  found = np.asarray(records.open_image(file_of(picture.convert(mode), "TIFF"))).astype(int)
+  assert np.abs(found - expected).max() <= 8
+
+
+def test_a_pair_of_the_same_bytes_with_a_winner_is_skipped_and_a_tie_is_kept(caplog):
+  one, other = file_of(quarters(), "PNG"), file_of(255 - quarters(), "PNG")
+  rows = [{"caption": f"{i}", "id": f"pair {i}", "image_0": one, "image_1": other, "label_0": 1.0} for i in range(4)]
+  rows[1]["image_1"] = one
+  rows[3] |= {"image_1": one, "label_0": 0.5}
+  batches = pipeline.pair_batches(rows, batch_size=4, image_size=SIZE, tokenize=tokens, seed=0, num_threads=0)
+  assert sorted(next(batches)["input_ids"][:, 0]) == [0, 2, 2, 3]
+  assert "skipped record 'pair 1', whose two images are the same file, so that neither is better" in caplog.text
+
+
 def test_very_small_and_very_large_pictures():
   pixels, framing = records.decode(file_of(np.full((1, 1, 3), 77, np.uint8), "PNG"), SIZE)
   assert (pixels == 77).all() and framing == (1, 1, 0, 0, 0)
@@ -147,8 +235,8 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_unreadable_pictures_are_skipped_and_counted(name, caplog):
-  image = file_of(quarters(), "PNG")
-  rows = [{"caption": f"{i}", "id": f"pair {i}", "image_0": image, "image_1": image, "label_0": 1.0} for i in range(8)]
+  images = {"image_0": file_of(quarters(), "PNG"), "image_1": file_of(255 - quarters(), "PNG")}
+  rows = [{"caption": f"{i}", "id": f"pair {i}", **images, "label_0": 1.0} for i in range(8)]
   rows[3]["image_1"] = BROKEN[name]
   batches = pipeline.pair_batches(
     rows, batch_size=8, image_size=SIZE, tokenize=lambda c: np.asarray([[int(x or 0)] for x in c]), seed=0,
