@@ -9,10 +9,12 @@ import array
 import csv
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 import os
 import pathlib
+import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -63,14 +65,16 @@ class FilePairs:
     folder: Any,
     captions: Sequence[str],
     files: Sequence[str],
+    images: Sequence[np.ndarray],
     ids: _LineIds | _RankingIds,
     index: Index,
     original_sizes: Mapping[str, Mapping[int, list[int]]] | None = None,
   ):
-    """Args: `files` are the distinct paths relative to the folder; image_0 and image_1 of the index point to them."""
+    """Args: `files` are paths relative to the folder; `images` the numbers of those of image_0 and image_1."""
     self._folder = folder
     self._captions = captions
     self._files = files
+    self._images = images
     self._ids = ids
     self._original_sizes = original_sizes or {}
     self.index = index
@@ -81,12 +85,11 @@ class FilePairs:
   def __getitem__(self, i: int) -> dict[str, Any]:
     i = range(len(self))[i]
     index = self.index
-    assert index.image_0 is not None and index.image_1 is not None
     record = {
       "id": self._ids[i],
       "caption": self._captions[i],
-      "image_0": paths.read(self._folder / self._files[index.image_0[i]]),
-      "image_1": paths.read(self._folder / self._files[index.image_1[i]]),
+      "image_0": paths.read(self._folder / self._files[self._images[0][i]]),
+      "image_1": paths.read(self._folder / self._files[self._images[1][i]]),
       "label_0": float(index.label_0[i]),
       "num_example_per_prompt": int(index.num_example_per_prompt[i]),
     }
@@ -101,12 +104,14 @@ class FileImages:
     folder: Any,
     captions: Sequence[str],
     files: Sequence[str],
+    images: np.ndarray,
     ids: _LineIds,
     index: Index,
   ):
     self._folder = folder
     self._captions = captions
     self._files = files
+    self._images = images
     self._ids = ids
     self.index = index
 
@@ -115,11 +120,10 @@ class FileImages:
 
   def __getitem__(self, i: int) -> dict[str, Any]:
     i = range(len(self))[i]
-    assert self.index.image_0 is not None
     return {
       "id": self._ids[i],
       "caption": self._captions[i],
-      "image": paths.read(self._folder / self._files[self.index.image_0[i]]),
+      "image": paths.read(self._folder / self._files[self._images[i]]),
       "label": np.float32(self.index.label_0[i]),
     }
 
@@ -161,11 +165,13 @@ def open_pairs_file(file: Path) -> FilePairs:
       if (size := _size(row, f"original_size_{side}")) is not None:
         original_sizes.setdefault(f"original_size_{side}", {})[i] = size
     published.append(_count(row))
-  table.check_files()
+  image_ids = table.check_files()
+  numbers = [np.asarray(of_side) for of_side in images]
   return FilePairs(
     table.file.parent,
     table.captions,
     list(table.files),
+    numbers,
     table.ids(),
     index_lib.make_index(
       table.captions,
@@ -173,8 +179,8 @@ def open_pairs_file(file: Path) -> FilePairs:
       num_example_per_prompt=np.asarray(published) if min(published) > 0 else None,
       score_0=np.asarray(scores[0]) if scores[0] else None,
       score_1=np.asarray(scores[1]) if scores[1] else None,
-      image_0=np.asarray(images[0]),
-      image_1=np.asarray(images[1]),
+      image_0=image_ids[numbers[0]],
+      image_1=image_ids[numbers[1]],
     ),
     original_sizes,
   )
@@ -198,9 +204,10 @@ def open_unpaired_file(file: Path) -> FileImages:
       row.refuse(f"label = {row['label']!r}", "expected true or 1 (liked), false or 0 (disliked)")
     labels.append(known[value])
     images.append(table.file_number(row, "image"))
-  table.check_files()
-  index = index_lib.make_index(table.captions, label_0=np.asarray(labels), image_0=np.asarray(images))
-  return FileImages(table.file.parent, table.captions, list(table.files), table.ids(), index)
+  numbers = np.asarray(images)
+  image_ids = table.check_files()
+  index = index_lib.make_index(table.captions, label_0=np.asarray(labels), image_0=image_ids[numbers])
+  return FileImages(table.file.parent, table.captions, list(table.files), numbers, table.ids(), index)
 
 
 class _Row(dict):
@@ -232,7 +239,7 @@ class _Table:
   Attributes:
     file: the file.
     captions: of the rows read so far; equal ones are one string in memory.
-    files: path, as the file gives it -> its number; in the order of the numbers.
+    files: path, without the ./ and // of the file -> its number; in the order of the numbers.
   """
 
   def __init__(self, file: Path, columns: Sequence[str], required: Sequence[str]):
@@ -322,21 +329,22 @@ class _Table:
     name = row[column]
     if not isinstance(name, str) or _leaves_folder(name):
       row.refuse(f"{column} = {name!r}", "expected the path of an image file, relative to this file's folder and in it")
-    number = self.files.setdefault(name, len(self.files))
+    number = self.files.setdefault(posixpath.normpath(name), len(self.files))
     if number == len(self._named_in):
       self._named_in.append((row.line, column))
     return number
 
-  def check_files(self) -> None:
-    """Refuses image files that do not exist."""
+  def check_files(self) -> np.ndarray:
+    """Returns `find_files` of all files; refuses image files that do not exist."""
     files = list(self.files)
-    missing = missing_files(self.file.parent, files)
+    image_ids, missing = find_files(self.file.parent, files)
     if missing:
       line, column = self._named_in[missing[0]]
       raise FileNotFoundError(
         f"{self.file}, line {line}: {column} = {files[missing[0]]!r} does not exist in {self.file.parent}"
         f"{_others(missing, files)}; correct the paths, which are relative to this file."
       )
+    return image_ids
 
 
 def _others(missing: Sequence[int], files: Sequence[str]) -> str:
@@ -355,17 +363,28 @@ def _leaves_folder(name: str) -> bool:
   return path.is_absolute() or ".." in path.parts or "://" in name or "\0" in name
 
 
-def missing_files(folder: Any, files: Sequence[str]) -> list[int]:
-  """Numbers of the files, relative to a folder, that do not exist; each folder is listed once."""
-  listed: dict[str, set[str]] = {}
-  missing = []
+def find_files(folder: Any, files: Sequence[str]) -> tuple[np.ndarray, list[int]]:
+  """Looks for files relative to a folder; each folder is listed once, and no file is opened.
+
+  Returns:
+    i64[n], an id for each file, the same for two names of one file: a hash of the first of these names. And the numbers
+    of the files that do not exist.
+  """
+  listed: dict[str, dict[str, int | None]] = {}
+  first: dict[int, bytes] = {}
+  missing: list[int] = []
+  ids: list[bytes] = []
   for number, file in enumerate(tqdm(files, desc=f"looking for images in {folder}", delay=PROGRESS_AFTER)):
     parent, name = os.path.split(file)
     if parent not in listed:
-      listed[parent] = paths.names(folder / parent)
+      listed[parent] = paths.identities(folder / parent)
+    own = hashlib.blake2b(file.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     if name not in listed[parent]:
       missing.append(number)
-  return missing
+    elif (identity := listed[parent][name]) is not None:
+      own = first.setdefault(identity, own)
+    ids.append(own)
+  return np.frombuffer(b"".join(ids), "<i8").astype(np.int64), missing
 
 
 def _pair_label(row: _Row, score: Sequence[float | None]) -> float:
@@ -447,7 +466,7 @@ def open_rankings(file: Path, *, images: Path | None = None, pairs: str = "all")
     caption, listed, badness, judged = _ranking(place, number, entry)
     numbers = []
     for name in listed:
-      numbers.append(files.setdefault(name, len(files)))
+      numbers.append(files.setdefault(posixpath.normpath(name), len(files)))
       if numbers[-1] == len(entry_of_file):
         entry_of_file.append(number)
     best = min(badness)
@@ -463,7 +482,7 @@ def open_rankings(file: Path, *, images: Path | None = None, pairs: str = "all")
         labels.append(0.5 if badness[i] == badness[j] else float(badness[i] < badness[j]))
         captions.append(caption)
   names = list(files)
-  missing = missing_files(folder, names)
+  image_ids, missing = find_files(folder, names)
   if missing:
     raise FileNotFoundError(
       f"{file}, entry {entry_of_file[missing[0]]}: {names[missing[0]]!r} does not exist in {folder}"
@@ -471,16 +490,18 @@ def open_rankings(file: Path, *, images: Path | None = None, pairs: str = "all")
     )
   if not labels:
     raise ValueError(f"{file} makes no pair; expected rankings of at least two images.")
+  images_of_pairs = [np.asarray(columns[name]) for name in ("image_0", "image_1")]
   return FilePairs(
     folder,
     captions,
     names,
+    images_of_pairs,
     _RankingIds(place.name, *(np.asarray(columns[name]) for name in ("entry", "place_0", "place_1"))),
     index_lib.make_index(
       captions,
       label_0=np.asarray(labels),
-      image_0=np.asarray(columns["image_0"]),
-      image_1=np.asarray(columns["image_1"]),
+      image_0=image_ids[images_of_pairs[0]],
+      image_1=image_ids[images_of_pairs[1]],
     ),
   )
 

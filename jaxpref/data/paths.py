@@ -114,6 +114,37 @@ def names(folder: Any) -> set[str]:
     return set()
 
 
+def identities(folder: Any) -> dict[str, int | None]:
+  """Returns the names of all that lies in a folder, and of files of this machine a number.
+
+  It is equal for two names of one file: links of both kinds, or names in capitals where these make no difference.
+  No file is opened, and of this machine none is asked for but symbolic links. A link that leads nowhere is left out.
+  """
+  if is_remote(folder):
+    return dict.fromkeys(names(folder))
+  found: dict[str, int | None] = {}
+  try:
+    device = os.stat(folder).st_dev
+    with os.scandir(folder) as entries:
+      for entry in entries:
+        if not entry.is_symlink():
+          found[entry.name] = device << 64 | entry.inode()
+        else:
+          with contextlib.suppress(OSError):
+            target = entry.stat()
+            found[entry.name] = target.st_dev << 64 | target.st_ino
+  except (FileNotFoundError, NotADirectoryError):
+    return {}
+  return found
+
+
+def end_of(path: Any, length: int = 2**16) -> bytes:
+  """Returns the last bytes of a file, where Parquet and ArrayRecord say what lies where in the rest."""
+  with _one_sentence(path), path.open("rb") as stream:
+    stream.seek(max(0, (size(path) or 0) - length))
+    return stream.read()
+
+
 def size(path: Any) -> int | None:
   """Bytes of a file; None if there is none."""
   try:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pathlib
 import pickle
 import re
@@ -83,6 +84,27 @@ def test_pairs_file(images, name):
   assert source.index.caption_words.tolist() == [3, 2, 3, 2, 2]
   with pytest.raises(IndexError):
     source[5]
+
+
+def test_names_of_one_file_are_one_image(images):
+  """Relative paths in every form, and links of both kinds; copies are noticed when they are read."""
+  os.symlink(images / "0.webp", images / "soft.webp")
+  os.link(images / "0.webp", images / "hard.webp")
+  os.symlink(images, images.parent / "more")
+  shutil.copyfile(images / "0.webp", images / "copy.webp")
+  names = ["./images/0.webp", "images//0.webp", "images/./0.webp", "more/0.webp", image("soft"), image("hard")]
+  same = [{"caption": "a", "image_0": image(0), "image_1": name, "preferred": 0} for name in names]
+  source = sources.open_pairs_file(write(images, [*same, pair(preferred=0), pair(preferred=1, second="copy")]))
+  assert (source.index.image_0 == source.index.image_1).tolist() == [True] * len(names) + [False] * 2
+  assert index_lib.select(source.index).kept.tolist() == [len(names), len(names) + 1]
+  assert source[0]["image_1"] == source[len(names)]["image_0"] == encoded(0)
+  liked = [{"caption": "a", "image": name, "label": 1} for name in names]
+  assert len(set(sources.open_unpaired_file(write(images, liked, "images.jsonl")).index.image_0)) == 1
+  rankings = sources.open_rankings(write_rankings(images, [ranking([0, "./0", 1], rank=[1, 2, 3])]))
+  assert (rankings.index.image_0 == rankings.index.image_1).sum() == 1
+  os.symlink(images / "nowhere.webp", images / "broken.webp")
+  with pytest.raises(FileNotFoundError, match="line 1: image_1 = 'images/broken.webp' does not exist"):
+    sources.open_pairs_file(write(images, [pair(second="broken", preferred=0)]))
 
 
 def test_images_are_read_when_asked_for(images):
