@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict as Config
 
+import jaxpref
 from jaxpref import config as config_lib
 from jaxpref import loading, sharding, tensor_files, weights
 from jaxpref.data import batching, latents, pipeline, sources
@@ -79,7 +80,7 @@ def pairs_source(config: Config) -> sources.Selected:
   if words is not None and not words.all():
     logger.warning("%d of %d pairs have no caption and are left out", np.sum(words == 0), len(words))
   if d.scores:
-    fingerprint = index_lib.fingerprint(source.index)
+    fingerprint = sources.content_fingerprint(source)
     scored = index_lib.load(d.scores, num_records=len(source), fingerprint=fingerprint)
     if missing := int(np.isnan(scored.scores()).any(0).sum()):
       raise ValueError(
@@ -207,6 +208,13 @@ def precomputed_fields(config: Config) -> dict[str, Any]:
   fields = {name: config[name] for name in ("model", "vae_model", "dtype", "seed")}
   fields |= {f"data.{k}": v for k, v in config.data.to_dict().items() if k not in _OF_TRAINING}
   return json.loads(json.dumps(fields))
+
+
+def data_fingerprint(config: Config) -> str:
+  """Returns the fingerprint of the records that `offline_batches` reads; of the embedded ones their version."""
+  if config.objective == "denoise":
+    return f"jaxpref {jaxpref.__version__}"
+  return sources.content_fingerprint(unpaired_source(config) if config.objective == "kto" else pairs_source(config))
 
 
 def encoder_fingerprints(config: Config) -> dict[str, str]:

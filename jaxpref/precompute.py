@@ -83,12 +83,12 @@ def run(
     "config": inputs.precomputed_fields(config),
     "rows_per_file": rows_per_file,
   }
+  latents.check_plan(folder, plan)  # before anything is looked at that takes time
+  plan |= {"weights": inputs.encoder_fingerprints(config), "data": inputs.data_fingerprint(config)}
   latents.check_plan(folder, plan)
   if is_complete(folder):
     _say(f"{folder} is complete.")
     return True
-  plan["weights"] = inputs.encoder_fingerprints(config)
-  latents.check_plan(folder, plan)
   # Processes that do not know of each other share a folder by their numbers.
   name = lease.NAME if together or count == 1 else f"writer_lock_{index}.json"
   with lease.hold(folder, name=name) as held:

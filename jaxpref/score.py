@@ -29,7 +29,7 @@ from tqdm import tqdm
 from jaxpref import config as config_lib
 from jaxpref import inputs, lease, loading, sharding, weights
 from jaxpref.data import index as index_lib
-from jaxpref.data import records
+from jaxpref.data import records, sources
 from jaxpref.models.preference import StepAwareCLIPModel
 from jaxpref.models.vae import to_float
 
@@ -135,7 +135,7 @@ def _score(
 ) -> index_lib.Index:
   """The work of `score`, on a file that this process alone writes."""
   source = inputs.open_pairs(config)
-  fingerprint = index_lib.fingerprint(source.index)
+  fingerprint = sources.content_fingerprint(source)
   scores = np.full((len(source), 2), np.nan, np.float32)
   by = f"{loading.fingerprint(model)} in {config.dtype}"
   if out.is_file():

@@ -314,6 +314,18 @@ def test_a_finished_folder_is_left_alone_and_a_missing_file_is_made_again(folder
   assert precompute.verify(folder) == []
 
 
+@pytest.mark.parametrize("field", ["label_0", "caption", "image_0"])
+def test_a_finished_folder_of_other_data_is_refused(folder, monkeypatch, field):
+  before = files(folder)
+  other = {"label_0": 0.0, "caption": "another", "image_0": picture(99, 16, 20)}[field]
+  changed = [RECORDS[0] | {field: other}, *RECORDS[1:]]
+  source = sources.Indexed(changed, sources.index_of_records(changed))
+  monkeypatch.setattr(inputs, "open_pairs", lambda config: source)
+  with pytest.raises(ValueError, match="was begun with other data than config.data.path has now .*choose another"):
+    precompute.run(recipe(), folder, **OPTIONS)
+  assert files(folder) == before
+
+
 @pytest.mark.parametrize(
   ("fields", "sentence"),
   [

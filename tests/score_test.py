@@ -1,7 +1,9 @@
 """Scores of pairs by a preference model: preprocessing, numbers, resuming, and labels made of them."""
 
 import dataclasses
+import functools
 import io
+import json
 import re
 
 import jax
@@ -11,8 +13,8 @@ from PIL import Image
 
 from configs import spm_tiny
 from jaxpref import build, inputs, loading, score, weights
+from jaxpref.data import emoji, records, sources
 from jaxpref.data import index as index_lib
-from jaxpref.data import records
 from tests import decisions
 from tests.occupied import occupied
 
@@ -74,7 +76,8 @@ def test_an_interrupted_run_continues(config, scored, tmp_path):
   begun[5:] = np.nan
   partial = dataclasses.replace(index, score_0=begun[:, 0] + 100, score_1=begun[:, 1])
   file, by = tmp_path / "scores.npz", f"{loading.fingerprint('tiny-spm')} in float32"
-  index_lib.save(partial, file, fingerprint=index_lib.fingerprint(index), scored_by=by)
+  fingerprint = sources.content_fingerprint(inputs.open_pairs(config))
+  index_lib.save(partial, file, fingerprint=fingerprint, scored_by=by)
   # Training does not take what is missing for ties, and another model does not go on with it.
   changed = config.copy_and_resolve_references()
   changed.data.scores = str(file)
@@ -118,3 +121,27 @@ def test_scores_of_other_data_are_refused(config, scored, tmp_path):
     inputs.pairs_source(changed)
   with pytest.raises(ValueError, match="expected a file that ends in .npz"):
     score.score(config, model="tiny-spm", out=tmp_path / "scores", batch_size=32)
+
+
+def test_scores_of_other_images_are_refused(config, tmp_path):
+  """Whether the file of pairs names others, or the pictures were changed under their old names."""
+  tiles = [emoji.encoded_tile("noto", i) for i in range(5)]
+  for i, tile in enumerate(tiles):
+    (tmp_path / f"{i}.webp").write_bytes(tile)
+  pairs = [{"caption": f"a {i}", "image_0": f"{i}.webp", "image_1": f"{i + 1}.webp", "label_0": 1} for i in range(3)]
+  lines = [json.dumps(pair) + "\n" for pair in pairs]
+  (tmp_path / "pairs.jsonl").write_text("".join(lines))
+  changed = config.copy_and_resolve_references()
+  changed.data.update(source="pairs_file", path=str(tmp_path / "pairs.jsonl"), split="train")
+  again = functools.partial(score.score, changed, model="tiny-spm", out=tmp_path / "scores.npz", batch_size=8)
+  first = again()
+  assert np.array_equal(again().score_0, first.score_0)
+  (tmp_path / "2.webp").write_bytes(tiles[4])
+  with pytest.raises(ValueError, match="scores.npz is the index of 3 records with fingerprint .*; delete it"):
+    again()
+  (tmp_path / "2.webp").write_bytes(tiles[2])
+  (tmp_path / "pairs.jsonl").write_text("".join(lines).replace("3.webp", "4.webp"))
+  with pytest.raises(ValueError, match="scores.npz is the index of 3 records"):
+    again()
+  (tmp_path / "pairs.jsonl").write_text("".join(lines))
+  assert np.array_equal(again().score_0, first.score_0)

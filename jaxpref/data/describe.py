@@ -64,6 +64,8 @@ def describe(args: argparse.Namespace) -> str:
   """
   count_tokens = None if args.tokenizer is None else _token_counter(args.tokenizer)
   opened = _open_all(args)
+  if args.out is not None:
+    _remove_pictures(args.out)
   stats: dict[str, Any] = {}
   for name, (kind, source) in opened.items():
     if kind == "prompts":
@@ -88,6 +90,16 @@ def describe(args: argparse.Namespace) -> str:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "stats.json").write_text(json.dumps(stats, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
   return as_text(stats)
+
+
+def _remove_pictures(folder: pathlib.Path) -> None:
+  """Removes the pictures of an earlier run, whose sources its stats.json names."""
+  try:
+    names = list(json.loads((folder / "stats.json").read_text(encoding="utf-8")))
+  except (OSError, ValueError, TypeError):
+    return
+  for name in names:
+    (folder / f"{_file_name(name)}.png").unlink(missing_ok=True)
 
 
 def _open_all(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
@@ -172,7 +184,7 @@ def image_stats(sample: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   sizes: collections.Counter[str] = collections.Counter()
   formats: collections.Counter[str] = collections.Counter()
   lengths: list[int] = []
-  unreadable = 0
+  unreadable: list[str] = []
   for record in sample:
     for key in _image_fields(record):
       lengths.append(len(record[key]))
@@ -180,11 +192,14 @@ def image_stats(sample: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         with Image.open(io.BytesIO(record[key])) as image:
           sizes[f"{image.width}x{image.height}"] += 1
           formats[str(image.format)] += 1
-      except Exception:  # Pillow raises many kinds
-        unreadable += 1
+        records.open_image(record[key])
+      except Exception as error:  # Pillow raises many kinds
+        unreadable.append(str(error))
+  because = {"unreadable_because": dict(collections.Counter(unreadable).most_common(3))} if unreadable else {}
   return {
     "images_looked_at": len(lengths),
-    "unreadable": unreadable,
+    "unreadable": len(unreadable),
+    **because,
     "width_x_height": dict(sizes.most_common(5)),
     "formats": dict(formats.most_common()),
     "kilobytes": spread(np.asarray(lengths) / 1e3),

@@ -164,9 +164,11 @@ def make_index(captions: Sequence[str], *, label_0: Any, **columns: Any) -> Inde
 
 
 def fingerprint(index: Index) -> str:
-  """Of the prompts and labels of all records, for what is stored apart from a dataset that has no fingerprint."""
+  """Returns a fingerprint of the prompts and labels of all records, and of their images where the index knows them."""
   digest = hashlib.sha256(index.prompt.astype("<i8").tobytes())
   digest.update(index.label_0.astype("<f4").tobytes())
+  for image in (index.image_0, index.image_1):
+    digest.update(b"" if image is None else image.astype("<i8").tobytes())
   return digest.hexdigest()[:16]
 
 

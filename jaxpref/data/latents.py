@@ -2,7 +2,7 @@
 
 `python -m jaxpref.precompute` makes such a folder. This module reads and writes its files, and knows no network:
 
-  plan.json                            config fields, sizes and weights that decide what is in the folder; written first
+  plan.json                            config fields, data, sizes and weights that decide what is in it; written first
   rows-00000-of-00004.array_record     the rows of the data, in its order, `rows_per_file` in each file
   prompts-00000-of-00001.array_record  each different prompt once, in the order of the keys
   *.array_record.json                  of a finished file: records, bytes, sha256, skipped (unreadable records)
@@ -122,6 +122,11 @@ def check_plan(folder: Any, plan: Mapping[str, Any]) -> None:
         raise ValueError(
           f"--out={folder} was begun with other weights of the {field.removeprefix('weights.')}, though of the same "
           "name; choose another folder, or put the old weights back to continue."
+        )
+      if field == "data":
+        raise ValueError(
+          f"--out={folder} was begun with other data than config.data.path has now (records, labels or images); choose "
+          "another folder, or put the old data back to continue."
         )
       raise ValueError(
         f"--out={folder} was begun with {field}={old.get(field)!r}, and now it is {value!r}; choose another folder, or "

@@ -39,7 +39,7 @@ from jaxpref.data.files import (
 from jaxpref.data.index import Index, Selection
 
 Path = str | os.PathLike
-# Records whose label and caption are compared with an index that lies beside a dataset.
+# Records, or files, that are looked at to tell whether what was made of a dataset before is still of it.
 SPOT_CHECKS = 8
 
 
@@ -140,9 +140,35 @@ def index_name(split: str) -> str:
 
 
 def fingerprint(split_info: Any) -> str:
-  """Of a split, from its tfds SplitInfo: the records and the bytes of its files."""
-  value = [split_info.name, [int(n) for n in split_info.shard_lengths], int(split_info.num_bytes)]
+  """Returns a fingerprint of a split, from its tfds SplitInfo: records and bytes of its files, and the ends of some.
+
+  The end of an ArrayRecord file has the places of its records, which another record nearly always moves.
+  """
+  value: list[Any] = [split_info.name, [int(n) for n in split_info.shard_lengths], int(split_info.num_bytes)]
+  files = split_info.filepaths
+  value += [hashlib.sha256(paths.end_of(paths.open_path(os.fspath(files[i])))).hexdigest() for i in _some(len(files))]
   return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _some(count: int) -> list[int]:
+  """At most SPOT_CHECKS of the numbers below `count`, evenly spread."""
+  return sorted({int(i) for i in np.linspace(0, count - 1, min(SPOT_CHECKS, count))})
+
+
+def content_fingerprint(source: Any) -> str:
+  """Returns a fingerprint of what a source with an index holds, for what is made of it and kept elsewhere.
+
+  It is of the prompts, labels and images of all records as the index has them, and of the bytes of the images of some
+  records: a picture that was changed under its old name may be another one.
+  """
+  digest = hashlib.sha256(index_lib.fingerprint(source.index).encode())
+  for place in _some(len(source)):
+    record = source[place]
+    for name in ("image", "image_0", "image_1"):
+      if name in record:
+        image = record[name]
+        digest.update(hashlib.sha256(image if isinstance(image, bytes) else np.asarray(image).tobytes()).digest())
+  return digest.hexdigest()[:16]
 
 
 def _cached_index(folder: Any, split: str) -> pathlib.Path:
@@ -181,7 +207,7 @@ def index_of_records(source: records.Source, *, progress: str = "index") -> Inde
 
 
 def _agrees(index: Index, source: records.Source) -> bool:
-  places = sorted({int(i) for i in np.linspace(0, len(source) - 1, min(SPOT_CHECKS, len(source)))})
+  places = _some(len(source))
   found = [source[i] for i in places]
   captions = [records.text(records.field(record, i, "caption")) for i, record in zip(places, found, strict=True)]
   labels = [records.label_of(record, i) for i, record in zip(places, found, strict=True)]

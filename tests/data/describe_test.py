@@ -1,5 +1,6 @@
 """`python -m jaxpref.data.describe`: its numbers by hand, its picture by colours, its sentences on wrong input."""
 
+import io
 import json
 import pathlib
 
@@ -106,6 +107,24 @@ def test_single_images_prompts_and_tokens(tmp_path, capsys):
   assert stats[describe.IN_COMMON] == {f"{file} and {prompts}": 1}
   assert len(list((tmp_path / "out").glob("*.png"))) == 1
   assert "liked: 0.6667" in capsys.readouterr().out
+
+
+def test_pictures_of_an_earlier_run_do_not_stay(pairs_file, tmp_path):
+  out = tmp_path / "out"
+  describe.main([str(pairs_file), f"--out={out}"])
+  (out / "mine.png").write_text("kept")
+  assert len(list(out.glob("*.png"))) == 2
+  describe.main([str(pairs_file), "--pictures=0", f"--out={out}"])
+  assert [file.name for file in out.glob("*.png")] == ["mine.png"]
+
+
+def test_pictures_of_an_unknown_scale_count_as_unreadable():
+  wide = io.BytesIO()
+  Image.fromarray(np.full((4, 4), 7, np.int32)).save(wide, "TIFF")
+  stats = describe.image_stats([{"image": wide.getvalue()}, {"image": emoji.encoded_tile("noto", 0)}])
+  assert stats["unreadable"] == 1 and stats["formats"] == {"TIFF": 1, "WEBP": 1}
+  ((reason, count),) = stats["unreadable_because"].items()
+  assert reason.startswith("its integers, from 7 to 7, are of 32 bits") and count == 1
 
 
 def test_all_numbers_of_an_index():

@@ -170,9 +170,10 @@ def test_scores_and_configs(raw, monkeypatch):
   c = config.default()
   c.data.update(source="pairs_file", path="gs://bucket/raw/pairs.jsonl")
   config.check(c)
-  index = inputs.open_pairs(c).index
+  source = inputs.open_pairs(c)
+  index, fingerprint = source.index, sources.content_fingerprint(source)
   scored = index_lib.Index(**index.arrays(), score_0=np.arange(6), score_1=np.full(6, 2.5))
-  index_lib.save(scored, "gs://bucket/raw/scores/all.npz", fingerprint=index_lib.fingerprint(index))
+  index_lib.save(scored, "gs://bucket/raw/scores/all.npz", fingerprint=fingerprint)
   assert os.listdir(raw / "scores") == ["all.npz"]
   c.data.update(scores="gs://bucket/raw/scores/all.npz", labels="scores")
   chosen = inputs.pairs_source(c)

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import shutil
 import subprocess
 import sys
 
@@ -173,6 +174,36 @@ def test_some_of_the_files_are_enough(parquet, tmp_path, caplog):
   folder = pickapic.prepare(tmp_path / "parquet", tmp_path / "out")
   check(folder, 20, 12, "train")
   assert "has 1 of the 3 files of the split train" in caplog.text
+
+
+def test_a_dataset_of_other_parquet_files_is_refused(parquet, tmp_path, capsys):
+  folder, out = tmp_path / "parquet", tmp_path / "out"
+  folder.mkdir()
+  names = sorted(os.listdir(parquet / "data"))[1:]
+  shutil.copyfile(parquet / "data" / names[0], folder / names[0])
+  arguments = [f"--parquet={folder}", f"--out={out}"]
+  command.main(arguments)
+  made = capsys.readouterr().out.strip()
+  command.main(arguments)  # the same files
+  for name in names[1:]:
+    shutil.copyfile(parquet / "data" / name, folder / name)
+  sentence = r"v2/1.0.0 was made from other parquet files than .*parquet has now \(then 1 of train, now 3 of train, "
+  with pytest.raises(SystemExit, match=sentence):
+    command.main(arguments)
+  check(made, 0, 20, "train")  # it is as it was
+  for name in names[1:]:
+    (folder / name).unlink()
+  changed = rows(0, 20)
+  changed[3]["jpg_0"] = changed[4]["jpg_0"]
+  write_shard(folder / names[0], changed, row_group_size=7)  # another content under the same name
+  with pytest.raises(SystemExit, match=r"\(then 1 of train, now 1 of train, and not the same ones\); delete that fol"):
+    command.main(arguments)
+  os.remove(os.path.join(made, pickapic.MADE_OF))
+  with pytest.raises(SystemExit, match="is there and has no parquet_files.json, which says from what it was made"):
+    command.main(arguments)
+  shutil.rmtree(made)
+  command.main(arguments)
+  assert sources.open_tfds(made)[3]["image_0"] == changed[4]["jpg_0"]
 
 
 def test_shards_are_in_order(parquet):

@@ -11,7 +11,9 @@ columns without images, so that what is wrong with the files is found before hou
 """
 
 import contextlib
+import hashlib
 import io
+import json
 import logging
 import os
 import re
@@ -33,6 +35,7 @@ IMAGES = {"image_0": "jpg_0", "image_1": "jpg_1"}  # field -> column
 # The columns that are read; those left out are URLs, dates and what follows from these.
 COLUMNS = (*TEXTS, *NUMBERS, *FLAGS, *IMAGES.values(), "label_0")
 INDEX_COLUMNS = ("caption", "label_0", "has_label", "num_example_per_prompt", "image_0_uid", "image_1_uid")
+MADE_OF = "parquet_files.json"  # beside the dataset: `describe_files` of what it was made from
 ROWS_AT_A_TIME = 16  # of two images of about 150 KB
 _NAME = re.compile(r"(?P<split>[a-z_]+)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]+)?\.parquet")
 
@@ -65,6 +68,44 @@ def find_shards(folder: Any) -> dict[str, list[str]]:
       logger.warning("%s has %d of the %d files of the split %s", folder, len(files), counts[split], split)
   order = sorted(found, key=lambda split: (split != "train", split))
   return {split: [file for _, file in sorted(found[split].items())] for split in order}
+
+
+def describe_files(folder: Any) -> dict[str, list[dict[str, Any]]]:
+  """Returns what tells the parquet files of a folder from others, by split: name, bytes, and a hash of the end.
+
+  The end has the sizes, places and ranges of all columns, so that files need not be read as a whole.
+  """
+  described: dict[str, list[dict[str, Any]]] = {}
+  for split, files in find_shards(folder).items():
+    for file in tqdm(files, desc=f"looking at the files of {split}", unit=" files", delay=PROGRESS_AFTER):
+      place = paths.open_path(file)
+      digest = hashlib.sha256(paths.end_of(place)).hexdigest()
+      described.setdefault(split, []).append({"file": place.name, "bytes": paths.size(place), "end_sha256": digest})
+  return described
+
+
+def check_made_of(dataset: Any, parquet: Any) -> None:
+  """Refuses a dataset that is there already and is not that of the parquet files.
+
+  Raises:
+    ValueError: it was made from other files, or does not say from which.
+  """
+  remedy = "delete that folder to make it again, or give another one."
+  note = dataset / MADE_OF
+  try:
+    made = json.loads(paths.read(note).decode("utf-8"))
+  except FileNotFoundError:
+    raise ValueError(f"{dataset} is there and has no {MADE_OF}, which says from what it was made; {remedy}") from None
+  except ValueError as error:
+    raise ValueError(f"{note} cannot be read ({error}); {remedy}") from error
+  now = describe_files(parquet)
+  if made == now:
+    return
+  count = lambda described: ", ".join(f"{len(files)} of {split}" for split, files in described.items())
+  raise ValueError(
+    f"{dataset} was made from other parquet files than {parquet} has now (then {count(made)}, now {count(now)}, and "
+    f"not the same ones); {remedy}"
+  )
 
 
 @contextlib.contextmanager
@@ -159,7 +200,7 @@ def read_shard(file: str, split: str, start: int) -> Iterator[tuple[int, dict[st
 
 
 def prepare(parquet: Any, out: Any, *, version: str = "v2", workers: int = 1) -> str:
-  """Writes the dataset and the index of each split, with progress; a dataset that is there already is left alone.
+  """Writes the dataset and the index of each split, with progress; a finished one of the same files is left alone.
 
   Args:
     parquet: folder with the published files, or some of them.
@@ -171,7 +212,8 @@ def prepare(parquet: Any, out: Any, *, version: str = "v2", workers: int = 1) ->
     The folder of the dataset.
 
   Raises:
-    FileNotFoundError, ValueError: files are missing or not of the published form.
+    FileNotFoundError, ValueError: files are missing or not of the published form, or the dataset that is there was made
+      from others.
   """
   if version not in VERSIONS:
     raise ValueError(f"version={version!r}; expected one of {', '.join(VERSIONS)}.")
@@ -186,8 +228,6 @@ def prepare(parquet: Any, out: Any, *, version: str = "v2", workers: int = 1) ->
   if not place.is_dir() or not any(place.iterdir()):
     raise FileNotFoundError(f"{place} is no folder, or an empty one; expected the parquet files of Pick-a-Pic.")
   builder = Builder(config=version, data_dir=os.fspath(out))
-  if (builder.data_path / "dataset_info.json").exists():
-    return str(builder.data_dir)
   builder.workers = workers
   # The library would announce a download of unknown size.
   with contextlib.redirect_stdout(io.StringIO()):

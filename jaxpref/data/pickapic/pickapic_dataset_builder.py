@@ -7,6 +7,7 @@ and with --beam_pipeline_options=runner=... through Apache Beam, so that many ma
 
 import concurrent.futures
 import functools
+import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -63,6 +64,14 @@ class Builder(tfds.core.ShardBasedBuilder):
       disable_shuffling=True,
     )
 
+  def download_and_prepare(self, *, download_config=None, **kwargs) -> None:
+    """As in the base class, which leaves a finished dataset alone; here only if it was made from the same files."""
+    config = download_config or tfds.download.DownloadConfig()
+    replaced = config.download_mode.overwrite_dataset or config.download_mode == tfds.GenerateMode.UPDATE_DATASET_INFO
+    if config.manual_dir is not None and self.data_path.exists() and not replaced:
+      pickapic.check_made_of(self.data_path, config.manual_dir)
+    super().download_and_prepare(download_config=config, **kwargs)
+
   def _shard_iterators_per_split(self, dl_manager) -> dict[str, list[functools.partial[Iterator[Any]]]]:
     shards = {}
     for split, files in pickapic.find_shards(dl_manager.manual_dir).items():
@@ -80,6 +89,7 @@ class Builder(tfds.core.ShardBasedBuilder):
     runners of one machine run stages one after the other.
     """
     shards = self._shard_iterators_per_split(dl_manager)
+    made_of = pickapic.describe_files(dl_manager.manual_dir)
     indexes = {
       split: pickapic.read_index([shard.args[0] for shard in of_split], progress=f"reading the labels of {split}")
       for split, of_split in shards.items()
@@ -97,6 +107,7 @@ class Builder(tfds.core.ShardBasedBuilder):
     else:
       _by_processes(write, jobs, self.workers, f"writing {self.info.full_name}")
 
+    next(iter(paths.values()))[0].parent.joinpath(pickapic.MADE_OF).write_text(json.dumps(made_of, indent=1))
     infos = []
     for split, index in indexes.items():
       adapter = file_adapters.ADAPTER_FOR_FORMAT[self.info.file_format]
