@@ -239,10 +239,10 @@ def test_prompt_files(refused, tmp_path):
   missing = settings(**fields, data__path=str(tmp_path / "prompts.txt"))
   assert "there is no file of prompts" in refused(missing, FileNotFoundError)
   for name, text, sentence in (
-    ("a.json", '[{"text": "cat"}]', "expected a JSON list of strings or of objects with a caption"),
-    ("b.json", "[1, 2]", "expected at least one prompt, all of them strings"),
-    ("c.json", "{", "expected a JSON list"),
-    ("d.txt", "\n\n", "expected at least one prompt"),
+    ("a.json", '[{"text": "cat"}]', "entry 1: found text; expected a field caption or prompt"),
+    ("b.json", "[1, 2]", "entry 1: 1; expected a string, or an object with a caption or a prompt"),
+    ("c.json", "{", "is no JSON"),
+    ("d.txt", "\n\n", "has no prompts; expected at least one"),
     ("e.txt", "cat\ndog\n", "fewer than the batch_size of 8"),
   ):
     (tmp_path / name).write_text(text)
