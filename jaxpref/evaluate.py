@@ -170,7 +170,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def _evaluate(
   args: argparse.Namespace,
-  models: dict[str, tuple[str, pathlib.Path | None]],
+  models: dict[str, Model],
   prompts: list[prompt_sets.Prompt],
   sizes: dict[str, list[int]],
   held: lease.Held,
