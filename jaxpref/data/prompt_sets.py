@@ -120,7 +120,7 @@ def check_prompt(word: str, *, option: str) -> str:
   """Returns a prompt of a command line.
 
   Raises:
-    ValueError: it is the name of a file or folder, whose prompts may be meant.
+    ValueError: it is the name of a file, or the path of a folder, whose prompts may be meant.
   """
   if _names_a_file(word):
     raise ValueError(
@@ -137,7 +137,9 @@ def _names_a_file(word: str) -> bool:
   if pathlib.PurePath(word).suffix.lower() in ENDINGS:
     return True
   try:
-    return bool(word.strip()) and pathlib.Path(word).expanduser().exists()
+    place = pathlib.Path(word).expanduser()
+    # A bare word is a prompt though a folder, perhaps of pictures, has that name; a path is not.
+    return place.is_file() or (place.is_dir() and (len(place.parts) > 1 or is_hpdv2_folder(place)))
   except (OSError, RuntimeError, ValueError):  # longer than names may be, of an unknown user, with a zero byte
     return False
 

@@ -177,21 +177,21 @@ def test_only_ends_of_lines_end_a_prompt(tmp_path, end):
 def test_a_word_that_names_a_file_is_no_prompt(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   write(tmp_path, "camera", b"\x89PNG\r\n\x1a\n\0\0")
-  (tmp_path / "volcano").mkdir()
+  (tmp_path / "pictures" / "volcano").mkdir(parents=True)
   for words, message in (
     (["a cat", "camera"], "--prompts has 2 prompts, and 'camera' is the name of a file; give one file of prompts"),
     (["a cat", "nowhere.jsonl"], "and 'nowhere.jsonl' is the name of a file"),
     (["camera"], "camera is not UTF-8 text"),
     (["nowhere.csv"], "there is no file of prompts nowhere.csv"),
-    (["volcano"], "--prompts='volcano' names a file or a folder, expected the words of a prompt; give a file"),
+    (["pictures/volcano"], "--prompts='pictures/volcano' names a file or a folder, expected the words of a prompt; give a file"),
     (["ftp://a/b"], "ftp://a/b is no place that data can be in"),
   ):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
       prompt_sets.given(words, option="--prompts")
-  for word in ("camera", "volcano", "prompts.jsonl"):
+  for word in ("camera", "pictures/volcano", "prompts.jsonl"):
     with pytest.raises(ValueError, match=f"--prompt='{word}' names a file or a folder, .* end these words with a sp"):
       prompt_sets.check_prompt(word, option="--prompt")
-  words = ["camera ", "a cat.", "", "x" * 5000, "what://ever this is", "~nobody/a"]
+  words = ["camera ", "pictures", "a cat.", "", "x" * 5000, "what://ever this is", "~nobody/a"]
   assert prompt_sets.given(words, option="--prompts") == words
 
 
