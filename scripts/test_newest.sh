@@ -32,7 +32,7 @@ compare() { # prints a line for each library that is not in the lock in this ver
 broken=()
 "$python" -m mypy || broken+=("the type checker")
 run_tests "$python" -rfE "$@" || broken+=("tests (the lines FAILED and ERROR above)")
-printf '\nNewer than %s:\n' "${lock:-the lock}"
+printf '\nCompared with %s:\n' "${lock:-the lock}"
 compare | sed 's/^/  /'
 if [ ${#broken[@]} -gt 0 ]; then
   printf 'Broken: %s\n' "${broken[@]}"

@@ -930,7 +930,8 @@ def test_spo_is_the_same_on_every_mesh(sizes):
   assert found["valid_pairs"] == expected_found["valid_pairs"]
   assert found["updates"] == expected_found["updates"]
   np.testing.assert_allclose(found["reward_group"], expected_found["reward_group"], rtol=1e-4)
-  assert_close(params, expected, 1e-5)
+  # Another pair would change parameters by 5e-3. AdamW makes a step of its own size of gradients that are rounding.
+  assert_close(params, expected, 1e-4)
 
 
 @functools.cache
