@@ -1,13 +1,14 @@
-"""Command lines of the commands that have no recipe: argparse, but an option that is repeated never loses a value."""
+"""Command lines of the commands that have no recipe: argparse, but no repeated option loses a value without a word."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 
 class Parser(argparse.ArgumentParser):
-  """An ArgumentParser in which a repeated option of several values gathers them all, and one of a single value ends the
-  program in a sentence, unless it says the same again. The description is printed as it stands.
+  """An ArgumentParser in which a repeated option of several values gathers them all. Of a repeated option of one value
+  the last counts, as usual, and stderr says so. The description is printed as it stands.
 
   >>> parser = Parser()
   >>> _ = parser.add_argument("--lora", nargs="+", default=[])
@@ -40,6 +41,6 @@ class _Store(argparse._StoreAction):
       if isinstance(values, list) and before is not None:
         values = [*before, *values]
       elif before is not None and before != values:
-        parser.error(f"{option_string} is given twice, as {before} and as {values}; give it once.")
+        print(f"warning: {option_string} is given twice; {values} counts, not {before}.", file=sys.stderr)
       parser.given[self.dest] = values
     setattr(namespace, self.dest, values)

@@ -448,8 +448,9 @@ def _check_arguments(argv: list[str]) -> None:
   given: dict[str, str] = {}
   for option in options:
     name, equals, value = option.partition("=")
-    if equals and given.setdefault(name, value) != value:
-      raise ValueError(f"--{name} is given twice, as {given[name]} and as {value}; give it once.")
+    if equals and given.get(name, value) != value:
+      print(f"warning: --{name} is given twice; {value} counts, not {given[name]}.", file=sys.stderr)
+    given[name] = value
   known = names()
   for option in options:
     name = option.partition("=")[0].removeprefix("config.")

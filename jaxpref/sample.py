@@ -217,6 +217,7 @@ def start_folder(args: argparse.Namespace, prompts: list[str], names: list[str])
     for name in earlier:
       (args.out / name).unlink(missing_ok=True)
   found: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in ("prompt", "prompts", "out", "overwrite")}
+  found["lora"] = args.lora or None
   found["images"] = [
     {"file": name, "prompt": prompts[i // args.seeds], "index": i % args.seeds} for i, name in enumerate(names)
   ]

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from configs import dpo_tiny
 from jaxpref import evaluate, evaluation_folder, lease, loading, lora_files, main, scorers, weights
@@ -246,7 +247,7 @@ def test_bad_input_is_refused_in_a_sentence_before_anything_is_drawn(
 def test_a_model_has_its_loras_with_their_strengths_in_order(tmp_path):
   one, two = (tmp_path / name for name in ("one.safetensors", "two.safetensors"))
   for file in (one, two):
-    file.write_bytes(b"")
+    save_file({"x": np.zeros(1, np.float32)}, file)
   models = evaluate.parse_models(["base=a+b/c:d", f"x=a+b/c+{one}:0.8+{two}", f"y=a+{two}:-1"])
   assert models == {"base": ("a+b/c:d", ()), "x": ("a+b/c", ((one, 0.8), (two, 1.0))), "y": ("a", ((two, -1.0),))}
   manifest = evaluation_folder.fingerprint("random:tiny-sd", models["y"][1])

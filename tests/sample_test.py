@@ -174,5 +174,6 @@ def test_names_of_pictures(prompt, expected):
 )
 def test_bad_arguments_end_in_one_sentence(arguments, message, tmp_path):
   with pytest.raises(SystemExit) as stopped:
-    sample.main(["--prompts", "cat", f"--out={tmp_path / 'x.png'}", *arguments])
+    prompts = [] if "--prompts" in arguments else ["--prompts", "cat"]
+    sample.main([*prompts, f"--out={tmp_path / 'x.png'}", *arguments])
   assert str(stopped.value).startswith("error: ") and message in str(stopped.value)

@@ -183,7 +183,7 @@ def test_a_word_that_names_a_file_is_no_prompt(tmp_path, monkeypatch):
     (["a cat", "nowhere.jsonl"], "and 'nowhere.jsonl' is the name of a file"),
     (["camera"], "camera is not UTF-8 text"),
     (["nowhere.csv"], "there is no file of prompts nowhere.csv"),
-    (["pictures/volcano"], "--prompts='pictures/volcano' names a file or a folder, expected the words of a prompt; give a file"),
+    (["pictures/volcano"], "--prompts='pictures/volcano' names a file or a folder, expected the words of a prompt"),
     (["ftp://a/b"], "ftp://a/b is no place that data can be in"),
   ):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
