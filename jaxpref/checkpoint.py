@@ -46,7 +46,8 @@ class Checkpointer:
   """
 
   def __init__(self, workdir: str | os.PathLike, *, keep: int):
-    logging.getLogger("absl").addFilter(_no_traceback)
+    for name in ("absl", "asyncio"):
+      logging.getLogger(name).addFilter(_no_traceback)
     self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
     self._saving: int | None = None  # the last step that was begun
     self._failed = False
@@ -161,8 +162,12 @@ class Checkpointer:
 
 
 def _no_traceback(record: logging.LogRecord) -> bool:
-  """A filter of log records: what Orbax raises, it also logs with its traceback; that is for --verbosity=1."""
-  return not ("orbax" in record.pathname and record.levelno >= logging.ERROR and absl_logging.get_verbosity() <= 0)
+  """A filter of log records: what Orbax raises, it also logs with its traceback; that is for --verbosity=1.
+
+  Of several writes that fail it raises one; asyncio logs the others when their tasks are collected.
+  """
+  of_orbax = "orbax" in record.pathname or (record.name == "asyncio" and "orbax" in record.getMessage())
+  return not (of_orbax and record.levelno >= logging.ERROR and absl_logging.get_verbosity() <= 0)
 
 
 @functools.cache  # once

@@ -1,6 +1,7 @@
 """Whole states come back bit by bit; damaged ones are seen and passed over; work folders belong to one config."""
 
 import json
+import logging
 import os
 import pathlib
 import re
@@ -466,3 +467,12 @@ def test_a_damaged_config_is_named(tmp_path):
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
     checkpoint.claim_workdir(tmp_path, CONFIG)
+
+
+def test_writes_of_orbax_that_nobody_waits_for_log_no_traceback(tmp_path, caplog):
+  """Whether asyncio logs them depends on when their tasks are collected; other tasks are not Orbax's."""
+  checkpoint.Checkpointer(tmp_path, keep=1).close()
+  logger = logging.getLogger("asyncio")
+  for path in ("orbax/checkpoint/_src/serialization/serialization.py", "mine.py"):
+    logger.error("Task exception was never retrieved\nfuture: <Task finished coro=<write() defined at %s:188>>", path)
+  assert [record.args[0] for record in caplog.records if record.name == "asyncio"] == ["mine.py"]
