@@ -1,10 +1,14 @@
-"""Models by name: a folder, a hub name, a shipped model, or `random:PRESET`."""
+"""Models by name: a folder, a hub name, a shipped model, or `random:PRESET`.
+
+`random:PRESET` has the same numbers on every device, and numpy draws them; `drawn:PRESET` is for measurements at full
+size: the device draws the weights in seconds, each in its final precision.
+"""
 
 import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,13 +31,26 @@ def folder_of(name: str) -> str | pathlib.Path:
 
 
 def preset_of(name: str) -> presets.Preset | None:
-  """Of a name random:PRESET or zeros:PRESET; None for others, which are loaded."""
+  """Returns the preset of random:PRESET, drawn:PRESET or zeros:PRESET; None for other names, which are loaded."""
   kind, colon, preset = name.partition(":")
-  return presets.get_preset(preset) if colon and kind in ("random", "zeros") else None
+  return presets.get_preset(preset) if colon and kind in ("random", "drawn", "zeros") else None
 
 
-def _initialiser(name: str) -> Callable[[Any, jax.Array], Any]:
-  return presets.zero_params if name.startswith("zeros:") else presets.init_params
+def without_values(name: str) -> str:
+  """Returns zeros:PRESET for random:PRESET and drawn:PRESET, and any other name itself."""
+  return name if preset_of(name) is None else f"zeros:{name.partition(':')[2]}"
+
+
+def _initialised(name: str, module: Any, key: jax.Array, *, dtype: Any, sharding: Any) -> Any:
+  """Makes the parameters of one network; `sharding` is one, or a function of the tree of their shapes."""
+  if name.startswith("drawn:"):
+    seed = jax.random.bits(key, (), jnp.uint32)
+    return presets.draw_params(module, seed, dtype=dtype, sharding=sharding)
+  make = presets.zero_params if name.startswith("zeros:") else presets.init_params
+  params = jax.tree.map(lambda x: x.astype(dtype), make(module, key))
+  if sharding is None:
+    return params
+  return jax.device_put(params, sharding(params) if callable(sharding) else sharding)
 
 
 def load_text_to_image(
@@ -71,13 +88,13 @@ def load_text_to_image(
       )
     return dataclasses.replace(pipe, vae=vae, params={**pipe.params, "vae": params})
   if preset_of(name) is not None:
+
+    def init(module: Any, key: jax.Array, component: str) -> Any:
+      of_component = (lambda shapes: sharding({component: shapes})[component]) if callable(sharding) else sharding
+      return _initialised(name, module, key, dtype=param_dtypes[component], sharding=of_component)
+
     preset = name.partition(":")[2]
-    pipe = weights.random_pipeline(preset, seed, dtype=jnp.dtype(dtype), init=_initialiser(name))
-    chosen = {k: v for k, v in pipe.params.items() if k in components}
-    params = {k: jax.tree.map(lambda x, k=k: x.astype(param_dtypes[k]), v) for k, v in chosen.items()}
-    if sharding is not None:
-      params = jax.device_put(params, sharding(params) if callable(sharding) else sharding)
-    return dataclasses.replace(pipe, params=params)
+    return weights.random_pipeline(preset, seed, dtype=jnp.dtype(dtype), init=init, components=components)
   return weights.load_pipeline(
     folder_of(name), dtype=jnp.dtype(dtype), param_dtype=param_dtypes, sharding=sharding, components=components
   )
@@ -115,8 +132,7 @@ def load_scorer(
   """A step-aware preference model by folder, hub name, shipped name, or `random:PRESET`."""
   if (preset := preset_of(name)) is not None:
     module = StepAwareCLIPModel(preset.preference, jnp.dtype(dtype))
-    params = _initialiser(name)(module, jax.random.key(seed))
-    return module, jax.tree.map(lambda x: x.astype(param_dtype), params)
+    return module, _initialised(name, module, jax.random.key(seed), dtype=jnp.dtype(param_dtype), sharding=sharding)
   return weights.load_preference_model(
     folder_of(name), dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), sharding=sharding
   )

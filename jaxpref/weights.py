@@ -345,7 +345,8 @@ def random_pipeline(
   seed: int = 0,
   *,
   dtype: Any = jnp.float32,
-  init: Callable[[Any, jax.Array], Any] = presets.init_params,
+  init: Callable[[Any, jax.Array, str], Any] = lambda module, key, name: presets.init_params(module, key),
+  components: Sequence[str] = NETWORKS,
 ) -> Pipeline:
   """A pipeline of random weights with tiny-sd's tokenizer, for tests, smoke runs and pre-training.
 
@@ -353,7 +354,8 @@ def random_pipeline(
     preset: or its name; its text encoders' vocabulary must hold tiny-sd's.
     seed: of the parameters.
     dtype: compute dtype.
-    init: makes the parameters of a network from it and a key.
+    init: makes the parameters of a network from it, a key and its name.
+    components: the networks whose parameters are made.
   """
   preset = presets.get_preset(preset) if isinstance(preset, str) else preset
   if preset.text_encoder.vocab_size < presets.TINY_VOCAB_SIZE:
@@ -370,8 +372,9 @@ def random_pipeline(
     modules["text_encoder_2"] = CLIPTextModel(preset.text_encoder_2, True, dtype)
   keys = jax.random.split(jax.random.key(seed), len(modules))
   params = {
-    name: init(module, key)
+    name: init(module, key, name)
     for (name, module), key in zip(modules.items(), keys, strict=True)
+    if name in components
   }
   return Pipeline(
     **modules,
@@ -396,7 +399,9 @@ def tiny_tokenizer() -> Any:
   return load_tokenizer(pathlib.Path(__file__).parent / "assets" / "tiny-sd" / "tokenizer")
 
 
-def save_pipeline(folder: Path, pipeline: Pipeline, *, dtype: Any = jnp.float32) -> pathlib.Path:
+def save_pipeline(
+  folder: Path, pipeline: Pipeline, *, dtype: Any = jnp.float32, configs_only: bool = False
+) -> pathlib.Path:
   """Writes a folder that torch diffusers opens with `from_pretrained`.
 
   Everything is written beside `folder` first and renamed at the end, so a run that dies leaves
@@ -407,6 +412,7 @@ def save_pipeline(folder: Path, pipeline: Pipeline, *, dtype: Any = jnp.float32)
     folder: to write.
     pipeline: with parameters this process can read in full.
     dtype: of the files: float32, float16 or bfloat16.
+    configs_only: writes no weights: configs, scheduler and tokenizers, from which networks can be made.
 
   Returns:
     The folder.
@@ -434,22 +440,16 @@ def save_pipeline(folder: Path, pipeline: Pipeline, *, dtype: Any = jnp.float32)
       index |= {"safety_checker": [None, None], "requires_safety_checker": False}
     for name in ("unet", "vae"):
       config = {"_diffusers_version": "0.30.0", **getattr(pipeline, name).config.to_dict()}
-      _save_component(
-        target / name, "diffusion_pytorch_model", config, pipeline.params[name], dtype
-      )
+      params = None if configs_only else pipeline.params[name]
+      _save_component(target / name, "diffusion_pytorch_model", config, params, dtype)
     for suffix in ("", "_2") if xl else ("",):
       encoder = getattr(pipeline, f"text_encoder{suffix}")
       class_name = "CLIPTextModelWithProjection" if encoder.with_projection else "CLIPTextModel"
       index[f"text_encoder{suffix}"] = ["transformers", class_name]
       index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
       config = {"architectures": [class_name], **encoder.config.to_dict()}
-      _save_component(
-        target / f"text_encoder{suffix}",
-        "model",
-        config,
-        pipeline.params[f"text_encoder{suffix}"],
-        dtype,
-      )
+      params = None if configs_only else pipeline.params[f"text_encoder{suffix}"]
+      _save_component(target / f"text_encoder{suffix}", "model", config, params, dtype)
       _save_tokenizer(target / f"tokenizer{suffix}", getattr(pipeline, f"tokenizer{suffix}"))
     (target / "scheduler").mkdir()
     _write_json(
@@ -461,11 +461,12 @@ def save_pipeline(folder: Path, pipeline: Pipeline, *, dtype: Any = jnp.float32)
 
 
 def _save_component(
-  folder: pathlib.Path, stem: str, config: Mapping[str, Any], params: Tree, dtype: Any
+  folder: pathlib.Path, stem: str, config: Mapping[str, Any], params: Tree | None, dtype: Any
 ) -> None:
   folder.mkdir(exist_ok=True)
   _write_json(folder / "config.json", config)
-  save_tree(folder / f"{stem}.safetensors", params, dtype=dtype)
+  if params is not None:
+    save_tree(folder / f"{stem}.safetensors", params, dtype=dtype)
 
 
 def _save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxpref import tensor_files, weights
+from jaxpref import loading, tensor_files, weights
 from jaxpref.models import clip, presets
 from jaxpref.models.unet import UNet2DConditionModel
 from jaxpref.models.vae import AutoencoderKL
@@ -443,3 +443,36 @@ def test_memory_is_watched():
   time.sleep(0.1)
   del block
   assert 0.9 * 2**28 < watch.stop()["VmRSS"] - before < 1.5 * 2**28
+
+
+# ---- random weights ------------------------------------------------------------------------------
+
+
+def test_drawn_weights_are_distributed_as_random_ones_and_have_the_wanted_type():
+  drawn, random = (
+    loading.load_text_to_image(f"{kind}:one-level", dtype="float32", param_dtype=dtypes).params["unet"]
+    for kind, dtypes in (("drawn", "bfloat16"), ("random", "float32"))
+  )
+  assert jax.tree.map(jnp.shape, drawn) == jax.tree.map(jnp.shape, random)
+  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(drawn), jax.tree.leaves(random), strict=True):
+    assert a.dtype == jnp.bfloat16
+    a = np.asarray(a, np.float32)
+    if np.std(b) == 0:
+      np.testing.assert_array_equal(a, b)
+    elif a.size > 1000:
+      assert np.std(a) == pytest.approx(np.std(b), rel=0.15) and abs(np.mean(a)) < 0.15 * np.std(b), path
+      assert not np.array_equal(a, b)
+
+
+def test_drawn_weights_follow_the_seed_and_lie_where_they_belong():
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[3])
+  a, b, c = (
+    loading.load_text_to_image(
+      "drawn:one-level", dtype="float32", seed=seed, sharding=device, components=("text_encoder",)
+    ).params
+    for seed in (0, 0, 1)
+  )
+  assert a.keys() == {"text_encoder"}
+  assert_same(a, b)
+  assert not all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(c), strict=True))
+  assert all(x.sharding == device for x in jax.tree.leaves(a))
