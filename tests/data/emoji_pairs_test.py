@@ -46,6 +46,20 @@ def test_round_trip_through_array_record(data_dir):
         np.testing.assert_array_equal(pixels, records.decode(want[key], 64)[0])
 
 
+def test_without_tensorflow_datasets_the_same_pairs_are_held_in_memory(data_dir, monkeypatch):
+  built = emoji_pairs.prepare(data_dir)
+  monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+  held = emoji_pairs.prepare(data_dir / "not there")
+  assert held.keys() == dict(built).keys() and not (data_dir / "not there").exists()
+  for split in ("validation", "test"):
+    tokenize = lambda captions: np.array([[len(c)] for c in captions], np.int32)
+    arguments = dict(image_size=32, batch_size=8, seed=1, num_threads=0, tokenize=tokenize)
+    batches = [next(pipeline.pair_batches(splits[split], **arguments)) for splits in (held, built)]
+    assert batches[0].keys() == batches[1].keys()
+    for name in batches[0]:
+      np.testing.assert_array_equal(batches[0][name], batches[1][name])
+
+
 def test_a_folder_opens_by_its_path(data_dir):
   folder = data_dir / "emoji_pairs" / "noto_core" / "1.1.0"
   source = records.open_folder(folder, "test[:10]")

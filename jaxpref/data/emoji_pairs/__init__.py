@@ -102,6 +102,8 @@ def prepare(
 ) -> Mapping[str, Sequence[dict[str, Any]]]:
   """Builds the ArrayRecord files on first use (seconds), and opens them.
 
+  Where tensorflow-datasets is not installed, the records are held in memory instead.
+
   Several processes may call this at once: each builds in a folder of its own and the first to
   finish puts its folder in place.
 
@@ -111,7 +113,7 @@ def prepare(
     subset: "core" or "all".
 
   Returns:
-    split -> random-access source of the records of `records`, images as PNG bytes.
+    split -> random-access source of the records of `records`, images as PNG bytes (of those held: WebP).
 
   Raises:
     ValueError: unknown style or subset.
@@ -123,7 +125,10 @@ def prepare(
   ):
     if value not in known:
       raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
-  import tensorflow_datasets as tfds
+  try:
+    import tensorflow_datasets as tfds
+  except ModuleNotFoundError:
+    return {s: list(records(preferred_style=preferred_style, subset=subset, split=s)) for s in emoji.SPLITS}
 
   from jaxpref.data.emoji_pairs.emoji_pairs_dataset_builder import Builder
 
