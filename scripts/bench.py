@@ -17,6 +17,7 @@ updates of an SPO iteration are as many as its random weights make pairs; thresh
 import argparse
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import platform
@@ -24,8 +25,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,12 +60,21 @@ def recipe_module(file: pathlib.Path) -> Any:
   return module
 
 
-def recipe(case: str, size: str, batch: int | None, *, dtype: str | None = None, miniature: bool = False) -> Any:
+def recipe(
+  case: str,
+  size: str,
+  batch: int | None,
+  *,
+  dtype: str | None = None,
+  miniature: bool = False,
+  drawn: bool | None = None,
+) -> Any:
   """The config of a case: that of configs/, on random weights, and on the embedded data resized.
 
   Args:
     dtype: in the place of the recipe's.
     miniature: of sd15 and sdxl take miniatures of their topology; tiny is one.
+    drawn: the device draws the random weights (see `jaxpref.loading`); by default those of published size.
   """
   import jax
 
@@ -93,6 +103,9 @@ def recipe(case: str, size: str, batch: int | None, *, dtype: str | None = None,
     config.lora.rank = 4  # the recipe trains all weights
   config.dtype = dtype or config.dtype
   config.judge = None
+  for field in ("model", "preference_model"):
+    if config[field] and (not miniature if drawn is None else drawn):
+      config[field] = config[field].replace("random:", "drawn:")
   return config
 
 
@@ -129,99 +142,196 @@ def matrix_peak(dtype_of_step: str) -> tuple[float, str]:
   return 10 * 2 * size**3 / min(seconds) * jax.device_count(), jnp.dtype(dtype).name
 
 
-def measure(case: str, size: str, batch: int | None, steps: int, dtype: str | None = None) -> dict[str, Any]:
-  """One row of OUT.json."""
+class Timed(NamedTuple):
+  """What a case gave once its steps have run.
+
+  Attributes:
+    seconds: of each timed step.
+    count_flop: counts the operations of a step, which takes as long as tracing it.
+  """
+
+  seconds: list[float]
+  count_flop: Callable[[], float]
+
+
+Found = Callable[..., None]  # takes named fields of a row as they become known
+
+
+def measure(
+  case: str,
+  size: str,
+  batch: int | None,
+  steps: int,
+  dtype: str | None = None,
+  *,
+  drawn: bool | None = None,
+  watch: Callable[[dict[str, Any]], None] = lambda row: None,
+  deadline: float = math.inf,
+) -> dict[str, Any]:
+  """Returns one row of OUT.json.
+
+  Args:
+    drawn: as of `recipe`.
+    watch: is called with the row whenever something was added to it.
+    deadline: on the clock of `time.monotonic`, after which no step begins once there are three.
+  """
   import jax
 
   from jaxpref import sharding
 
-  config = recipe(case, size, batch, dtype=dtype)
-  mesh = sharding.make_mesh(**config.mesh)
-  measured = (_sample if case == "sample" else _train)(config, mesh, steps)
-  flop, seconds = measured.pop("flop"), measured.pop("seconds")
-  peak, peak_dtype = matrix_peak(config.dtype)
-  median = float(np.median(seconds))
-  statistics = [device.memory_stats() or {} for device in jax.local_devices()]
-  memory = max(s.get("peak_bytes_in_use", 0) for s in statistics) or measured["compiled_bytes"]
-  return {
+  config = recipe(case, size, batch, dtype=dtype, drawn=drawn)
+  row: dict[str, Any] = {
     "case": case,
     "size": size,
     "batch": config.batch_size,
     "dtype": config.dtype,
     "remat": config.remat,
     "rank": config.lora.rank,
-    "seconds": [round(s, 4) for s in seconds],
-    "seconds_a_step": median,
-    "spread": float((np.max(seconds) - np.min(seconds)) / median),
-    "items_per_second": config.batch_size / median,
-    "tflop_a_step": flop / 1e12,
-    "tflop_per_second": flop / median / 1e12,
-    "matrix_peak_tflop_per_second": peak / 1e12,
-    "matrix_peak_dtype": peak_dtype,
-    "share_of_peak": flop / median / peak,
-    "peak_memory_gib": memory / 2**30,
-    "memory_is": "measured" if any(s.get("peak_bytes_in_use") for s in statistics) else "the compiler's",
-    "resident_gib": resident_bytes() / 2**30,
-    **measured,
     "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     "versions": {"jax": jax.__version__, "python": platform.python_version()},
   }
 
+  def found(**fields: Any) -> None:
+    row.update(fields)
+    watch(row)
 
-def _train(config: Any, mesh: Any, steps: int) -> dict[str, Any]:
+  mesh = sharding.make_mesh(**config.mesh)
+  timed = (_sample if case == "sample" else _train)(config, mesh, steps, found, deadline)
+  median = float(np.median(timed.seconds))
+  memory = peak_bytes()
+  found(
+    seconds_a_step=median,
+    spread=float((np.max(timed.seconds) - np.min(timed.seconds)) / median),
+    items_per_second=config.batch_size / median,
+    peak_memory_gib=(memory or row["compiled_bytes"]) / 2**30,
+    memory_is="measured" if memory else "the compiler's",
+    resident_gib=resident_bytes() / 2**30,
+  )
+  peak, peak_dtype = matrix_peak(config.dtype)
+  found(matrix_peak_tflop_per_second=peak / 1e12, matrix_peak_dtype=peak_dtype)
+  started = time.perf_counter()
+  flop = timed.count_flop()
+  found(
+    tflop_a_step=flop / 1e12,
+    tflop_per_second=flop / median / 1e12,
+    share_of_peak=flop / median / peak,
+    count_seconds=time.perf_counter() - started,
+  )
+  return row
+
+
+def peak_bytes() -> int:
+  """Returns the most bytes that this process has held on one device so far; 0 where the device does not say."""
+  import jax
+
+  return max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices())
+
+
+def timed_steps(run: Callable[[int], Any], steps: int, found: Found, deadline: float) -> list[float]:
+  """Times `steps` calls after a first one, which also initialises libraries; `found` gets the seconds so far."""
+  import jax
+
+  found(peak_before_gib=peak_bytes() / 2**30)  # of loading and compiling
+  seconds: list[float] = []
+  for i in range(steps + 1):
+    if len(seconds) >= 3 and time.monotonic() + seconds[-1] > deadline:
+      break
+    started = time.perf_counter()
+    jax.block_until_ready(run(i))
+    if i:
+      seconds.append(time.perf_counter() - started)
+      found(seconds=[round(s, 4) for s in seconds])
+  return seconds
+
+
+class Started(NamedTuple):
+  """A training run before its first step.
+
+  Attributes:
+    experiment: what the config describes; its parameters are in `state`.
+    state, frozen: on the devices.
+    shardings: of the state.
+    batches: those of the data, on the host.
+    jitted: the step (state, frozen, batch) -> (state, metrics), which takes its state.
+  """
+
+  experiment: Any
+  state: Any
+  frozen: Any
+  shardings: Any
+  batches: Any
+  jitted: Any
+
+
+def start(config: Any, mesh: Any) -> Started:
+  """Builds what a config describes, as training does; compiles all but the step."""
   import functools
 
   import jax
 
-  from jaxpref import build, chips, flops, sharding, train
-  from jaxpref.models import attention
+  from jaxpref import build, chips, sharding, train
 
-  def experiment_and_step(config):
-    shardings = functools.partial(sharding.tree_shardings, mesh)
-    experiment = build.build(config, shardings, batch_devices=sharding.batch_devices(mesh))
-    optimizer, _ = train.make_optimizer(config)
-    return experiment, optimizer, train.make_step(config, experiment, optimizer, mesh)
-
-  experiment, optimizer, step_fn = experiment_and_step(config)
+  place = functools.partial(sharding.tree_shardings, mesh)
+  experiment = build.build(config, place, batch_devices=sharding.batch_devices(mesh))
+  optimizer, _ = train.make_optimizer(config)
   init_state = train.state_initializer(experiment, optimizer)
   shardings = sharding.tree_shardings(mesh, jax.eval_shape(init_state, experiment.params))
   state = jax.jit(init_state, out_shardings=shardings)(experiment.params)
   experiment.params = None
   frozen = sharding.put_tree(mesh, experiment.frozen)
-  batch = sharding.put_batch(mesh, next(experiment.batches()))
-  parameters = sum(x.size for x in jax.tree.leaves(state.params))
-
   jitted = jax.jit(
-    step_fn, donate_argnums=0, out_shardings=(shardings, None), compiler_options=chips.compiler_options()
+    train.make_step(config, experiment, optimizer, mesh),
+    donate_argnums=0,
+    out_shardings=(shardings, None),
+    compiler_options=chips.compiler_options(),
   )
-  lowered = jitted.lower(state, frozen, batch)
-  step, compile_seconds = compile_timed(lowered)
-  seconds, metrics = [], {}
-  for i in range(steps + 1):
-    started = time.perf_counter()
-    state, metrics = jax.block_until_ready(step(state, frozen, batch))
-    if i:  # the first also initialises libraries
-      seconds.append(time.perf_counter() - started)
+  return Started(experiment, state, frozen, shardings, experiment.batches(), jitted)
 
-  # The same step without recomputation is what the FLOP are counted of.
-  plain = config.copy_and_resolve_references()
-  plain.remat = "none"
-  plain.reference.mode = "frozen"  # of tau steps one moves it, at the cost of a few samples, which is left out
-  limit, attention.MAX_LOGITS = attention.MAX_LOGITS, sys.maxsize
-  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, frozen, batch))
-  plain_step = _plain_step(plain, mesh)
-  flop = flops.count(plain_step, *abstract, while_trips=float(metrics.get("updates", 1.0)))
-  attention.MAX_LOGITS = limit
+
+def _train(config: Any, mesh: Any, steps: int, found: Found, deadline: float) -> Timed:
+  import jax
+
+  from jaxpref import flops, sharding
+  from jaxpref.models import attention
+
+  began = time.perf_counter()
+  experiment, state, frozen, _, batches, jitted = start(config, mesh)
+  batch = sharding.put_batch(mesh, next(batches))
+  jax.block_until_ready((state, frozen))
+  found(
+    trained_parameters=sum(x.size for x in jax.tree.leaves(state.params)),
+    start_seconds=time.perf_counter() - began,
+    loading_gib=peak_bytes() / 2**30,
+  )
+  began = time.perf_counter()
+  lowered = jitted.lower(state, frozen, batch)
+  found(trace_seconds=time.perf_counter() - began)
+  step, compile_seconds = compile_timed(lowered)
   memory: Any = step.memory_analysis()
-  return {
-    "flop": flop,
-    "seconds": seconds,
-    "compile_seconds": compile_seconds,
-    "compiled_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
-    "trained_parameters": parameters,
-    "updates": float(metrics.get("updates", 1.0)),
-    **(_spo_counts(config, metrics) if config.objective == "spo" else {}),
-  }
+  found(compile_seconds=compile_seconds, compiled_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes)
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, frozen, batch))
+  metrics: dict[str, Any] = {}
+
+  def run(i: int) -> Any:
+    nonlocal state, metrics
+    state, metrics = step(state, frozen, batch)
+    return state, metrics
+
+  seconds = timed_steps(run, steps, found, deadline)
+  updates = float(metrics.get("updates", 1.0))
+  found(updates=updates, **(_spo_counts(config, metrics) if config.objective == "spo" else {}))
+
+  def count_flop() -> float:
+    """Counts those of the same step without recomputation."""
+    plain = config.copy_and_resolve_references()
+    plain.remat = "none"
+    plain.reference.mode = "frozen"  # of tau steps one moves it, at the cost of a few samples, which is left out
+    limit, attention.MAX_LOGITS = attention.MAX_LOGITS, sys.maxsize
+    flop = flops.count(_plain_step(plain, mesh), *abstract, while_trips=updates)
+    attention.MAX_LOGITS = limit
+    return flop
+
+  return Timed(seconds, count_flop)
 
 
 def _spo_counts(config: Any, metrics: Any) -> dict[str, int]:
@@ -241,17 +351,17 @@ def build_on_shapes(config: Any, batch_devices: int = 1) -> Any:
   """The experiment of a config whose parameters are of no use: random ones are not even made."""
   import jax
 
-  from jaxpref import build
+  from jaxpref import build, loading
 
-  if not config.model.startswith("random:"):
+  if loading.preset_of(config.model) is None:
     return build.build(config, batch_devices=batch_devices)
   built: list[Any] = []
 
   def shapes():
     zeros = config.copy_and_resolve_references()
     for field in ("model", "preference_model"):
-      if zeros[field] and zeros[field].startswith("random:"):
-        zeros[field] = "zeros:" + zeros[field].removeprefix("random:")
+      if zeros[field]:
+        zeros[field] = loading.without_values(zeros[field])
     built.append(build.build(zeros, batch_devices=batch_devices))
     return ()
 
@@ -267,7 +377,7 @@ def _plain_step(config: Any, mesh: Any) -> Callable[..., Any]:
   return train.make_step(config, experiment, train.make_optimizer(config)[0], mesh)
 
 
-def _sample(config: Any, mesh: Any, steps: int) -> dict[str, Any]:
+def _sample(config: Any, mesh: Any, steps: int, found: Found, deadline: float) -> Timed:
   import jax
   import jax.numpy as jnp
 
@@ -275,7 +385,10 @@ def _sample(config: Any, mesh: Any, steps: int) -> dict[str, Any]:
   from jaxpref.models import attention
   from jaxpref.models.text_to_image import guided
 
-  pipe = loading.load_text_to_image(config.model, dtype=config.dtype, param_dtype=config.dtype)
+  everywhere = sharding.replicated(mesh)
+  pipe = loading.load_text_to_image(
+    config.model, dtype=config.dtype, param_dtype=config.dtype, sharding=everywhere
+  )
   slicing = config.vae_slicing * sharding.batch_devices(mesh) or None
   model = loading.text_to_image(pipe, vae_slicing=slicing)
   weights = sharding.put_tree(mesh, dict(pipe.params) | {"empty_ids": pipe.tokenize([""])})
@@ -293,22 +406,25 @@ def _sample(config: Any, mesh: Any, steps: int) -> dict[str, Any]:
 
   arguments = (weights, batch, jnp.int32(0))
   compiled, compile_seconds = compile_timed(jax.jit(draw, compiler_options=chips.compiler_options()).lower(*arguments))
-  seconds = []
-  for i in range(steps + 1):
-    started = time.perf_counter()
-    jax.block_until_ready(compiled(weights, batch, jnp.int32(i)))
-    if i:
-      seconds.append(time.perf_counter() - started)
   memory: Any = compiled.memory_analysis()
-  limit, attention.MAX_LOGITS = attention.MAX_LOGITS, sys.maxsize  # attention by cuDNN could not be counted
-  flop = flops.count(lambda *a: draw(*a), *arguments)  # another function, as JAX keeps the trace of that one
-  attention.MAX_LOGITS = limit
-  return {
-    "flop": flop,
-    "seconds": seconds,
-    "compile_seconds": compile_seconds,
-    "compiled_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
-  }
+  found(compile_seconds=compile_seconds, compiled_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes)
+  seconds = timed_steps(lambda i: compiled(weights, batch, jnp.int32(i)), steps, found, deadline)
+
+  def count_flop() -> float:
+    limit, attention.MAX_LOGITS = attention.MAX_LOGITS, sys.maxsize  # attention by cuDNN could not be counted
+    flop = flops.count(lambda *a: draw(*a), *arguments)  # another function, as JAX keeps the trace of that one
+    attention.MAX_LOGITS = limit
+    return flop
+
+  return Timed(seconds, count_flop)
+
+
+def memory_note(row: Mapping[str, Any]) -> str:
+  """Returns what stands behind a row's peak of memory: the compiler's estimate, and whether the steps reached it."""
+  if row["memory_is"] != "measured":
+    return " (compiler)"
+  before = "" if row["peak_memory_gib"] > row["peak_before_gib"] else ", reached before the steps"
+  return f" (compiler: {row['compiled_bytes'] / 2**30:.2f}{before})"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -323,7 +439,7 @@ def table(rows: list[dict[str, Any]]) -> str:
       lines.append(f"| {name} | | {r['error']} | | | | | |")
       continue
     compiled = "(kept)" if r["compile_seconds"] is None else f"{r['compile_seconds']:.0f}"
-    memory = f"{r['peak_memory_gib']:.2f}{'' if r['memory_is'] == 'measured' else ' (compiler)'}"
+    memory = f"{r['peak_memory_gib']:.2f}{memory_note(r)}"
     lines.append(
       f"| {name} | {r['batch']} | {r['seconds_a_step']:.3g} ({100 * r['spread']:.0f} %) | {r['items_per_second']:.3g} "
       f"| {r['tflop_a_step']:.3g} | {r['tflop_per_second']:.3g} ({100 * r['share_of_peak']:.0f} %) "

@@ -4,10 +4,13 @@
     python scripts/bench_torch.py --size sd15 --mode compile --out runs/bench_sd15_compile
     python scripts/bench_torch.py --compare runs/bench_sd15.json runs/bench_sd15_torch.json
 
-The first two write OUT.json and OUT.md with the fields of bench.py. Both take the recipes of configs/ in the same way
-and start from the same files: jaxpref writes its weights as a diffusers folder, which diffusers opens; a process that
-times PyTorch does not compute with JAX. scripts/torch_check.py shows that both compute the same step, `--compare` makes
+The first two write OUT.json and OUT.md with the fields of bench.py. Both take the recipes of configs/ in the same way,
+on random weights: jaxpref writes some as a diffusers folder, which diffusers opens; a process that times PyTorch does
+not compute with JAX. scripts/torch_check.py shows that both compute the same step, `--compare` makes
 the table of the two (scripts/bench_vs_torch.sh does all of it). One device; needs torch, diffusers, transformers, peft.
+
+`--drawn` writes no weights: PyTorch makes random ones on its device, as jaxpref does (`drawn:` of jaxpref.loading); for
+DPO alone, as the preference model of SPO is read from a file.
 
 What is done how is said at the top of scripts/torch_steps.py. Memory is the peak of what PyTorch allocated while it was
 timed (CUDA) or of what the process had resident (CPU).
@@ -24,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,27 +76,49 @@ def save_inputs(file: pathlib.Path, batch: Mapping[str, Any], empty_ids: Any) ->
   np.savez(file, **arrays, empty_ids=np.asarray(empty_ids))
 
 
-def prepare(folder: pathlib.Path, cases: Sequence[str], size: str, batch: int | None, dtype: str | None) -> None:
-  """Writes models and one batch of each case into a folder; run where JAX has no accelerator."""
-  from jaxpref import loading
+def prepare(
+  folder: pathlib.Path,
+  cases: Sequence[str],
+  size: str,
+  batch: int | None,
+  dtype: str | None,
+  *,
+  drawn: bool = False,
+) -> None:
+  """Writes models and one batch of each case into a folder; run where JAX has no accelerator.
+
+  Args:
+    drawn: of the models write the configs alone.
+  """
+  from jaxpref import loading, weights
 
   pipe = scorer = None
   for case in cases:
     config = recipe(case, size, batch, dtype)
+    if drawn:
+      configs = loading.load_text_to_image(config.model, dtype="float32", components=())
+      weights.save_pipeline(folder / "pipeline", configs, configs_only=True)
+      save_batch(folder, case, config)
+      continue
     pipe = pipe or loading.load_text_to_image(config.model, dtype="float32", seed=config.seed)
     if config.objective == "spo":
       scorer = scorer or loading.load_scorer(config.preference_model, dtype="float32", seed=config.seed)
     save_models(folder, config, pipe, scorer)
-    experiment = bench.build_on_shapes(config)
-    assert experiment.tokenize is not None
-    save_inputs(folder / f"{case}.npz", next(experiment.batches()), experiment.tokenize([""]))
+    save_batch(folder, case, config)
+
+
+def save_batch(folder: pathlib.Path, case: str, config: Any) -> None:
+  """Writes the first batch of a case."""
+  experiment = bench.build_on_shapes(config)
+  assert experiment.tokenize is not None
+  save_inputs(folder / f"{case}.npz", next(experiment.batches()), experiment.tokenize([""]))
 
 
 def recipe(case: str, size: str, batch: int | None, dtype: str | None) -> Any:
   """The config of a case on one device."""
   import jax
 
-  config = bench.recipe(case, size, batch, dtype=dtype)
+  config = bench.recipe(case, size, batch, dtype=dtype, drawn=False)
   if size != "smoke" or batch:
     config.batch_size //= jax.device_count()
   return config
@@ -114,8 +139,16 @@ def measure(
   layout: str = "auto",
   vae_slicing: bool = False,
   micro_batch: int | None = None,
+  drawn: bool = False,
+  watch: Callable[[dict[str, Any]], None] = lambda row: None,
+  deadline: float = math.inf,
 ) -> dict[str, Any]:
-  """One row of OUT.json, from what `prepare` wrote into the folder."""
+  """One row of OUT.json, from what `prepare` wrote into the folder.
+
+  Args:
+    drawn: as of `prepare`.
+    watch, deadline: as of `bench.measure`.
+  """
   import torch
 
   device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,7 +156,7 @@ def measure(
   torch.backends.cudnn.benchmark = True
   config = recipe(case, size, batch_size, dtype)
   batch, empty_ids = torch_steps.load_batch(folder / f"{case}.npz", device)
-  models = torch_steps.load_models(folder, config, device=device, empty_ids=empty_ids)
+  models = torch_steps.load_models(folder, config, device=device, empty_ids=empty_ids, drawn=drawn)
   if micro_batch:
     batch["micro_batch"] = micro_batch
   if vae_slicing:
@@ -148,11 +181,7 @@ def measure(
   warm_up = sum(run()[0] for _ in range(2 if mode == "compile" else 1))
   if device == "cuda":
     torch.cuda.reset_peak_memory_stats()
-  timed = [run() for _ in range(steps)]
-  seconds = [s for s, _ in timed]
-  median = float(np.median(seconds))
-  memory = torch.cuda.max_memory_allocated() if device == "cuda" else bench.resident_bytes()
-  return {
+  row: dict[str, Any] = {
     "case": case,
     "size": size,
     "mode": mode,
@@ -163,20 +192,33 @@ def measure(
     "optimizer": config.optimizer.name,
     "layout": layout,
     "vae_slicing": vae_slicing,
-    "seconds": [round(s, 4) for s in seconds],
+    "compile_seconds": warm_up,
+    "trained_parameters": sum(p.numel() for p in parameters),
+    "devices": f"1 x {torch.cuda.get_device_name() if device == 'cuda' else 'cpu'}",
+    "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")}
+    | {"python": platform.python_version()},
+  }
+  timed: list[tuple[float, dict[str, int]]] = []
+  for _ in range(steps):
+    if len(timed) >= 3 and time.monotonic() + timed[-1][0] > deadline:
+      break
+    timed.append(run())
+    row["seconds"] = [round(s, 4) for s, _ in timed]
+    watch(row)
+  seconds = [s for s, _ in timed]
+  median = float(np.median(seconds))
+  memory = torch.cuda.max_memory_allocated() if device == "cuda" else bench.resident_bytes()
+  row |= {
     "seconds_a_step": median,
     "spread": float((np.max(seconds) - np.min(seconds)) / median),
     "items_per_second": config.batch_size / median,
     "peak_memory_gib": memory / 2**30,
     "memory_is": "measured" if device == "cuda" else "resident",
     "resident_gib": bench.resident_bytes() / 2**30,
-    "compile_seconds": warm_up,
-    "trained_parameters": sum(p.numel() for p in parameters),
     **timed[-1][1],
-    "devices": f"1 x {torch.cuda.get_device_name() if device == 'cuda' else 'cpu'}",
-    "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")}
-    | {"python": platform.python_version()},
   }
+  watch(row)
+  return row
 
 
 def set_layout(models: torch_steps.Models, layout: str) -> None:
@@ -253,7 +295,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def compare(files: Sequence[pathlib.Path]) -> str:
-  """The table of all rows of files of bench.py and of this script, rounds of one case pooled.
+  """Returns `compare_rows` of all rows of files of bench.py and of this script."""
+  return compare_rows([row for file in files for row in json.loads(file.read_text())])
+
+
+def compare_rows(rows: Sequence[dict[str, Any]]) -> str:
+  """The table of rows of bench.py and of this script, rounds of one case pooled.
 
   The ratio is PyTorch's median of all steps over jaxpref's; in brackets the smallest and the largest ratio of any two
   runs' medians.
@@ -262,11 +309,10 @@ def compare(files: Sequence[pathlib.Path]) -> str:
     SystemExit: rows of one case are of other batches, precisions or ranks, or only one of the two is there.
   """
   runs: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
-  for file in files:
-    for row in json.loads(file.read_text()):
-      name = row.get("mode") or "jaxpref"
-      if "error" not in row:
-        runs.setdefault((row["case"], row["size"]), {}).setdefault(name, []).append(row)
+  for row in rows:
+    name = row.get("mode") or "jaxpref"
+    if "error" not in row:
+      runs.setdefault((row["case"], row["size"]), {}).setdefault(name, []).append(row)
   lines = [
     "| case | batch | dtype | jaxpref s | torch s | torch / jaxpref (of any two runs) | peak GiB: jaxpref, torch |",
     "|---|---|---|---|---|---|---|",
@@ -339,6 +385,7 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the recipe's")
   parser.add_argument("--layout", choices=("auto", "contiguous", "channels_last"), default="auto")
   parser.add_argument("--micro-batch", type=int, help="spo: transitions at a time")
+  parser.add_argument("--drawn", action="store_true", help="random weights made on the device; dpo alone")
   parser.add_argument("--vae-slicing", action="store_true", help="encode and decode one image at a time")
   parser.add_argument("--out", type=pathlib.Path, help="default: runs/bench_SIZE_torch")
   parser.add_argument("--compare", nargs="+", type=pathlib.Path, metavar="FILE", help="OUT.json of both: a table")
@@ -352,19 +399,24 @@ def main(arguments: list[str] | None = None) -> None:
     if args.out:
       args.out.with_suffix(".md").write_text(text + "\n")
     return
+  if args.drawn and not args.compare:
+    if args.cases == CASES:
+      args.cases = [case for case in CASES if case.startswith("dpo")]
+    if spo := [case for case in args.cases if case.startswith("spo")]:
+      parser.error(f"--drawn: {', '.join(spo)} needs the file of a preference model; leave out --drawn.")
   if args.prepare:
-    prepare(args.prepare, args.cases, args.size, args.batch, args.dtype)
+    prepare(args.prepare, args.cases, args.size, args.batch, args.dtype, drawn=args.drawn)
     return
   how = {"mode": args.mode, "dtype": args.dtype, "layout": args.layout}
   if args.child:
-    how |= {"vae_slicing": args.vae_slicing, "micro_batch": args.micro_batch}
+    how |= {"vae_slicing": args.vae_slicing, "micro_batch": args.micro_batch, "drawn": args.drawn}
     row = measure(args.child, args.size, args.batch, args.steps, args.folder, **how)
     args.out.write_text(json.dumps(row))
     return
   out = args.out or pathlib.Path(f"runs/bench_{args.size}_torch")
   out.parent.mkdir(parents=True, exist_ok=True)
   rows = []
-  common = ["--size", args.size, "--steps", str(args.steps)]
+  common = ["--size", args.size, "--steps", str(args.steps)] + ["--drawn"] * args.drawn
   for name in ("batch", "dtype", "micro_batch"):
     if getattr(args, name):
       common += [f"--{name.replace('_', '-')}", str(getattr(args, name))]

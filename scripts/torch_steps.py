@@ -120,8 +120,10 @@ def policy_file(config: Config) -> str:
   return f"{config.objective}_{config.lora.rank}.safetensors"
 
 
-def load_models(folder: pathlib.Path, config: Config, *, device: str, empty_ids: np.ndarray) -> Models:
-  """Opens what `save_models` wrote."""
+def load_models(
+  folder: pathlib.Path, config: Config, *, device: str, empty_ids: np.ndarray, drawn: bool = False
+) -> Models:
+  """Opens what `save_models` wrote; `drawn` makes networks of its configs, with random weights, on the device."""
   import diffusers
   import peft
   import safetensors.torch
@@ -132,10 +134,18 @@ def load_models(folder: pathlib.Path, config: Config, *, device: str, empty_ids:
   dtype = getattr(torch, config.dtype)
   pipeline = folder / "pipeline"
 
+  def load(cls, name, dtype):
+    of_transformers = cls.__module__.startswith("transformers")
+    if not drawn:
+      kind = {"dtype": dtype} if of_transformers else {"torch_dtype": dtype}
+      return cls.from_pretrained(pipeline, subfolder=name, **kind).to(device)
+    with torch.device(device):
+      if of_transformers:
+        return cls(cls.config_class.from_pretrained(pipeline, subfolder=name)).to(dtype)
+      return cls.from_config(cls.load_config(pipeline, subfolder=name)).to(dtype)
+
   def frozen(cls, name):
-    kind = {"dtype": dtype} if cls.__module__.startswith("transformers") else {"torch_dtype": dtype}
-    network = cls.from_pretrained(pipeline, subfolder=name, **kind)
-    return network.to(device).eval().requires_grad_(False)
+    return load(cls, name, dtype).eval().requires_grad_(False)
 
   vae = frozen(diffusers.AutoencoderKL, "vae")
   encoders = [frozen(transformers.CLIPTextModel, "text_encoder")]
@@ -151,13 +161,14 @@ def load_models(folder: pathlib.Path, config: Config, *, device: str, empty_ids:
     unet.add_adapter(peft.LoraConfig(r=config.lora.rank, lora_alpha=alpha, target_modules=targets), ADAPTER)
     cast_training_params(unet, torch.float32)
     factors = {n: p for n, p in unet.named_parameters() if p.requires_grad}
-    assert {torch_name(n) for n in trained} == set(factors), "peft adapts other layers than jaxpref"
+    same = drawn or {torch_name(n) for n in trained} == set(factors)
+    assert same, "peft adapts other layers than jaxpref"
     with torch.no_grad():
       for name, value in trained.items():
         factors[torch_name(name)].copy_(value)
   else:
     reference = frozen(diffusers.UNet2DConditionModel, "unet")
-    unet = diffusers.UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet").to(device)
+    unet = load(diffusers.UNet2DConditionModel, "unet", torch.float32)
     if trained:
       unet.load_state_dict(trained)
   unet.train()

@@ -1,6 +1,7 @@
 """The benchmark script: its recipes, its table, and one case end to end."""
 
 import json
+import math
 
 import jax
 import pytest
@@ -18,12 +19,14 @@ def test_cases_are_the_recipes_on_random_weights(case, size):
   if rank is not None:
     assert config.lora.rank == rank
   if size != "tiny":
-    assert config.model == f"random:{size}" and config.dtype == "bfloat16"
+    assert config.model == f"drawn:{size}" and config.dtype == "bfloat16"
 
 
 def test_a_case_is_timed_and_reported(tmp_path, monkeypatch):
   monkeypatch.setattr(bench, "matrix_peak", lambda dtype: (1e11, dtype))
-  row = bench.measure("sample", "smoke", 1, steps=2)
+  seen = []
+  row = bench.measure("sample", "smoke", 1, steps=2, watch=lambda row: seen.append(len(row)))
+  assert len(seen) > 3 and seen[-1] == len(row)  # what is known is said as it comes
   assert len(row["seconds"]) == 2 and row["seconds_a_step"] > 0 and row["tflop_a_step"] > 0
   assert row["share_of_peak"] == pytest.approx(row["tflop_per_second"] * 1e12 / 1e11)
   text = bench.table([json.loads(json.dumps(row)), {"case": "spm", "size": "smoke", "error": "out of memory"}])
@@ -34,3 +37,17 @@ def test_a_table_of_missing_files_is_refused_in_a_sentence(tmp_path, capsys):
   with pytest.raises(SystemExit):
     bench.main(["--table", str(tmp_path / "gone.json")])
   assert f"--table: there is no {tmp_path}/gone.json; expected OUT.json files" in capsys.readouterr().err
+
+
+def test_steps_stop_when_the_time_is_up():
+  found = {}
+  assert len(bench.timed_steps(lambda i: i, 10, lambda **fields: found.update(fields), deadline=0.0)) == 3
+  assert len(found["seconds"]) == 3
+  assert len(bench.timed_steps(lambda i: i, 10, lambda **fields: None, deadline=math.inf)) == 10
+
+
+def test_memory_is_said_beside_the_compilers_and_whether_the_steps_reached_it():
+  row = {"memory_is": "measured", "peak_memory_gib": 3.0, "peak_before_gib": 2.0, "compiled_bytes": 2.5 * 2**30}
+  assert bench.memory_note(row) == " (compiler: 2.50)"
+  assert bench.memory_note(row | {"peak_before_gib": 3.0}) == " (compiler: 2.50, reached before the steps)"
+  assert bench.memory_note(row | {"memory_is": "the compiler's"}) == " (compiler)"
