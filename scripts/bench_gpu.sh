@@ -6,8 +6,8 @@
 #
 # SIZES (default: sd15 sdxl; also smoke, tiny) times CASES (default: all of scripts/bench.py). Of DPO and SPO, LoRA and
 # full, PyTorch takes turns with jaxpref (scripts/bench_vs_torch.sh, whose STEPS, ROUNDS, BATCH, DTYPE, CHECK and COMPILE
-# hold; COMPILE is 1 by default). First scripts/check_gpu.py looks for the packages, and shows that attention by cuDNN is
-# right. What is done is not measured again: after an interruption, the same command goes on with the next run.
+# hold; COMPILE is 1 by default). It begins with the part proof of scripts/accelerator.sh, and stops where that fails.
+# What is done is not measured again: after an interruption, the same command goes on with the next run.
 # One that fails leaves the others, is tried again by the next call, and makes the status 1. Writes OUT/bench.md and
 # OUT/vs_torch.md, and the JSON of every run beside them. $PYTHON (default: python3) has jaxpref, JAX for the device,
 # torch, diffusers, transformers and peft.
@@ -22,7 +22,7 @@ read -ra cases <<<"${CASES:-dpo-lora spo-lora dpo-full spo-full tdpo-lora tdpo-f
 mkdir -p "$out"
 # A step that was compiled before an interruption is not compiled again.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(cd "$out" && pwd)/compiled}
-if [ ! -s "$out/check.md" ]; then "$PYTHON" scripts/check_gpu.py --out "$out/check"; fi
+OUT=$out/proof LIMIT=1800 bash scripts/accelerator.sh proof
 
 failed=() speed=() both=()
 for size in "${sizes[@]}"; do

@@ -144,10 +144,30 @@ def test_as_many_updates_as_jaxpref(size, shared, separate, updates):
     assert torch_steps.num_updates(config, 150, 10) == 5
 
 
+def test_drawn_networks_are_timed_without_files_of_weights(tmp_path):
+  pytest.importorskip("torch")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(presets.PRESETS, "sdxl-miniature", SMALL)
+    bench_torch.prepare(tmp_path, ["dpo-lora"], "smoke", 1, "float32", drawn=True)
+    assert not [*tmp_path.rglob("*.safetensors")]
+    seen = []
+    watch = lambda row: seen.append(len(row["seconds"]))
+    options = {"mode": "eager", "dtype": "float32", "drawn": True, "watch": watch, "deadline": 0.0}
+    row = bench_torch.measure("dpo-lora", "smoke", 1, 4, tmp_path, **options)
+  assert len(row["seconds"]) == 3 and seen == [1, 2, 3, 3]  # the time was up
+  assert row["trained_parameters"] > 0 and np.isfinite(row["seconds_a_step"])
+
+
+def test_drawn_networks_of_spo_are_refused(capsys):
+  with pytest.raises(SystemExit):
+    bench_torch.main(["--drawn", "--cases", "spo-lora"])
+  assert "--drawn: spo-lora needs the file of a preference model" in capsys.readouterr().err
+
+
 # ---- The scripts that run both ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", ["bench_vs_torch.sh", "bench_gpu.sh"])
+@pytest.mark.parametrize("script", ["bench_vs_torch.sh", "bench_gpu.sh", "accelerator.sh"])
 def test_shellcheck_finds_nothing_in_the_scripts(script):
   shellcheck = pathlib.Path(sys.executable).with_name("shellcheck")
   done = subprocess.run([shellcheck, bench_torch.ROOT / "scripts" / script], capture_output=True, text=True)
@@ -166,9 +186,8 @@ if "--table" in rest or "--compare" in rest:
   (bench if script.endswith("bench.py") else bench_torch).main(rest)
   sys.exit()
 options = {a: b for a, b in zip(rest, rest[1:])}
-if script.endswith("check_gpu.py"):
-  calls.open("a").write("gpu\\n")
-  pathlib.Path(options["--out"] + ".md").write_text("table")
+if script.endswith("accelerator.py"):
+  calls.open("a").write(f"{rest[0]}\\n")
   sys.exit()
 torch, check = script.endswith("bench_torch.py"), script.endswith("torch_check.py")
 case = options["--cases"]
@@ -189,6 +208,7 @@ sys.exit(failed)
 def test_one_command_makes_the_tables_and_goes_on_where_it_was(tmp_path):
   speed = {"spread": 0.1, "items_per_second": 8.0, "tflop_a_step": 1.0, "tflop_per_second": 1.0, "share_of_peak": 0.5}
   speed |= {"compile_seconds": 9.0, "matrix_peak_tflop_per_second": 2.0, "matrix_peak_dtype": "bfloat16"}
+  speed |= {"compiled_bytes": 2**30, "peak_before_gib": 1.0}
   (tmp_path / "rows.json").write_text(json.dumps({"jax": row(1.0) | speed, "torch": row(2.5, **TORCH)}))
   (tmp_path / "times.py").write_text(TIMES)
   (tmp_path / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tmp_path}/times.py" "$@"\n')
@@ -204,7 +224,7 @@ def test_one_command_makes_the_tables_and_goes_on_where_it_was(tmp_path):
   assert done.returncode == 1 and "error: smoke spm,tiny dpo-lora,tiny spm failed, see above" in done.stderr
   calls = (tmp_path / "calls.txt").read_text().splitlines()
   turns = ["torch check dpo-lora", *2 * ["jax dpo-lora", "torch dpo-lora", "torch dpo-lora"]]
-  assert calls == ["gpu", *2 * [*turns, "jax spm"]]
+  assert calls == ["proof", *2 * [*turns, "jax spm"]]
   # What the other side's failure leaves is in the table of speeds.
   table = (tmp_path / "out" / "bench.md").read_text()
   assert all(table.count(f"| dpo-lora {size} |") == 1 for size in ("smoke", "tiny")) and "spm" not in table
@@ -214,7 +234,7 @@ def test_one_command_makes_the_tables_and_goes_on_where_it_was(tmp_path):
   (tmp_path / "all_works").touch()
   done = run()
   assert done.returncode == 0, done.stderr
-  again = ["jax spm", "torch check dpo-lora", "torch dpo-lora", "torch dpo-lora", "jax spm"]
+  again = ["proof", "jax spm", "torch check dpo-lora", "torch dpo-lora", "torch dpo-lora", "jax spm"]
   assert (tmp_path / "calls.txt").read_text().splitlines()[len(calls) :] == again
   assert "| spm tiny |" in (tmp_path / "out" / "bench.md").read_text()
   assert (tmp_path / "out" / "vs_torch.md").read_text().count("| dpo-lora tiny") == 2

@@ -16,13 +16,33 @@ Dtype = Any
 MAX_LOGITS = 48 * 2**20
 
 
+Implementation = Literal["xla", "chunked", "cudnn"]
+
+
+def choose(length: int, keys: int, heads: int, width: int, dtype: Dtype, *, masked: bool = False) -> Implementation:
+  """Returns what `attention` takes by itself.
+
+  It goes by what an example's logits take, whatever the batch: "xla" up to MAX_LOGITS; beyond it without a mask "cudnn"
+  on a GPU where that can (half precision, heads of at most 128 and a multiple of 8), or "chunked".
+  """
+  if masked or _logits(length, keys, heads) <= MAX_LOGITS:
+    return "xla"
+  half = dtype in (jnp.bfloat16, jnp.float16) and width <= 128 and width % 8 == 0
+  return "cudnn" if half and (cuda_capability() or 0.0) >= 8.0 else "chunked"
+
+
+def _logits(length: int, keys: int, heads: int) -> int:
+  """Returns the bytes of an example's logits."""
+  return 4 * length * keys * heads
+
+
 def attention(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
   mask: jax.Array | None = None,
   *,
-  implementation: Literal["xla", "chunked", "cudnn"] | None = None,
+  implementation: Implementation | None = None,
 ) -> jax.Array:
   """softmax(q k^T / sqrt(D)) v. All attention of all networks passes here.
 
@@ -33,22 +53,17 @@ def attention(
     mask: bool, broadcastable to [B, H, L, S]; True where a query may look. None: everywhere.
     implementation: "xla" and "cudnn" are those of `jax.nn.dot_product_attention`; "chunked" never holds the logits of
       more than a piece of the queries, in the backward pass neither. The logits and their softmax are float32 in all.
-      None chooses by what an example's logits take, whatever the batch: "xla" up to MAX_LOGITS; beyond it without a
-      mask "cudnn" on a GPU where that can (half precision, D at most 128 and a multiple of 8), or "chunked".
+      None is what `choose` says.
 
   Returns:
     [B, L, H, D] in the dtype of q.
   """
-  logits = 4 * q.shape[1] * q.shape[2] * k.shape[1]
+  _, length, heads, width = q.shape
   if implementation is None:
-    if logits <= MAX_LOGITS or mask is not None:
-      implementation = "xla"
-    else:
-      half = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[3] <= 128 and q.shape[3] % 8 == 0
-      implementation = "cudnn" if half and (cuda_capability() or 0.0) >= 8.0 else "chunked"
+    implementation = choose(length, k.shape[1], heads, width, q.dtype, masked=mask is not None)
   if implementation == "chunked":
     assert mask is None
-    return _chunked_attention(q, k, v, chunks=-(-logits // MAX_LOGITS))
+    return _chunked_attention(q, k, v, chunks=-(-_logits(length, k.shape[1], heads) // MAX_LOGITS))
   return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
 
 
