@@ -46,7 +46,8 @@ def default() -> ml_collections.ConfigDict:
       dtype="float32",  # of computation and of what is not trained: float32 or bfloat16; what is trained is float32
       remat="none",  # what the UNet's backward pass recomputes: none, attention, block or full; or "none,block,..."
       vae_slicing=0,  # images that the VAE encodes or decodes at a time on each device; 0: all of a batch
-      # What is loaded. Each is a folder, a hub name, "tiny-sd" (shipped), or "random:PRESET".
+      # What is loaded. Each is a folder, a hub name, "tiny-sd" (shipped), "random:PRESET", or
+      # "drawn:PRESET" (random, too: see jaxpref/loading.py).
       model="tiny-sd",
       vae_model=placeholder(str),  # a VAE's folder or hub name, in the place of the model's own
       preference_model=placeholder(str),  # spo, grpo: the scorer; spm: what to start from

@@ -79,7 +79,7 @@ def torch(results: Results, deadline: float) -> list[str]:
   from scripts import bench_torch
 
   case, size = TIMINGS["dpo-lora-sdxl"]
-  modes = bench_torch.MODES
+  modes: tuple[str, ...] = bench_torch.MODES
   if results.size == "smoke":
     size, modes = "smoke", modes[:1]  # the compiler takes minutes on a CPU
   with tempfile.TemporaryDirectory() as name:

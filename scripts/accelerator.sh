@@ -32,6 +32,7 @@ python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 mkdir -p "$out"
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(cd "$out" && pwd)/compiled}
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
 failed=()
 for part in "${parts[@]}"; do

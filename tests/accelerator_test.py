@@ -224,31 +224,38 @@ def test_all_parts_together_have_a_limit(tmp_path):
 
 # ---- A rehearsal -----------------------------------------------------------------------------------------------------
 
-# Packages of the machine and those that docs/benchmarks.md says to carry, by the names that are imported.
+# By the names that are imported: packages of the machine, with what other versions of them need, and those that
+# docs/benchmarks.md says to carry.
 THERE = """
-  PIL absl accelerate aiofiles annotated_types anyio attr attrs certifi charset_normalizer chex click cloudpickle
+  absl accelerate aiofiles annotated_types anyio attr attrs certifi charset_normalizer chex click cloudpickle
   contourpy cycler dateutil einops etils filelock flatbuffers flax fontTools fsspec google grpc h11 hf_xet httpcore
-  httpx huggingface_hub humanize idna jax jaxlib jinja2 kiwisolver markdown markdown_it markupsafe matplotlib mdurl
-  ml_dtypes mpl_toolkits mpmath msgpack networkx numpy opt_einsum optax orbax packaging peft pkg_resources portalocker
-  prometheus_client psutil pygments pylab pyparsing pytest regex requests rich safetensors scipy setuptools shellingham
-  simplejson six sniffio sympy tensorstore threadpoolctl tokenizers toolz torch torchgen tqdm transformers treescope
-  triton typer typing_extensions urllib3 uvloop wadler_lindig wrapt xxhash yaml zipp
+  httpcore2 httpx httpx2 huggingface_hub humanize idna jax jaxlib jinja2 kiwisolver markdown markdown_it markupsafe
+  matplotlib mdurl ml_dtypes mpl_toolkits mpmath msgpack networkx numpy opt_einsum optax orbax packaging peft PIL
+  pkg_resources portalocker prometheus_client psutil pygments pylab pyparsing pytest regex requests rich safetensors
+  scipy setuptools shellingham simplejson six sniffio sympy tensorstore threadpoolctl tokenizers toolz torch torchgen
+  tqdm transformers treescope triton truststore typer typing_extensions urllib3 uvloop wadler_lindig wrapt xxhash yaml
+  zipp
 """.split()
 CARRIED = ("ml_collections", "grain", "portpicker", "array_record", "diffusers", "importlib_metadata", "lazy_importer")
 BLOCK = f"""
 import sys
 
-class Finder:
-  there = {{*{[*THERE, *CARRIED]!r}, *sys.stdlib_module_names}}
-  there |= {{"jaxpref", "scripts", "configs", "tests", "sitecustomize"}}
+THERE = {{*{[*THERE, *CARRIED]!r}, "jaxpref", "scripts", "configs", "tests", "sitecustomize", *sys.stdlib_module_names}}
 
-  @classmethod
-  def find_spec(cls, name, path=None, target=None):
+class Filter:
+  def __init__(self, finder):
+    self.finder = finder
+
+  def find_spec(self, name, path=None, target=None):
     top = name.partition(".")[0]
-    if name == "flax.nnx" or (path is None and not top.startswith("_") and top not in cls.there):
-      raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+    if name == "flax.nnx" or (path is None and not top.startswith("_") and top not in THERE):
+      return None
+    return self.finder.find_spec(name, path, target)
 
-sys.meta_path.insert(0, Finder)
+  def __getattr__(self, name):
+    return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Filter, sys.meta_path)
 """
 
 
