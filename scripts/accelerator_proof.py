@@ -423,7 +423,7 @@ def resume(results: Results) -> None:
   _, second = training.steps(compiled, restored, 2, 3)
   wrong = [] if same and step == 2 else ["what was restored is not what was saved"]
   wrong += differences(second, first, 1)
-  said = "restored step 2 is the same bit by bit; "
+  said = f"the restored state of step 2 is {'the same bit by bit' if same else 'another one'}; "
   said += f"loss of step 3 {first[0]['loss']:.8f}, resumed {second[0]['loss']:.8f}"
   item = {"same_state": same, "steps": [first[0], second[0]], "save_seconds": saving, "restore_seconds": restoring}
   results.add("resume", item | {"wrong": wrong}, said)

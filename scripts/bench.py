@@ -175,28 +175,17 @@ def measure(
     watch: is called with the row whenever something was added to it.
     deadline: on the clock of `time.monotonic`, after which no step begins once there are three.
   """
-  import jax
-
   from jaxpref import sharding
 
   config = recipe(case, size, batch, dtype=dtype, drawn=drawn)
-  row: dict[str, Any] = {
-    "case": case,
-    "size": size,
-    "batch": config.batch_size,
-    "dtype": config.dtype,
-    "remat": config.remat,
-    "rank": config.lora.rank,
-    "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    "versions": {"jax": jax.__version__, "python": platform.python_version()},
-  }
+  row = described(case, size, config)
 
   def found(**fields: Any) -> None:
     row.update(fields)
     watch(row)
 
-  mesh = sharding.make_mesh(**config.mesh)
-  timed = (_sample if case == "sample" else _train)(config, mesh, steps, found, deadline)
+  run = _sample if case == "sample" else _train
+  timed = run(config, sharding.make_mesh(**config.mesh), steps, found, deadline)
   median = float(np.median(timed.seconds))
   memory = peak_bytes()
   found(
@@ -207,8 +196,8 @@ def measure(
     memory_is="measured" if memory else "the compiler's",
     resident_gib=resident_bytes() / 2**30,
   )
-  peak, peak_dtype = matrix_peak(config.dtype)
-  found(matrix_peak_tflop_per_second=peak / 1e12, matrix_peak_dtype=peak_dtype)
+  peak, dtype = matrix_peak(config.dtype)
+  found(matrix_peak_tflop_per_second=peak / 1e12, matrix_peak_dtype=dtype)
   started = time.perf_counter()
   flop = timed.count_flop()
   found(
@@ -218,6 +207,22 @@ def measure(
     count_seconds=time.perf_counter() - started,
   )
   return row
+
+
+def described(case: str, size: str, config: Any) -> dict[str, Any]:
+  """Returns what is known of a row before anything has run."""
+  import jax
+
+  return {
+    "case": case,
+    "size": size,
+    "batch": config.batch_size,
+    "dtype": config.dtype,
+    "remat": config.remat,
+    "rank": config.lora.rank,
+    "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    "versions": {"jax": jax.__version__, "python": platform.python_version()},
+  }
 
 
 def peak_bytes() -> int:

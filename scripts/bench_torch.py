@@ -164,41 +164,52 @@ def measure(
   if layout == "auto":
     layout = faster_layout(models, config) if device == "cuda" else "contiguous"
   set_layout(models, layout)
-  if mode == "compile":
-    models = compiled(models)
   parameters = [p for p in models.unet.parameters() if p.requires_grad]
-  optimizer = torch_steps.make_optimizer(config, parameters)
-  draws = torch_steps.random_draws(device, len(models.alphas_cumprod))
-  step = torch_steps.STEPS[config.objective]
-
-  def run() -> tuple[float, dict[str, int]]:
-    started = time.perf_counter()
-    counts = step(models, config, optimizer, batch, draws).counts
-    if device == "cuda":
-      torch.cuda.synchronize()
-    return time.perf_counter() - started, counts
-
+  run = clocked_step(compiled(models) if mode == "compile" else models, config, parameters, batch)
   warm_up = sum(run()[0] for _ in range(2 if mode == "compile" else 1))
   if device == "cuda":
     torch.cuda.reset_peak_memory_stats()
-  row: dict[str, Any] = {
+  row = described(case, size, config, device) | {"mode": mode, "layout": layout, "vae_slicing": vae_slicing}
+  row |= {"compile_seconds": warm_up, "trained_parameters": sum(p.numel() for p in parameters)}
+  timed = timed_steps(run, steps, row, watch, deadline)
+  memory = torch.cuda.max_memory_allocated() if device == "cuda" else bench.resident_bytes()
+  row |= {
+    "items_per_second": config.batch_size / row["seconds_a_step"],
+    "peak_memory_gib": memory / 2**30,
+    "memory_is": "measured" if device == "cuda" else "resident",
+    "resident_gib": bench.resident_bytes() / 2**30,
+    **timed[-1][1],
+  }
+  watch(row)
+  return row
+
+
+def described(case: str, size: str, config: Any, device: str) -> dict[str, Any]:
+  """Returns what is known of a row before anything has run."""
+  import torch
+
+  packages = ("torch", "diffusers", "transformers", "peft")
+  return {
     "case": case,
     "size": size,
-    "mode": mode,
     "batch": config.batch_size,
     "dtype": config.dtype,
     "remat": config.remat,
     "rank": config.lora.rank,
     "optimizer": config.optimizer.name,
-    "layout": layout,
-    "vae_slicing": vae_slicing,
-    "compile_seconds": warm_up,
-    "trained_parameters": sum(p.numel() for p in parameters),
     "devices": f"1 x {torch.cuda.get_device_name() if device == 'cuda' else 'cpu'}",
-    "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")}
-    | {"python": platform.python_version()},
+    "versions": {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()},
   }
-  timed: list[tuple[float, dict[str, int]]] = []
+
+
+Timed = tuple[float, dict[str, int]]  # seconds of a step, and its counts
+
+
+def timed_steps(
+  run: Callable[[], Timed], steps: int, row: dict[str, Any], watch: Callable[[dict[str, Any]], None], deadline: float
+) -> list[Timed]:
+  """Times steps, and adds them to the row as they come; stops at the deadline once there are three."""
+  timed: list[Timed] = []
   for _ in range(steps):
     if len(timed) >= 3 and time.monotonic() + timed[-1][0] > deadline:
       break
@@ -207,18 +218,29 @@ def measure(
     watch(row)
   seconds = [s for s, _ in timed]
   median = float(np.median(seconds))
-  memory = torch.cuda.max_memory_allocated() if device == "cuda" else bench.resident_bytes()
-  row |= {
-    "seconds_a_step": median,
-    "spread": float((np.max(seconds) - np.min(seconds)) / median),
-    "items_per_second": config.batch_size / median,
-    "peak_memory_gib": memory / 2**30,
-    "memory_is": "measured" if device == "cuda" else "resident",
-    "resident_gib": bench.resident_bytes() / 2**30,
-    **timed[-1][1],
-  }
-  watch(row)
-  return row
+  row |= {"seconds_a_step": median, "spread": float((np.max(seconds) - np.min(seconds)) / median)}
+  return timed
+
+
+def clocked_step(
+  models: torch_steps.Models, config: Any, parameters: list[Any], batch: dict[str, Any]
+) -> Callable[[], Timed]:
+  """Returns a function that makes a step and waits for it."""
+  import torch
+
+  device = models.alphas_cumprod.device.type
+  optimizer = torch_steps.make_optimizer(config, parameters)
+  draws = torch_steps.random_draws(device, len(models.alphas_cumprod))
+  step = torch_steps.STEPS[config.objective]
+
+  def run() -> Timed:
+    started = time.perf_counter()
+    counts = step(models, config, optimizer, batch, draws).counts
+    if device == "cuda":
+      torch.cuda.synchronize()
+    return time.perf_counter() - started, counts
+
+  return run
 
 
 def set_layout(models: torch_steps.Models, layout: str) -> None:
@@ -413,6 +435,11 @@ def main(arguments: list[str] | None = None) -> None:
     row = measure(args.child, args.size, args.batch, args.steps, args.folder, **how)
     args.out.write_text(json.dumps(row))
     return
+  run_cases(args)
+
+
+def run_cases(args: argparse.Namespace) -> None:
+  """Times each case in a process of its own, and writes OUT.json and OUT.md."""
   out = args.out or pathlib.Path(f"runs/bench_{args.size}_torch")
   out.parent.mkdir(parents=True, exist_ok=True)
   rows = []

@@ -25,6 +25,7 @@ activation checkpointing where the recipe has `remat`, data and images on the de
 """
 
 import contextlib
+import functools
 import json
 import math
 import pathlib
@@ -134,18 +135,10 @@ def load_models(
   dtype = getattr(torch, config.dtype)
   pipeline = folder / "pipeline"
 
-  def load(cls, name, dtype):
-    of_transformers = cls.__module__.startswith("transformers")
-    if not drawn:
-      kind = {"dtype": dtype} if of_transformers else {"torch_dtype": dtype}
-      return cls.from_pretrained(pipeline, subfolder=name, **kind).to(device)
-    with torch.device(device):
-      if of_transformers:
-        return cls(cls.config_class.from_pretrained(pipeline, subfolder=name)).to(dtype)
-      return cls.from_config(cls.load_config(pipeline, subfolder=name)).to(dtype)
+  load = functools.partial(make_network, pipeline, device=device, drawn=drawn)
 
   def frozen(cls, name):
-    return load(cls, name, dtype).eval().requires_grad_(False)
+    return load(cls, name, dtype=dtype).eval().requires_grad_(False)
 
   vae = frozen(diffusers.AutoencoderKL, "vae")
   encoders = [frozen(transformers.CLIPTextModel, "text_encoder")]
@@ -168,7 +161,7 @@ def load_models(
         factors[torch_name(name)].copy_(value)
   else:
     reference = frozen(diffusers.UNet2DConditionModel, "unet")
-    unet = load(diffusers.UNet2DConditionModel, "unet", torch.float32)
+    unet = load(diffusers.UNet2DConditionModel, "unet", dtype=torch.float32)
     if trained:
       unet.load_state_dict(trained)
   unet.train()
@@ -183,6 +176,20 @@ def load_models(
     if index.get("force_zeros_for_empty_prompt"):
       empty |= {k: torch.zeros_like(empty[k]) for k in ("encoder_hidden_states", "text_embeds")}
   return Models(unet, reference, vae, encoders, scheduler, scheduler.alphas_cumprod.to(device), empty, scorer, dtype)
+
+
+def make_network(folder: pathlib.Path, cls: Any, name: str, *, dtype: Any, device: str, drawn: bool) -> Any:
+  """Opens a network of a pipeline folder, or makes it of its config with random weights, on the device."""
+  import torch
+
+  of_transformers = cls.__module__.startswith("transformers")
+  if not drawn:
+    kind = {"dtype": dtype} if of_transformers else {"torch_dtype": dtype}
+    return cls.from_pretrained(folder, subfolder=name, **kind).to(device)
+  with torch.device(device):
+    if of_transformers:
+      return cls(cls.config_class.from_pretrained(folder, subfolder=name)).to(dtype)
+    return cls.from_config(cls.load_config(folder, subfolder=name)).to(dtype)
 
 
 def torch_name(name: str) -> str:
