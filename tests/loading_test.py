@@ -456,7 +456,7 @@ def test_drawn_weights_are_distributed_as_random_ones_and_have_the_wanted_type()
   assert jax.tree.map(jnp.shape, drawn) == jax.tree.map(jnp.shape, random)
   for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(drawn), jax.tree.leaves(random), strict=True):
     assert a.dtype == jnp.bfloat16
-    a = np.asarray(a, np.float32)
+    a, b = np.asarray(a, np.float32), np.asarray(b)
     if np.std(b) == 0:
       np.testing.assert_array_equal(a, b)
     elif a.size > 1000:
