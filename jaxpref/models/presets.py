@@ -371,9 +371,9 @@ def draw_params(
 ) -> dict[str, Any]:
   """Draws random parameters on the device: distributed as those of `init_params`, other numbers, in seconds.
 
-  One compiled program draws all of them, rounds each to `dtype` and puts it where it belongs, so that no second copy
-  and no float32 copy is ever held. The generator is XLA's own, which compiles quickly; its numbers are the same for the
-  same seed on one kind of device.
+  One compiled program draws one after the other, rounds each to `dtype` and puts it where it belongs: beside them it
+  holds the largest in float32. The generator is XLA's own, which compiles quickly; its numbers are the same for the same
+  seed on one kind of device.
 
   Args:
     module: one of this package's networks.
@@ -384,15 +384,20 @@ def draw_params(
 
   def draw(seed: jax.Array) -> dict[str, Any]:
     key = jax.random.wrap_key_data(jnp.full(4, seed, jnp.uint32), impl="unsafe_rbg")
+    drawn = jnp.zeros(())
 
-    def leaf(path: Any, constant: jax.Array) -> jax.Array:  # which is dead code to the compiler where it is not used
+    def leaf(path: Any, constant: jax.Array) -> jax.Array:  # what is not constant is dead code to the compiler
+      nonlocal drawn
       names = tuple(k.key for k in path)
       std = _random_std(module, names, constant)
-      if std is not None:
-        constant = std * jax.random.normal(
-          jax.random.fold_in(key, zlib.crc32(".".join(names).encode())), constant.shape
-        )
-      return constant.astype(dtype)
+      if std is None:
+        return constant.astype(dtype)
+      own = jax.random.key_data(jax.random.fold_in(key, zlib.crc32(".".join(names).encode())))
+      # One after the other, as each has temporaries in float32: XLA knows no float times 0 to be 0.
+      own = own + (0.0 * drawn.ravel()[0]).astype(jnp.uint32)
+      normal = jax.random.normal(jax.random.wrap_key_data(own, impl="unsafe_rbg"), constant.shape)
+      drawn = (std * normal).astype(dtype)
+      return drawn
 
     params = module.init(jax.random.key(0), *example_inputs(module))["params"]
     return jax.tree_util.tree_map_with_path(leaf, params)
