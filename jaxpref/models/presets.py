@@ -371,9 +371,9 @@ def draw_params(
 ) -> dict[str, Any]:
   """Draws random parameters on the device: distributed as those of `init_params`, other numbers, in seconds.
 
-  One compiled program draws one after the other, rounds each to `dtype` and puts it where it belongs: beside them it
-  holds the largest in float32. The generator is XLA's own, which compiles quickly; its numbers are the same for the same
-  seed on one kind of device.
+  One compiled program draws one after the other, rounds each to `dtype` and puts it where it belongs. Beside them it
+  holds the largest in float32. The generator is XLA's own, which compiles quickly. Its numbers are the same for the
+  same seed on one kind of device.
 
   Args:
     module: one of this package's networks.
