@@ -8,7 +8,8 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,16 +42,22 @@ def without_values(name: str) -> str:
   return name if preset_of(name) is None else f"zeros:{name.partition(':')[2]}"
 
 
-def _initialised(name: str, module: Any, key: jax.Array, *, dtype: Any, sharding: Any) -> Any:
-  """Makes the parameters of one network; `sharding` is one, or a function of the tree of their shapes."""
-  if name.startswith("drawn:"):
-    seed = jax.random.bits(key, (), jnp.uint32)
-    return presets.draw_params(module, seed, dtype=dtype, sharding=sharding)
-  make = presets.zero_params if name.startswith("zeros:") else presets.init_params
-  params = jax.tree.map(lambda x: x.astype(dtype), make(module, key))
-  if sharding is None:
-    return params
-  return jax.device_put(params, sharding(params) if callable(sharding) else sharding)
+def _initialiser(name: str) -> Callable[[Any, jax.Array], Any]:
+  return presets.zero_params if name.startswith("zeros:") else presets.init_params
+
+
+def _draw_text_to_image(
+  name: str, *, dtype: Any, seed: int, param_dtypes: Mapping[str, str], sharding: Any, components: Sequence[str]
+) -> weights.Pipeline:
+  """Returns a pipeline by drawn:PRESET; arguments as of `load_text_to_image`."""
+  pipe = weights.random_pipeline(name.partition(":")[2], dtype=dtype, components=())
+  params = {}
+  for component in components:
+    if (module := getattr(pipe, component)) is not None:
+      of_it = (lambda shapes, c=component: sharding({c: shapes})[c]) if callable(sharding) else sharding
+      own = zlib.crc32(f"{component} {seed}".encode())
+      params[component] = presets.draw_params(module, own, dtype=jnp.dtype(param_dtypes[component]), sharding=of_it)
+  return dataclasses.replace(pipe, params=params)
 
 
 def load_text_to_image(
@@ -88,13 +95,22 @@ def load_text_to_image(
       )
     return dataclasses.replace(pipe, vae=vae, params={**pipe.params, "vae": params})
   if preset_of(name) is not None:
-
-    def init(module: Any, key: jax.Array, component: str) -> Any:
-      of_component = (lambda shapes: sharding({component: shapes})[component]) if callable(sharding) else sharding
-      return _initialised(name, module, key, dtype=param_dtypes[component], sharding=of_component)
-
+    if name.startswith("drawn:"):
+      return _draw_text_to_image(
+        name,
+        dtype=jnp.dtype(dtype),
+        seed=seed,
+        param_dtypes=param_dtypes,
+        sharding=sharding,
+        components=components,
+      )
     preset = name.partition(":")[2]
-    return weights.random_pipeline(preset, seed, dtype=jnp.dtype(dtype), init=init, components=components)
+    pipe = weights.random_pipeline(preset, seed, dtype=jnp.dtype(dtype), init=_initialiser(name))
+    chosen = {k: v for k, v in pipe.params.items() if k in components}
+    params = {k: jax.tree.map(lambda x, k=k: x.astype(param_dtypes[k]), v) for k, v in chosen.items()}
+    if sharding is not None:
+      params = jax.device_put(params, sharding(params) if callable(sharding) else sharding)
+    return dataclasses.replace(pipe, params=params)
   return weights.load_pipeline(
     folder_of(name), dtype=jnp.dtype(dtype), param_dtype=param_dtypes, sharding=sharding, components=components
   )
@@ -132,7 +148,10 @@ def load_scorer(
   """A step-aware preference model by folder, hub name, shipped name, or `random:PRESET`."""
   if (preset := preset_of(name)) is not None:
     module = StepAwareCLIPModel(preset.preference, jnp.dtype(dtype))
-    return module, _initialised(name, module, jax.random.key(seed), dtype=jnp.dtype(param_dtype), sharding=sharding)
+    if name.startswith("drawn:"):
+      return module, presets.draw_params(module, seed, dtype=jnp.dtype(param_dtype), sharding=sharding)
+    params = _initialiser(name)(module, jax.random.key(seed))
+    return module, jax.tree.map(lambda x: x.astype(param_dtype), params)
   return weights.load_preference_model(
     folder_of(name), dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), sharding=sharding
   )

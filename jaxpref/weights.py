@@ -345,7 +345,7 @@ def random_pipeline(
   seed: int = 0,
   *,
   dtype: Any = jnp.float32,
-  init: Callable[[Any, jax.Array, str], Any] = lambda module, key, name: presets.init_params(module, key),
+  init: Callable[[Any, jax.Array], Any] = presets.init_params,
   components: Sequence[str] = NETWORKS,
 ) -> Pipeline:
   """A pipeline of random weights with tiny-sd's tokenizer, for tests, smoke runs and pre-training.
@@ -354,7 +354,7 @@ def random_pipeline(
     preset: or its name; its text encoders' vocabulary must hold tiny-sd's.
     seed: of the parameters.
     dtype: compute dtype.
-    init: makes the parameters of a network from it, a key and its name.
+    init: makes the parameters of a network from it and a key.
     components: the networks whose parameters are made.
   """
   preset = presets.get_preset(preset) if isinstance(preset, str) else preset
@@ -372,7 +372,7 @@ def random_pipeline(
     modules["text_encoder_2"] = CLIPTextModel(preset.text_encoder_2, True, dtype)
   keys = jax.random.split(jax.random.key(seed), len(modules))
   params = {
-    name: init(module, key, name)
+    name: init(module, key)
     for (name, module), key in zip(modules.items(), keys, strict=True)
     if name in components
   }

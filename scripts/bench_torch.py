@@ -96,7 +96,8 @@ def prepare(
   for case in cases:
     config = recipe(case, size, batch, dtype)
     if drawn:
-      configs = loading.load_text_to_image(config.model, dtype="float32", components=())
+      name = config.model.replace("random:", "drawn:")
+      configs = loading.load_text_to_image(name, dtype="float32", components=())
       weights.save_pipeline(folder / "pipeline", configs, configs_only=True)
       save_batch(folder, case, config)
       continue
