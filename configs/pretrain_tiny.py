@@ -46,6 +46,7 @@ def get_config(stage: str = "unet"):
     config.optimizer.learning_rate = 1e-3
   else:
     config.objective = "classify"
-    config.update(num_steps=3000, batch_size=64, seed=1)
+    config.data.subset = "all"  # more emoji to learn styles from
+    config.update(num_steps=2000, batch_size=64, seed=1)
     config.optimizer.learning_rate = 2e-3
   return config

@@ -62,7 +62,7 @@ def default() -> ml_collections.ConfigDict:
         path=placeholder(str),  # of the folder or file, for all but emoji
         images=placeholder(str),  # rankings: the folder of the images, where it is not the published one
         ranking_pairs="all",  # rankings: all pairs of a ranking, or winner: those of its best image with the others
-        preferred_style="noto",  # emoji
+        preferred_style="openmoji",  # emoji: twemoji, noto or openmoji, the outlined one
         subset="core",  # emoji
         split="train",
         validation_share=0.0,  # of the prompts of split "train", which are held out and become split "validation"
@@ -152,7 +152,8 @@ def default() -> ml_collections.ConfigDict:
       train_text_encoder=False,  # denoise only
       logging=dict(every=10, wandb_project=""),
       checkpoint=dict(every=500, keep=2),
-      sample=dict(every=0, num_prompts=8),  # pictures during training; 0: none
+      # Every so many steps (0: never) the same validation prompts are drawn from the same noise, and measured.
+      sample=dict(every=0, num_prompts=8, seeds_per_prompt=2),
       evaluation=dict(
         num_prompts=64,
         seeds_per_prompt=4,
@@ -345,7 +346,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     "evaluation.scorers",
     "nothing for this objective: they compare an aligned model with its base",
   )
-  require(config.sample.num_prompts >= 1, "sample.num_prompts", "an integer of at least 1")
+  require(config.sample.every >= 0, "sample.every", "0 (never) or a number of steps")
+  for field in ("num_prompts", "seeds_per_prompt"):
+    require(config.sample[field] >= 1, f"sample.{field}", "an integer of at least 1")
   require(0.0 < config.optimizer.learning_rate < math.inf, "optimizer.learning_rate", "a number above 0")
   for field in ("b1", "b2"):
     require(0.0 <= config.optimizer[field] < 1.0, f"optimizer.{field}", "a number in [0, 1)")

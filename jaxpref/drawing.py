@@ -1,6 +1,6 @@
 """Draws prompts with a text-to-image model: the same pictures whatever the batch size and the devices."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,45 +15,37 @@ from jaxpref.models.text_to_image import TextToImage, guided
 SAMPLERS = ("ddim", "dpmpp_2m")
 
 
-def draw(
+# (parameters by component, prompts i32[n, L], numbers of the pictures i32[n]) -> u8[n, H, W, 3]
+Sample = Callable[[Any, np.ndarray, np.ndarray], jax.Array]
+
+
+def make_sampler(
   model: TextToImage,
-  weights: Any,
-  input_ids: np.ndarray,
   *,
-  seeds_per_prompt: int,
   num_inference_steps: int,
   guidance_scale: float,
   eta: float,
   seed: int,
-  batch_size: int,
-  progress: str | None = None,
   negative_ids: np.ndarray | None = None,
   guidance_rescale: float = 0.0,
   sampler: str = "ddim",
   karras: bool = False,
   size: tuple[int, int] | None = None,
   mesh: Mesh | None = None,
-  numbers: np.ndarray | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Draws every prompt from the same seeds, whatever the weights, the batch size and the devices.
-
-  The picture numbered prompt * seeds_per_prompt + i has its own noise, which follows from `seed` and that number.
+) -> Sample:
+  """The jitted function that draws a batch; what draws more than once compiles it once.
 
   Args:
-    weights: parameters by component, with `empty_ids`.
-    input_ids: i32[P, L].
     eta: of DDIM: 0 is deterministic, 1 ancestral sampling.
-    progress: label of a progress bar; None for none.
+    seed: of the noise, which follows from it and the number of the picture alone.
     negative_ids: i32[1, L] of a negative prompt; None for none.
     guidance_rescale: as of `text_to_image.guided`.
     sampler: "ddim", or "dpmpp_2m" for DPM-Solver++ 2M.
     karras: noise levels of "dpmpp_2m", as of `rollout.dpm_solver_sample`.
     size: height and width in pixels; the model's own by default.
-    mesh: splits each batch, made a multiple, over its devices, on which the weights are.
-    numbers: i64[N] of the pictures to draw; all by default.
-  Yields:
-    numbers i64[n] of pictures, in order, and the pictures u8[n, H, W, 3]; n at most the batch size.
-    2 * P * S * num_inference_steps UNet evaluations in all with guidance, S = seeds_per_prompt.
+    mesh: splits each batch over its devices, on which the weights are.
+  Raises:
+    ValueError: an unknown sampler.
   """
   if sampler not in SAMPLERS:
     raise ValueError(f"sampler={sampler!r}, expected one of {', '.join(SAMPLERS)}.")
@@ -61,8 +53,6 @@ def draw(
   sized = {}  # SDXL is told the size
   if size is not None and model.text_encoder_2 is not None:
     sized["time_ids"] = jnp.asarray([[*size, 0.0, 0.0, *size]], jnp.float32)
-  if numbers is None:
-    numbers = np.arange(input_ids.shape[0] * seeds_per_prompt)
   base = jax.random.key(seed)
   whole, split = (None, None) if mesh is None else (sharding.replicated(mesh), sharding.batch_sharding(mesh))
 
@@ -90,7 +80,37 @@ def draw(
     return to_uint8(model.decode(weights, latents))
 
   on_devices = sample if mesh is None else sharding.on_mesh(mesh, sample)
-  sample = jax.jit(on_devices, out_shardings=None if mesh is None else whole, compiler_options=chips.compiler_options())
+  return jax.jit(on_devices, out_shardings=None if mesh is None else whole, compiler_options=chips.compiler_options())
+
+
+def draw_by(
+  sample: Sample,
+  weights: Any,
+  input_ids: np.ndarray,
+  *,
+  seeds_per_prompt: int,
+  batch_size: int,
+  progress: str | None = None,
+  mesh: Mesh | None = None,
+  numbers: np.ndarray | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Draws every prompt from the same seeds, whatever the weights, the batch size and the devices.
+
+  The picture numbered prompt * seeds_per_prompt + i has its own noise.
+
+  Args:
+    sample: of `make_sampler`, for this mesh.
+    weights: parameters by component, with `empty_ids`.
+    input_ids: i32[P, L].
+    batch_size: pictures of one call; made a multiple of the devices that split it.
+    progress: label of a progress bar; None for none.
+    numbers: i64[N] of the pictures to draw; all by default.
+  Yields:
+    numbers i64[n] of pictures, in order, and the pictures u8[n, H, W, 3]; n at most the batch size.
+    2 * P * S * num_inference_steps UNet evaluations in all with guidance, S = seeds_per_prompt.
+  """
+  if numbers is None:
+    numbers = np.arange(input_ids.shape[0] * seeds_per_prompt)
   unit = 1 if mesh is None else sharding.batch_devices(mesh)
   batch_size = -(-batch_size // unit) * unit
   with tqdm(total=numbers.size, desc=progress, disable=progress is None) as bar:
@@ -102,13 +122,36 @@ def draw(
       yield rows, images[: rows.size]
 
 
+def draw(
+  model: TextToImage,
+  weights: Any,
+  input_ids: np.ndarray,
+  *,
+  seeds_per_prompt: int,
+  batch_size: int,
+  progress: str | None = None,
+  mesh: Mesh | None = None,
+  numbers: np.ndarray | None = None,
+  **options: Any,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """`draw_by` a sampler of the model with these options of `make_sampler`."""
+  how: dict[str, Any] = dict(
+    seeds_per_prompt=seeds_per_prompt, batch_size=batch_size, progress=progress, numbers=numbers
+  )
+  return draw_by(make_sampler(model, mesh=mesh, **options), weights, input_ids, mesh=mesh, **how)
+
+
 def generate(
   model: TextToImage, weights: Any, input_ids: np.ndarray, *, seeds_per_prompt: int, **arguments: Any
 ) -> np.ndarray:
   """All that `draw`, whose arguments these are, yields: u8[P, S, H, W, 3], S = seeds_per_prompt."""
-  parts = draw(model, weights, input_ids, seeds_per_prompt=seeds_per_prompt, **arguments)
+  return together(draw(model, weights, input_ids, seeds_per_prompt=seeds_per_prompt, **arguments), seeds_per_prompt)
+
+
+def together(parts: Iterator[tuple[np.ndarray, np.ndarray]], seeds_per_prompt: int) -> np.ndarray:
+  """What `draw` yields of all pictures as one array u8[P, S, H, W, 3], S = seeds_per_prompt."""
   flat = np.concatenate([images for _, images in parts])
-  return flat.reshape(input_ids.shape[0], seeds_per_prompt, *flat.shape[1:])
+  return flat.reshape(-1, seeds_per_prompt, *flat.shape[1:])
 
 
 def to_uint8(images: jax.Array) -> jax.Array:

@@ -94,7 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
     "spaces or commas in between (default: %(default)s)",
   )
   add("--diversity", default=None, help="CLIP for the distance among a prompt's pictures (default: one of --scorers)")
-  add("--preferred_style", default="noto", help="that the judge looks for (default: %(default)s)")
+  add("--preferred_style", default="openmoji", help="that the judge looks for (default: %(default)s)")
   add("--score_batch_size", type=int, default=32, help="pictures scored at a time (default: %(default)s)")
   sample.add_arguments(parser)
   add("--pictures", type=int, default=12, help="in each section of report.html (default: %(default)s)")

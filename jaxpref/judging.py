@@ -1,5 +1,6 @@
 """What an independent judge says of the pictures of an emoji model, and of the model that it started from."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,20 +12,21 @@ from jaxpref.models.preference import Judge
 from jaxpref.statistics import bootstrap_interval, win_rate
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(judge: Judge, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+  style, classes = judge.apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1.0)
+  return jax.nn.log_softmax(style), classes
+
+
 def judge_images(
   judge: Judge, params: Any, images: np.ndarray, *, batch_size: int = 256
 ) -> tuple[np.ndarray, np.ndarray]:
   """Log-probabilities of styles f32[N, S] and logits of captions f32[N, C] for u8[N, H, W, 3]."""
-
-  @jax.jit
-  def apply(x):
-    style, classes = judge.apply({"params": params}, x.astype(jnp.float32) / 127.5 - 1.0)
-    return jax.nn.log_softmax(style), classes
-
   parts = []
+  batch_size = min(batch_size, len(images))
   for start in range(0, len(images), batch_size):
     rows = images[start : start + batch_size]
-    out = apply(np.resize(rows, (batch_size, *rows.shape[1:])))
+    out = _apply(judge, params, np.resize(rows, (batch_size, *rows.shape[1:])))
     parts.append([np.asarray(o)[: len(rows)] for o in out])
   style, classes = (np.concatenate(p) for p in zip(*parts, strict=True))
   return style, classes
@@ -45,6 +47,26 @@ def caption_accuracy(class_logits: np.ndarray, class_ids: Sequence[int], *, cand
       others = rng.choice(np.delete(np.arange(classes), true), candidates - 1, replace=False)
       right[p, s] = class_logits[p, s, true] > class_logits[p, s, others].max()
   return right
+
+
+def style_accuracy(log_probs: np.ndarray, style: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+  """How well styles are told apart in pictures of known style.
+
+  Args:
+    log_probs: f32[N, S].
+    style: i32[N], the true ones.
+    names: of the S styles.
+
+  Returns:
+    For each style NAME: `NAME_named`, the share of its pictures that are given its name, and `NAME_told`, the share of
+    all pictures that are rightly said to be or not to be of it; and the number of `pictures`.
+  """
+  said = np.argmax(log_probs, axis=1)
+  found: dict[str, float] = {}
+  for i, name in enumerate(names):
+    found[f"{name}_named"] = float(np.mean(said[style == i] == i))
+    found[f"{name}_told"] = float(np.mean((said == i) == (style == i)))
+  return found | {"pictures": len(style)}
 
 
 def score(

@@ -67,24 +67,32 @@ def curves(path: pathlib.Path, rows: Sequence[Mapping[str, Any]], names: Sequenc
   present = [n for n in names if sum(n in r for r in rows) > 1]
   if not present:
     return
-  figure, axes = plt.subplots(1, len(present), figsize=(3.2 * len(present), 2.6), squeeze=False)
-  for axis, name in zip(axes[0], present, strict=True):
+  columns = min(len(present), 5)
+  rows_of_panels = -(-len(present) // columns)
+  figure, axes = plt.subplots(
+    rows_of_panels, columns, figsize=(3.2 * columns, 2.6 * rows_of_panels), squeeze=False, layout="constrained"
+  )
+  for axis in axes.flat[len(present) :]:
+    axis.remove()
+  for axis, name in zip(axes.flat, present, strict=False):
     points = [(r["step"], r[name]) for r in rows if name in r]
     steps, values = np.array([p[0] for p in points]), np.array([p[1] for p in points])
-    axis.plot(steps, values, color="0.8", linewidth=0.8)
-    window = max(1, len(values) // 12)
-    smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-    axis.plot(steps[window - 1 :], smooth, color="C0")
+    if len(values) < 24:
+      axis.plot(steps, values, color="C0", marker=".")
+    else:
+      axis.plot(steps, values, color="0.8", linewidth=0.8)
+      window = max(1, len(values) // 12)
+      smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+      axis.plot(steps[window - 1 :], smooth, color="C0")
     axis.set_title(name.replace("_", " "), fontsize=9)
     axis.set_xlabel("step", fontsize=8)
     axis.tick_params(labelsize=7)
-  figure.tight_layout()
   figure.savefig(path, dpi=120)
   plt.close(figure)
 
 
 def table(results: Mapping[str, Any], *, style: str, candidates: int) -> str:
-  """The results of `judging.compare` as a Markdown table.
+  """The results of `judging.compare` as a Markdown table, with an arrow at what rose or fell by how many points.
 
   In brackets are 95 % intervals, by bootstrap over prompts; of a single prompt there are none.
   """
@@ -92,8 +100,13 @@ def table(results: Mapping[str, Any], *, style: str, candidates: int) -> str:
   def number(value: float, interval: tuple[float, float] | None) -> str:
     return f"{value:.1%}" if interval is None else f"{value:.1%} [{interval[0]:.1%}, {interval[1]:.1%}]"
 
-  def cell(entry: Mapping[str, Any]) -> str:
-    return number(entry["mean"], entry["interval"])
+  def cell(name: str, model: str) -> str:
+    value = results[model][name]
+    arrow = ""
+    if model == "aligned" and "base" in results:
+      points = 100 * (value["mean"] - results["base"][name]["mean"])
+      arrow = f" {'↑' if points > 0 else '↓'} {points:+.1f}" if round(points, 1) else " ="
+    return number(value["mean"], value["interval"]) + arrow
 
   lines = [
     f"| | share of {style} | win rate against base "
@@ -101,12 +114,25 @@ def table(results: Mapping[str, Any], *, style: str, candidates: int) -> str:
     "|---|---|---|---|",
   ]
   if "base" in results:
-    base = results["base"]
-    lines.append(f"| base | {cell(base['preferred_share'])} | | {cell(base['caption_accuracy'])} |")
+    lines.append(f"| base | {cell('preferred_share', 'base')} | | {cell('caption_accuracy', 'base')} |")
     wins = number(results["win_rate"], results["win_rate_interval"])
   else:
     wins = ""
-  aligned = results["aligned"]
   name = "aligned" if "base" in results else "model"
-  lines.append(f"| {name} | {cell(aligned['preferred_share'])} | {wins} | {cell(aligned['caption_accuracy'])} |")
+  lines.append(f"| {name} | {cell('preferred_share', 'aligned')} | {wins} | {cell('caption_accuracy', 'aligned')} |")
   return "\n".join(lines)
+
+
+def in_words(results: Mapping[str, Any], *, style: str) -> str:
+  """The results of `judging.compare` with a base model in a sentence."""
+  of_100 = {
+    f"{model}_{name}": f"{100 * results[model][name]['mean']:.0f}"
+    for model in ("base", "aligned")
+    for name in ("preferred_share", "caption_accuracy")
+  }
+  return (
+    f"Of 100 pictures the aligned model draws {of_100['aligned_preferred_share']} in the preferred style ({style}), "
+    f"the base model {of_100['base_preferred_share']}; from the same prompt and noise the aligned model's picture is "
+    f"the one closer to that style in {100 * results['win_rate']:.0f}; and the judge recognises the prompt in "
+    f"{of_100['aligned_caption_accuracy']}, before in {of_100['base_caption_accuracy']}."
+  )

@@ -235,7 +235,7 @@ def _load_function(spec: str) -> Scorer:
   )
 
 
-def check(spec: str, *, preferred_style: str = "noto") -> None:
+def check(spec: str, *, preferred_style: str = "openmoji") -> None:
   """Looks for all that `load` of the same spec needs, without reading large weights; hub models are fetched.
 
   Raises:
@@ -267,7 +267,7 @@ def load(
   dtype: str = "float32",
   batch_size: int = 16,
   mesh: Mesh | None = None,
-  preferred_style: str = "noto",
+  preferred_style: str = "openmoji",
 ) -> Scorer:
   """A scorer, ready to be called.
 

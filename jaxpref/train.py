@@ -312,7 +312,24 @@ def _run(
           "Lower config.optimizer.learning_rate."
         ) from error
 
+  drawer = validation.Drawer(config, experiment, mesh) if experiment.evaluable else None
+  every = config.sample.every if drawer is not None else 0
+
+  def look(done: int) -> None:
+    nonlocal since
+    assert drawer is not None
+    started = time.perf_counter()
+    with goodput.phase("samples"):
+      path = folder / "samples" / f"step_{done:06d}.png"
+      picture, means = validation.look(config, experiment, drawer, {**frozen, **state.params}, path)
+      writer.image(done, "samples", picture)
+      if means:
+        writer.write(done, means)
+    since += time.perf_counter() - started  # which is no part of a step
+
   try:
+    if every and first_step == 0:
+      look(0)
     bar = tqdm(total=config.num_steps, initial=first_step, desc=config.objective, disable=jax.process_index() != 0)
     with bar, _stop_on_signal() as stop:
       for done in range(first_step + 1, config.num_steps + 1):
@@ -336,11 +353,11 @@ def _run(
           read(pending)
           pending = None
         bar.update()
-        if experiment.evaluable and config.sample.every and done % config.sample.every == 0:
-          path = folder / "samples" / f"step_{done:06d}.png"
-          with goodput.phase("samples"):
-            picture = validation.draw_samples(config, experiment, mesh, {**frozen, **state.params}, path)
-            writer.image(done, "samples", picture)
+        if every and done % every == 0:
+          if pending is not None:
+            read(pending)
+          pending = None
+          look(done)
         stopping = stop(done)  # read once: a signal may arrive at any time
         if done % config.checkpoint.every == 0 or done == config.num_steps or stopping:
           if pending is not None:
@@ -370,8 +387,8 @@ def _run(
   results = experiment.report(params)
   if experiment.held_out is not None:
     results = validation.held_out_metrics(experiment, mesh, frozen, state)
-  if experiment.evaluable and experiment.judge is not None and config.evaluation.num_prompts:
-    results = validation.compare_with_base(config, experiment, mesh, frozen, state, folder)
+  if drawer is not None and experiment.judge is not None and config.evaluation.num_prompts:
+    results = validation.compare_with_base(config, experiment, drawer, frozen, state, folder)
   if results and jax.process_index() == 0:
     unfinished = folder / "results.json.partial"
     unfinished.write_text(json.dumps(results, indent=2) + "\n")
@@ -379,6 +396,8 @@ def _run(
     _say(str(results.get("table", json.dumps(results))))
     _say(f"results, pictures and curves are in {folder}")
   _say(str(goodput))
+  if "in_words" in results:
+    _say(results["in_words"])
   return results
 
 

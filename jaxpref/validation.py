@@ -1,6 +1,7 @@
 """What a run is told of itself: pictures while it trains; held-out data, and base against aligned, after it."""
 
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +11,12 @@ import numpy as np
 from jaxpref import build, chips, drawing, judging, metrics, report, sharding, step
 from jaxpref import config as config_lib
 from jaxpref.data import emoji
+
+# What curves.png shows, of what there is.
+CURVES = (
+  "validation_reward", "validation_preferred_share", "validation_caption_accuracy",
+  "loss", "implicit_accuracy", "reward", "valid_pairs", "margin", "divergence", "grad_norm",
+)  # fmt: skip
 
 
 def held_out_metrics(
@@ -40,96 +47,144 @@ def _prompts(config: ml_collections.ConfigDict, split: str, count: int) -> list[
   return [every[i] for i in np.linspace(0, len(every) - 1, min(count, len(every))).round().astype(int)]
 
 
-def _generate(
-  config: ml_collections.ConfigDict,
-  experiment: build.Experiment,
-  mesh: jax.sharding.Mesh,
-  weights: Any,
-  captions: list[str],
-  **kwargs: Any,
-) -> np.ndarray:
-  assert experiment.model is not None and experiment.tokenize is not None
-  e = config.evaluation
-  return drawing.generate(
-    experiment.model,
-    weights,
-    experiment.tokenize(captions),
-    num_inference_steps=e.num_inference_steps,
-    guidance_scale=e.guidance_scale,
-    eta=e.eta,
-    seed=e.seed,
-    mesh=mesh,
-    **kwargs,
+class Drawer:
+  """Draws prompts with the run's model and the evaluation's settings: one program, compiled once for the whole run."""
+
+  def __init__(self, config: ml_collections.ConfigDict, experiment: build.Experiment, mesh: jax.sharding.Mesh):
+    assert experiment.model is not None and experiment.tokenize is not None
+    e = config.evaluation
+    self.mesh = mesh
+    self.batch_size = e.batch_size
+    self.tokenize = experiment.tokenize
+    self._sample = drawing.make_sampler(
+      experiment.model,
+      num_inference_steps=e.num_inference_steps,
+      guidance_scale=e.guidance_scale,
+      eta=e.eta,
+      seed=e.seed,
+      mesh=mesh,
+    )
+    self._reward: Callable[..., jax.Array] | None = None
+    if experiment.reward is not None:
+      self._reward = jax.jit(
+        sharding.on_mesh(mesh, experiment.reward),
+        out_shardings=sharding.replicated(mesh),
+        compiler_options=chips.compiler_options(),
+      )
+
+  def draw(
+    self, weights: Any, captions: list[str], *, seeds_per_prompt: int, progress: str | None = None
+  ) -> np.ndarray:
+    """Pictures u8[P, S, H, W, 3] of the captions, S of each; always from the same noise."""
+    parts = drawing.draw_by(
+      self._sample,
+      weights,
+      self.tokenize(captions),
+      seeds_per_prompt=seeds_per_prompt,
+      batch_size=min(self.batch_size, len(captions) * seeds_per_prompt),
+      progress=progress if jax.process_index() == 0 else None,
+      mesh=self.mesh,
+    )
+    return drawing.together(parts, seeds_per_prompt)
+
+  def reward(self, weights: Any, captions: list[str], images: np.ndarray) -> np.ndarray | None:
+    """Scores f32[P, S] of u8[P, S, H, W, 3] by the preference model trained against; None if there is none."""
+    if self._reward is None:
+      return None
+    ids = np.repeat(self.tokenize(captions), images.shape[1], axis=0)
+    flat = images.reshape(-1, *images.shape[2:])
+    size = min(self.batch_size, len(flat))
+    found = []
+    for start in range(0, len(flat), size):
+      rows = np.resize(np.arange(start, min(start + size, len(flat))), size)  # one shape, so one compilation
+      found.append(np.asarray(self._reward(weights, ids[rows], flat[rows])))
+    return np.concatenate(found)[: len(flat)].reshape(images.shape[:2])
+
+
+def _judge(
+  config: ml_collections.ConfigDict, experiment: build.Experiment, images: np.ndarray, prompts: Sequence[emoji.Emoji]
+) -> dict[str, np.ndarray]:
+  """What the judge says of pictures u8[P, S, H, W, 3], see `judging.score`."""
+  assert experiment.judge is not None
+  return judging.score(
+    experiment.judge,
+    experiment.judge_params,
+    images,
+    [p.class_id for p in prompts],
+    style=config.data.preferred_style,
+    candidates=config.evaluation.candidates,
+    seed=config.evaluation.seed,
   )
 
 
-def draw_samples(
+def look(
   config: ml_collections.ConfigDict,
   experiment: build.Experiment,
-  mesh: jax.sharding.Mesh,
+  drawer: Drawer,
   weights: Any,
   path: pathlib.Path,
-) -> np.ndarray:
-  """A grid of validation prompts, two seeds each, written and returned."""
-  captions = [e.caption for e in _prompts(config, "validation", config.sample.num_prompts)]
-  images = _generate(config, experiment, mesh, weights, captions, seeds_per_prompt=2, batch_size=2 * len(captions))
-  picture = report.grid(images.swapaxes(0, 1))
+) -> tuple[np.ndarray, dict[str, float]]:
+  """What becomes of the same validation prompts and noise while a model trains.
+
+  Args:
+    path: the PNG to write: the first two pictures of at most eight prompts.
+  Returns:
+    the picture u8[H, W, 3], and means over all pictures: `validation_reward`, the score of the preference model that is
+    trained against, if there is one; with a judge `validation_preferred_share` and `validation_caption_accuracy`.
+  """
+  prompts = _prompts(config, "validation", config.sample.num_prompts)
+  captions = [p.caption for p in prompts]
+  images = drawer.draw(weights, captions, seeds_per_prompt=config.sample.seeds_per_prompt)
+  means = {}
+  if (scores := drawer.reward(weights, captions, images)) is not None:
+    means["validation_reward"] = float(scores.mean())
+  if experiment.judge is not None:
+    judged = _judge(config, experiment, images, prompts)
+    means["validation_preferred_share"] = float(judged["preferred"].mean())
+    means["validation_caption_accuracy"] = float(judged["correct"].mean())
+  few = np.linspace(0, len(prompts) - 1, min(8, len(prompts))).round().astype(int)
+  picture = report.grid(images[few, :2].swapaxes(0, 1))
   if jax.process_index() == 0:
     report.save_image(path, picture)
-  return picture
+  return picture, means
 
 
 def compare_with_base(
   config: ml_collections.ConfigDict,
   experiment: build.Experiment,
-  mesh: jax.sharding.Mesh,
+  drawer: Drawer,
   frozen: Any,
   state: step.State,
   folder: pathlib.Path,
 ) -> dict[str, Any]:
   """Generates from the base and the aligned model, lets the judge score both, writes table and pictures."""
-  assert experiment.judge is not None
   e = config.evaluation
   chosen = _prompts(config, e.split, e.num_prompts)
-  captions, classes = [c.caption for c in chosen], [c.class_id for c in chosen]
+  captions = [c.caption for c in chosen]
   models = {}
   if config.reference.mode == "update" and experiment.has_reference:
     models["base"] = frozen  # which has it, for the reference's divergence
   elif experiment.has_reference:  # a reference that never moved still is it
     models["base"] = {**frozen, **state.ref_params}
   elif experiment.read_base is not None:  # pre-training has none
-    models["base"] = {**frozen, **sharding.put_tree(mesh, experiment.read_base())}
+    models["base"] = {**frozen, **sharding.put_tree(drawer.mesh, experiment.read_base())}
   models["aligned"] = {**frozen, **state.params}
   images, scores = {}, {}
   for name, weights in models.items():
-    images[name] = _generate(
-      config,
-      experiment,
-      mesh,
-      weights,
-      captions,
-      seeds_per_prompt=e.seeds_per_prompt,
-      batch_size=e.batch_size,
-      progress=f"{name}: {len(captions)} prompts x {e.seeds_per_prompt} seeds" if jax.process_index() == 0 else None,
-    )
-    scores[name] = judging.score(
-      experiment.judge,
-      experiment.judge_params,
-      images[name],
-      classes,
-      style=config.data.preferred_style,
-      candidates=e.candidates,
-      seed=e.seed,
-    )
+    progress = f"{name}: {len(captions)} prompts x {e.seeds_per_prompt} seeds"
+    images[name] = drawer.draw(weights, captions, seeds_per_prompt=e.seeds_per_prompt, progress=progress)
+    scores[name] = _judge(config, experiment, images[name], chosen)
   results = judging.compare(scores.get("base"), scores["aligned"], samples=e.bootstrap_samples, seed=e.seed)
   results["table"] = report.table(results, style=config.data.preferred_style, candidates=e.candidates)
   results["protocol"] = config_lib.to_dict(config)["evaluation"] | {"preferred_style": config.data.preferred_style}
+  if "base" in results:
+    results["in_words"] = report.in_words(results, style=config.data.preferred_style)
   if jax.process_index() == 0:
-    (folder / "table.md").write_text(results["table"] + "\n")
+    said = [results[name] for name in ("table", "in_words") if name in results]
+    (folder / "table.md").write_text("\n\n".join(said) + "\n")
     few = np.linspace(0, len(captions) - 1, min(12, len(captions))).round().astype(int)
     titles = {"base": "before", "aligned": "after"} if "base" in images else {"aligned": ""}
     picture = folder / ("before_after.png" if "base" in images else "samples.png")
     report.picture_table(picture, {titles[k]: v[few] for k, v in images.items()}, [captions[i] for i in few])
-    names = ("loss", "implicit_accuracy", "reward", "valid_pairs", "margin", "divergence", "grad_norm")
-    report.curves(folder / "curves.png", metrics.read(folder / "metrics.jsonl"), names)
+    report.curves(folder / "curves.png", metrics.read(folder / "metrics.jsonl"), CURVES)
   return results

@@ -24,4 +24,6 @@ before, after    $workdir/before_after.png
 curves           $workdir/curves.png
 exported model   $workdir/export  (torch: diffusers.StableDiffusionPipeline.from_pretrained opens it)
 all numbers      $workdir/results.json, $workdir/metrics.jsonl
+
+$(tail -n 1 "$workdir/table.md" 2>/dev/null || true)
 END

@@ -277,7 +277,7 @@ def test_files_of_pairs(refused, tmp_path, row, kind, sentence):
 def test_a_dataset_without_one_of_its_files(refused, tmp_path):
   folder = tmp_path / "copy" / "1.1.0"
   emoji_pairs.prepare()
-  shutil.copytree(next((emoji_pairs.default_data_dir() / "emoji_pairs" / "noto_core").iterdir()), folder)
+  shutil.copytree(next((emoji_pairs.default_data_dir() / "emoji_pairs" / "openmoji_core").iterdir()), folder)
   (file,) = folder.glob("*-train.array_record*")
   file.unlink()
   said = refused(settings(data__source="tfds", data__path=str(folder)), FileNotFoundError)

@@ -291,7 +291,7 @@ def test_values_that_cannot_be(fields, sentence):
 @pytest.fixture(scope="module")
 def pairs_folder(datasets):
   emoji_pairs.prepare(datasets)
-  return next((datasets / "emoji_pairs" / "noto_core").iterdir())
+  return next((datasets / "emoji_pairs" / "openmoji_core").iterdir())
 
 
 def test_pairs_come_from_a_folder(pairs_folder):

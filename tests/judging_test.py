@@ -110,8 +110,23 @@ def test_scores_and_table():
   assert results["caption_accuracy_change"] == pytest.approx(-1 / 6)
   table = report.table(results, style="shaded", candidates=4)
   assert "share of shaded" in table and "66.7%" in table and "chance 25.0%" in table
+  base_row, row = ([c.strip() for c in line.split("|")] for line in table.splitlines()[2:])
+  assert row[2].endswith("↑ +33.3") and row[4].endswith("↓ -16.7") and not base_row[2].endswith("3")
+  words = report.in_words(results, style="shaded")
+  assert "draws 67 in the preferred style (shaded), the base model 33;" in words
+  assert "closer to that style in 67;" in words and "recognises the prompt in 67, before in 83." in words
+  same = report.table(judging.compare(scores[0], scores[0], samples=9, seed=0), style="shaded", candidates=4)
+  assert same.splitlines()[3].count(" =") == 2 and "↑" not in same
   alone = judging.compare(None, scores[1], samples=200, seed=0)
   assert "win_rate" not in alone and len(report.table(alone, style="x", candidates=4).split("\n")) == 3
+
+
+def test_styles_named_and_told_apart():
+  said = np.log([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]])
+  found = judging.style_accuracy(said, np.array([0, 0, 1, 2]), ("flat", "shaded", "outlined"))
+  assert (found["flat_named"], found["shaded_named"], found["outlined_named"]) == (0.5, 1, 1)
+  assert (found["flat_told"], found["shaded_told"], found["outlined_told"]) == (0.75, 0.75, 1)
+  assert found["pictures"] == 4
 
 
 def test_one_prompt_has_no_intervals():
@@ -119,7 +134,7 @@ def test_one_prompt_has_no_intervals():
     Judge(), {}, pictures(np.array([[1, 0]]), np.array([[3, 3]])), [3], style="shaded", candidates=4, seed=0
   )
   table = report.table(judging.compare(scores, scores, samples=200, seed=0), style="shaded", candidates=4)
-  assert "| aligned | 50.0% | 50.0% | 100.0% |" in table
+  assert "| aligned | 50.0% = | 50.0% | 100.0% = |" in table
 
 
 def test_a_style_that_the_judge_does_not_know_is_named():

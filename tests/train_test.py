@@ -434,14 +434,16 @@ def test_a_loss_whose_mean_rises_is_said_to_diverge():
 def test_the_base_model_is_what_training_started_from(tmp_path, monkeypatch, kept):
   """Wherever its weights are; pictures have the brightness of the weights, and the judge likes bright ones."""
 
-  def generate(config, experiment, mesh, weights, captions, *, seeds_per_prompt, **kwargs):
-    return np.full((len(captions), seeds_per_prompt, 2, 2, 3), int(weights["w"]), np.uint8)
+  class Drawer:
+    mesh = train.sharding.make_mesh(devices=jax.devices()[:1])
+
+    def draw(self, weights, captions, *, seeds_per_prompt, progress):
+      return np.full((len(captions), seeds_per_prompt, 2, 2, 3), int(weights["w"]), np.uint8)
 
   def score(judge, params, images, classes, **kwargs):
     brightness = images.mean(axis=(2, 3, 4))
     return {"style_log_prob": brightness, "preferred": brightness > 100.0, "correct": brightness < 220.0}
 
-  monkeypatch.setattr(validation, "_generate", generate)
   monkeypatch.setattr(validation.judging, "score", score)
   base, aligned = {"w": jnp.float32(10)}, {"w": jnp.float32(200)}
   c = config.default()
@@ -457,12 +459,12 @@ def test_the_base_model_is_what_training_started_from(tmp_path, monkeypatch, kep
     has_reference=kept != "read",
     read_base=lambda: base,
   )
-  mesh = train.sharding.make_mesh(devices=jax.devices()[:1])
   state = step.initial_state(aligned, reference, ())
-  found = validation.compare_with_base(c, experiment, mesh, base if kept == "moved" else {}, state, tmp_path)
+  found = validation.compare_with_base(c, experiment, Drawer(), base if kept == "moved" else {}, state, tmp_path)
   assert found["base"]["preferred_share"]["mean"] == 0 and found["aligned"]["preferred_share"]["mean"] == 1
   assert found["win_rate"] == 1 and found["base"]["caption_accuracy"]["mean"] == 1
   assert (tmp_path / "before_after.png").is_file()
+  assert (tmp_path / "table.md").read_text() == f"{found['table']}\n\n{found['in_words']}\n"
 
 
 @pytest.mark.parametrize("delta", [1e9, 0.0])
@@ -601,7 +603,8 @@ DPO = {
   "lora__rank": 2,
   "logging__every": 1,
   "checkpoint__every": 2,
-  "sample__every": 0,
+  "sample__every": 5,
+  "sample__num_prompts": 2,
   "optimizer__warmup_steps": 2,
   "optimizer__learning_rate": 1e-3,
   "evaluation__num_prompts": 2,
@@ -626,6 +629,11 @@ def test_a_run_leaves_everything_a_user_needs(whole):
   }
   assert json.loads((folder / "config.json").read_text())["lora"]["rank"] == 2
   found = metrics.read(folder / "metrics.jsonl")
+  looks = [r for r in found if "validation_preferred_share" in r]
+  assert [r["step"] for r in looks] == [0, 5, 10]  # of fixed prompts and noise, from the base model on
+  assert all(0 <= r[f"validation_{name}"] <= 1 for r in looks for name in ("preferred_share", "caption_accuracy"))
+  assert sorted(p.name for p in (folder / "samples").iterdir()) == [f"step_{s:06d}.png" for s in (0, 5, 10)]
+  found = [r for r in found if "loss" in r]
   assert [r["step"] for r in found] == list(range(1, 11))
   assert abs(found[0]["loss"] - math.log(2)) < 1e-3  # policy and reference still agree
   assert found[-1]["loss"] != found[0]["loss"]
@@ -697,7 +705,9 @@ SPO = {
   "lora__rank": 2,
   "logging__every": 1,
   "checkpoint__every": 2,
-  "sample__every": 0,
+  "sample__every": 2,
+  "sample__num_prompts": 2,
+  "evaluation__num_inference_steps": 2,
   "spo__num_inference_steps": 4,
   "spo__warmup_steps": 1,
   "spo__pool_size": 2,
@@ -710,6 +720,10 @@ def test_spo_runs_from_the_command_line(shared):
   folder = shared / "spo"
   said = main(shared, "spo_tiny.py", folder, **SPO)
   found = metrics.read(folder / "metrics.jsonl")
+  looks = [r for r in found if "validation_reward" in r]
+  assert [r["step"] for r in looks] == [0, 2] and looks[0]["validation_reward"] != looks[1]["validation_reward"]
+  assert set(looks[0]) == {"step", "time", "validation_reward"}  # there is no judge
+  found = [r for r in found if "loss" in r]
   assert [r["step"] for r in found] == [1, 2]
   assert abs(found[0]["loss"] - math.log(2)) < 0.05
   assert found[0]["valid_pairs"] == 1.0 and found[0]["updates"] == 2

@@ -61,7 +61,7 @@ def test_without_tensorflow_datasets_the_same_pairs_are_held_in_memory(data_dir,
 
 
 def test_a_folder_opens_by_its_path(data_dir):
-  folder = data_dir / "emoji_pairs" / "noto_core" / "1.1.0"
+  folder = data_dir / "emoji_pairs" / "openmoji_core" / "1.1.0"
   source = records.open_folder(folder, "test[:10]")
   assert len(source) == 10 and isinstance(source[0]["image_1"], bytes)
   with pytest.raises(ValueError, match="has no split 'tests', only train, validation, test"):
@@ -89,7 +89,7 @@ def test_pairs_feed_the_pipeline_with_the_pixels_of_the_tiles(data_dir):
     assert found[0] and found[1]
     if found[0] != found[1]:
       of_style += 1
-      assert ("noto" in found[0]) == (label == 1.0) and ("noto" in found[1]) == (label == 0.0)
+      assert ("openmoji" in found[0]) == (label == 1.0) and ("openmoji" in found[1]) == (label == 0.0)
   assert 0 < of_style < 8
 
 

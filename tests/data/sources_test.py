@@ -449,7 +449,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_tfds(dataset, cache, monkeypatch):
-  folder = dataset / "emoji_pairs" / "noto_core" / "1.1.0"
+  folder = dataset / "emoji_pairs" / "openmoji_core" / "1.1.0"
   source = sources.open_tfds(dataset, "test")
   rows = list(emoji_pairs.records(split="test"))
   assert source.index.label_0.tolist() == [row["label_0"] for row in rows]
@@ -467,7 +467,7 @@ def test_tfds(dataset, cache, monkeypatch):
 
 
 def test_an_index_of_other_labels_is_made_again(dataset, cache, caplog):
-  folder = dataset / "emoji_pairs" / "noto_core" / "1.1.0"
+  folder = dataset / "emoji_pairs" / "openmoji_core" / "1.1.0"
   right = sources.open_tfds(folder, "validation").index
   file = folder / "index-validation.npz"
   with np.load(file) as stored:
@@ -482,7 +482,7 @@ def test_an_index_of_other_labels_is_made_again(dataset, cache, caplog):
 
 
 def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(dataset, cache, monkeypatch):
-  folder = dataset / "emoji_pairs" / "noto_core" / "1.1.0"
+  folder = dataset / "emoji_pairs" / "openmoji_core" / "1.1.0"
   (folder / "index-test.npz").unlink(missing_ok=True)
   save = index_lib.save
 
@@ -538,7 +538,7 @@ def test_a_file_of_a_dataset_that_cannot_be_read(damaged, damage):
   content = file.read_bytes()
   damages = {"truncated": content[: len(content) // 2], "overwritten": b"x" * len(content), "empty": b""}
   file.write_bytes(damages[damage])
-  sentence = r"record \d+ of emoji_pairs/noto_core/1.1.0 cannot be read \(.*\); copy or prepare that file"
+  sentence = r"record \d+ of emoji_pairs/openmoji_core/1.1.0 cannot be read \(.*\); copy or prepare that file"
   with pytest.raises(OSError, match=sentence):  # already when the index is compared with a few records
     sources.open_tfds(folder, "test")
   (folder / "index-test.npz").unlink()
@@ -559,7 +559,7 @@ def test_flipped_bits_in_a_dataset(damaged):
     except OSError as error:
       failed.append((i, str(error)))
   ((i, said),) = failed
-  assert re.match(rf"record {i} of emoji_pairs/noto_core/1.1.0 cannot be read \(.*hash mismatch", said)
+  assert re.match(rf"record {i} of emoji_pairs/openmoji_core/1.1.0 cannot be read \(.*hash mismatch", said)
 
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])

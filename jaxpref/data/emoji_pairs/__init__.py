@@ -5,7 +5,7 @@ tie, and the emoji against another one in the same style, which loses for not sh
 labels are a program's: one style is declared the preferred one. No person judged anything, so they
 show whether a method works, not what people like.
 
-  sources = prepare(preferred_style="noto", subset="core")
+  sources = prepare(preferred_style="openmoji", subset="core")
   record = sources["train"][0]   # caption, image_0, image_1, label_0, ...
 """
 
@@ -34,7 +34,7 @@ def _draw(sides: int, *parts: str) -> int:
 
 
 def records(
-  *, preferred_style: str = "noto", subset: str = "core", split: str = "train"
+  *, preferred_style: str = "openmoji", subset: str = "core", split: str = "train"
 ) -> Iterator[dict[str, Any]]:
   """The pairs of one split, without a file in between.
 
@@ -97,7 +97,7 @@ def default_data_dir() -> pathlib.Path:
 def prepare(
   data_dir: str | os.PathLike | None = None,
   *,
-  preferred_style: str = "noto",
+  preferred_style: str = "openmoji",
   subset: str = "core",
 ) -> Mapping[str, Sequence[dict[str, Any]]]:
   """Builds the ArrayRecord files on first use (seconds), and opens them.

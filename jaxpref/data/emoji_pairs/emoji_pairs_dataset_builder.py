@@ -21,7 +21,7 @@ class EmojiPairsConfig(tfds.core.BuilderConfig):
     subset: "core" (about 1,000 emoji) or "all".
   """
 
-  preferred_style: str = "noto"
+  preferred_style: str = "openmoji"
   subset: str = "core"
 
 
@@ -41,7 +41,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     "1.0.0": "Three styles, 1,826 emoji (core: 1,021).",
     "1.1.0": "One more pair for every emoji, in which another emoji of the same style loses.",
   }
-  # "noto_core" comes first and is the default.
+  # "openmoji_core" comes first and is the default.
   BUILDER_CONFIGS = [
     EmojiPairsConfig(
       name=f"{style}_{subset}",
@@ -49,7 +49,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
       preferred_style=style,
       subset=subset,
     )
-    for style in ("noto", "twemoji", "openmoji")
+    for style in ("openmoji", "noto", "twemoji")
     for subset in emoji.SUBSETS
   ]
   on_record: Callable[[], object] | None = None  # Called after each record, to show progress.
