@@ -26,5 +26,5 @@ def get_config():
   config.grpo.update(num_inference_steps=20, guidance_scale=3.5, group_size=6, ratio_clip=1e-3, minibatch=120)
   config.logging.every = 1
   config.checkpoint.every = 10
-  config.sample.every = 10
+  config.sample.update(every=5, num_prompts=32)
   return config

@@ -22,5 +22,5 @@ def get_config():
   config.optimizer.update(learning_rate=2e-5, warmup_steps=20)
   config.logging.every = 10
   config.checkpoint.every = 100
-  config.sample.every = 200
+  config.sample.update(every=30, num_prompts=32)
   return config

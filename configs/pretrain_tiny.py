@@ -47,6 +47,6 @@ def get_config(stage: str = "unet"):
   else:
     config.objective = "classify"
     config.data.subset = "all"  # more emoji to learn styles from
-    config.update(num_steps=2000, batch_size=64, seed=1)
+    config.update(num_steps=3600, batch_size=64, seed=1)
     config.optimizer.learning_rate = 2e-3
   return config

@@ -23,5 +23,5 @@ def get_config():
   config.spo.update(num_inference_steps=20, guidance_scale=3.5, pool_size=4, threshold=0.1, minibatch=20)
   config.logging.every = 1
   config.checkpoint.every = 10
-  config.sample.every = 10
+  config.sample.update(every=5, num_prompts=32)
   return config

@@ -20,6 +20,15 @@ def grid(images: np.ndarray, *, scale: int = 2) -> np.ndarray:
   return canvas.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
+def cut(picture: np.ndarray, *, columns: int, side: int, scale: int) -> np.ndarray:
+  """The tiles u8[rows, columns, side, side, 3] that `grid` made a picture of."""
+  small = picture[::scale, ::scale]
+  pitch = side + GAP
+  rows = (small.shape[0] - GAP) // pitch
+  starts = [[(GAP + r * pitch, GAP + c * pitch) for c in range(columns)] for r in range(rows)]
+  return np.array([[small[y : y + side, x : x + side] for y, x in row] for row in starts])
+
+
 def save_image(path: pathlib.Path, image: np.ndarray) -> None:
   """Writes u8[H, W, 3] as PNG."""
   from PIL import Image

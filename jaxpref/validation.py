@@ -12,6 +12,7 @@ from jaxpref import build, chips, drawing, judging, metrics, report, sharding, s
 from jaxpref import config as config_lib
 from jaxpref.data import emoji
 
+LOOK_COLUMNS = 16
 # What curves.png shows, of what there is.
 CURVES = (
   "validation_reward", "validation_preferred_share", "validation_caption_accuracy",
@@ -41,7 +42,7 @@ def held_out_metrics(
   return metrics.to_scalars({f"validation_{k}": v for k, v in metrics.divide(total).items()})
 
 
-def _prompts(config: ml_collections.ConfigDict, split: str, count: int) -> list[emoji.Emoji]:
+def prompts(config: ml_collections.ConfigDict, split: str, count: int) -> list[emoji.Emoji]:
   """`count` emoji of a split, spread evenly over it, and so over animals, food, objects, ..."""
   every = emoji.load_index(config.data.subset, split)
   return [every[i] for i in np.linspace(0, len(every) - 1, min(count, len(every))).round().astype(int)]
@@ -102,7 +103,7 @@ class Drawer:
 
 
 def _judge(
-  config: ml_collections.ConfigDict, experiment: build.Experiment, images: np.ndarray, prompts: Sequence[emoji.Emoji]
+  config: ml_collections.ConfigDict, experiment: build.Experiment, images: np.ndarray, chosen: Sequence[emoji.Emoji]
 ) -> dict[str, np.ndarray]:
   """What the judge says of pictures u8[P, S, H, W, 3], see `judging.score`."""
   assert experiment.judge is not None
@@ -110,7 +111,7 @@ def _judge(
     experiment.judge,
     experiment.judge_params,
     images,
-    [p.class_id for p in prompts],
+    [c.class_id for c in chosen],
     style=config.data.preferred_style,
     candidates=config.evaluation.candidates,
     seed=config.evaluation.seed,
@@ -127,23 +128,25 @@ def look(
   """What becomes of the same validation prompts and noise while a model trains.
 
   Args:
-    path: the PNG to write: the first two pictures of at most eight prompts.
+    path: the PNG to write, of all pictures, prompt by prompt, `LOOK_COLUMNS` in a row.
   Returns:
     the picture u8[H, W, 3], and means over all pictures: `validation_reward`, the score of the preference model that is
     trained against, if there is one; with a judge `validation_preferred_share` and `validation_caption_accuracy`.
   """
-  prompts = _prompts(config, "validation", config.sample.num_prompts)
-  captions = [p.caption for p in prompts]
+  chosen = prompts(config, "validation", config.sample.num_prompts)
+  captions = [c.caption for c in chosen]
   images = drawer.draw(weights, captions, seeds_per_prompt=config.sample.seeds_per_prompt)
   means = {}
   if (scores := drawer.reward(weights, captions, images)) is not None:
     means["validation_reward"] = float(scores.mean())
   if experiment.judge is not None:
-    judged = _judge(config, experiment, images, prompts)
+    judged = _judge(config, experiment, images, chosen)
     means["validation_preferred_share"] = float(judged["preferred"].mean())
     means["validation_caption_accuracy"] = float(judged["correct"].mean())
-  few = np.linspace(0, len(prompts) - 1, min(8, len(prompts))).round().astype(int)
-  picture = report.grid(images[few, :2].swapaxes(0, 1))
+  flat = images.reshape(-1, *images.shape[2:])
+  blank = np.full((-len(flat) % LOOK_COLUMNS, *flat.shape[1:]), 255, np.uint8)
+  rows = np.concatenate([flat, blank]).reshape(-1, LOOK_COLUMNS, *flat.shape[1:])
+  picture = report.grid(rows, scale=max(1, 64 // flat.shape[1]))
   if jax.process_index() == 0:
     report.save_image(path, picture)
   return picture, means
@@ -159,7 +162,7 @@ def compare_with_base(
 ) -> dict[str, Any]:
   """Generates from the base and the aligned model, lets the judge score both, writes table and pictures."""
   e = config.evaluation
-  chosen = _prompts(config, e.split, e.num_prompts)
+  chosen = prompts(config, e.split, e.num_prompts)
   captions = [c.caption for c in chosen]
   models = {}
   if config.reference.mode == "update" and experiment.has_reference:

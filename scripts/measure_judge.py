@@ -8,9 +8,10 @@
 tiny-sd denoise them with DDIM and no caption, so that they are no longer the tiles but pictures of the model whose
 caption is known and owes nothing to it. OUT.json and OUT.md: how many of these captions the judge picks among 16.
 
-`draw` writes pictures of test prompts (to OUT.npy) and numbered sheets of them (OUT_1.png, ...). A person writes the
-numbers of those that are outlined, separated by spaces, into a file, before the judge is asked. `sort` writes OUT.png,
-the outlined ones first, and OUT.json: on how many the judge agrees.
+`draw` writes pictures of test prompts (to OUT.npy) and numbered sheets of them (OUT_1.png, ...). Before the judge is
+asked, they are sorted by eye, into a file of two lines: `outlined` and their numbers, `unclear` and theirs. `sort`
+writes OUT.png, the outlined ones first, those that are unclear last, and OUT.json: on how many of the others the judge
+agrees.
 """
 
 import argparse
@@ -21,6 +22,24 @@ from typing import Any
 
 import numpy as np
 
+_HEAD = """# The judge
+
+tiny-judge is a small ResNet (`jaxpref.models.preference.Judge`) that names the style and the caption of a picture, made
+by configs/pretrain_tiny.py:judge. It knows the captions of all core emoji in all styles. Styles it was taught on the
+emoji of the training split alone, so that it can be measured on the others: jaxpref/assets/tiny-judge/metrics.json.
+
+Captions: tiles of the validation and the test split get noise up to timestep t and are denoised by tiny-sd without a
+caption. The share of these pictures whose caption the judge picks among 16, in {count} pictures of each style, and how
+far the styles are apart at most, with its 95 % interval over emoji; `python scripts/measure_judge.py captions`:
+
+{table}
+Style, by eye: pictures of test prompts, by the base model and by one that SPO aligned, mixed and sorted by eye before
+the judge was asked (`python scripts/measure_judge.py draw` and `sort`). First come the outlined ones, then the others,
+then those that are hard to say, mostly dark things. docs/judge_sheet.json says on how many of the first two the judge
+agrees.
+
+![Pictures sorted by eye](judge_sheet.png)
+"""
 TIMESTEPS = (0, 200, 400, 600)  # 0: encoded and decoded by the autoencoder
 CANDIDATES = 16
 COLUMNS = 16
@@ -154,15 +173,6 @@ def draw(models: list[str], out: pathlib.Path, per_model: int) -> None:
     sheet.save(f"{out}_{page + 1}.png")
 
 
-def cut(sheet: np.ndarray, count: int) -> np.ndarray:
-  """The first `count` pictures u8[N, 32, 32, 3] of a sheet that `sort` wrote."""
-  from jaxpref import report
-
-  pitch = 32 + report.GAP
-  places = [(report.GAP + pitch * (i // COLUMNS), report.GAP + pitch * (i % COLUMNS)) for i in range(count)]
-  return np.stack([sheet[y : y + 32, x : x + 32] for y, x in places])
-
-
 def agreement(pictures: np.ndarray, outlined: int, judge_name: str) -> dict[str, Any]:
   """The judge on pictures of which the first `outlined` are outlined, by eye, and the others not."""
   from jaxpref import judging, loading
@@ -191,14 +201,15 @@ def main() -> None:
   parser.add_argument("--models", nargs="+", default=["tiny-sd"], help="folders of models or of runs")
   parser.add_argument("--pictures", type=int, default=96, help="of each model (default: %(default)s)")
   parser.add_argument("--drawn", type=pathlib.Path, help="what `draw` was given as --out")
-  parser.add_argument("--by_eye", type=pathlib.Path, help="file of the numbers of outlined pictures")
+  parser.add_argument("--by_eye", type=pathlib.Path, help="file of what `draw` made, sorted by eye")
   parser.add_argument("--out", type=pathlib.Path, required=True, help="path of what is written, without its suffix")
   args = parser.parse_args()
   args.out.parent.mkdir(parents=True, exist_ok=True)
   if args.what == "captions":
     rows = captions(args.judge, args.seeds)
     args.out.with_suffix(".json").write_text(json.dumps(rows, indent=2) + "\n")
-    args.out.with_suffix(".md").write_text(table(rows))
+    text = _HEAD.format(count=rows[0]["pictures_per_style"], table=table(rows))
+    args.out.with_suffix(".md").write_text(text)
     print(table(rows))
   elif args.what == "draw":
     draw(args.models, args.out, args.pictures)
@@ -206,13 +217,14 @@ def main() -> None:
     from jaxpref import report
 
     pictures = np.load(args.drawn.with_suffix(".npy"), allow_pickle=False)
-    outlined = sorted({int(word) for word in args.by_eye.read_text().split()})
-    others = [i for i in range(len(pictures)) if i not in outlined]
-    pictures = pictures[outlined + others]
+    lines = (line.split() for line in args.by_eye.read_text().splitlines())
+    outlined, unclear = ([int(n) for n in line[1:]] for line in lines)
+    others = [i for i in range(len(pictures)) if i not in outlined + unclear]
+    pictures = pictures[outlined + others + unclear]
     blank = np.full((-len(pictures) % COLUMNS, *pictures.shape[1:]), 255, np.uint8)
     sheet = np.concatenate([pictures, blank]).reshape(-1, COLUMNS, *pictures.shape[1:])
     report.save_image(args.out.with_suffix(".png"), report.grid(sheet, scale=1))
-    found = agreement(pictures, len(outlined), args.judge)
+    found = agreement(pictures[: len(outlined + others)], len(outlined), args.judge) | {"unclear_by_eye": len(unclear)}
     args.out.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))
 

@@ -4,18 +4,120 @@
 
 Each run is `python -m jaxpref.main --config=configs/NAME_tiny.py --config.seed=S` in runs/tiny_results/NAME_S; finished
 runs are reused, interrupted ones resume. All are judged on the same test prompts and image seeds.
+
+With --long each method is also trained for twice its recipe's steps (seed 100, without an evaluation).
+OUT_frontier.png shows how the preferred share rises and what it costs in captions, by the pictures of validation
+prompts that a run draws along the way; OUT_frontier.json has the points.
 """
 
 import argparse
+import importlib
 import json
 import pathlib
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = ("spo", "dpo", "tdpo")
+TITLES = {"spo": "SPO", "dpo": "Diffusion-DPO", "tdpo": "timestep-aware DPO"}
+LONG_SEED = 100
+ALLOWED_LOSS = 0.05  # of caption accuracy
+
+
+def recipe(name: str) -> Any:
+  """The config of a method."""
+  sys.path.insert(0, str(ROOT))
+  return importlib.import_module(f"configs.{name}_tiny").get_config()
+
+
+def run(folder: pathlib.Path, name: str, **fields: Any) -> None:
+  """Trains in a folder, and adds up the time in its seconds.txt."""
+  seconds = folder / "seconds.txt"
+  before = float(seconds.read_text()) if seconds.exists() else 0.0  # of the parts of an interrupted run
+  started = time.time()
+  overrides = [f"--config.{k.replace('__', '.')}={v}" for k, v in fields.items()]
+  command = [sys.executable, "-m", "jaxpref.main", f"--config=configs/{name}_tiny.py", *overrides]
+  try:
+    subprocess.run([*command, f"--workdir={folder}"], check=True)
+  finally:
+    if folder.is_dir():
+      seconds.write_text(f"{before + time.time() - started:.0f}\n")
+
+
+def looks(folder: pathlib.Path, name: str) -> list[dict[str, float]]:
+  """Share and caption accuracy of the pictures in a run's folder `samples`, by the judge that is shipped now."""
+  from PIL import Image
+
+  from jaxpref import judging, loading, report, validation
+  from jaxpref.data import emoji
+
+  config = recipe(name)
+  prompts = validation.prompts(config, "validation", config.sample.num_prompts)
+  judge, params = loading.load_judge(
+    config.judge, style=config.data.preferred_style, num_classes=emoji.num_classes(config.data.subset)
+  )
+  assert judge is not None
+  found = []
+  for file in sorted((folder / "samples").glob("step_*.png")):
+    sheet = np.asarray(Image.open(file).convert("RGB"))
+    tiles = report.cut(sheet, columns=validation.LOOK_COLUMNS, side=judge.config.image_size, scale=2)
+    pictures = tiles.reshape(-1, *tiles.shape[2:])[: len(prompts) * config.sample.seeds_per_prompt]
+    scores = judging.score(
+      judge,
+      params,
+      pictures.reshape(len(prompts), -1, *pictures.shape[1:]),
+      [p.class_id for p in prompts],
+      style=config.data.preferred_style,
+      candidates=config.evaluation.candidates,
+      seed=config.evaluation.seed,
+    )
+    found.append(
+      {
+        "step": int(file.stem.partition("_")[2]),
+        "preferred_share": float(scores["preferred"].mean()),
+        "caption_accuracy": float(scores["correct"].mean()),
+      }
+    )
+  return found
+
+
+def mean_looks(runs: list[list[dict[str, float]]]) -> list[dict[str, float]]:
+  """Those of several seeds, averaged step by step."""
+  return [
+    {key: float(np.mean([look[key] for look in of_step])) for key in of_step[0]} for of_step in zip(*runs, strict=True)
+  ]
+
+
+def plot(frontier: dict[str, dict[str, Any]], path: pathlib.Path) -> None:
+  """One panel a method: share against caption accuracy along training, the mean over seeds and the long run."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  size: dict[str, Any] = {"figsize": (3.4 * len(frontier), 3.3), "sharex": True, "sharey": True, "squeeze": False}
+  figure, axes = plt.subplots(1, len(frontier), layout="constrained", **size)
+  for axis, (name, found) in zip(axes[0], frontier.items(), strict=True):
+    lines = [("long", f"twice as long, seed {LONG_SEED}", "0.6"), ("mean", "recipe, mean of seeds", "C0")]
+    for key, label, color in lines:
+      if points := found.get(key):
+        x, y = ([100 * p[k] for p in points] for k in ("caption_accuracy", "preferred_share"))
+        axis.plot(x, y, marker=".", color=color, label=label, linewidth=1)
+        axis.annotate(f"step {points[-1]['step']:.0f}", (x[-1], y[-1]), fontsize=7)
+    base = found["mean"][0]
+    axis.plot(100 * base["caption_accuracy"], 100 * base["preferred_share"], "k*", markersize=10, label="base")
+    axis.axvline(100 * (base["caption_accuracy"] - ALLOWED_LOSS), color="0.7", linestyle="--", linewidth=0.8)
+    axis.set_title(TITLES.get(name, name), fontsize=10)
+    axis.set_xlabel("caption accuracy, %", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.legend(fontsize=7, loc="lower left")
+  axes[0][0].set_ylabel("share of the preferred style, %", fontsize=8)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
 
 
 def main() -> None:
@@ -24,27 +126,15 @@ def main() -> None:
   parser.add_argument("--names", nargs="+", default=NAMES)
   parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/tiny_results"))
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/tiny_results"))
+  parser.add_argument("--long", action="store_true", help="also train for twice as long")
   args = parser.parse_args()
 
   rows = []
   for name in args.names:
     for seed in range(args.seeds):
       folder = args.runs / f"{name}_{seed}"
-      started = time.time()
       if not (folder / "results.json").exists():
-        seconds = folder / "seconds.txt"
-        before = float(seconds.read_text()) if seconds.exists() else 0.0  # of the parts of an interrupted run
-        try:
-          subprocess.run(
-            [
-              sys.executable, "-m", "jaxpref.main", f"--config=configs/{name}_tiny.py", f"--config.seed={seed}",
-              f"--workdir={folder}",
-            ],
-            check=True,
-          )  # fmt: skip
-        finally:
-          if folder.is_dir():
-            seconds.write_text(f"{before + time.time() - started:.0f}\n")
+        run(folder, name, seed=seed)
       results = json.loads((folder / "results.json").read_text())
       seconds = folder / "seconds.txt"
       rows.append(
@@ -66,6 +156,19 @@ def main() -> None:
   args.out.with_suffix(".json").write_text(json.dumps(rows, indent=2) + "\n")
   args.out.with_suffix(".md").write_text(table(rows))
   print(table(rows))
+
+  frontier: dict[str, dict[str, Any]] = {}
+  for name in args.names:
+    seeds = [looks(args.runs / f"{name}_{seed}", name) for seed in range(args.seeds)]
+    frontier[name] = {"mean": mean_looks(seeds), "seeds": seeds}
+    if args.long:
+      folder = args.runs / f"{name}_long"
+      if not (folder / "export").is_dir():
+        run(folder, name, seed=LONG_SEED, num_steps=2 * recipe(name).num_steps, evaluation__num_prompts=0)
+      frontier[name]["long"] = looks(folder, name)
+  path = args.out.with_name(f"{args.out.name}_frontier")
+  path.with_suffix(".json").write_text(json.dumps(frontier, indent=1) + "\n")
+  plot(frontier, path.with_suffix(".png"))
 
 
 def table(rows: list[dict]) -> str:
