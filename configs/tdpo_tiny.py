@@ -16,7 +16,7 @@ def get_config():
   config.model = "tiny-sd"
   config.judge = "tiny-judge"
   config.evaluation.guidance_scale = 3.5
-  config.update(num_steps=300, batch_size=32)
+  config.update(num_steps=240, batch_size=32)
   config.loss.beta = 500.0
   config.data.caption_dropout = 0.1
   config.timesteps.update(gamma=0.9, reward_scale=True)

@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref.models.preference import Judge
+from jaxpref.models.preference import Judge, ask_judge
 from jaxpref.statistics import bootstrap_interval, win_rate
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _apply(judge: Judge, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-  style, classes = judge.apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1.0)
-  return jax.nn.log_softmax(style), classes
+  return ask_judge(judge, params, images.astype(jnp.float32) / 127.5 - 1.0)
 
 
 def judge_images(

@@ -17,7 +17,7 @@ from PIL import Image
 
 from jaxpref import loading, tensor_files, weights
 from jaxpref.models import blip, clip
-from jaxpref.models.preference import StepAwareCLIPModel
+from jaxpref.models.preference import StepAwareCLIPModel, ask_judge
 from jaxpref.score import clip_image
 
 Array = jax.Array
@@ -199,8 +199,8 @@ def judge_network(folder: pathlib.Path, style: str, placement: Any) -> Network:
     params = jax.device_put(params, placement)
 
   def score(params, unused_ids, images):
-    logits, _ = module.apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1.0)
-    return jax.nn.log_softmax(logits)[:, column]
+    log_probs, _ = ask_judge(module, params, images.astype(jnp.float32) / 127.5 - 1.0)
+    return log_probs[:, column]
 
   prepare = lambda image: image if image.shape[:2] == (size, size) else clip_image(image, size)
   return Network(score, params, prepare, None, tensor_files.weight_files(folder))

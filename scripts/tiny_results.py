@@ -5,9 +5,8 @@
 Each run is `python -m jaxpref.main --config=configs/NAME_tiny.py --config.seed=S` in runs/tiny_results/NAME_S; finished
 runs are reused, interrupted ones resume. All are judged on the same test prompts and image seeds.
 
-With --long each method is also trained for twice its recipe's steps (seed 100, without an evaluation).
-OUT_frontier.png shows how the preferred share rises and what it costs in captions, by the pictures of validation
-prompts that a run draws along the way; OUT_frontier.json has the points.
+OUT_frontier.png shows how the preferred share rises along training and what it costs in captions, by the pictures of
+validation prompts that a run draws on its way; OUT_frontier.json has the points.
 """
 
 import argparse
@@ -24,7 +23,6 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = ("spo", "dpo", "tdpo")
 TITLES = {"spo": "SPO", "dpo": "Diffusion-DPO", "tdpo": "timestep-aware DPO"}
-LONG_SEED = 100
 ALLOWED_LOSS = 0.05  # of caption accuracy
 
 
@@ -34,13 +32,12 @@ def recipe(name: str) -> Any:
   return importlib.import_module(f"configs.{name}_tiny").get_config()
 
 
-def run(folder: pathlib.Path, name: str, **fields: Any) -> None:
-  """Trains in a folder, and adds up the time in its seconds.txt."""
+def run(folder: pathlib.Path, name: str, seed: int) -> None:
+  """Trains and evaluates in a folder, and adds up the time in its seconds.txt."""
   seconds = folder / "seconds.txt"
   before = float(seconds.read_text()) if seconds.exists() else 0.0  # of the parts of an interrupted run
   started = time.time()
-  overrides = [f"--config.{k.replace('__', '.')}={v}" for k, v in fields.items()]
-  command = [sys.executable, "-m", "jaxpref.main", f"--config=configs/{name}_tiny.py", *overrides]
+  command = [sys.executable, "-m", "jaxpref.main", f"--config=configs/{name}_tiny.py", f"--config.seed={seed}"]
   try:
     subprocess.run([*command, f"--workdir={folder}"], check=True)
   finally:
@@ -93,29 +90,25 @@ def mean_looks(runs: list[list[dict[str, float]]]) -> list[dict[str, float]]:
 
 
 def plot(frontier: dict[str, dict[str, Any]], path: pathlib.Path) -> None:
-  """One panel a method: share against caption accuracy along training, the mean over seeds and the long run."""
+  """Share against caption accuracy along training: of each method the mean over seeds, and thinly each seed."""
   import matplotlib
 
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
 
-  size: dict[str, Any] = {"figsize": (3.4 * len(frontier), 3.3), "sharex": True, "sharey": True, "squeeze": False}
-  figure, axes = plt.subplots(1, len(frontier), layout="constrained", **size)
-  for axis, (name, found) in zip(axes[0], frontier.items(), strict=True):
-    lines = [("long", f"twice as long, seed {LONG_SEED}", "0.6"), ("mean", "recipe, mean of seeds", "C0")]
-    for key, label, color in lines:
-      if points := found.get(key):
-        x, y = ([100 * p[k] for p in points] for k in ("caption_accuracy", "preferred_share"))
-        axis.plot(x, y, marker=".", color=color, label=label, linewidth=1)
-        axis.annotate(f"step {points[-1]['step']:.0f}", (x[-1], y[-1]), fontsize=7)
+  figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+  base: dict[str, float] = {}
+  for i, (name, found) in enumerate(frontier.items()):
+    lines = [(points, 0.4, None) for points in found["seeds"]] + [(found["mean"], 1.8, TITLES.get(name, name))]
+    for points, width, label in lines:
+      x, y = ([100 * p[k] for p in points] for k in ("caption_accuracy", "preferred_share"))
+      axis.plot(x, y, color=f"C{i}", linewidth=width, label=label, marker="." if label else None)
+    axis.annotate(f"step {found['mean'][-1]['step']:.0f}", (x[-1], y[-1]), fontsize=7, color=f"C{i}")
     base = found["mean"][0]
-    axis.plot(100 * base["caption_accuracy"], 100 * base["preferred_share"], "k*", markersize=10, label="base")
-    axis.axvline(100 * (base["caption_accuracy"] - ALLOWED_LOSS), color="0.7", linestyle="--", linewidth=0.8)
-    axis.set_title(TITLES.get(name, name), fontsize=10)
-    axis.set_xlabel("caption accuracy, %", fontsize=8)
-    axis.tick_params(labelsize=7)
-    axis.legend(fontsize=7, loc="lower left")
-  axes[0][0].set_ylabel("share of the preferred style, %", fontsize=8)
+  axis.plot(100 * base["caption_accuracy"], 100 * base["preferred_share"], "k*", markersize=11, label="base")
+  axis.axvline(100 * (base["caption_accuracy"] - ALLOWED_LOSS), color="0.7", linestyle="--", linewidth=0.8)
+  axis.set(xlabel="caption accuracy, %", ylabel="share of the preferred style, %")
+  axis.legend(fontsize=8)
   figure.savefig(path, dpi=110)
   plt.close(figure)
 
@@ -126,7 +119,6 @@ def main() -> None:
   parser.add_argument("--names", nargs="+", default=NAMES)
   parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/tiny_results"))
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/tiny_results"))
-  parser.add_argument("--long", action="store_true", help="also train for twice as long")
   args = parser.parse_args()
 
   rows = []
@@ -134,7 +126,7 @@ def main() -> None:
     for seed in range(args.seeds):
       folder = args.runs / f"{name}_{seed}"
       if not (folder / "results.json").exists():
-        run(folder, name, seed=seed)
+        run(folder, name, seed)
       results = json.loads((folder / "results.json").read_text())
       seconds = folder / "seconds.txt"
       rows.append(
@@ -161,11 +153,6 @@ def main() -> None:
   for name in args.names:
     seeds = [looks(args.runs / f"{name}_{seed}", name) for seed in range(args.seeds)]
     frontier[name] = {"mean": mean_looks(seeds), "seeds": seeds}
-    if args.long:
-      folder = args.runs / f"{name}_long"
-      if not (folder / "export").is_dir():
-        run(folder, name, seed=LONG_SEED, num_steps=2 * recipe(name).num_steps, evaluation__num_prompts=0)
-      frontier[name]["long"] = looks(folder, name)
   path = args.out.with_name(f"{args.out.name}_frontier")
   path.with_suffix(".json").write_text(json.dumps(frontier, indent=1) + "\n")
   plot(frontier, path.with_suffix(".png"))

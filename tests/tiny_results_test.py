@@ -50,6 +50,23 @@ def test_the_first_runs_show_the_preference_and_keep_the_captions():
     assert change >= -tiny_results.ALLOWED_LOSS
 
 
+def test_the_recipes_have_what_was_chosen_on_the_validation_prompts():
+  """And that is what the rule takes of the measured points."""
+  found = json.loads((DOCS / "tiny_tuning.json").read_text())
+  assert set(found["chosen"]) == set(tiny_results.NAMES)
+  for name, chosen in found["chosen"].items():
+    allowed = []
+    for run in (run for run in found["runs"] if run["method"] == name):
+      least = run["points"][0]["caption_accuracy"] - tiny_results.ALLOWED_LOSS
+      allowed += [p | {"fields": run["fields"]} for p in run["points"] if p["caption_accuracy"] >= least]
+    assert chosen == max(allowed, key=lambda p: (p["preferred_share"], p["caption_accuracy"]))
+    config = tiny_results.recipe(name)
+    assert config.num_steps == chosen["step"]
+    for field, value in chosen["fields"].items():
+      section, _, key = field.partition(".")
+      assert config[section][key] == value
+
+
 def test_the_judge_agrees_with_eyes_on_style():
   recorded = json.loads((DOCS / "judge_sheet.json").read_text())
   sheet = np.asarray(Image.open(DOCS / "judge_sheet.png").convert("RGB"))
@@ -57,7 +74,7 @@ def test_the_judge_agrees_with_eyes_on_style():
   pictures = tiles.reshape(-1, 32, 32, 3)[: recorded["pictures"]]
   found = measure_judge.agreement(pictures, recorded["outlined_by_eye"], "tiny-judge")
   assert found["outlined_by_eye"] > 40 and found["pictures"] - found["outlined_by_eye"] > 40
-  assert found["judge_agrees"] >= 0.97
+  assert found["judge_agrees"] >= 0.95
   assert abs(found["judge_agrees"] - recorded["judge_agrees"]) < 0.01  # one picture
 
 
