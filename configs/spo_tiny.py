@@ -17,11 +17,11 @@ def get_config():
   config.preference_model = "tiny-spm"
   config.judge = "tiny-judge"
   config.evaluation.guidance_scale = 3.5
-  config.update(num_steps=20, batch_size=8)
+  config.update(num_steps=40, batch_size=8)
   config.loss.beta = 10.0
-  config.optimizer.update(learning_rate=1e-5, weight_decay=1e-4)
+  config.optimizer.update(learning_rate=2e-5, weight_decay=1e-4)
   config.spo.update(num_inference_steps=20, guidance_scale=3.5, pool_size=4, threshold=0.1, minibatch=20)
   config.logging.every = 1
   config.checkpoint.every = 10
-  config.sample.update(every=4, num_prompts=32)
+  config.sample.update(every=5, num_prompts=32)
   return config

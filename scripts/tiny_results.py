@@ -23,7 +23,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = ("spo", "dpo", "tdpo")
 TITLES = {"spo": "SPO", "dpo": "Diffusion-DPO", "tdpo": "timestep-aware DPO"}
-ALLOWED_LOSS = 0.05  # of caption accuracy
+ALLOWED_LOSS = 0.07  # of caption accuracy, in docs/tiny_tuning.json
 
 
 def recipe(name: str) -> Any:
