@@ -2,8 +2,8 @@
 
     python -m jaxpref.main --config=configs/dpo_tiny.py
 
-About 3.5 minutes on 2 CPU cores, evaluation included. Over seeds 0, 1, 2 the win rate against the base model is 74.8 to
-77.7 % (`python scripts/tiny_results.py --seeds 3`).
+Over seeds 0 and 1 the share of the preferred style rises from 34.4 to 85.5 and 82.8 %, and the win
+rate against the base model is 93.4 and 93.0 % (`python scripts/tiny_results.py --seeds 2`).
 """
 
 from jaxpref.config import default

@@ -2,8 +2,8 @@
 
     python -m jaxpref.main --config=configs/spo_tiny.py
 
-About 4 minutes on 2 CPU cores, evaluation included. Over seeds 0, 1, 2 the win rate against the base model is 60.9,
-69.9 and 59.4 %, each significantly above 50 % (`python scripts/tiny_results.py --seeds 3`).
+Over seeds 0 and 1 the share of the preferred style rises from 34.4 to 92.2 and 89.8 %, and the win
+rate against the base model is 90.6 and 88.1 % (`python scripts/tiny_results.py --seeds 2`).
 """
 
 from jaxpref.config import default

@@ -1,6 +1,6 @@
 """Runs SPO, DPO and timestep-aware DPO on tiny-sd over several seeds and writes the table that the README shows.
 
-    python scripts/tiny_results.py --seeds 3 --out docs/tiny_results
+    python scripts/tiny_results.py --seeds 2 --out docs/tiny_results
 
 Each run is `python -m jaxpref.main --config=configs/NAME_tiny.py --config.seed=S` in runs/tiny_results/NAME_S; finished
 runs are reused, interrupted ones resume. All are judged on the same test prompts and image seeds.
