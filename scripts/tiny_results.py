@@ -5,12 +5,11 @@
 Each run is `python -m jaxpref.main --config=configs/NAME_tiny.py --config.seed=S` in runs/tiny_results/NAME_S; finished
 runs are reused, interrupted ones resume. All are judged on the same test prompts and image seeds.
 
-OUT_frontier.png shows how the preferred share rises along training and what it costs in captions, by the pictures of
-validation prompts that a run draws on its way; OUT_frontier.json has the points.
+OUT_frontier.png shows how the preferred share rises along training and what it costs in captions, as each run
+measures it on validation prompts on its way; OUT_frontier.json has the points.
 """
 
 import argparse
-import importlib
 import json
 import pathlib
 import subprocess
@@ -20,16 +19,9 @@ from typing import Any
 
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = ("spo", "dpo", "tdpo")
 TITLES = {"spo": "SPO", "dpo": "Diffusion-DPO", "tdpo": "timestep-aware DPO"}
 ALLOWED_LOSS = 0.07  # of caption accuracy, in docs/tiny_tuning.json
-
-
-def recipe(name: str) -> Any:
-  """The config of a method."""
-  sys.path.insert(0, str(ROOT))
-  return importlib.import_module(f"configs.{name}_tiny").get_config()
 
 
 def run(folder: pathlib.Path, name: str, seed: int) -> None:
@@ -45,41 +37,17 @@ def run(folder: pathlib.Path, name: str, seed: int) -> None:
       seconds.write_text(f"{before + time.time() - started:.0f}\n")
 
 
-def looks(folder: pathlib.Path, name: str) -> list[dict[str, float]]:
-  """Share and caption accuracy of the pictures in a run's folder `samples`, by the judge that is shipped now."""
-  from PIL import Image
+def looks(folder: pathlib.Path) -> list[dict[str, float]]:
+  """What a run measured on its way, from the base model at step 0 on."""
+  from jaxpref import metrics
 
-  from jaxpref import judging, loading, report, validation
-  from jaxpref.data import emoji
-
-  config = recipe(name)
-  prompts = validation.prompts(config, "validation", config.sample.num_prompts)
-  judge, params = loading.load_judge(
-    config.judge, style=config.data.preferred_style, num_classes=emoji.num_classes(config.data.subset)
-  )
-  assert judge is not None
-  found = []
-  for file in sorted((folder / "samples").glob("step_*.png")):
-    sheet = np.asarray(Image.open(file).convert("RGB"))
-    tiles = report.cut(sheet, columns=validation.LOOK_COLUMNS, side=judge.config.image_size, scale=2)
-    pictures = tiles.reshape(-1, *tiles.shape[2:])[: len(prompts) * config.sample.seeds_per_prompt]
-    scores = judging.score(
-      judge,
-      params,
-      pictures.reshape(len(prompts), -1, *pictures.shape[1:]),
-      [p.class_id for p in prompts],
-      style=config.data.preferred_style,
-      candidates=config.evaluation.candidates,
-      seed=config.evaluation.seed,
-    )
-    found.append(
-      {
-        "step": int(file.stem.partition("_")[2]),
-        "preferred_share": float(scores["preferred"].mean()),
-        "caption_accuracy": float(scores["correct"].mean()),
-      }
-    )
-  return found
+  names = ("preferred_share", "caption_accuracy")
+  rows = metrics.read(folder / "metrics.jsonl")
+  return [
+    {"step": row["step"]} | {name: row[f"validation_{name}"] for name in names}
+    for row in rows
+    if "validation_preferred_share" in row
+  ]
 
 
 def mean_looks(runs: list[list[dict[str, float]]]) -> list[dict[str, float]]:
@@ -151,7 +119,7 @@ def main() -> None:
 
   frontier: dict[str, dict[str, Any]] = {}
   for name in args.names:
-    seeds = [looks(args.runs / f"{name}_{seed}", name) for seed in range(args.seeds)]
+    seeds = [looks(args.runs / f"{name}_{seed}") for seed in range(args.seeds)]
     frontier[name] = {"mean": mean_looks(seeds), "seeds": seeds}
   path = args.out.with_name(f"{args.out.name}_frontier")
   path.with_suffix(".json").write_text(json.dumps(frontier, indent=1) + "\n")

@@ -1,13 +1,14 @@
 """What README and docs say of the first runs, and how it is measured."""
 
+import importlib
 import json
 import pathlib
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from jaxpref import loading, report, validation
-from jaxpref.data import emoji
+from jaxpref import loading, report
 from scripts import measure_judge, tiny_results
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
@@ -19,24 +20,19 @@ def test_a_grid_can_be_cut_again():
     np.testing.assert_array_equal(report.cut(report.grid(tiles, scale=scale), columns=5, side=8, scale=scale), tiles)
 
 
-def test_looks_are_judged_by_the_pictures_that_a_run_left(tmp_path):
-  """Tiles of the validation prompts, two of each: all outlined, then half of them; then those of other prompts."""
-  config = tiny_results.recipe("spo")
-  classes = [p.class_id for p in validation.prompts(config, "validation", config.sample.num_prompts)]
-  outlined, flat = (emoji.load_tiles(style, 32, class_ids=classes) for style in ("openmoji", "twemoji"))
-  for step, pictures in (
-    (0, [outlined, outlined]),
-    (5, [outlined, flat]),
-    (10, [np.roll(outlined, 5, axis=0)] * 2),
-  ):
-    flat_list = np.stack(pictures, axis=1).reshape(-1, validation.LOOK_COLUMNS, 32, 32, 3)
-    report.save_image(tmp_path / "samples" / f"step_{step:06d}.png", report.grid(flat_list, scale=2))
-  first, second, third = tiny_results.looks(tmp_path, "spo")
-  assert [look["step"] for look in (first, second, third)] == [0, 5, 10]
-  assert first["preferred_share"] == 1 and 0.5 <= second["preferred_share"] < 0.6
-  assert min(first["caption_accuracy"], second["caption_accuracy"]) > 0.95 and third["caption_accuracy"] < 0.4
-  mean = tiny_results.mean_looks([[first], [third]])
-  assert mean[0]["caption_accuracy"] == (first["caption_accuracy"] + third["caption_accuracy"]) / 2
+def test_looks_are_the_rows_that_measured_validation_prompts(tmp_path):
+  rows = [
+    {"step": 0, "validation_preferred_share": 0.4, "validation_caption_accuracy": 0.9, "validation_reward": 5.0},
+    {"step": 1, "loss": 0.7},
+    {"step": 5, "validation_preferred_share": 0.6, "validation_caption_accuracy": 0.8},
+  ]
+  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  first, last = tiny_results.looks(tmp_path)
+  assert first == {"step": 0, "preferred_share": 0.4, "caption_accuracy": 0.9}
+  assert last == {"step": 5, "preferred_share": 0.6, "caption_accuracy": 0.8}
+  assert tiny_results.mean_looks([[first], [last]])[0] == pytest.approx(
+    {"step": 2.5, "preferred_share": 0.5, "caption_accuracy": 0.85}
+  )
 
 
 def test_the_first_runs_show_the_preference():
@@ -60,7 +56,7 @@ def test_the_recipes_have_what_was_chosen_on_the_validation_prompts():
       least = run["points"][0]["caption_accuracy"] - tiny_results.ALLOWED_LOSS - 1e-9
       allowed += [p | {"fields": run["fields"]} for p in run["points"] if p["caption_accuracy"] >= least]
     assert chosen == max(allowed, key=lambda p: (p["preferred_share"], p["caption_accuracy"]))
-    config = tiny_results.recipe(name)
+    config = importlib.import_module(f"configs.{name}_tiny").get_config()
     assert config.num_steps == chosen["step"]
     for field, value in chosen["fields"].items():
       section, _, key = field.partition(".")
