@@ -122,23 +122,16 @@ def draw_by(
       yield rows, images[: rows.size]
 
 
+_BY_BATCH = ("seeds_per_prompt", "batch_size", "progress", "numbers")
+
+
 def draw(
-  model: TextToImage,
-  weights: Any,
-  input_ids: np.ndarray,
-  *,
-  seeds_per_prompt: int,
-  batch_size: int,
-  progress: str | None = None,
-  mesh: Mesh | None = None,
-  numbers: np.ndarray | None = None,
-  **options: Any,
+  model: TextToImage, weights: Any, input_ids: np.ndarray, *, mesh: Mesh | None = None, **arguments: Any
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """`draw_by` a sampler of the model with these options of `make_sampler`."""
-  how: dict[str, Any] = dict(
-    seeds_per_prompt=seeds_per_prompt, batch_size=batch_size, progress=progress, numbers=numbers
-  )
-  return draw_by(make_sampler(model, mesh=mesh, **options), weights, input_ids, mesh=mesh, **how)
+  """`draw_by` a sampler of the model: arguments are those of both functions."""
+  by_batch = {name: arguments.pop(name) for name in _BY_BATCH if name in arguments}
+  sample = make_sampler(model, mesh=mesh, **arguments)
+  return draw_by(sample, weights, input_ids, mesh=mesh, **by_batch)
 
 
 def generate(
