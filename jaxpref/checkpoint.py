@@ -25,7 +25,8 @@ from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxpref import lease, sharding
+from jaxpref import lease
+from jaxpref.devices import sharding
 
 FORMAT = 1  # of the record
 

@@ -31,10 +31,11 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from jaxpref import chips, hlo, plan, sharding
 from jaxpref import config as config_lib
 from jaxpref import flops as flops_lib
-from jaxpref.chips import GIB
+from jaxpref import hlo, plan
+from jaxpref.devices import chips, sharding
+from jaxpref.devices.chips import GIB
 
 # For programs that are only to be looked at: a TPU's compiler spends most of its time on the instructions of each
 # convolution's tile, and takes several times less with small tiles (the default is 16 MiB and more) and less effort.

@@ -9,7 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxpref import chips, rollout, sharding
+from jaxpref import rollout
+from jaxpref.devices import chips, sharding
 from jaxpref.models.text_to_image import TextToImage, guided
 
 SAMPLERS = ("ddim", "dpmpp_2m")

@@ -12,9 +12,10 @@ from ml_collections import ConfigDict as Config
 
 import jaxpref
 from jaxpref import config as config_lib
-from jaxpref import loading, sharding, tensor_files, weights
+from jaxpref import loading, tensor_files, weights
 from jaxpref.data import batching, latents, pipeline, sources
 from jaxpref.data import index as index_lib
+from jaxpref.devices import sharding
 
 logger = logging.getLogger(__name__)
 

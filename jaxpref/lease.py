@@ -30,8 +30,8 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from jaxpref import distributed
 from jaxpref.data import paths
+from jaxpref.devices import distributed
 
 NAME = "writer_lock.json"
 RENEW_SECONDS = 5.0

@@ -17,8 +17,8 @@ from collections.abc import MutableMapping
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jaxpref import chips, distributed
 from jaxpref import config as config_lib
+from jaxpref.devices import chips, distributed
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",

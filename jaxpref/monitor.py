@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
-from jaxpref import sharding
+from jaxpref.devices import sharding
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss

@@ -12,8 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxpref import build, precompute, rollout, sharding, step, train, weights
+from jaxpref import build, precompute, rollout, step, train, weights
 from jaxpref import config as config_lib
+from jaxpref.devices import sharding
 from jaxpref.models import presets
 from jaxpref.models.text_to_image import is_guided
 

@@ -31,9 +31,10 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 import jaxpref
-from jaxpref import chips, distributed, inputs, lease, loading, sharding
 from jaxpref import config as config_lib
+from jaxpref import inputs, lease, loading
 from jaxpref.data import batching, latents, paths
+from jaxpref.devices import chips, distributed, sharding
 from jaxpref.models.text_to_image import TextToImage
 
 GIB = 2.0**30

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 import optax
 
-from jaxpref import arguments, build, checkpoint, chips, export, metrics, monitor, sharding, train
+from jaxpref import arguments, build, checkpoint, export, metrics, monitor, train
+from jaxpref.devices import chips, sharding
 
 TIMESTEPS = 1000  # of the schedules of all Stable Diffusion models
 NOT_FINITE = ("nan", "inf", "-inf")  # as a report has them

@@ -27,9 +27,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from jaxpref import config as config_lib
-from jaxpref import inputs, lease, loading, sharding, weights
+from jaxpref import inputs, lease, loading, weights
 from jaxpref.data import index as index_lib
 from jaxpref.data import records, sources
+from jaxpref.devices import sharding
 from jaxpref.models.preference import StepAwareCLIPModel
 from jaxpref.models.vae import to_float
 

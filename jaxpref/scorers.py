@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxpref import chips, scorer_networks, sharding, tensor_files, weights
+from jaxpref import scorer_networks, tensor_files, weights
+from jaxpref.devices import chips, sharding
 
 Array = jax.Array
 ScoreFn = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]

@@ -16,10 +16,11 @@ import optax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from jaxpref import build, checkpoint, chips, distributed, lease, monitor, optim, reference, sharding, step, validation
+from jaxpref import build, checkpoint, lease, monitor, optim, reference, step, validation
 from jaxpref import config as config_lib
 from jaxpref import metrics as metrics_lib
 from jaxpref.data import batching
+from jaxpref.devices import chips, distributed, sharding
 from jaxpref.models.attention import cuda_capability
 
 # Fields that may differ when a run is continued: they do not change what is computed at a given step.

@@ -8,9 +8,10 @@ import jax
 import ml_collections
 import numpy as np
 
-from jaxpref import build, chips, drawing, judging, metrics, report, sharding, step
+from jaxpref import build, drawing, judging, metrics, report, step
 from jaxpref import config as config_lib
 from jaxpref.data import emoji
+from jaxpref.devices import chips, sharding
 
 LOOK_COLUMNS = 16
 # What curves.png shows, of what there is.

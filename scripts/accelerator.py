@@ -127,7 +127,7 @@ def summary(folder: pathlib.Path) -> str:
 
 def prepare_process(part: str) -> None:
   """Sets what libraries read when they are first imported."""
-  from jaxpref import chips
+  from jaxpref.devices import chips
 
   os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(chips.GPU_SHARE))  # as in training
   if part == "proof":

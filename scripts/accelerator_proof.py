@@ -112,7 +112,7 @@ class Training:
   def __init__(self, name: str):
     import jax
 
-    from jaxpref import sharding
+    from jaxpref.devices import sharding
 
     self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
     self.run = bench.start(objective_config(name), self.mesh)

@@ -175,7 +175,7 @@ def measure(
     watch: is called with the row whenever something was added to it.
     deadline: on the clock of `time.monotonic`, after which no step begins once there are three.
   """
-  from jaxpref import sharding
+  from jaxpref.devices import sharding
 
   config = recipe(case, size, batch, dtype=dtype, drawn=drawn)
   row = described(case, size, config)
@@ -274,7 +274,8 @@ def start(config: Any, mesh: Any) -> Started:
 
   import jax
 
-  from jaxpref import build, chips, sharding, train
+  from jaxpref import build, train
+  from jaxpref.devices import chips, sharding
 
   place = functools.partial(sharding.tree_shardings, mesh)
   experiment = build.build(config, place, batch_devices=sharding.batch_devices(mesh))
@@ -296,7 +297,8 @@ def start(config: Any, mesh: Any) -> Started:
 def _train(config: Any, mesh: Any, steps: int, found: Found, deadline: float) -> Timed:
   import jax
 
-  from jaxpref import flops, sharding
+  from jaxpref import flops
+  from jaxpref.devices import sharding
   from jaxpref.models import attention
 
   began = time.perf_counter()
@@ -376,7 +378,8 @@ def build_on_shapes(config: Any, batch_devices: int = 1) -> Any:
 
 def _plain_step(config: Any, mesh: Any) -> Callable[..., Any]:
   """The step of a config, built on shapes alone."""
-  from jaxpref import sharding, train
+  from jaxpref import train
+  from jaxpref.devices import sharding
 
   experiment = build_on_shapes(config, sharding.batch_devices(mesh))
   return train.make_step(config, experiment, train.make_optimizer(config)[0], mesh)
@@ -386,7 +389,8 @@ def _sample(config: Any, mesh: Any, steps: int, found: Found, deadline: float) -
   import jax
   import jax.numpy as jnp
 
-  from jaxpref import chips, flops, loading, rollout, sharding
+  from jaxpref import flops, loading, rollout
+  from jaxpref.devices import chips, sharding
   from jaxpref.models import attention
   from jaxpref.models.text_to_image import guided
 
@@ -478,7 +482,7 @@ def main(arguments: list[str] | None = None) -> None:
       args.out.with_suffix(".md").write_text(text + "\n")
     return
   if args.child:
-    from jaxpref import chips
+    from jaxpref.devices import chips
 
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(chips.GPU_SHARE))  # as in training
     args.out.write_text(json.dumps(measure(args.child, args.size, args.batch, args.steps, args.dtype)))

@@ -238,7 +238,8 @@ def left_by(workdir: pathlib.Path, step: int) -> dict[str, Any]:
   import numpy as np
   import orbax.checkpoint as ocp
 
-  from jaxpref import metrics, sharding
+  from jaxpref import metrics
+  from jaxpref.devices import sharding
 
   folder = workdir / "checkpoints" / str(step)
   reader = ocp.PyTreeCheckpointHandler()

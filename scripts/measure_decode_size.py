@@ -40,8 +40,9 @@ def candidate_scores(config: Any, sizes: Sequence[int], num_prompts: int) -> tup
   """
   import jax
 
-  from jaxpref import chips, loading, objectives, rollout
+  from jaxpref import loading, objectives, rollout
   from jaxpref.data import pipeline
+  from jaxpref.devices import chips
   from jaxpref.models.text_to_image import guided, repeat_cond
 
   pipe = loading.load_text_to_image(config.model, dtype=config.dtype, param_dtype=config.dtype)
@@ -131,7 +132,8 @@ def operations(recipe: str, size: int) -> float:
   """Those of an iteration in which all pairs are valid, a prompt of the batch."""
   import jax
 
-  from jaxpref import flops, plan, sharding
+  from jaxpref import flops, plan
+  from jaxpref.devices import sharding
 
   config = bench.recipe_module(ROOT / "configs" / f"{recipe}.py").get_config()
   config.data.update(source="emoji", path=None)

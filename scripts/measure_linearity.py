@@ -31,7 +31,8 @@ def operations(recipe: str, fields: Mapping[str, Any]) -> float:
   """Those of one step of the recipe with these fields."""
   import jax
 
-  from jaxpref import flops, plan, sharding
+  from jaxpref import flops, plan
+  from jaxpref.devices import sharding
 
   config = importlib.import_module(f"configs.{recipe}_tiny").get_config()
   config.update_from_flattened_dict(dict(fields))

@@ -207,7 +207,7 @@ def gradient_of_halves() -> Iterator[None]:
 @contextlib.contextmanager
 def options_of_xla() -> Iterator[None]:
   """Compiled as XLA does by itself."""
-  from jaxpref import chips
+  from jaxpref.devices import chips
 
   with mock.patch.object(chips, "compiler_options", lambda: None):
     yield
@@ -240,8 +240,9 @@ def block_costs(block: str, topology: str, without: Callable[[], contextlib.Abst
   import jax
   import jax.numpy as jnp
 
-  from jaxpref import chips, hlo
   from jaxpref import compile as compile_lib
+  from jaxpref import hlo
+  from jaxpref.devices import chips
   from jaxpref.models import attention, resnet
 
   device = compile_lib.topology_devices(topology)[0]
@@ -303,7 +304,8 @@ def prepare(config: Any, without: Callable[[], contextlib.AbstractContextManager
   """
   import jax
 
-  from jaxpref import build, chips, flops, sharding, train
+  from jaxpref import build, flops, train
+  from jaxpref.devices import chips, sharding
 
   mesh = sharding.make_mesh(**config.mesh)
   experiment = build.build(config, lambda tree: sharding.tree_shardings(mesh, tree))

@@ -135,7 +135,8 @@ def state_bytes(row: Row) -> dict[str, int]:
   sys.path.insert(0, str(ROOT))
   import jax
 
-  from jaxpref import compile, plan, sharding
+  from jaxpref import compile, plan
+  from jaxpref.devices import sharding
 
   jax.config.update("jax_platforms", "cpu")
   objective = row.case.split()[0]
@@ -265,9 +266,9 @@ all-reduce. All collectives together are 0.13 % of the least time of that iterat
 _FULL = """## Full training with fsdp
 
 Each layer's kernel is gathered, in bfloat16, where it is applied, again in the backward pass, and its gradient is
-summed into the parts (`jaxpref.sharding.apply_gathered`). Activations stay on their chip, but for at most what the
-tables have under all-to-all and collective-permute. Left to itself, the compiler moves them instead, and sends more
-than twice as much (tests/sharding_test.py compares both on a stack of transformer blocks on virtual devices). For
+summed into the parts (`jaxpref.devices.sharding.apply_gathered`). Activations stay on their chip, but for at most what
+the tables have under all-to-all and collective-permute. Left to itself, the compiler moves them instead, and sends more
+than twice as much (tests/devices/sharding_test.py compares both on transformer blocks on virtual devices). For
 TPUs it makes all-reduces of the gradients in the place of reduce-scatters, which would be half of that.
 
 A step of SD1.5 with 8 pairs a chip in two micro-batches and fsdp 16 was refused on v5e-16 before, for 18.96 GiB of

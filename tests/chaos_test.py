@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpref import build, checkpoint, metrics, sharding, train
+from jaxpref import build, checkpoint, metrics, train
+from jaxpref.devices import sharding
 from scripts import chaos
 from tests import QUICK_FLAGS, mesh_run, toy_run
 

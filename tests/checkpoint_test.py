@@ -18,7 +18,8 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxpref import checkpoint, sharding
+from jaxpref import checkpoint
+from jaxpref.devices import sharding
 from tests import QUICK_FLAGS
 
 

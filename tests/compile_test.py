@@ -11,7 +11,8 @@ import jax
 import pytest
 
 from configs import dpo_sd15, spm_sd15
-from jaxpref import chips, compile, plan, sharding  # noqa: A004 (the module is named after its command)
+from jaxpref import compile, plan
+from jaxpref.devices import chips, sharding
 
 GIB = chips.GIB
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxpref import build, config, inputs, loading, metrics, sharding, train, weights
+from jaxpref import build, config, inputs, loading, metrics, train, weights
 from jaxpref.data import emoji_pairs, records
+from jaxpref.devices import sharding
 from jaxpref.models import presets
 
 CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))

@@ -18,7 +18,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpref import flops, hlo, objectives, optim, plan, sharding, step
+from jaxpref import flops, hlo, objectives, optim, plan, step
+from jaxpref.devices import sharding
 from scripts import study_plan
 from tests import mesh_run
 from tests.stub_model import StubModel, StubScorer, init, pair_batch

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpref import build, config, inputs, sharding, train
+from jaxpref import build, config, inputs, train
 from jaxpref.data import emoji, emoji_pairs, records
 from jaxpref.data.pickapic import __main__ as pickapic
+from jaxpref.devices import sharding
 from tests.configs_test import smaller
 from tests.data import pickapic_test
 

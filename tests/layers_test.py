@@ -12,10 +12,10 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "jaxpref"
 # Imports go down, or stay within a layer; a new module is entered here by whoever adds it.
 LAYERS = {
   0: ["losses", "diffusion", "reference"],
-  1: ["models", "weights", "tensor_files", "lora_files", "rollout", "sharding"],
+  1: ["models", "weights", "tensor_files", "lora_files", "rollout", "devices"],
   2: [
-    "data", "optim", "checkpoint", "metrics", "config", "report", "flops", "monitor", "distributed",
-    "supervise", "arguments", "lease", "hlo", "chips", "statistics", "comparison", "comparison_page",
+    "data", "optim", "checkpoint", "metrics", "config", "report", "flops", "monitor",
+    "arguments", "lease", "hlo", "statistics", "comparison", "comparison_page",
   ],  # fmt: skip
   3: ["objectives", "pretraining", "step"],
   4: [
@@ -26,7 +26,7 @@ LAYERS = {
 }
 PURE = LAYERS[0]
 # Plumbing knows no networks and no losses; metrics and checkpoints are about arrays.
-PLUMBING = [*LAYERS[2], "sharding"]
+PLUMBING = [*LAYERS[2], "devices"]
 SLOW = {"torch", "transformers", "diffusers", "tensorflow_datasets", "matplotlib", "tensorflow"}
 
 

@@ -14,7 +14,8 @@ import time
 
 import pytest
 
-from jaxpref import distributed, lease
+from jaxpref import lease
+from jaxpref.devices import distributed
 from tests.data import bucket as buckets
 from tests.data.latents_test import largest_file
 

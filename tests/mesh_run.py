@@ -54,7 +54,8 @@ def recipe(objective, mesh):
 
 def run(folder, mesh, objectives):
   """Trains in FOLDER/OBJECTIVE_MESH, on the first devices that the mesh needs."""
-  from jaxpref import sharding, train
+  from jaxpref import train
+  from jaxpref.devices import sharding
 
   make_mesh = sharding.make_mesh
 

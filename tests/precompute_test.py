@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxpref import build, config, inputs, lease, loading, objectives, optim, precompute, sharding, train, weights
+from jaxpref import build, config, inputs, lease, loading, objectives, optim, precompute, train, weights
 from jaxpref.data import latents, pipeline, sources
+from jaxpref.devices import sharding
 from jaxpref.models import presets
 from tests.configs_test import smaller
 from tests.data import bucket as buckets

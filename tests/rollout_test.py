@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import diffusion, rollout, sharding
+from jaxpref import diffusion, rollout
+from jaxpref.devices import sharding
 from tests import decisions
 
 SHAPE = (2, 2, 1)

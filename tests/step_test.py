@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpref import diffusion, losses, objectives, optim, reference, rollout, sharding, step
+from jaxpref import diffusion, losses, objectives, optim, reference, rollout, step
+from jaxpref.devices import sharding
 from tests import decisions
 from tests.stub_model import LATENT, StubModel, StubScorer, draw, init, pair_batch
 

@@ -71,7 +71,8 @@ def build(config, sharding, **kwargs):
 
 
 def main():
-  from jaxpref import distributed, main, supervise
+  from jaxpref import main
+  from jaxpref.devices import distributed, supervise
 
   for name, value in HEARTBEATS.items():
     setattr(supervise, name, value)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxpref.sharding import apply_gathered
+from jaxpref.devices.sharding import apply_gathered
 
 Dtype = Any
 

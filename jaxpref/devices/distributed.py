@@ -2,7 +2,7 @@
 
 `detect` finds out from the environment how a launcher started this process; `start` joins it to the others. From then
 on a process that ends early takes the others with it, within seconds, each with a line that names it: see
-`jaxpref.supervise`. None of them waits at an exit barrier for a process that will not come.
+`jaxpref.devices.supervise`. None of them waits at an exit barrier for a process that will not come.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from absl import flags
 
-from jaxpref import supervise
+from jaxpref.devices import supervise
 
 MODES = ("auto", "true", "false")
 

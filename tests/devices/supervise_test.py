@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from jaxpref import supervise
+from jaxpref.devices import supervise
 
-REPOSITORY = pathlib.Path(__file__).parents[1]
+REPOSITORY = pathlib.Path(__file__).parents[2]
 CHILD = """
 import os, pathlib, signal, sys, time
 from jaxpref import supervise

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxpref import chips
+from jaxpref.devices import chips
 
 determine = chips.compiler_options.__wrapped__
 

@@ -14,9 +14,10 @@ import time
 import numpy as np
 import pytest
 
-from jaxpref import distributed, lease, metrics, supervise
+from jaxpref import lease, metrics
+from jaxpref.devices import distributed, supervise
 
-REPOSITORY = pathlib.Path(__file__).parents[1]
+REPOSITORY = pathlib.Path(__file__).parents[2]
 
 # ---------------------------------------------------------------------------------------------
 # What the environment says. The variables are those of true jobs, without the many that say nothing here.

@@ -11,7 +11,8 @@ import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from jaxpref import flops, hlo, sharding
+from jaxpref import flops, hlo
+from jaxpref.devices import sharding
 from jaxpref.models import attention, clip, presets
 
 

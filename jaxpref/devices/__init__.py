@@ -1,0 +1,1 @@
+"""The devices and processes of a run: mesh and shardings, starting several processes, what a chip can do."""
