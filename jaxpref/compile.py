@@ -10,8 +10,8 @@ needs no accelerator and no weights: the program is the one that training runs, 
 Without --topology it compiles for the devices of this machine. For absent GPUs no kernels are timed, cuDNN's
 work space is not counted, and long attention goes in pieces where training takes cuDNN's.
 
-What it prints is of one chip. Memory is the compiler's. Operations are counted in the traced step (`jaxpref.flops`,
-recomputation included) and divided by the devices; bytes are counted in the compiled program (`jaxpref.hlo`). Times are
+What it prints is of one chip. Memory is the compiler's. Operations are counted in the traced step (`jaxpref.planning.flops`,
+recomputation included) and divided by the devices; bytes are counted in the compiled program (`jaxpref.planning.hlo`). Times are
 what each resource takes at its peak, so that a step takes at least the longest of them. The updates of an SPO iteration
 are as many as if all pairs were valid.
 """
@@ -32,10 +32,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from jaxpref import config as config_lib
-from jaxpref import flops as flops_lib
-from jaxpref import hlo, plan
 from jaxpref.devices import chips, sharding
 from jaxpref.devices.chips import GIB
+from jaxpref.planning import flops as flops_lib
+from jaxpref.planning import hlo, plan
 
 # For programs that are only to be looked at: a TPU's compiler spends most of its time on the instructions of each
 # convolution's tile, and takes several times less with small tiles (the default is 16 MiB and more) and less effort.

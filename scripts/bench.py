@@ -9,7 +9,7 @@ writes OUT.json and OUT.md. Each case is a recipe of configs/ on random weights 
 what it says of the speed does not include reading data. `smoke` are miniatures for machines without an accelerator.
 Each case runs in a process of its own, so that its peak of memory is its own and one that fails leaves the others.
 
-TFLOP are those of matrix products and convolutions, forward and backward (`jaxpref.flops`), without what is computed
+TFLOP are those of matrix products and convolutions, forward and backward (`jaxpref.planning.flops`), without what is computed
 again to save memory; TFLOP/s stand beside the highest rate of matrix products measured in the same process. The
 updates of an SPO iteration are as many as its random weights make pairs; threshold 0 keeps them all.
 """
@@ -297,9 +297,9 @@ def start(config: Any, mesh: Any) -> Started:
 def _train(config: Any, mesh: Any, steps: int, found: Found, deadline: float) -> Timed:
   import jax
 
-  from jaxpref import flops
   from jaxpref.devices import sharding
   from jaxpref.models import attention
+  from jaxpref.planning import flops
 
   began = time.perf_counter()
   experiment, state, frozen, _, batches, jitted = start(config, mesh)
@@ -389,10 +389,11 @@ def _sample(config: Any, mesh: Any, steps: int, found: Found, deadline: float) -
   import jax
   import jax.numpy as jnp
 
-  from jaxpref import flops, loading, rollout
+  from jaxpref import loading, rollout
   from jaxpref.devices import chips, sharding
   from jaxpref.models import attention
   from jaxpref.models.text_to_image import guided
+  from jaxpref.planning import flops
 
   everywhere = sharding.replicated(mesh)
   pipe = loading.load_text_to_image(

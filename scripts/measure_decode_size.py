@@ -132,8 +132,8 @@ def operations(recipe: str, size: int) -> float:
   """Those of an iteration in which all pairs are valid, a prompt of the batch."""
   import jax
 
-  from jaxpref import flops, plan
   from jaxpref.devices import sharding
+  from jaxpref.planning import flops, plan
 
   config = bench.recipe_module(ROOT / "configs" / f"{recipe}.py").get_config()
   config.data.update(source="emoji", path=None)

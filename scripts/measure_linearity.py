@@ -2,7 +2,7 @@
 
     python scripts/measure_linearity.py --out docs/linearity
 
-writes OUT.json and OUT.md: for each of them a straight line through the counts (`jaxpref.flops`, of the steps of
+writes OUT.json and OUT.md: for each of them a straight line through the counts (`jaxpref.planning.flops`, of the steps of
 configs/dpo_tiny.py and configs/spo_tiny.py; nothing is computed), and how far the counts are from it at most.
 SPO's updates are those of an iteration in which every pair is valid.
 """
@@ -31,8 +31,8 @@ def operations(recipe: str, fields: Mapping[str, Any]) -> float:
   """Those of one step of the recipe with these fields."""
   import jax
 
-  from jaxpref import flops, plan
   from jaxpref.devices import sharding
+  from jaxpref.planning import flops, plan
 
   config = importlib.import_module(f"configs.{recipe}_tiny").get_config()
   config.update_from_flattened_dict(dict(fields))

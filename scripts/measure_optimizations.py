@@ -7,7 +7,7 @@
 writes OUT.json and OUT.md. Steps are those of configs/dpo_tiny.py and configs/spo_tiny.py on the shipped models; each
 optimisation is taken away by replacing one function, and the gradient's norm must stay what it was. Times are of pairs
 of steps, one with and one without, in turns, after one of each; of the pairs' ratios the table has median and
-quartiles. TFLOP are counted (`jaxpref.flops`, bodies of SPO's loop over updates as often as they ran),
+quartiles. TFLOP are counted (`jaxpref.planning.flops`, bodies of SPO's loop over updates as often as they ran),
 temporaries are the compiler's.
 
 With --topology (as of `jaxpref.compile`; the device need not be there) two blocks of SD1.5's UNet are compiled with and
@@ -241,9 +241,9 @@ def block_costs(block: str, topology: str, without: Callable[[], contextlib.Abst
   import jax.numpy as jnp
 
   from jaxpref import compile as compile_lib
-  from jaxpref import hlo
   from jaxpref.devices import chips
   from jaxpref.models import attention, resnet
+  from jaxpref.planning import hlo
 
   device = compile_lib.topology_devices(topology)[0]
   chip = chips.CHIPS[topology.partition(":")[0]]
@@ -304,8 +304,9 @@ def prepare(config: Any, without: Callable[[], contextlib.AbstractContextManager
   """
   import jax
 
-  from jaxpref import build, flops, train
+  from jaxpref import build, train
   from jaxpref.devices import chips, sharding
+  from jaxpref.planning import flops
 
   mesh = sharding.make_mesh(**config.mesh)
   experiment = build.build(config, lambda tree: sharding.tree_shardings(mesh, tree))

@@ -135,8 +135,9 @@ def state_bytes(row: Row) -> dict[str, int]:
   sys.path.insert(0, str(ROOT))
   import jax
 
-  from jaxpref import compile, plan
+  from jaxpref import compile
   from jaxpref.devices import sharding
+  from jaxpref.planning import plan
 
   jax.config.update("jax_platforms", "cpu")
   objective = row.case.split()[0]

@@ -11,8 +11,9 @@ import jax
 import pytest
 
 from configs import dpo_sd15, spm_sd15
-from jaxpref import compile, plan
+from jaxpref import compile
 from jaxpref.devices import chips, sharding
+from jaxpref.planning import plan
 
 GIB = chips.GIB
 

@@ -18,8 +18,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpref import flops, hlo, objectives, optim, plan, step
+from jaxpref import objectives, optim, step
 from jaxpref.devices import sharding
+from jaxpref.planning import flops, hlo, plan
 from scripts import study_plan
 from tests import mesh_run
 from tests.stub_model import StubModel, StubScorer, init, pair_batch

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from configs import spo_sd15
-from jaxpref import flops, loading, weights
+from jaxpref import loading, weights
+from jaxpref.planning import flops
 from scripts import measure_decode_size
 from scripts.measure_decode_size import compared
 

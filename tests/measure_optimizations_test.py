@@ -10,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpref import objectives, plan, step
+from jaxpref import objectives, step
 from jaxpref.models import resnet
 from jaxpref.models.attention import Transformer2DModel
 from jaxpref.models.resnet import ResnetBlock2D
+from jaxpref.planning import plan
 from scripts import measure_linearity, study_plan
 from scripts import measure_optimizations as measured
 from tests.cost_test import FROZEN, SGD, evaluations

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import drawing, flops, loading, rollout, weights
+from jaxpref import drawing, loading, rollout, weights
 from jaxpref.models.text_to_image import guided
+from jaxpref.planning import flops
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -11,9 +11,9 @@ import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from jaxpref import flops, hlo
 from jaxpref.devices import sharding
 from jaxpref.models import attention, clip, presets
+from jaxpref.planning import flops, hlo
 
 
 def mesh_of(data, fsdp, tensor):

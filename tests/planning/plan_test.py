@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from configs import dpo_sd15, dpo_sdxl, grpo_tiny, spm_sdxl, spo_sd15, spo_sdxl
-from jaxpref import build, plan, precompute, train
+from jaxpref import build, precompute, train
 from jaxpref.devices import sharding
+from jaxpref.planning import plan
 
 MESH = sharding.make_mesh(devices=jax.devices()[:1])
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxpref import hlo
+from jaxpref.planning import hlo
 
 # As a TPU's compiler writes: layouts with parentheses, memory spaces, pairs of start and done, a loop without a count.
 TEXT = """\

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import flops
 from jaxpref.models import attention, presets
 from jaxpref.models.resnet import _conv
 from jaxpref.models.unet import UNet2DConditionModel
 from jaxpref.models.vae import AutoencoderKL
+from jaxpref.planning import flops
 
 X = jax.ShapeDtypeStruct((5, 16), jnp.float32)
 W = jax.ShapeDtypeStruct((16, 8), jnp.float32)
