@@ -14,8 +14,9 @@ import numpy as np
 from ml_collections import ConfigDict as Config
 
 from jaxpref import config as config_lib
-from jaxpref import inputs, judging, loading, lora_files, objectives, pretraining, step, weights
+from jaxpref import inputs, loading, lora_files, objectives, pretraining, step, weights
 from jaxpref.data import emoji, pipeline
+from jaxpref.evaluation import judging
 from jaxpref.models import lora, presets
 from jaxpref.models.preference import Judge
 from jaxpref.models.text_to_image import TextToImage

@@ -10,10 +10,10 @@ needs no accelerator and no weights: the program is the one that training runs, 
 Without --topology it compiles for the devices of this machine. For absent GPUs no kernels are timed, cuDNN's
 work space is not counted, and long attention goes in pieces where training takes cuDNN's.
 
-What it prints is of one chip. Memory is the compiler's. Operations are counted in the traced step (`jaxpref.planning.flops`,
-recomputation included) and divided by the devices; bytes are counted in the compiled program (`jaxpref.planning.hlo`). Times are
-what each resource takes at its peak, so that a step takes at least the longest of them. The updates of an SPO iteration
-are as many as if all pairs were valid.
+What it prints is of one chip. Memory is the compiler's. Operations are counted in the traced step
+(`jaxpref.planning.flops`, recomputation included) and divided by the devices; bytes are counted in the compiled program
+(`jaxpref.planning.hlo`). Times are what each resource takes at its peak, so that a step takes at least the longest of
+them. The updates of an SPO iteration are as many as if all pairs were valid.
 """
 
 import json

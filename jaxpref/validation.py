@@ -8,10 +8,11 @@ import jax
 import ml_collections
 import numpy as np
 
-from jaxpref import build, drawing, judging, metrics, report, step
+from jaxpref import build, metrics, step
 from jaxpref import config as config_lib
 from jaxpref.data import emoji
 from jaxpref.devices import chips, sharding
+from jaxpref.evaluation import drawing, judging, report
 
 LOOK_COLUMNS = 16
 # What curves.png shows, of what there is.

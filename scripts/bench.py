@@ -9,9 +9,9 @@ writes OUT.json and OUT.md. Each case is a recipe of configs/ on random weights 
 what it says of the speed does not include reading data. `smoke` are miniatures for machines without an accelerator.
 Each case runs in a process of its own, so that its peak of memory is its own and one that fails leaves the others.
 
-TFLOP are those of matrix products and convolutions, forward and backward (`jaxpref.planning.flops`), without what is computed
-again to save memory; TFLOP/s stand beside the highest rate of matrix products measured in the same process. The
-updates of an SPO iteration are as many as its random weights make pairs; threshold 0 keeps them all.
+TFLOP are those of matrix products and convolutions, forward and backward (`jaxpref.planning.flops`), without what is
+computed again to save memory; TFLOP/s stand beside the highest rate of matrix products measured in the same process.
+The updates of an SPO iteration are as many as its random weights make pairs; threshold 0 keeps them all.
 """
 
 import argparse

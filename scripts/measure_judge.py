@@ -50,7 +50,8 @@ def redrawer(model: Any, *, start: int) -> Any:
   import jax
   import jax.numpy as jnp
 
-  from jaxpref import diffusion, drawing
+  from jaxpref import diffusion
+  from jaxpref.evaluation import drawing
 
   schedule = model.schedule
   steps = diffusion.ddim_timesteps(schedule, 20)
@@ -80,8 +81,9 @@ def captions(judge_name: str, seeds: int) -> list[dict[str, Any]]:
   """One row a timestep: accuracy by style, and the largest difference with its interval over emoji."""
   import jax
 
-  from jaxpref import judging, loading
+  from jaxpref import loading
   from jaxpref.data import emoji
+  from jaxpref.evaluation import judging
 
   pipe = loading.load_text_to_image("tiny-sd", dtype="float32")
   model = loading.text_to_image(pipe)
@@ -136,8 +138,9 @@ def draw(models: list[str], out: pathlib.Path, per_model: int) -> None:
   """Pictures of different test prompts, the models' mixed, and numbered sheets of them."""
   from PIL import Image, ImageDraw
 
-  from jaxpref import drawing, loading
+  from jaxpref import loading
   from jaxpref.data import emoji
+  from jaxpref.evaluation import drawing
 
   prompts = emoji.captions("test", "core")
   prompts = [prompts[i] for i in np.linspace(0, len(prompts) - 1, per_model).round().astype(int)]
@@ -175,8 +178,9 @@ def draw(models: list[str], out: pathlib.Path, per_model: int) -> None:
 
 def agreement(pictures: np.ndarray, outlined: int, judge_name: str) -> dict[str, Any]:
   """The judge on pictures of which the first `outlined` are outlined, by eye, and the others not."""
-  from jaxpref import judging, loading
+  from jaxpref import loading
   from jaxpref.data import emoji
+  from jaxpref.evaluation import judging
 
   judge, params = loading.load_judge(judge_name, style="openmoji", num_classes=emoji.num_classes("core"))
   assert judge is not None
@@ -214,7 +218,7 @@ def main() -> None:
   elif args.what == "draw":
     draw(args.models, args.out, args.pictures)
   else:
-    from jaxpref import report
+    from jaxpref.evaluation import report
 
     pictures = np.load(args.drawn.with_suffix(".npy"), allow_pickle=False)
     lines = (line.split() for line in args.by_eye.read_text().splitlines())

@@ -2,9 +2,9 @@
 
     python scripts/measure_linearity.py --out docs/linearity
 
-writes OUT.json and OUT.md: for each of them a straight line through the counts (`jaxpref.planning.flops`, of the steps of
-configs/dpo_tiny.py and configs/spo_tiny.py; nothing is computed), and how far the counts are from it at most.
-SPO's updates are those of an iteration in which every pair is valid.
+writes OUT.json and OUT.md: for each of them a straight line through the counts (`jaxpref.planning.flops`, of the steps
+of configs/dpo_tiny.py and configs/spo_tiny.py; nothing is computed), and how far the counts are from it at most. SPO's
+updates are those of an iteration in which every pair is valid.
 """
 
 import argparse

@@ -19,8 +19,9 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from configs import dpo_tiny
-from jaxpref import evaluate, evaluation_folder, lease, loading, lora_files, main, scorers, weights
+from jaxpref import evaluate, lease, loading, lora_files, main, scorers, weights
 from jaxpref.data import emoji
+from jaxpref.evaluation import folder as evaluation_folder
 from jaxpref.models import lora, presets
 from tests.occupied import occupied
 

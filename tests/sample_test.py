@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from jaxpref import drawing, loading, lora_files, report, sample, weights
+from jaxpref import loading, lora_files, sample, weights
+from jaxpref.evaluation import drawing, report
 from jaxpref.models import lora, presets
 from tests import QUICK_FLAGS
 

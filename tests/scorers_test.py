@@ -18,8 +18,9 @@ from PIL import Image
 from torch import nn
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from jaxpref import judging, scorer_networks, scorers, weights
+from jaxpref import scorer_networks, scorers, weights
 from jaxpref.devices import sharding
+from jaxpref.evaluation import judging
 from jaxpref.models import blip, open_clip, preference, presets
 from scripts import convert_scorer
 from tests.models import blip_test

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import drawing, loading, rollout, weights
+from jaxpref import loading, rollout, weights
+from jaxpref.evaluation import drawing
 from jaxpref.models.text_to_image import guided
 from jaxpref.planning import flops
 

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jaxpref import arguments, report
+from jaxpref import arguments
 from jaxpref.data import index as index_lib
 from jaxpref.data import records, sources
 from jaxpref.data.files import PROGRESS_AFTER
+from jaxpref.evaluation import report
 
 SIDE, FRAME, GAP, COLUMNS = 128, 4, 12, 3  # of the picture: an image, its frame and the space, in pixels; records a row
 CAPTION_HEIGHT = 44

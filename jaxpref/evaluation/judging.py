@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpref.evaluation.statistics import bootstrap_interval, win_rate
 from jaxpref.models.preference import Judge, ask_judge
-from jaxpref.statistics import bootstrap_interval, win_rate
 
 
 @functools.partial(jax.jit, static_argnums=0)

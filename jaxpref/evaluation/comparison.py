@@ -12,7 +12,7 @@
   diversity         optional: model -> P numbers, such as the mean distance between the pictures of a prompt
 
 `write` makes results.json (with `summarize`'s numbers under "summary"), scores.csv, table.md, table.tex and report.html
-(`jaxpref.comparison_page`).
+(`jaxpref.evaluation.page`).
 """
 
 import csv
@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxpref import comparison_page, statistics
-from jaxpref.comparison_page import bounded, change_text, p_text, score_text, share_text
 from jaxpref.data import paths
+from jaxpref.evaluation import page, statistics
+from jaxpref.evaluation.page import bounded, change_text, p_text, score_text, share_text
 
 FEW_PROMPTS = 20  # with fewer, intervals of resampled prompts are too short
 LEVEL = 0.05  # of the verdicts
@@ -198,7 +198,7 @@ def write(
   save("scores.csv", scores_csv(results))
   save("table.md", markdown(results, summary))
   save("table.tex", latex(results, summary))
-  save("report.html", comparison_page.page(results, summary, image_path, pictures=pictures))
+  save("report.html", page.page(results, summary, image_path, pictures=pictures))
   return summary
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxpref import comparison, comparison_page, statistics
+from jaxpref.evaluation import comparison, statistics
+from jaxpref.evaluation import page as comparison_page
 
 HOSTILE = "</title><script>alert(1)</script> & \"quoted\" 'single' <img src=http://example.com/x onerror=alert(1)>"
 SCORERS = [

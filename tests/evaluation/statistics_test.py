@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxpref import statistics
+from jaxpref.evaluation import statistics
 
 
 def draw(seed, *shape):

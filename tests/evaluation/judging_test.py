@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import drawing, judging, report, statistics
+from jaxpref.evaluation import drawing, judging, report, statistics
 from tests.stub_model import IMAGE_SIZE, StubModel, init
 
 
