@@ -14,9 +14,10 @@ import numpy as np
 from ml_collections import ConfigDict as Config
 
 from jaxpref import config as config_lib
-from jaxpref import inputs, loading, lora_files, objectives, pretraining, step, weights
+from jaxpref import inputs, objectives, pretraining, step
 from jaxpref.data import emoji, pipeline
 from jaxpref.evaluation import judging
+from jaxpref.files import loading, lora_files, pipelines
 from jaxpref.models import lora, presets
 from jaxpref.models.preference import Judge
 from jaxpref.models.text_to_image import TextToImage
@@ -70,11 +71,11 @@ class Experiment:
   report: Callable[[Any], dict[str, Any]] = lambda params: {}
 
 
-def build(config: Config, sharding: weights.Sharding = None, *, batch_devices: int = 1) -> Experiment:
+def build(config: Config, sharding: pipelines.Sharding = None, *, batch_devices: int = 1) -> Experiment:
   """The experiment that a config describes; loads models and opens the data, compiles nothing.
 
   Args:
-    sharding: where the parameters of models go as they are read; see `weights.load_pipeline`.
+    sharding: where the parameters of models go as they are read; see `pipelines.load_pipeline`.
     batch_devices: devices that the rows of a batch are spread over.
 
   Raises:
@@ -136,7 +137,7 @@ def initial_adapter(config: Config, unet: UNetConfig, params: Any) -> Any:
   return None
 
 
-def save_trained(folder: pathlib.Path, pipe: weights.Pipeline, params: Any, *, scale: float, dtype: Any) -> None:
+def save_trained(folder: pathlib.Path, pipe: pipelines.Pipeline, params: Any, *, scale: float, dtype: Any) -> None:
   """Writes a diffusers folder: a pipeline with trained parameters in the place of its own.
 
   Args:
@@ -153,24 +154,24 @@ def save_trained(folder: pathlib.Path, pipe: weights.Pipeline, params: Any, *, s
     # A bfloat16 base would swallow most of a small change, so it takes the precision of the file first.
     base = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.bfloat16 else x, trained["unet"])
     trained["unet"] = lora.merge_lora(base, adapter, scale)
-  weights.save_pipeline(folder, dataclasses.replace(pipe, params=trained), dtype=dtype)
+  pipelines.save_pipeline(folder, dataclasses.replace(pipe, params=trained), dtype=dtype)
   if adapter is not None:
     lora_files.save_diffusers(folder / lora_files.DIFFUSERS_FILE, adapter, scale)
 
 
 def _load(
   config: Config,
-  sharding: weights.Sharding,
+  sharding: pipelines.Sharding,
   *,
   trained: tuple[str, ...] = (),
-  components: Sequence[str] = weights.NETWORKS,
-) -> weights.Pipeline:
+  components: Sequence[str] = pipelines.NETWORKS,
+) -> pipelines.Pipeline:
   """The config's pipeline: parameters float32 where trained, else in the dtype of the computation."""
   return loading.load_text_to_image(
     config.model,
     dtype=config.dtype,
     seed=config.seed,
-    param_dtype={name: "float32" if name in trained else config.dtype for name in weights.NETWORKS},
+    param_dtype={name: "float32" if name in trained else config.dtype for name in pipelines.NETWORKS},
     sharding=sharding,
     vae_model=config.vae_model,
     components=components,
@@ -180,10 +181,10 @@ def _load(
 def networks(config: Config) -> tuple[str, ...]:
   """Those that a run of `_text_to_image` needs: with precomputed data only the UNet, unless it draws pictures."""
   draws = config.sample.every or (config.judge and config.evaluation.num_prompts)
-  return weights.NETWORKS if config.data.source != "precomputed" or draws else ("unet",)
+  return pipelines.NETWORKS if config.data.source != "precomputed" or draws else ("unet",)
 
 
-def _text_to_image(config: Config, sharding: weights.Sharding, vae_slicing: int | None) -> Experiment:
+def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: int | None) -> Experiment:
   if config.lora.rank or config.lora.init_from:
     components: tuple[str, ...] = ()
   else:
@@ -236,7 +237,7 @@ def _text_to_image(config: Config, sharding: weights.Sharding, vae_slicing: int 
 
   def export(params: Any, folder: pathlib.Path) -> None:
     original = pipe
-    if config.dtype != "float32" or needed != weights.NETWORKS or jax.process_count() > 1:
+    if config.dtype != "float32" or needed != pipelines.NETWORKS or jax.process_count() > 1:
       # What was not trained is written as it was read, not rounded to bfloat16. Of several processes one writes, and it
       # cannot compute by itself with arrays that are spread over all.
       param_dtype = "float32" if config.dtype == "float32" else "float16"
@@ -246,7 +247,7 @@ def _text_to_image(config: Config, sharding: weights.Sharding, vae_slicing: int 
         seed=config.seed,
         param_dtype=param_dtype,
         vae_model=config.vae_model,
-        components=[name for name in weights.NETWORKS if name not in params],
+        components=[name for name in pipelines.NETWORKS if name not in params],
       )
     save_trained(folder, original, params, scale=scale, dtype=jnp.float16)
 
@@ -327,7 +328,7 @@ def _text_to_image(config: Config, sharding: weights.Sharding, vae_slicing: int 
 # ---- Preference model ------------------------------------------------------------------------------------------
 
 
-def _spm(config: Config, sharding: weights.Sharding, vae_slicing: int | None, batch_devices: int) -> Experiment:
+def _spm(config: Config, sharding: pipelines.Sharding, vae_slicing: int | None, batch_devices: int) -> Experiment:
   pipe = _load(config, sharding)
   model, tokenize = loading.text_to_image(pipe, vae_slicing=vae_slicing), pipe.tokenize
   _check_decode_size(config, model)
@@ -355,7 +356,7 @@ def _spm(config: Config, sharding: weights.Sharding, vae_slicing: int | None, ba
     frozen=frozen,
     objective=objective,
     batches=lambda: inputs.pair_batches(config, model.image_size, tokenize),
-    export=lambda params, folder: weights.save_preference_model(folder, scorer, params["spm"], dtype=jnp.float16),
+    export=lambda params, folder: pipelines.save_preference_model(folder, scorer, params["spm"], dtype=jnp.float16),
     images_per_step=2 * config.batch_size,
     held_out=open_held_out if config.evaluation.num_prompts else None,
   )
@@ -377,7 +378,7 @@ def _autoencode(config: Config) -> Experiment:
       dataclasses.replace(pipe.vae.config, scaling_factor=round(float(1 / latents.std()), 5)), pipe.vae.dtype
     )
     result = dataclasses.replace(pipe, vae=vae, params=dict(pipe.params) | params)
-    weights.save_pipeline(folder, result, dtype=jnp.float32)
+    pipelines.save_pipeline(folder, result, dtype=jnp.float32)
 
   return Experiment(
     params={"vae": pipe.params["vae"]},
@@ -398,7 +399,7 @@ def _contrastive(config: Config) -> Experiment:
     frozen={},
     objective=objectives.Objective(pretraining.contrastive(clip)),
     batches=lambda: inputs.image_batches(config, clip.config.vision_config.image_size, loading.tiny_tokenize),
-    export=lambda params, folder: weights.save_preference_model(folder, clip, params["clip"], dtype=jnp.float16),
+    export=lambda params, folder: pipelines.save_preference_model(folder, clip, params["clip"], dtype=jnp.float16),
     images_per_step=config.batch_size,
   )
 
@@ -425,7 +426,7 @@ def _classify(config: Config) -> Experiment:
     frozen={},
     objective=objectives.Objective(pretraining.classify(judge)),
     batches=lambda: inputs.image_batches(config, preset.image_size, None, source=source),
-    export=lambda params, folder: weights.save_judge(folder, judge, params["judge"], dtype=jnp.float16),
+    export=lambda params, folder: pipelines.save_judge(folder, judge, params["judge"], dtype=jnp.float16),
     images_per_step=config.batch_size,
     report=report,
   )

@@ -47,7 +47,7 @@ def default() -> ml_collections.ConfigDict:
       remat="none",  # what the UNet's backward pass recomputes: none, attention, block or full; or "none,block,..."
       vae_slicing=0,  # images that the VAE encodes or decodes at a time on each device; 0: all of a batch
       # What is loaded. Each is a folder, a hub name, "tiny-sd" (shipped), "random:PRESET", or
-      # "drawn:PRESET" (random, too: see jaxpref/loading.py).
+      # "drawn:PRESET" (random, too: see jaxpref/files/loading.py).
       model="tiny-sd",
       vae_model=placeholder(str),  # a VAE's folder or hub name, in the place of the model's own
       preference_model=placeholder(str),  # spo, grpo: the scorer; spm: what to start from

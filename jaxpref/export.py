@@ -15,8 +15,9 @@ import sys
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jaxpref import arguments, build, checkpoint, loading, lora_files, weights
+from jaxpref import arguments, build, checkpoint
 from jaxpref import config as config_lib
+from jaxpref.files import loading, lora_files, pipelines
 
 TEXT_TO_IMAGE = ("spo", "grpo", "dpo", "tdpo", "kto", "denoise")
 
@@ -76,7 +77,7 @@ def export(
     )
   scale = 1.0 if adapter is None else build.adapter_scale(config, lora_files.adapter_rank(adapter))
   if form == "pipeline":
-    kept = [name for name in weights.NETWORKS if name not in params]
+    kept = [name for name in pipelines.NETWORKS if name not in params]
     pipe = loading.load_text_to_image(
       config.model, dtype=config.dtype, seed=config.seed, vae_model=config.vae_model, components=kept
     )

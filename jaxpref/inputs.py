@@ -12,10 +12,10 @@ from ml_collections import ConfigDict as Config
 
 import jaxpref
 from jaxpref import config as config_lib
-from jaxpref import loading, tensor_files, weights
 from jaxpref.data import batching, latents, pipeline, sources
 from jaxpref.data import index as index_lib
 from jaxpref.devices import sharding
+from jaxpref.files import loading, pipelines, tensor_files
 
 logger = logging.getLogger(__name__)
 
@@ -222,11 +222,11 @@ def encoder_fingerprints(config: Config) -> dict[str, str]:
   """Of the weights whose results are precomputed, by component; none of random ones: their name and seed say it all."""
   files: dict[str, list[pathlib.Path]] = {}
   if loading.preset_of(config.model) is None:
-    folder = weights.resolve_folder(loading.folder_of(config.model), "*/*.safetensors")
-    names = [n for n in weights.NETWORKS if n != "unet" and (folder / n).is_dir()]
+    folder = pipelines.resolve_folder(loading.folder_of(config.model), "*/*.safetensors")
+    names = [n for n in pipelines.NETWORKS if n != "unet" and (folder / n).is_dir()]
     files = {n: tensor_files.weight_files(folder / n) for n in names if n != "vae" or not config.vae_model}
   if config.vae_model:
-    folder = weights.resolve_folder(config.vae_model, "diffusion_pytorch_model*.safetensors")
+    folder = pipelines.resolve_folder(config.vae_model, "diffusion_pytorch_model*.safetensors")
     files["vae"] = tensor_files.weight_files(folder)
   return {name: tensor_files.fingerprint(of_network) for name, of_network in files.items()}
 

@@ -18,10 +18,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxpref import arguments, loading, lora_files
+from jaxpref import arguments
 from jaxpref.data import prompt_sets
 from jaxpref.devices import sharding
 from jaxpref.evaluation import drawing, report
+from jaxpref.files import loading, lora_files
 from jaxpref.models.text_to_image import TextToImage
 
 TABLE_ROWS = 24  # prompts in a folder's grid.png

@@ -27,10 +27,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from jaxpref import config as config_lib
-from jaxpref import inputs, lease, loading, weights
+from jaxpref import inputs, lease
 from jaxpref.data import index as index_lib
 from jaxpref.data import records, sources
 from jaxpref.devices import sharding
+from jaxpref.files import loading, pipelines
 from jaxpref.models.preference import StepAwareCLIPModel
 from jaxpref.models.vae import to_float
 
@@ -160,7 +161,7 @@ def _score(
   for _ in score_pairs(
     module,
     params,
-    lambda captions: weights.tokenize(tokenizer, captions, length=length),
+    lambda captions: pipelines.tokenize(tokenizer, captions, length=length),
     source,
     scores=scores,
     batch_size=batch_size,

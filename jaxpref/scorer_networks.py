@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from jaxpref import loading, tensor_files, weights
+from jaxpref.files import loading, pipelines, tensor_files
 from jaxpref.models import blip, clip
 from jaxpref.models.preference import StepAwareCLIPModel, ask_judge
 from jaxpref.score import clip_image
@@ -105,8 +105,8 @@ def _read_clip(folder: pathlib.Path, dtype: Any, placement: Any) -> tuple[clip.C
   file = folder / "config.json"
   arguments = dict(dtype=dtype, param_dtype=dtype, sharding=placement)
   if file.is_file() and '"step_aware_clip"' in file.read_text(encoding="utf-8"):
-    return weights.load_preference_model(folder, **arguments)
-  return weights.load_clip(folder, **arguments)
+    return pipelines.load_preference_model(folder, **arguments)
+  return pipelines.load_clip(folder, **arguments)
 
 
 def clip_network(name: str, folder: pathlib.Path, dtype: Any, placement: Any, *, embeddings: bool = False) -> Network:
@@ -129,10 +129,10 @@ def clip_network(name: str, folder: pathlib.Path, dtype: Any, placement: Any, *,
   prepare = lambda image: resize(image, size)
   if embeddings:
     return Network(lambda params, _, images: embed(params, images), params, prepare, None, files)
-  tokenizer = weights.tiny_tokenizer() if name == "tiny-clip" else clip_tokenizer(name, folder)
+  tokenizer = pipelines.tiny_tokenizer() if name == "tiny-clip" else clip_tokenizer(name, folder)
   _check_vocabulary(name, tokenizer, config.text_config.vocab_size)
   length = config.text_config.max_position_embeddings
-  return Network(score, params, prepare, lambda texts: weights.tokenize(tokenizer, texts, length=length), files)
+  return Network(score, params, prepare, lambda texts: pipelines.tokenize(tokenizer, texts, length=length), files)
 
 
 def aesthetic_clip(folder: pathlib.Path) -> pathlib.Path:
@@ -140,7 +140,7 @@ def aesthetic_clip(folder: pathlib.Path) -> pathlib.Path:
   place = folder / "clip" if (folder / "clip").is_dir() else _read_config(folder).get("clip", "")
   place = place or CLIP_L
   try:
-    return weights.resolve_folder(place, "model*.safetensors")
+    return pipelines.resolve_folder(place, "model*.safetensors")
   except FileNotFoundError as error:
     raise FileNotFoundError(
       f"scorer aesthetic: its CLIP {place} is neither a folder here nor could it be fetched; connect to the network, "
@@ -157,7 +157,7 @@ def aesthetic_network(folder: pathlib.Path, dtype: Any, placement: Any) -> Netwo
   width = jnp.zeros((1, config.projection_dim))
   shapes = jax.eval_shape(head.init, jax.random.key(0), width)["params"]
   head_files = tensor_files.weight_files(folder)
-  head_params = weights.load_tree(head_files, shapes, sharding=placement)
+  head_params = pipelines.load_tree(head_files, shapes, sharding=placement)
 
   def score(params, unused_ids, images):
     pixels = _normalised(images, config.image_mean, config.image_std)
@@ -176,7 +176,7 @@ def imagereward_network(folder: pathlib.Path, dtype: Any, placement: Any) -> Net
   size, length = config.vision_config.image_size, config.text_length
   example = jnp.zeros((1, length), jnp.int32), jnp.zeros((1, size, size, 3))
   shapes = jax.eval_shape(module.init, jax.random.key(0), *example)["params"]
-  params = weights.load_tree(files, shapes, param_dtype=dtype, sharding=placement)
+  params = pipelines.load_tree(files, shapes, param_dtype=dtype, sharding=placement)
   tokenizer = bert_tokenizer(folder)
   _check_vocabulary("imagereward", tokenizer, config.text_config.vocab_size)
 
@@ -236,13 +236,13 @@ def bert_tokenizer(folder: pathlib.Path) -> Any:
   place = next((p for p in (folder / "tokenizer", folder) if (p / "vocab.txt").is_file()), None)
   if place is None:
     try:
-      place = weights.resolve_folder(other, "tokenizer/*.safetensors")  # no weights
+      place = pipelines.resolve_folder(other, "tokenizer/*.safetensors")  # no weights
     except FileNotFoundError as error:
       raise FileNotFoundError(
         f"scorer imagereward: {folder} has no vocab.txt and the Hugging Face repository {other} could not be reached; "
         f"copy vocab.txt of that repository into {folder}."
       ) from error
-  tokenizer = weights.import_tokenizer("BertTokenizer")(vocab=str(place / "vocab.txt"), do_lower_case=True)
+  tokenizer = pipelines.import_tokenizer("BertTokenizer")(vocab=str(place / "vocab.txt"), do_lower_case=True)
   tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP's own, should a prompt hold them
   return tokenizer
 

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxpref import scorer_networks, tensor_files, weights
+from jaxpref import scorer_networks
 from jaxpref.devices import chips, sharding
+from jaxpref.files import pipelines, tensor_files
 
 Array = jax.Array
 ScoreFn = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
@@ -126,7 +127,7 @@ def _find(name: str, folder: str | None) -> pathlib.Path:
       "of jaxpref's repository."
     )
   try:
-    return weights.resolve_folder(folder or published.repository, "model*.safetensors")
+    return pipelines.resolve_folder(folder or published.repository, "model*.safetensors")
   except FileNotFoundError as error:
     if folder is not None or not published.repository:
       raise FileNotFoundError(f"scorer {name} has no weights: {error}") from error

@@ -369,8 +369,8 @@ def draw(folder: pathlib.Path | None) -> list[list[float]]:
   import jax
   import numpy as np
 
-  from jaxpref import loading
   from jaxpref.evaluation import drawing, report
+  from jaxpref.files import loading
 
   pipe = loading.load_text_to_image("tiny-sd", dtype="float32")
   weights = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}

@@ -74,7 +74,7 @@ def recipe(
   Args:
     dtype: in the place of the recipe's.
     miniature: of sd15 and sdxl take miniatures of their topology; tiny is one.
-    drawn: the device draws the random weights (see `jaxpref.loading`); by default those of published size.
+    drawn: the device draws the random weights (see `jaxpref.files.loading`); by default those of published size.
   """
   import jax
 
@@ -358,7 +358,8 @@ def build_on_shapes(config: Any, batch_devices: int = 1) -> Any:
   """The experiment of a config whose parameters are of no use: random ones are not even made."""
   import jax
 
-  from jaxpref import build, loading
+  from jaxpref import build
+  from jaxpref.files import loading
 
   if loading.preset_of(config.model) is None:
     return build.build(config, batch_devices=batch_devices)
@@ -389,8 +390,9 @@ def _sample(config: Any, mesh: Any, steps: int, found: Found, deadline: float) -
   import jax
   import jax.numpy as jnp
 
-  from jaxpref import loading, rollout
+  from jaxpref import rollout
   from jaxpref.devices import chips, sharding
+  from jaxpref.files import loading
   from jaxpref.models import attention
   from jaxpref.models.text_to_image import guided
   from jaxpref.planning import flops

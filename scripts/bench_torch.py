@@ -9,8 +9,8 @@ on random weights: jaxpref writes some as a diffusers folder, which diffusers op
 not compute with JAX. scripts/torch_check.py shows that both compute the same step, `--compare` makes
 the table of the two (scripts/bench_vs_torch.sh does all of it). One device; needs torch, diffusers, transformers, peft.
 
-`--drawn` writes no weights: PyTorch makes random ones on its device, as jaxpref does (`drawn:` of jaxpref.loading); for
-DPO alone, as the preference model of SPO is read from a file.
+`--drawn` writes no weights: PyTorch makes random ones on its device, as jaxpref does (`drawn:` of
+jaxpref.files.loading); for DPO alone, as the preference model of SPO is read from a file.
 
 What is done how is said at the top of scripts/torch_steps.py. Memory is the peak of what PyTorch allocated while it was
 timed (CUDA) or of what the process had resident (CPU).
@@ -49,16 +49,17 @@ def save_models(folder: pathlib.Path, config: Any, pipe: Any, scorer: Any = None
   """Writes what a case starts from: `pipeline`, and `preference` and `torch_steps.policy_file` where it needs them.
 
   Args:
-    pipe: a `jaxpref.weights.Pipeline`.
+    pipe: a `jaxpref.files.pipelines.Pipeline`.
     scorer: SPO's preference model and its parameters.
     policy: trained parameters by component; by default those that training starts from.
   """
   import jax.numpy as jnp
 
-  from jaxpref import build, lora_files, tensor_files, weights
+  from jaxpref import build
+  from jaxpref.files import lora_files, pipelines, tensor_files
 
   if not (folder / "pipeline").is_dir():
-    weights.save_pipeline(folder / "pipeline", pipe)
+    pipelines.save_pipeline(folder / "pipeline", pipe)
   trained = folder / torch_steps.policy_file(config)
   if config.lora.rank:
     adapter = policy["unet_lora"] if policy else build.initial_adapter(config, pipe.unet.config, pipe.params["unet"])
@@ -67,7 +68,7 @@ def save_models(folder: pathlib.Path, config: Any, pipe: Any, scorer: Any = None
     tensor_files.save_tree(trained, policy["unet"])
   if scorer and not (folder / "preference").is_dir():
     # In the precision in which both sides keep its parameters.
-    weights.save_preference_model(folder / "preference", *scorer, dtype=jnp.dtype(config.dtype))
+    pipelines.save_preference_model(folder / "preference", *scorer, dtype=jnp.dtype(config.dtype))
 
 
 def save_inputs(file: pathlib.Path, batch: Mapping[str, Any], empty_ids: Any) -> None:
@@ -90,7 +91,7 @@ def prepare(
   Args:
     drawn: of the models write the configs alone.
   """
-  from jaxpref import loading, weights
+  from jaxpref.files import loading, pipelines
 
   pipe = scorer = None
   for case in cases:
@@ -98,7 +99,7 @@ def prepare(
     if drawn:
       name = config.model.replace("random:", "drawn:")
       configs = loading.load_text_to_image(name, dtype="float32", components=())
-      weights.save_pipeline(folder / "pipeline", configs, configs_only=True)
+      pipelines.save_pipeline(folder / "pipeline", configs, configs_only=True)
       save_batch(folder, case, config)
       continue
     pipe = pipe or loading.load_text_to_image(config.model, dtype="float32", seed=config.seed)

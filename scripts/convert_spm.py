@@ -98,7 +98,7 @@ def convert(checkpoint: pathlib.Path, folder: pathlib.Path, clip: pathlib.Path |
     FileNotFoundError: a file is not there.
     ValueError: the checkpoint is no state dict of that model; missing, unexpected and mis-shaped tensors are named.
   """
-  from jaxpref import weights
+  from jaxpref.files import pipelines
   from jaxpref.models import presets
   from jaxpref.models.preference import StepAwareCLIPConfig, StepAwareCLIPModel
 
@@ -116,10 +116,10 @@ def convert(checkpoint: pathlib.Path, folder: pathlib.Path, clip: pathlib.Path |
         said = ["a .bin is read by PyTorch, which is not installed; install it (pip install torch) and run this again."]
       raise ValueError(said[-1].removeprefix("error: "))
     try:
-      params = weights.load_tree(arrays, presets.abstract_params(module))
+      params = pipelines.load_tree(arrays, presets.abstract_params(module))
     except ValueError as error:
       raise ValueError(str(error).replace(str(arrays), str(checkpoint))) from None
-    return weights.save_preference_model(folder, module, params)
+    return pipelines.save_preference_model(folder, module, params)
 
 
 def main() -> None:

@@ -402,12 +402,12 @@ def run_torch(name: str, folder: pathlib.Path, *, tiny: bool, dtypes: tuple[str,
 
 
 def _load_flax(kind: str, folder: pathlib.Path, dtype: Any) -> tuple[Any, Any]:
-  """Network and parameters, by the functions that `weights.load_pipeline` and the trainer go through."""
-  from jaxpref import tensor_files, weights
+  """Network and parameters, by the functions that `pipelines.load_pipeline` and the trainer go through."""
+  from jaxpref.files import pipelines, tensor_files
   from jaxpref.models import clip, presets, unet, vae
 
   if kind == "clip":  # with the time condition at its identity, as training starts from it
-    return weights.load_preference_model(folder, dtype=dtype, param_dtype=dtype)
+    return pipelines.load_preference_model(folder, dtype=dtype, param_dtype=dtype)
   config = json.loads((folder / "config.json").read_text())
   module: Any
   if kind == "unet":

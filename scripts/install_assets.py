@@ -15,10 +15,10 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from jaxpref import weights
+from jaxpref.files import pipelines
 from jaxpref.models import presets
 
-ASSETS = pathlib.Path(weights.__file__).parent / "assets"
+ASSETS = pathlib.Path(pipelines.__file__).parents[1] / "assets"
 RUNS = {
   "tiny-sd": "runs/pretrain_tiny_unet_restart",
   "tiny-clip": "runs/pretrain_tiny_clip",
@@ -32,24 +32,24 @@ LARGEST_TOTAL = 32 * MEGABYTE
 
 def copy_pipeline(source: pathlib.Path, target: pathlib.Path) -> None:
   """A Stable Diffusion folder; with its tokenizer."""
-  weights.save_pipeline(target, weights.load_pipeline(source), dtype=jnp.float16)
+  pipelines.save_pipeline(target, pipelines.load_pipeline(source), dtype=jnp.float16)
 
 
 def copy_clip(source: pathlib.Path, target: pathlib.Path) -> None:
   """A plain CLIP of tiny-sd's towers."""
   clip = presets.make_clip(presets.TINY_SD)
-  params = weights.load_tree(weights.weight_files(source), presets.abstract_params(clip))
-  weights.save_preference_model(target, clip, params, dtype=jnp.float16)
+  params = pipelines.load_tree(pipelines.weight_files(source), presets.abstract_params(clip))
+  pipelines.save_preference_model(target, clip, params, dtype=jnp.float16)
 
 
 def copy_preference_model(source: pathlib.Path, target: pathlib.Path) -> None:
   """A step-aware preference model."""
-  weights.save_preference_model(target, *weights.load_preference_model(source), dtype=jnp.float16)
+  pipelines.save_preference_model(target, *pipelines.load_preference_model(source), dtype=jnp.float16)
 
 
 def copy_judge(source: pathlib.Path, target: pathlib.Path) -> None:
   """A judge."""
-  weights.save_judge(target, *weights.load_judge(source), dtype=jnp.float16)
+  pipelines.save_judge(target, *pipelines.load_judge(source), dtype=jnp.float16)
 
 
 COPY: dict[str, Callable[[pathlib.Path, pathlib.Path], None]] = {
@@ -105,7 +105,7 @@ def install(runs: dict[str, pathlib.Path], assets: pathlib.Path = ASSETS) -> Non
     for name in runs:
       shutil.rmtree(assets / name, ignore_errors=True)
       (new / name).rename(assets / name)
-  weights.tiny_tokenizer()  # other presets take tiny-sd's, from there
+  pipelines.tiny_tokenizer()  # other presets take tiny-sd's, from there
   for file, size in sizes(assets).items():
     print(f"{size / MEGABYTE:7.2f} MB  {file.relative_to(assets)}")
   print(f"{total / MEGABYTE:7.2f} MB  in all")

@@ -40,9 +40,10 @@ def candidate_scores(config: Any, sizes: Sequence[int], num_prompts: int) -> tup
   """
   import jax
 
-  from jaxpref import loading, objectives, rollout
+  from jaxpref import objectives, rollout
   from jaxpref.data import pipeline
   from jaxpref.devices import chips
+  from jaxpref.files import loading
   from jaxpref.models.text_to_image import guided, repeat_cond
 
   pipe = loading.load_text_to_image(config.model, dtype=config.dtype, param_dtype=config.dtype)

@@ -81,9 +81,9 @@ def captions(judge_name: str, seeds: int) -> list[dict[str, Any]]:
   """One row a timestep: accuracy by style, and the largest difference with its interval over emoji."""
   import jax
 
-  from jaxpref import loading
   from jaxpref.data import emoji
   from jaxpref.evaluation import judging
+  from jaxpref.files import loading
 
   pipe = loading.load_text_to_image("tiny-sd", dtype="float32")
   model = loading.text_to_image(pipe)
@@ -138,9 +138,9 @@ def draw(models: list[str], out: pathlib.Path, per_model: int) -> None:
   """Pictures of different test prompts, the models' mixed, and numbered sheets of them."""
   from PIL import Image, ImageDraw
 
-  from jaxpref import loading
   from jaxpref.data import emoji
   from jaxpref.evaluation import drawing
+  from jaxpref.files import loading
 
   prompts = emoji.captions("test", "core")
   prompts = [prompts[i] for i in np.linspace(0, len(prompts) - 1, per_model).round().astype(int)]
@@ -178,9 +178,9 @@ def draw(models: list[str], out: pathlib.Path, per_model: int) -> None:
 
 def agreement(pictures: np.ndarray, outlined: int, judge_name: str) -> dict[str, Any]:
   """The judge on pictures of which the first `outlined` are outlined, by eye, and the others not."""
-  from jaxpref import loading
   from jaxpref.data import emoji
   from jaxpref.evaluation import judging
+  from jaxpref.files import loading
 
   judge, params = loading.load_judge(judge_name, style="openmoji", num_classes=emoji.num_classes("core"))
   assert judge is not None

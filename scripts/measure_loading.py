@@ -4,8 +4,8 @@
     python scripts/measure_loading.py --preset sdxl-miniature
 
 writes a folder in the layout of diffusers (random half-precision numbers; 7 GB for SDXL) in pieces of a megabyte, the
-UNet in shards with an index as published; then a fresh process opens it with `weights.load_pipeline` in bfloat16. On a
-CPU the parameters themselves are host memory, so the overshoot is the peak minus what is resident when all is loaded;
+UNet in shards with an index as published; then a fresh process opens it with `pipelines.load_pipeline` in bfloat16. On
+a CPU the parameters themselves are host memory, so the overshoot is the peak minus what is resident when all is loaded;
 it should stay below 1.2 times the largest array (a stack of transformer blocks is one array, of all its layers).
 Resident memory counts pages of files that are mapped; "anonymous" does not. Beside it stands what is resident in the
 end beyond baseline and parameters: what the allocator has not given back, mostly (a few per cent).
@@ -170,7 +170,7 @@ def measure(folder: pathlib.Path, dtype: str, devices: int) -> dict[str, Any]:
   import jax
   import jax.numpy as jnp
 
-  from jaxpref import weights
+  from jaxpref.files import pipelines
 
   sharding = None
   if devices > 1:
@@ -184,7 +184,7 @@ def measure(folder: pathlib.Path, dtype: str, devices: int) -> dict[str, Any]:
       return jax.sharding.NamedSharding(mesh, jax.P(*spec))
 
     sharding = lambda shapes: jax.tree.map(spread, shapes)
-  load = functools.partial(weights.load_pipeline, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
+  load = functools.partial(pipelines.load_pipeline, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
   # Everything that loading imports, traces and allocates once, so that it is in the baseline.
   jax.block_until_ready(load(ROOT / "jaxpref/assets/tiny-sd").params)
 

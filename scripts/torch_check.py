@@ -121,7 +121,8 @@ def jax_outcome(case: str, size: str, folder: pathlib.Path, config: Any | None =
   import jax
   import safetensors.numpy
 
-  from jaxpref import build, loading, lora_files, rollout, step, tensor_files, train
+  from jaxpref import build, rollout, step, train
+  from jaxpref.files import loading, lora_files, tensor_files
 
   config = check_recipe(case, size) if config is None else config
   experiment = build.build(config)

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxpref import config, step, train, weights
+from jaxpref import config, step, train
 from jaxpref.data import emoji_pairs
+from jaxpref.files import pipelines
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -121,13 +122,13 @@ def refused(tmp_path, monkeypatch, datasets):
 @pytest.fixture(scope="module")
 def pipeline():
   """Random weights, made once: `loading.load_text_to_image` is what would make them."""
-  return weights.random_pipeline("sd15-miniature", 0)
+  return pipelines.random_pipeline("sd15-miniature", 0)
 
 
 @pytest.fixture
 def made(pipeline, monkeypatch):
   """Models of random weights come from the fixture."""
-  monkeypatch.setattr(weights, "random_pipeline", lambda *a, **k: pipeline)
+  monkeypatch.setattr(pipelines, "random_pipeline", lambda *a, **k: pipeline)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +291,7 @@ def test_a_dataset_without_one_of_its_files(refused, tmp_path):
 
 @pytest.fixture(scope="module")
 def good_folder(tmp_path_factory, pipeline):
-  return weights.save_pipeline(tmp_path_factory.mktemp("models") / "good", pipeline)
+  return pipelines.save_pipeline(tmp_path_factory.mktemp("models") / "good", pipeline)
 
 
 @pytest.fixture
@@ -334,7 +335,7 @@ def test_a_folder_with_other_tensors(refused, folder, edit, sentence):
 
 
 def test_a_folder_with_the_tokenizer_of_another_model(refused, folder):
-  tokenizer = weights.load_tokenizer(folder / "tokenizer")
+  tokenizer = pipelines.load_tokenizer(folder / "tokenizer")
   tokenizer.add_tokens(["<my-style>"])
   tokenizer.save_pretrained(folder / "tokenizer")
   said = refused(settings(model=str(folder)))

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import build, config, loading, weights
+from jaxpref import build, config
+from jaxpref.files import loading, pipelines
 
 
 def recipe(**fields):
@@ -34,10 +35,10 @@ def test_only_what_is_trained_is_float32_under_bfloat16(rank):
 
 
 def test_untrained_weights_are_written_as_they_were_read(tmp_path):
-  original = weights.random_pipeline("sd15-miniature", 0).params
+  original = pipelines.random_pipeline("sd15-miniature", 0).params
   experiment = build.build(recipe(**{"dtype": "bfloat16", "lora.rank": 2}))
   experiment.export(experiment.params, tmp_path / "export")
-  found = weights.load_pipeline(tmp_path / "export").params
+  found = pipelines.load_pipeline(tmp_path / "export").params
   half = jax.tree.map(lambda x: np.asarray(x, np.float16), original)
   jax.tree.map(np.testing.assert_array_equal, found, half)
   kernel = original["unet"]["conv_in"]["kernel"]
@@ -48,8 +49,8 @@ def test_in_full_precision_nothing_is_read_again_to_be_written(tmp_path, monkeyp
   experiment = build.build(recipe(**{"sample.every": 1}))
   monkeypatch.setattr(loading, "load_text_to_image", None)
   experiment.export(experiment.params, tmp_path / "export")
-  found = weights.load_pipeline(tmp_path / "export").params["vae"]
-  original = weights.random_pipeline("sd15-miniature", 0).params["vae"]
+  found = pipelines.load_pipeline(tmp_path / "export").params["vae"]
+  original = pipelines.random_pipeline("sd15-miniature", 0).params["vae"]
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, np.float16)), found, original)
 
 

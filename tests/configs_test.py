@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxpref import build, config, inputs, loading, metrics, train, weights
+from jaxpref import build, config, inputs, metrics, train
 from jaxpref.data import emoji_pairs, records
 from jaxpref.devices import sharding
+from jaxpref.files import loading, pipelines
 from jaxpref.models import presets
 
 CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -153,10 +154,10 @@ def quick(monkeypatch, datasets):
   monkeypatch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
   for name in ("sd15-miniature", "sdxl-miniature"):
     monkeypatch.setitem(presets.PRESETS, name, smaller(presets.PRESETS[name]))
-  monkeypatch.setattr(weights, "random_pipeline", random_pipeline)
+  monkeypatch.setattr(pipelines, "random_pipeline", random_pipeline)
 
 
-drawn = functools.cache(weights.random_pipeline)
+drawn = functools.cache(pipelines.random_pipeline)
 
 
 def random_pipeline(preset, seed=0, **kwargs):
@@ -199,7 +200,7 @@ def test_the_smoke_variant_runs_end_to_end(name, tmp_path):
     assert np.isfinite(rows[-1]["divergence"]) and rows[-1]["reference_updates"] in (0, 1)
   export = tmp_path / "run" / "export"
   if c.objective == "spm":
-    assert weights.load_preference_model(export)[0].config == presets.get_preset(preset).preference
+    assert pipelines.load_preference_model(export)[0].config == presets.get_preset(preset).preference
   else:
     assert (export / "model_index.json").is_file() and (export / "unet" / "config.json").is_file()
 
@@ -334,7 +335,7 @@ def test_a_preference_model_asks_for_held_out_pairs_before_it_is_trained(pairs_f
 def test_another_vae_takes_the_place_of_the_models_own(tmp_path):
   pipe = random_pipeline("sd15-miniature")
   halved = {**pipe.params, "vae": jax.tree.map(lambda x: x / 2, pipe.params["vae"])}
-  folder = weights.save_pipeline(tmp_path / "model", dataclasses.replace(pipe, params=halved))
+  folder = pipelines.save_pipeline(tmp_path / "model", dataclasses.replace(pipe, params=halved))
   c = settings(vae_model=str(folder / "vae"))
   found = loading.load_text_to_image(c.model, dtype="bfloat16", param_dtype="bfloat16", vae_model=c.vae_model)
   assert found.vae == dataclasses.replace(pipe.vae, dtype=jax.numpy.dtype("bfloat16"))
@@ -358,9 +359,9 @@ def test_another_vae_takes_the_place_of_the_models_own(tmp_path):
 def test_a_vae_beside_single_file_copies_is_found(tmp_path):
   """As sdxl-vae-fp16-fix is published."""
   pipe = random_pipeline("sdxl-miniature")
-  weights.save_pipeline(tmp_path / "model", pipe)
+  pipelines.save_pipeline(tmp_path / "model", pipe)
   folder = tmp_path / "model" / "vae"
   safetensors.numpy.save_file({"first_stage_model.x": np.zeros(3)}, folder / "sdxl_vae.safetensors")
-  module, params = weights.load_vae(folder)
+  module, params = pipelines.load_vae(folder)
   assert module == pipe.vae
   jax.tree.map(np.testing.assert_array_equal, params, pipe.params["vae"])

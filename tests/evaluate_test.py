@@ -19,9 +19,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from configs import dpo_tiny
-from jaxpref import evaluate, lease, loading, lora_files, main, scorers, weights
+from jaxpref import evaluate, lease, main, scorers
 from jaxpref.data import emoji
 from jaxpref.evaluation import folder as evaluation_folder
+from jaxpref.files import loading, lora_files, pipelines
 from jaxpref.models import lora, presets
 from tests.occupied import occupied
 
@@ -53,10 +54,10 @@ def models(tmp_path_factory):
   unet = dataclasses.replace(preset.unet, block_out_channels=(16,), **blocks)
   preset = dataclasses.replace(preset, unet=unet)
   for seed, name in enumerate(("one", "two")):
-    pipe = weights.random_pipeline(preset, seed=seed)
-    weights.save_pipeline(folder / name, pipe)
+    pipe = pipelines.random_pipeline(preset, seed=seed)
+    pipelines.save_pipeline(folder / name, pipe)
   large = dataclasses.replace(unet, sample_size=2 * unet.sample_size)
-  weights.save_pipeline(folder / "large", weights.random_pipeline(dataclasses.replace(preset, unet=large)))
+  pipelines.save_pipeline(folder / "large", pipelines.random_pipeline(dataclasses.replace(preset, unet=large)))
   adapter = lora.init_lora(jax.random.key(1), pipe.params["unet"], rank=2)
   adapter = jax.tree.map(lambda x: 0.5 * jax.random.normal(jax.random.key(x.size), x.shape), adapter)
   lora_files.save_diffusers(folder / "lora.safetensors", adapter, 1.0)
@@ -319,8 +320,8 @@ def test_a_recipe_names_scorers(models, tmp_path, monkeypatch, capsys):
 
   def run(config, workdir):
     trained.append(workdir)
-    pipe = weights.load_pipeline(models / "two")
-    weights.save_pipeline(pathlib.Path(workdir) / "export", pipe)
+    pipe = pipelines.load_pipeline(models / "two")
+    pipelines.save_pipeline(pathlib.Path(workdir) / "export", pipe)
     (pathlib.Path(workdir) / "config.json").write_text("{}")
 
   monkeypatch.setattr("jaxpref.train.run", run)
@@ -353,12 +354,12 @@ def test_a_recipe_names_scorers(models, tmp_path, monkeypatch, capsys):
   assert found["models"] == ["base", "aligned"] and [s["name"] for s in found["scorers"]] == [BRIGHTNESS, REDNESS]
   assert len(found["prompts"]) == 3 and found["settings"]["guidance_scale"] == 3.5
   # Continued, the run has other weights: the evaluation of those before is kept, and there is a new one.
-  run_before, two = run, weights.load_pipeline(models / "two")
+  run_before, two = run, pipelines.load_pipeline(models / "two")
 
   def go_on(config, workdir):
     run_before(config, workdir)
     changed = {**two.params, "unet": jax.tree.map(lambda x: 1.5 * x, two.params["unet"])}
-    weights.save_pipeline(pathlib.Path(workdir) / "export", dataclasses.replace(two, params=changed))
+    pipelines.save_pipeline(pathlib.Path(workdir) / "export", dataclasses.replace(two, params=changed))
 
   before = pictures(tmp_path / "run" / "evaluation", "aligned")
   monkeypatch.setattr("jaxpref.train.run", go_on)

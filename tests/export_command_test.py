@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpref import build, checkpoint, config, export, loading, lora_files, step, weights
+from jaxpref import build, checkpoint, config, export, step
+from jaxpref.files import loading, lora_files, pipelines
 from jaxpref.models import lora
 
 RANK, ALPHA, SEED = 2, 4.0, 5
@@ -43,7 +44,7 @@ def make_run(folder, c, params, steps=(1, 2)):
 
 @pytest.fixture(scope="module")
 def base():
-  return weights.random_pipeline("sd15-miniature", SEED)
+  return pipelines.random_pipeline("sd15-miniature", SEED)
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +98,7 @@ def test_the_merged_pipeline(lora_run, base, tmp_path):
   run, params = lora_run
   adapter = trained(params, 2)["unet_lora"]
   export.main([str(run), "--format=pipeline", f"--out={tmp_path / 'out'}", "--dtype=float32"])
-  found = weights.load_pipeline(tmp_path / "out")
+  found = pipelines.load_pipeline(tmp_path / "out")
   equal(found.params["unet"], lora.merge_lora(base.params["unet"], adapter, ALPHA / RANK))
   equal(found.params["vae"], base.params["vae"])
 
@@ -106,7 +107,7 @@ def test_a_fully_trained_pipeline(full_run, base, tmp_path):
   run, params = full_run
   (tmp_path / "out").mkdir()  # an empty folder may be there
   export.main([str(run), "--format=pipeline", f"--out={tmp_path / 'out'}"])
-  found = weights.load_pipeline(tmp_path / "out")
+  found = pipelines.load_pipeline(tmp_path / "out")
   half = jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), trained(params, 1)["unet"])
   equal(found.params["unet"], half)
   assert not (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
@@ -162,7 +163,7 @@ def test_a_half_precision_base_does_not_swallow_the_change(base, tmp_path):
   fresh = lora.init_lora(jax.random.key(0), half, rank=RANK)
   small = jax.tree.map(lambda x: x * 1e-2, trained(fresh, 1))
   build.save_trained(tmp_path / "out", pipe, {"unet_lora": small}, scale=1.0, dtype=jnp.float32)
-  found = weights.load_pipeline(tmp_path / "out").params["unet"]
+  found = pipelines.load_pipeline(tmp_path / "out").params["unet"]
   expected = lora.merge_lora(jax.tree.map(lambda x: x.astype(jnp.float32), half), small, 1.0)
   equal(found, expected)
 
@@ -191,7 +192,7 @@ def test_a_run_leaves_its_adapter_and_another_continues_it(tmp_path):
     np.testing.assert_array_equal(a, expected[name][0])
     np.testing.assert_allclose(b, ALPHA / RANK * expected[name][1], rtol=1e-6)
 
-  with pytest.raises(ValueError, match=r"config.lora.rank=3, but .*weights.safetensors has rank 2"):
+  with pytest.raises(ValueError, match=r"config.lora.rank=3, but .*pipelines.safetensors has rank 2"):
     build.build(recipe(**fields, **{"lora.rank": 3}))
   with pytest.raises(FileNotFoundError, match="there is no LoRA file"):
     build.build(recipe(**{"lora.init_from": "nowhere.safetensors"}))

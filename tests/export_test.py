@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import loading, rollout, weights
+from jaxpref import rollout
 from jaxpref.evaluation import drawing
+from jaxpref.files import loading, pipelines
 from jaxpref.models.text_to_image import guided
 
 torch = pytest.importorskip("torch")
@@ -23,7 +24,7 @@ CLASSES = {
 @pytest.fixture(scope="module", params=list(CLASSES))
 def sampler(request):
   """(name, pipeline of random weights, compiled (parameters, ids, latents) -> u8 pictures)."""
-  pipe = weights.random_pipeline(request.param, 3)
+  pipe = pipelines.random_pipeline(request.param, 3)
   model = loading.text_to_image(pipe)
 
   @jax.jit
@@ -45,8 +46,8 @@ def sampler(request):
 def test_diffusers_draws_the_same_picture(sampler, tmp_path, dtype):
   """From a folder in single or half precision; computed in single precision on both sides."""
   name, pipe, sample = sampler
-  folder = weights.save_pipeline(tmp_path / "export", pipe, dtype=jnp.dtype(dtype))
-  opened = weights.load_pipeline(folder)
+  folder = pipelines.save_pipeline(tmp_path / "export", pipe, dtype=jnp.dtype(dtype))
+  opened = pipelines.load_pipeline(folder)
   latents = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
   params = dict(opened.params) | {"empty_ids": opened.tokenize([""])}
   ours = np.asarray(sample(params, opened.tokenize(PROMPTS), latents)).astype(int)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import spo_sd15
-from jaxpref import loading, weights
+from jaxpref.files import loading, pipelines
 from jaxpref.planning import flops
 from scripts import measure_decode_size
 from scripts.measure_decode_size import compared
@@ -29,7 +29,7 @@ def test_smaller_pictures_cost_fewer_operations(monkeypatch):
   smoke = types.SimpleNamespace(get_config=lambda: spo_sd15.get_config("smoke"))
   monkeypatch.setattr(measure_decode_size.bench, "recipe_module", lambda file: smoke)
   whole, small = (measure_decode_size.operations("spo_sd15", size) for size in (0, 8))
-  pipe = weights.random_pipeline("sd15-miniature", 0)
+  pipe = pipelines.random_pipeline("sd15-miniature", 0)
   model = loading.text_to_image(pipe)
   latents = jnp.zeros((1, *model.latent_shape))
   of = lambda size: flops.count(lambda z: model.decode(pipe.params, z, size=size), latents)

@@ -10,10 +10,10 @@ import optax
 import pytest
 
 from jaxpref import diffusion, losses, objectives, rollout
-from jaxpref.loading import text_to_image
+from jaxpref.files.loading import text_to_image
+from jaxpref.files.pipelines import random_pipeline
 from jaxpref.models.preference import StepAwareCLIPConfig, preprocess
 from jaxpref.models.text_to_image import TextToImage
-from jaxpref.weights import random_pipeline
 from tests import decisions
 from tests.stub_model import LATENT, SCHEDULE, StubModel, StubScorer, draw, init, pair_batch
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxpref import build, config, inputs, lease, loading, objectives, optim, precompute, train, weights
+from jaxpref import build, config, inputs, lease, objectives, optim, precompute, train
 from jaxpref.data import latents, pipeline, sources
 from jaxpref.devices import sharding
+from jaxpref.files import loading, pipelines
 from jaxpref.models import presets
 from tests.configs_test import smaller
 from tests.data import bucket as buckets
@@ -52,7 +53,7 @@ def quick(monkeypatch):
   monkeypatch.setattr(sharding, "make_mesh", lambda *_, **__: make_mesh(devices=jax.devices()[:1]))
   for name in MINIATURES:
     monkeypatch.setitem(presets.PRESETS, name, MADE_SMALLER[name])
-  monkeypatch.setattr(weights, "random_pipeline", drawn)
+  monkeypatch.setattr(pipelines, "random_pipeline", drawn)
   source = sources.Indexed(RECORDS, sources.index_of_records(RECORDS))
   monkeypatch.setattr(inputs, "open_pairs", lambda config: source)
 
@@ -67,7 +68,7 @@ def with_one_attention(preset):
 
 
 MADE_SMALLER = {name: with_one_attention(smaller(presets.PRESETS[name])) for name in MINIATURES}
-random_pipeline = weights.random_pipeline
+random_pipeline = pipelines.random_pipeline
 
 
 @functools.cache
@@ -213,7 +214,7 @@ def test_neither_vae_nor_text_encoder_is_loaded_and_the_export_has_both(folder, 
   experiment = build.build(c)
   assert experiment.params.keys() == {"unet"} and experiment.frozen.keys() == {"empty_ids"}
   experiment.export(experiment.params, tmp_path / "export")
-  found, expected = weights.load_pipeline(tmp_path / "export").params, drawn("sd15-miniature", 0).params
+  found, expected = pipelines.load_pipeline(tmp_path / "export").params, drawn("sd15-miniature", 0).params
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.float16(b)), found, expected)
   # Where pictures are drawn on the way, they are there.
   c.sample.every = 5
@@ -221,14 +222,14 @@ def test_neither_vae_nor_text_encoder_is_loaded_and_the_export_has_both(folder, 
 
 
 def test_networks_that_are_not_asked_for_need_no_weights(tmp_path):
-  folder = weights.save_pipeline(tmp_path / "model", drawn("sdxl-miniature", 0))
+  folder = pipelines.save_pipeline(tmp_path / "model", drawn("sdxl-miniature", 0))
   for name in ("vae", "text_encoder", "text_encoder_2"):
     (file,) = (folder / name).glob("*.safetensors")
     file.unlink()
   pipe = loading.load_text_to_image(str(folder), dtype="float32", vae_model="none/such", components=("unet",))
   assert pipe.params.keys() == {"unet"} and pipe.text_encoder_2 is not None
   with pytest.raises(FileNotFoundError, match="vae"):
-    weights.load_pipeline(folder)
+    pipelines.load_pipeline(folder)
 
 
 def test_single_images_are_precomputed(tmp_path, monkeypatch):
@@ -391,7 +392,7 @@ latents_open = latents.open_folder
 @pytest.fixture
 def model(tmp_path):
   """A model in a folder, and how to train a component of it a little, without a change of names or sizes."""
-  folder = weights.save_pipeline(tmp_path / "model", drawn("sd15-miniature", 0))
+  folder = pipelines.save_pipeline(tmp_path / "model", drawn("sd15-miniature", 0))
 
   def train_a_little(name):
     (file,) = (folder / name).glob("*.safetensors")

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref import build, config, loading, pretraining
+from jaxpref import build, config, pretraining
 from jaxpref.data import emoji
+from jaxpref.files import loading
 
 KEY = jax.random.key(0)
 

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from jaxpref import loading, lora_files, sample, weights
+from jaxpref import sample
 from jaxpref.evaluation import drawing, report
+from jaxpref.files import loading, lora_files, pipelines
 from jaxpref.models import lora, presets
 from tests import QUICK_FLAGS
 
@@ -38,14 +39,14 @@ def pipe():
   preset = presets.get_preset("sd15-miniature")
   blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
   unet = dataclasses.replace(preset.unet, block_out_channels=(16,), **blocks)
-  return weights.random_pipeline(dataclasses.replace(preset, unet=unet))
+  return pipelines.random_pipeline(dataclasses.replace(preset, unet=unet))
 
 
 @pytest.fixture(scope="module")
 def few(pipe, tmp_path_factory):
   """Arguments that draw few pictures with the model of a run."""
   run = tmp_path_factory.mktemp("run")
-  weights.save_pipeline(run / "export", pipe)
+  pipelines.save_pipeline(run / "export", pipe)
   (run / "config.json").write_text("{}")
   return [f"--model={run}", *FEW]
 

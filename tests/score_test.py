@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from configs import spm_tiny
-from jaxpref import build, inputs, loading, score, weights
+from jaxpref import build, inputs, score
 from jaxpref.data import emoji, records, sources
 from jaxpref.data import index as index_lib
+from jaxpref.files import loading, pipelines
 from tests import decisions
 from tests.occupied import occupied
 
@@ -54,13 +55,13 @@ def test_scores_are_the_models(config, scored):
   source = inputs.open_pairs(config)
   assert len(index) == len(source)
   module, params = loading.load_scorer("tiny-spm", dtype="float32")
-  tokenizer = weights.tiny_tokenizer()
+  tokenizer = pipelines.tiny_tokenizer()
   some = [0, 7, len(source) - 1]
   size = module.config.vision_config.image_size
   mean, std = np.asarray(module.config.image_mean), np.asarray(module.config.image_std)
   for i in some:
     record = source[i]
-    ids = weights.tokenize(tokenizer, [records.text(record["caption"])], length=16)
+    ids = pipelines.tokenize(tokenizer, [records.text(record["caption"])], length=16)
     for side, found in enumerate(index.scores()):
       pixels = (score.clip_image(record[f"image_{side}"], size)[None] / 255 - mean) / std
       expected = module.apply({"params": params}, ids, pixels.astype(np.float32), np.zeros(1, np.int32))

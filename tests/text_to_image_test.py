@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import loading, rollout, weights
+from jaxpref import rollout
 from jaxpref.evaluation import drawing
+from jaxpref.files import loading, pipelines
 from jaxpref.models.text_to_image import guided
 from jaxpref.planning import flops
 
@@ -40,8 +41,8 @@ def text_model():
 @pytest.fixture(scope="module", params=list(CLASSES))
 def models(request, tmp_path_factory):
   """(our model, its weights, our pipeline, diffusers' pipeline) of the same random weights."""
-  pipe = weights.random_pipeline(request.param, 3)
-  folder = weights.save_pipeline(tmp_path_factory.mktemp(request.param) / "model", pipe)
+  pipe = pipelines.random_pipeline(request.param, 3)
+  folder = pipelines.save_pipeline(tmp_path_factory.mktemp(request.param) / "model", pipe)
   theirs = CLASSES[request.param].from_pretrained(folder, dtype=torch.float32)
   theirs.set_progress_bar_config(disable=True)
   params = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
@@ -272,22 +273,22 @@ def test_sizes_that_the_vae_cannot_halve_are_refused(models):
 
 
 def test_what_is_cut_from_long_prompts_is_shown_once(monkeypatch):
-  monkeypatch.setattr(weights, "_cut_warnings", set())
-  tokenizer = weights.tiny_tokenizer()
+  monkeypatch.setattr(pipelines, "_cut_warnings", set())
+  tokenizer = pipelines.tiny_tokenizer()
   limit = tokenizer.model_max_length
   fits = "cat " * (limit - 2)
   with warnings.catch_warnings(record=True) as found:
     warnings.simplefilter("always")
-    assert weights.tokenize(tokenizer, [fits, "cat", ""]).shape == (3, limit)
+    assert pipelines.tokenize(tokenizer, [fits, "cat", ""]).shape == (3, limit)
   assert not found  # the longest that fits is not cut
   with pytest.warns(UserWarning, match="cut from a prompt: 'red apple' \\(and the ends of 1 others\\)") as found:
-    ids = weights.tokenize(tokenizer, ["cat", fits + "red apple", fits + "cat"])
+    ids = pipelines.tokenize(tokenizer, ["cat", fits + "red apple", fits + "cat"])
   assert len(found) == 1 and ids.shape == (3, limit)
   np.testing.assert_array_equal(ids[1], ids[2])
   with pytest.warns(UserWarning, match="reads 6 tokens, .* cut from a prompt: 'cat cat'; shorten it"):
-    assert weights.tokenize(tokenizer, ["cat " * 6], length=6).shape == (1, 6)
+    assert pipelines.tokenize(tokenizer, ["cat " * 6], length=6).shape == (1, 6)
 
 
 def test_a_folder_without_tokenizer_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match="tokenizer has no vocab.json and no merges.txt, expected a CLIP token"):
-    weights.load_tokenizer(tmp_path / "tokenizer")
+    pipelines.load_tokenizer(tmp_path / "tokenizer")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxpref import loading
 from jaxpref.evaluation import report
+from jaxpref.files import loading
 from scripts import measure_judge, tiny_results
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import build, checkpoint, config, lease, metrics, monitor, objectives, step, train, validation, weights
+from jaxpref import build, checkpoint, config, lease, metrics, monitor, objectives, step, train, validation
 from jaxpref import main as main_lib
 from jaxpref.data import batching
+from jaxpref.files import pipelines
 from jaxpref.models import lora
 from tests import QUICK_FLAGS
 
@@ -652,8 +653,8 @@ def test_a_run_leaves_everything_a_user_needs(whole):
 
 def test_the_exported_model_is_the_base_with_the_adapter_merged(whole):
   folder, _ = whole
-  base = weights.random_pipeline("one-level", 0)
-  found = weights.load_pipeline(folder / "export")
+  base = pipelines.random_pipeline("one-level", 0)
+  found = pipelines.load_pipeline(folder / "export")
   adapter = checkpoint.load_params(folder)[0]["unet_lora"]
   half = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), tree)  # noqa: E731
   merged = half(lora.merge_lora(base.params["unet"], adapter, 1.0))
@@ -729,5 +730,5 @@ def test_spo_runs_from_the_command_line(shared):
   assert found[0]["valid_pairs"] == 1.0 and found[0]["updates"] == 2
   assert {"reward", "reward_group_00", "reward_group_01", "score_gap", "margin"} <= set(found[0])
   assert list(states(folder)) == [2]
-  assert weights.load_pipeline(folder / "export").unet.config.sample_size == 8
+  assert pipelines.load_pipeline(folder / "export").unet.config.sample_size == 8
   assert "exported" in said and not (folder / "results.json").exists()

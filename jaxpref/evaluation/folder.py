@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 import jaxpref
-from jaxpref import lease, loading, lora_files, sample, tensor_files, weights
+from jaxpref import lease, sample
 from jaxpref.data import paths, prompt_sets
+from jaxpref.files import loading, lora_files, pipelines, tensor_files
 
 PACKAGES = ("jax", "flax", "numpy", "transformers", "pillow")
 # Of the arguments: what decides the pictures, and so has to stay the same in a folder.
@@ -181,8 +182,9 @@ def fingerprint(source: str, loras: Sequence[lora_files.LoraFile]) -> str:
   strengths = "" if plain else "".join(f":{strength:g}" for _, strength in loras)
   if source.partition(":")[0] in ("random", "zeros"):
     return source + "".join(f"+{_fingerprint([file])}" for file, _ in loras) + strengths
-  folder = weights.resolve_folder(loading.folder_of(sample.model_folder(source)), "*/*.safetensors")
-  files = [f for name in weights.NETWORKS if (folder / name).is_dir() for f in tensor_files.weight_files(folder / name)]
+  folder = pipelines.resolve_folder(loading.folder_of(sample.model_folder(source)), "*/*.safetensors")
+  parts = [folder / name for name in pipelines.NETWORKS if (folder / name).is_dir()]
+  files = [f for part in parts for f in tensor_files.weight_files(part)]
   return _fingerprint([*files, *(file for file, _ in loras)]) + strengths
 
 
@@ -190,7 +192,8 @@ def fingerprint_of_vae(source: str) -> str:
   """Of the weights of a VAE by itself, a folder or a hub name."""
   if source.partition(":")[0] in ("random", "zeros"):
     return source
-  return _fingerprint(tensor_files.weight_files(weights.resolve_folder(source, "diffusion_pytorch_model*.safetensors")))
+  folder = pipelines.resolve_folder(source, "diffusion_pytorch_model*.safetensors")
+  return _fingerprint(tensor_files.weight_files(folder))
 
 
 def _fingerprint(files: Sequence[pathlib.Path]) -> str:

@@ -12,9 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxpref import build, precompute, rollout, step, train, weights
+from jaxpref import build, precompute, rollout, step, train
 from jaxpref import config as config_lib
 from jaxpref.devices import sharding
+from jaxpref.files import pipelines
 from jaxpref.models import presets
 from jaxpref.models.text_to_image import is_guided
 
@@ -67,7 +68,7 @@ def _build(config: ConfigDict, batch_devices: int) -> tuple[build.Experiment, An
     return built[0].params, built[0].frozen
 
   params, frozen = jax.eval_shape(shapes)
-  unused = set(weights.NETWORKS) - set(build.networks(config))
+  unused = set(pipelines.NETWORKS) - set(build.networks(config))
   return built[0], params, {name: tree for name, tree in frozen.items() if name not in unused}
 
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from PIL import Image
 
-from jaxpref import weights
+from jaxpref.files import pipelines
 from jaxpref.models import clip, preference, presets
 from tests.models import torch_parity
 
@@ -209,7 +209,7 @@ def test_folders_as_pickscore_and_clip_h_are_published(tmp_path, twice):
   safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
   safetensors.numpy.save_file({"visual.proj": np.zeros(3)}, tmp_path / "open_clip_model.safetensors")
 
-  module, params = weights.load_preference_model(tmp_path)
+  module, params = pipelines.load_preference_model(tmp_path)
   assert module.config.text_config.eos_token_id == 2
   ids = np.array([[43, 5, 44, 44, 44, 44, 44, 44], [43, 7, 9, 44, 0, 0, 0, 0]], np.int32)
   found = jax.jit(module.apply)({"params": params}, ids, PIXELS, T)

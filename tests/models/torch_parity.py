@@ -1,6 +1,6 @@
 """Compares a Flax network with its PyTorch original, forward and gradients, with the same weights.
 
-The conversion is independent of `jaxpref.weights`: it walks the Flax tree and takes each tensor by
+The conversion is independent of `jaxpref.files.pipelines`: it walks the Flax tree and takes each tensor by
 its name, so that a network whose names or shapes deviate cannot pass.
 """
 

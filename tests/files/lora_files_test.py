@@ -11,7 +11,8 @@ import pytest
 import safetensors
 from safetensors.numpy import load_file, save_file
 
-from jaxpref import build, loading, lora_files, weights
+from jaxpref import build
+from jaxpref.files import loading, lora_files, pipelines
 from jaxpref.models import lora, presets
 
 torch = pytest.importorskip("torch")
@@ -54,7 +55,7 @@ def random_adapter(params, rank=RANK, targets="", size=0.5):
 class Both:
   """A pipeline of random weights here and in torch, and an adapter of every linear layer of its UNet."""
 
-  pipe: weights.Pipeline
+  pipe: pipelines.Pipeline
   torch_pipe: Any
   adapter: dict
   compute: object
@@ -100,7 +101,7 @@ def one_thread():
 @pytest.fixture(scope="module", params=list(MODELS))
 def both(request, tmp_path_factory):
   preset, pipeline_class = MODELS[request.param]
-  pipe = weights.random_pipeline(preset, 3)
+  pipe = pipelines.random_pipeline(preset, 3)
   model = loading.text_to_image(pipe)
   ids = pipe.tokenize(PROMPTS)
 
@@ -112,7 +113,7 @@ def both(request, tmp_path_factory):
     noise = adapted.predict(params, LATENTS, TIMES, cond)
     return {"text": cond["encoder_hidden_states"], "noise": noise} | pooled
 
-  folder = weights.save_pipeline(tmp_path_factory.mktemp("base") / "base", pipe)
+  folder = pipelines.save_pipeline(tmp_path_factory.mktemp("base") / "base", pipe)
   torch_pipe = pipeline_class.from_pretrained(folder, dtype=torch.float32)
   return Both(pipe, torch_pipe, random_adapter(pipe.params["unet"]), compute)
 
@@ -284,7 +285,7 @@ def test_text_encoders_are_merged(both, tmp_path):
 # ---- Names and numbers, without drawing ------------------------------------------------------------------------------
 
 UNET = presets.SD15_MINIATURE.unet
-PARAMS = presets.abstract_params(weights.UNet2DConditionModel(UNET))
+PARAMS = presets.abstract_params(pipelines.UNet2DConditionModel(UNET))
 LAYERS = [f"mid_block.attentions.0.transformer_blocks.0.attn1.{name}" for name in ATTENTION]
 CONVOLUTION = "mid_block.attentions.0.proj_in"
 
@@ -354,7 +355,7 @@ def test_keys_and_metadata_of_the_files(tmp_path):
     assert f.metadata()["ss_base_model_version"] == "sdxl_base_v1-0"
 
 
-SDXL_PARAMS = presets.abstract_params(weights.UNet2DConditionModel(SDXL_LAYOUT.unet))
+SDXL_PARAMS = presets.abstract_params(pipelines.UNet2DConditionModel(SDXL_LAYOUT.unet))
 
 
 def deltas(adapter, scale):
@@ -535,7 +536,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tensors, message, tmp_path):
 
 
 ENCODERS = {
-  name: presets.abstract_params(weights.CLIPTextModel(config, with_projection))
+  name: presets.abstract_params(pipelines.CLIPTextModel(config, with_projection))
   for name, config, with_projection in (
     ("text_encoder", SDXL_LAYOUT.text_encoder, False),
     ("text_encoder_2", SDXL_LAYOUT.text_encoder_2, True),

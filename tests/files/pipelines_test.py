@@ -17,7 +17,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-from jaxpref import weights
+from jaxpref.files import pipelines
 from jaxpref.models import clip, preference, presets
 
 XL = {"sd15-miniature": False, "sdxl-miniature": True}
@@ -43,10 +43,10 @@ def _randomised(params):
 
 
 def _save(name, tmp_path_factory):
-  pipe = weights.random_pipeline(name)
+  pipe = pipelines.random_pipeline(name)
   pipe = dataclasses.replace(pipe, params=_randomised(pipe.params))
   folder = tmp_path_factory.mktemp("models") / name
-  assert weights.save_pipeline(folder, pipe) == folder
+  assert pipelines.save_pipeline(folder, pipe) == folder
   return name, pipe, folder
 
 
@@ -78,7 +78,7 @@ def folder(tmp_path):
   )
   module = clip.CLIPTextModel(config)
   params = _randomised(presets.abstract_params(module))
-  weights.save_tree(tmp_path / "model.safetensors", params)
+  pipelines.save_tree(tmp_path / "model.safetensors", params)
   return tmp_path, presets.abstract_params(module), params
 
 
@@ -168,7 +168,7 @@ def test_what_diffusers_writes_is_opened(saved, torch_pipe, tmp_path):
   """In its own naming (transformers 5 drops "text_model."), in shards and as fp16 variant."""
   _, pipe, _ = saved
   torch_pipe.save_pretrained(tmp_path / "plain")
-  found = weights.load_pipeline(tmp_path / "plain")
+  found = pipelines.load_pipeline(tmp_path / "plain")
   _assert_same(found.params, pipe.params)
   assert found.unet == pipe.unet and found.vae == pipe.vae
   assert found.text_encoder == pipe.text_encoder and found.text_encoder_2 == pipe.text_encoder_2
@@ -177,12 +177,12 @@ def test_what_diffusers_writes_is_opened(saved, torch_pipe, tmp_path):
 
   torch_pipe.save_pretrained(tmp_path / "split", max_shard_size="100KB")
   assert len(list((tmp_path / "split" / "unet").glob("*.safetensors"))) > 1
-  _assert_same(weights.load_pipeline(tmp_path / "split").params, pipe.params)
+  _assert_same(pipelines.load_pipeline(tmp_path / "split").params, pipe.params)
   shutil.rmtree(tmp_path / "plain")
 
   torch_pipe.save_pretrained(tmp_path / "half", variant="fp16")
   assert (tmp_path / "half" / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
-  _assert_same(weights.load_pipeline(tmp_path / "half").params, pipe.params)
+  _assert_same(pipelines.load_pipeline(tmp_path / "half").params, pipe.params)
 
 
 # ---- round trips ---------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_what_diffusers_writes_is_opened(saved, torch_pipe, tmp_path):
 
 def test_round_trip_is_bitwise(saved):
   _, pipe, folder = saved
-  found = weights.load_pipeline(folder)
+  found = pipelines.load_pipeline(folder)
   _assert_same(found.params, pipe.params)
   plain = {"params": None, "schedule": None, "tokenizer": None, "tokenizer_2": None}
   assert dataclasses.replace(found, **plain) == dataclasses.replace(pipe, **plain)
@@ -199,17 +199,17 @@ def test_round_trip_is_bitwise(saved):
 
 def test_half_precision_files_and_parameters(sd15, tmp_path):
   _, pipe, folder = sd15
-  weights.save_pipeline(tmp_path / "half", pipe, dtype=jnp.float16)
+  pipelines.save_pipeline(tmp_path / "half", pipe, dtype=jnp.float16)
   size, full = (
     (f / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
     for f in (tmp_path / "half", folder)
   )
   assert 0.45 < size / full < 0.6
-  found = weights.load_pipeline(tmp_path / "half")
+  found = pipelines.load_pipeline(tmp_path / "half")
   rounded = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), pipe.params)
   _assert_same(found.params, rounded)
 
-  found = weights.load_pipeline(folder, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
+  found = pipelines.load_pipeline(folder, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
   assert {x.dtype for x in jax.tree.leaves(found.params)} == {jnp.dtype(jnp.bfloat16)}
   assert found.unet.dtype == found.vae.dtype == found.text_encoder.dtype == jnp.bfloat16
 
@@ -225,7 +225,7 @@ def test_tensors_go_straight_to_their_sharding(folder):
     return jax.sharding.NamedSharding(mesh, spec if shape.ndim > 1 else jax.P())
 
   shardings = jax.tree.map(place, shapes)
-  found = weights.load_tree(tmp_path / "model.safetensors", shapes, sharding=shardings)
+  found = pipelines.load_tree(tmp_path / "model.safetensors", shapes, sharding=shardings)
   _assert_same(found, params)
   assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding == s, found, shardings)))
 
@@ -239,7 +239,7 @@ def test_pipeline_takes_a_sharding_function(sd15):
     seen.update(shapes)
     return jax.tree.map(lambda _: everywhere, shapes)
 
-  found = weights.load_pipeline(folder, sharding=shardings)
+  found = pipelines.load_pipeline(folder, sharding=shardings)
   assert seen.keys() == pipe.params.keys()
   assert {x.sharding for x in jax.tree.leaves(found.params)} == {everywhere}
 
@@ -248,15 +248,15 @@ def test_preference_model_and_judge_round_trip(tmp_path):
   preset = presets.SD15_MINIATURE
   module = preference.StepAwareCLIPModel(preset.preference)
   params = _randomised(presets.abstract_params(module))
-  weights.save_preference_model(tmp_path / "spm", module, params)
-  found, found_params = weights.load_preference_model(tmp_path / "spm")
+  pipelines.save_preference_model(tmp_path / "spm", module, params)
+  found, found_params = pipelines.load_preference_model(tmp_path / "spm")
   assert found == module
   _assert_same(found_params, params)
 
   judge = preference.Judge(dataclasses.replace(preset.judge, styles=("a", "b", "c")))
   params = _randomised(presets.abstract_params(judge))
-  weights.save_judge(tmp_path / "judge", judge, params)
-  found, found_params = weights.load_judge(tmp_path / "judge")
+  pipelines.save_judge(tmp_path / "judge", judge, params)
+  found, found_params = pipelines.load_judge(tmp_path / "judge")
   assert found == judge
   _assert_same(found_params, params)
 
@@ -271,7 +271,7 @@ def test_preference_model_starts_from_a_clip_folder_of_transformers(tmp_path):
     )
   )
   torch_clip.save_pretrained(tmp_path / "clip")
-  module, params = weights.load_preference_model(tmp_path / "clip")
+  module, params = pipelines.load_preference_model(tmp_path / "clip")
   assert module.config == config
   assert jax.tree.structure(params) == jax.tree.structure(presets.abstract_params(module))
   size = config.vision_config.image_size
@@ -286,7 +286,7 @@ def test_preference_model_starts_from_a_clip_folder_of_transformers(tmp_path):
 def test_plain_clip_is_written_for_transformers(tmp_path):
   module = presets.make_clip(presets.SD15_MINIATURE)
   params = _randomised(presets.abstract_params(module))
-  weights.save_preference_model(tmp_path / "clip", module, params)
+  pipelines.save_preference_model(tmp_path / "clip", module, params)
   torch_clip = transformers.CLIPModel.from_pretrained(tmp_path / "clip")
   state = torch_clip.state_dict()
   kernel = params["vision_model"]["encoder"]["layers.1"]["mlp"]["fc1"]["kernel"]
@@ -303,7 +303,7 @@ def test_old_names_and_layouts_are_understood(tmp_path):
   shapes = presets.abstract_params(module)
   params = _randomised(shapes)
   file = tmp_path / "vae.safetensors"
-  weights.save_tree(file, params)
+  pipelines.save_tree(file, params)
   tensors = safetensors.numpy.load_file(file)
   old = {}
   for key, value in tensors.items():
@@ -319,7 +319,7 @@ def test_old_names_and_layouts_are_understood(tmp_path):
     old[key] = value[:, :, None, None] if is_projection else value
   assert sum("proj_attn" in key for key in old) == 4
   safetensors.numpy.save_file(old, file)
-  _assert_same(weights.load_tree(file, shapes), params)
+  _assert_same(pipelines.load_tree(file, shapes), params)
 
 
 def test_buffers_of_old_transformers_files_are_no_parameters(folder):
@@ -328,7 +328,7 @@ def test_buffers_of_old_transformers_files_are_no_parameters(folder):
   tensors = safetensors.numpy.load_file(file)
   tensors["text_model.embeddings.position_ids"] = np.arange(77)[None]
   safetensors.numpy.save_file(tensors, file)
-  _assert_same(weights.load_tree(file, shapes), params)
+  _assert_same(pipelines.load_tree(file, shapes), params)
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -344,7 +344,7 @@ def test_tensors_that_do_not_fit_are_all_named(folder):
   tensors["text_model.final_layer_norm.weight"] = np.zeros(5, np.float32)
   safetensors.numpy.save_file(tensors, file)
   with pytest.raises(ValueError) as error:
-    weights.load_tree(file, shapes)
+    pipelines.load_tree(file, shapes)
   message = str(error.value)
   assert str(file) in message
   for part in (
@@ -365,9 +365,9 @@ def test_pickles_are_refused(sd15, tmp_path, name):
   (damaged / "text_encoder" / "model.safetensors").unlink()
   (damaged / "text_encoder" / name).write_bytes(b"\x80\x04.")
   with pytest.raises(ValueError, match=f"only as {name}.*pickles can run code.*safe_serialization"):
-    weights.load_pipeline(damaged)
+    pipelines.load_pipeline(damaged)
   with pytest.raises(ValueError, match="not a .safetensors file"):
-    weights.load_tree(damaged / "text_encoder" / name, {})
+    pipelines.load_tree(damaged / "text_encoder" / name, {})
 
 
 def test_truncated_weights_are_refused(folder):
@@ -375,30 +375,30 @@ def test_truncated_weights_are_refused(folder):
   file = tmp_path / "model.safetensors"
   file.write_bytes(file.read_bytes()[:-10])
   with pytest.raises(ValueError, match="model.safetensors is not a readable safetensors file"):
-    weights.load_tree(file, shapes)
+    pipelines.load_tree(file, shapes)
 
 
 def test_missing_folder_and_files(sd15, tmp_path):
   _, _, source = sd15
   with pytest.raises(FileNotFoundError, match="model folder .*nowhere does not exist"):
-    weights.load_pipeline(tmp_path / "nowhere")
+    pipelines.load_pipeline(tmp_path / "nowhere")
   (tmp_path / "model.ckpt").write_bytes(b"")
   with pytest.raises(FileNotFoundError, match="is a file, expected a model folder"):
-    weights.load_pipeline(tmp_path / "model.ckpt")
+    pipelines.load_pipeline(tmp_path / "model.ckpt")
   (tmp_path / "empty").mkdir()
   with pytest.raises(FileNotFoundError, match="model_index.json is missing"):
-    weights.load_pipeline(tmp_path / "empty")
+    pipelines.load_pipeline(tmp_path / "empty")
   for name in ("unet/config.json", "tokenizer", "scheduler/scheduler_config.json"):
     damaged = tmp_path / "damaged"
     shutil.copytree(source, damaged)
     path = damaged / name
     path.unlink() if path.is_file() else shutil.rmtree(path)
     with pytest.raises(FileNotFoundError, match=name.split("/")[0]):
-      weights.load_pipeline(damaged)
+      pipelines.load_pipeline(damaged)
     shutil.rmtree(damaged)
   (tmp_path / "empty" / "model_index.json").write_text("{")
   with pytest.raises(ValueError, match="model_index.json is not valid JSON"):
-    weights.load_pipeline(tmp_path / "empty")
+    pipelines.load_pipeline(tmp_path / "empty")
 
 
 def test_hub_name_without_network_is_one_sentence(monkeypatch):
@@ -412,7 +412,7 @@ def test_hub_name_without_network_is_one_sentence(monkeypatch):
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
   with pytest.raises(FileNotFoundError, match="someone/some-model is neither a folder here nor"):
-    weights.load_pipeline("someone/some-model")
+    pipelines.load_pipeline("someone/some-model")
   assert asked["name"] == "someone/some-model"
   assert not any(".bin" in pattern or ".ckpt" in pattern for pattern in asked["allow_patterns"])
 
@@ -422,7 +422,7 @@ def test_hub_name_is_downloaded(monkeypatch, sd15):
 
   _, pipe, folder = sd15
   monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(folder))
-  _assert_same(weights.load_pipeline("someone/some-model").params, pipe.params)
+  _assert_same(pipelines.load_pipeline("someone/some-model").params, pipe.params)
 
 
 def test_other_architectures_are_refused_by_name(sd15, tmp_path):
@@ -433,17 +433,17 @@ def test_other_architectures_are_refused_by_name(sd15, tmp_path):
   index = json.loads(index_file.read_text())
   index_file.write_text(json.dumps(index | {"unet": ["diffusers", "UNet3DConditionModel"]}))
   with pytest.raises(ValueError, match="unet is a UNet3DConditionModel, expected UNet2DCond"):
-    weights.load_pipeline(damaged)
+    pipelines.load_pipeline(damaged)
   del index["unet"]
   index_file.write_text(json.dumps(index))
   with pytest.raises(ValueError, match="model_index.json has no unet"):
-    weights.load_pipeline(damaged)
+    pipelines.load_pipeline(damaged)
 
 
 def test_numbers_that_a_file_cannot_hold_are_not_saved(sd15, tmp_path):
   _, pipe, _ = sd15
   target = tmp_path / "model"
-  weights.save_pipeline(target, pipe)
+  pipelines.save_pipeline(target, pipe)
 
   def with_bias(value):
     bias = pipe.params["unet"]["conv_in"]["bias"].at[0].set(value)
@@ -451,14 +451,14 @@ def test_numbers_that_a_file_cannot_hold_are_not_saved(sd15, tmp_path):
     return dataclasses.replace(pipe, params=pipe.params | {"unet": unet})
 
   with pytest.raises(ValueError, match="conv_in.bias holds NaN"):
-    weights.save_pipeline(target, with_bias(jnp.nan))
+    pipelines.save_pipeline(target, with_bias(jnp.nan))
   with pytest.raises(ValueError, match="conv_in.bias holds numbers too large for float16"):
-    weights.save_pipeline(target, with_bias(1e5), dtype=jnp.float16)
+    pipelines.save_pipeline(target, with_bias(1e5), dtype=jnp.float16)
   # The failure left the old folder as it was, and nothing beside it.
   assert [p.name for p in tmp_path.iterdir()] == ["model"]
-  _assert_same(weights.load_pipeline(target).params, pipe.params)
+  _assert_same(pipelines.load_pipeline(target).params, pipe.params)
   with pytest.raises(ValueError, match="cannot be written as float64"):
-    weights.save_tree(tmp_path / "x.safetensors", {}, dtype=np.float64)
+    pipelines.save_tree(tmp_path / "x.safetensors", {}, dtype=np.float64)
 
 
 def test_only_pipeline_folders_are_replaced(sd15, tmp_path):
@@ -467,16 +467,16 @@ def test_only_pipeline_folders_are_replaced(sd15, tmp_path):
   holiday.mkdir()
   (holiday / "photo.jpg").write_bytes(b"precious")
   with pytest.raises(FileExistsError, match="holiday exists and is not a model folder"):
-    weights.save_pipeline(holiday, pipe)
+    pipelines.save_pipeline(holiday, pipe)
   assert [p.name for p in holiday.iterdir()] == ["photo.jpg"]
 
   target = tmp_path / "model"
   target.mkdir()  # empty: fine
-  weights.save_pipeline(target, pipe)
+  pipelines.save_pipeline(target, pipe)
   (target / "README.md").write_text("mine")
   doubled = jax.tree.map(lambda x: 2 * x, pipe.params)
-  weights.save_pipeline(target, dataclasses.replace(pipe, params=doubled))
-  _assert_same(weights.load_pipeline(target).params, doubled)
+  pipelines.save_pipeline(target, dataclasses.replace(pipe, params=doubled))
+  _assert_same(pipelines.load_pipeline(target).params, doubled)
   assert (target / "README.md").read_text() == "mine"
 
 
@@ -484,34 +484,34 @@ def test_only_pipeline_folders_are_replaced(sd15, tmp_path):
 
 
 def test_tokenize_pads_and_cuts_as_stable_diffusion_does():
-  tokenizer = weights.tiny_tokenizer()
-  ids = weights.tokenize(tokenizer, [*PROMPTS, ""])
+  tokenizer = pipelines.tiny_tokenizer()
+  ids = pipelines.tokenize(tokenizer, [*PROMPTS, ""])
   end = presets.TINY_VOCAB_SIZE - 1
   assert ids.dtype == np.int32 and ids.shape == (3, presets.TINY_LENGTH)
   assert (ids[:, 0] == end - 1).all() and (ids[:, -1] == end).all()
   assert (ids[2, 1:] == end).all() and (ids[1, 1:-1] < end - 1).all()
-  assert weights.tokenize(tokenizer, PROMPTS, length=8).shape == (2, 8)
+  assert pipelines.tokenize(tokenizer, PROMPTS, length=8).shape == (2, 8)
   # SDXL's second tokenizer pads with "!", id 0.
   tokenizer.pad_token = "!"
-  assert (weights.tokenize(tokenizer, [""])[0, 2:] == 0).all()
+  assert (pipelines.tokenize(tokenizer, [""])[0, 2:] == 0).all()
 
 
 def test_few_cut_prompts_are_shown_and_then_no_more(monkeypatch):
   """From many threads, as a data pipeline calls it; the two tokenizers of SDXL cut the same and say it once."""
-  monkeypatch.setattr(weights, "_cut_warnings", set())
-  tokenizers = [weights.tiny_tokenizer() for _ in range(4)]
+  monkeypatch.setattr(pipelines, "_cut_warnings", set())
+  tokenizers = [pipelines.tiny_tokenizer() for _ in range(4)]
 
   def cut(thread):
     for i in range(20):
       for _ in range(2):
-        weights.tokenize(tokenizers[thread], [f"a cat and {20 * thread + i}"], length=4)
+        pipelines.tokenize(tokenizers[thread], [f"a cat and {20 * thread + i}"], length=4)
 
   with warnings.catch_warnings(record=True) as found:
     warnings.simplefilter("always")
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
       list(pool.map(cut, range(4)))
   said = [str(w.message) for w in found]
-  assert len(said) == len(set(said)) == weights.MAX_CUT_WARNINGS + 1 == 6
+  assert len(said) == len(set(said)) == pipelines.MAX_CUT_WARNINGS + 1 == 6
   assert sum("this was cut from a prompt: 'and" in s for s in said) == 5
   last = "after 5 warnings of prompts that are too long, further ones are cut without a warning."
   assert said.count(last) == 1
@@ -521,12 +521,12 @@ def test_few_cut_prompts_are_shown_and_then_no_more(monkeypatch):
 def test_a_tokenizer_of_another_vocabulary_is_refused(sd15, tmp_path):
   target = tmp_path / "model"
   shutil.copytree(sd15[2], target)
-  tokenizer = weights.load_tokenizer(target / "tokenizer")
+  tokenizer = pipelines.load_tokenizer(target / "tokenizer")
   tokenizer.add_tokens(["<my-style>"])
   tokenizer.save_pretrained(target / "tokenizer")
   size = presets.TINY_VOCAB_SIZE
   with pytest.raises(ValueError) as error:
-    weights.load_pipeline(target)
+    pipelines.load_pipeline(target)
   assert str(error.value) == (
     f"{target / 'tokenizer'} gives ids up to {size}, expected at most {size - 1} by the vocab_size of "
     f"{target / 'text_encoder' / 'config.json'}; take the tokenizer of the same model."
@@ -539,7 +539,7 @@ def test_tokenizers_come_without_the_advice_to_install_pytorch(monkeypatch):
   hidden = "import importlib.util as u; find = u.find_spec\n"
   hidden += "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)\n"
   said = []
-  for program in ("import transformers", "from jaxpref import weights; weights.import_tokenizer('CLIPTokenizer')"):
+  for program in ("import transformers", "from jaxpref import weights; pipelines.import_tokenizer('CLIPTokenizer')"):
     done = subprocess.run([sys.executable, "-c", hidden + program], capture_output=True, text=True, check=True)
     said.append("PyTorch was not found" in done.stderr)
   assert said == [True, False]
@@ -553,7 +553,7 @@ def test_shipped_tokenizer_is_what_the_script_builds(tmp_path):
   build_tokenizer.write_tokenizer(
     tmp_path, captions, vocab_size=presets.TINY_VOCAB_SIZE, max_length=presets.TINY_LENGTH
   )
-  shipped = weights.tiny_tokenizer()
+  shipped = pipelines.tiny_tokenizer()
   for name in ("vocab.json", "merges.txt"):  # saving the model rewrites the other files
     expected = (tmp_path / name).read_text(encoding="utf-8")
     with open(f"{shipped.name_or_path}/{name}", encoding="utf-8") as f:

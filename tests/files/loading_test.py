@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxpref import loading, tensor_files, weights
+from jaxpref.files import loading, pipelines, tensor_files
 from jaxpref.models import clip, presets
 from jaxpref.models.unet import UNet2DConditionModel
 from jaxpref.models.vae import AutoencoderKL
@@ -54,8 +54,8 @@ def unet():
 @pytest.mark.parametrize("file_dtype", [jnp.float32, jnp.float16, jnp.bfloat16], ids=lambda d: jnp.dtype(d).name)
 def test_every_type_of_file_as_every_type_of_parameter(text, tmp_path, file_dtype, param_dtype):
   shapes, params = text
-  weights.save_tree(tmp_path / "model.safetensors", params, dtype=file_dtype)
-  found = weights.load_tree(tmp_path / "model.safetensors", shapes, param_dtype=param_dtype)
+  pipelines.save_tree(tmp_path / "model.safetensors", params, dtype=file_dtype)
+  found = pipelines.load_tree(tmp_path / "model.safetensors", shapes, param_dtype=param_dtype)
   assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(param_dtype)}
   rounded = jax.tree.map(lambda x: x.astype(file_dtype).astype(np.float32).astype(param_dtype), params)
   assert_same(found, rounded)
@@ -65,18 +65,18 @@ def test_types_may_differ_within_a_file(text, tmp_path):
   """As in folders of which only a part was converted to half precision."""
   shapes, params = text
   file = tmp_path / "model.safetensors"
-  weights.save_tree(file, params)
+  pipelines.save_tree(file, params)
   tensors = safetensors.numpy.load_file(file)
   types = dict(zip(tensors, [np.float16, np.float32, jnp.bfloat16] * len(tensors), strict=False))
   safetensors.numpy.save_file({k: v.astype(types[k]) for k, v in tensors.items()}, file)
 
   def rounded(path, x):
-    name = weights.torch_name([key.key for key in path])
+    name = pipelines.torch_name([key.key for key in path])
     return x.astype(types[name]).astype(np.float32)
 
-  assert_same(weights.load_tree(file, shapes), jax.tree_util.tree_map_with_path(rounded, params))
+  assert_same(pipelines.load_tree(file, shapes), jax.tree_util.tree_map_with_path(rounded, params))
   assert_same(
-    weights.load_tree(file, shapes, param_dtype=jnp.float16),
+    pipelines.load_tree(file, shapes, param_dtype=jnp.float16),
     jax.tree.map(lambda x: x.astype(np.float16), jax.tree_util.tree_map_with_path(rounded, params)),
   )
 
@@ -86,23 +86,23 @@ def test_a_header_that_contradicts_the_bytes_is_refused(text, tmp_path):
   shapes, params = text
   file = tmp_path / "model.safetensors"
   for dtype, found, claimed in ((jnp.float16, b"F16", b"F32"), (jnp.float32, b"F32", b"F16")):
-    weights.save_tree(file, params, dtype=dtype)
+    pipelines.save_tree(file, params, dtype=dtype)
     content = file.read_bytes()
     file.write_bytes(content.replace(found, claimed, 1))
     with pytest.raises(ValueError, match="model.safetensors is not a readable safetensors file .*; download"):
-      weights.load_tree(file, shapes)
+      pipelines.load_tree(file, shapes)
 
 
 def test_other_numbers_are_refused(text, tmp_path):
   """As quantised models hold them: read as numbers they would be nonsense."""
   shapes, params = text
   file = tmp_path / "model.safetensors"
-  weights.save_tree(file, params)
+  pipelines.save_tree(file, params)
   tensors = safetensors.numpy.load_file(file)
   key = "text_model.encoder.layers.0.mlp.fc1.weight"
   safetensors.numpy.save_file(tensors | {key: tensors[key].astype(np.int8)}, file)
   with pytest.raises(ValueError, match=rf"holds numbers of other types than F64, .*1 \({key} I8\); take"):
-    weights.load_tree(file, shapes)
+    pipelines.load_tree(file, shapes)
 
 
 # ---- shards --------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
 def write_shards(folder, params, count=3):
   """Deals the tensors out to `count` files, so that every stack of layers is torn apart."""
-  weights.save_tree(folder / "all.safetensors", params)
+  pipelines.save_tree(folder / "all.safetensors", params)
   tensors = safetensors.numpy.load_file(folder / "all.safetensors")
   (folder / "all.safetensors").unlink()
   names = [f"diffusion_pytorch_model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
@@ -125,7 +125,7 @@ def write_shards(folder, params, count=3):
 
 
 def load(folder, shapes, **options):
-  return weights.load_tree(weights.weight_files(folder), shapes, **options)
+  return pipelines.load_tree(pipelines.weight_files(folder), shapes, **options)
 
 
 def test_layers_of_a_stack_may_lie_in_several_shards(unet, tmp_path):
@@ -157,7 +157,7 @@ def test_missing_and_incomplete_shards(text, tmp_path):
 
   file.unlink()
   with pytest.raises(FileNotFoundError, match=f"{INDEX} names shards that are not there .{names[1]}.; download"):
-    weights.weight_files(tmp_path)
+    pipelines.weight_files(tmp_path)
 
   # An index that has forgotten a shard: the tensors in it are missing, whatever lies in the folder.
   file.write_bytes(content)
@@ -175,7 +175,7 @@ def test_missing_and_incomplete_shards(text, tmp_path):
 def test_an_index_that_is_none(tmp_path, content):
   (tmp_path / INDEX).write_text(content)
   with pytest.raises(ValueError, match=f"{INDEX} is not an index of shards .*expected JSON with a weight_map") as error:
-    weights.weight_files(tmp_path)
+    pipelines.weight_files(tmp_path)
   assert "\n" not in str(error.value)
 
 
@@ -195,7 +195,7 @@ def test_one_file_goes_before_shards(text, tmp_path):
   shapes, params = text
   write_shards(tmp_path, draw(shapes))
   doubled = jax.tree.map(lambda x: 2 * x, params)
-  weights.save_tree(tmp_path / "diffusion_pytorch_model.safetensors", doubled)
+  pipelines.save_tree(tmp_path / "diffusion_pytorch_model.safetensors", doubled)
   assert_same(load(tmp_path, shapes), doubled)
 
 
@@ -244,12 +244,12 @@ def bytes_read(monkeypatch):
 def test_a_device_reads_what_it_takes(tmp_path, bytes_read):
   """A kernel that is split by its outputs is split by rows of the file; copies are read once."""
   params = {"a": {"kernel": np.arange(64 * 32, dtype=np.float32).reshape(64, 32)}}
-  weights.save_tree(tmp_path / "model.safetensors", params)
+  pipelines.save_tree(tmp_path / "model.safetensors", params)
   mesh = jax.make_mesh((2, 4), ("a", "b"))
   for spec, times in ((("b", "a"), 4), ((None, ("a", "b")), 1), ((None, "a"), 1), ((None, None), 1)):
     bytes_read.clear()
     sharding = jax.sharding.NamedSharding(mesh, jax.P(*spec))
-    found = weights.load_tree(tmp_path / "model.safetensors", params, sharding=sharding)
+    found = pipelines.load_tree(tmp_path / "model.safetensors", params, sharding=sharding)
     assert_same(found, params)
     # Columns of the file cannot be read without their neighbours: 4 devices read the same rows.
     assert sum(bytes_read) == times * 64 * 32 * 4, spec
@@ -262,11 +262,11 @@ def test_the_host_holds_little_more_than_one_array(tmp_path):
   everywhere = jax.sharding.NamedSharding(jax.make_mesh((8,), ("x",)), jax.P(None, "x"))
   for params in (stack, table):
     (largest,) = (x.nbytes for x in jax.tree.leaves(params))
-    weights.save_tree(tmp_path / "model.safetensors", params, dtype=jnp.float16)
+    pipelines.save_tree(tmp_path / "model.safetensors", params, dtype=jnp.float16)
     for sharding in (None, everywhere):
       tracemalloc.start()
       try:
-        found = weights.load_tree(tmp_path / "model.safetensors", params, sharding=sharding)
+        found = pipelines.load_tree(tmp_path / "model.safetensors", params, sharding=sharding)
         _, peak = tracemalloc.get_traced_memory()
       finally:
         tracemalloc.stop()
@@ -286,14 +286,14 @@ def pipeline_folder(tmp_path_factory):
     "vae": AutoencoderKL(preset.vae),
     "text_encoder": clip.CLIPTextModel(preset.text_encoder),
   }
-  pipe = weights.Pipeline(
+  pipe = pipelines.Pipeline(
     **modules,
     params={name: draw(presets.abstract_params(module)) for name, module in modules.items()},
     schedule=None,
     scheduler_config=dict(preset.scheduler),
-    tokenizer=weights.tiny_tokenizer(),
+    tokenizer=pipelines.tiny_tokenizer(),
   )
-  return weights.save_pipeline(tmp_path_factory.mktemp("models") / "model", pipe)
+  return pipelines.save_pipeline(tmp_path_factory.mktemp("models") / "model", pipe)
 
 
 @pytest.fixture
@@ -310,7 +310,7 @@ def test_text_encoder_of_another_width(folder):
   """The commonest mix-up: SD 1's UNet (768) beside SD 2's text encoder (1024)."""
   edit(folder / "unet" / "config.json", cross_attention_dim=32)
   with pytest.raises(ValueError) as error:
-    weights.load_pipeline(folder)
+    pipelines.load_pipeline(folder)
   message = str(error.value)
   assert str(folder / "unet") in message and "config.json" in message and "\n" not in message
   assert "attn2.to_k.weight: found [16, 24], expected [16, 32]" in message
@@ -322,11 +322,11 @@ def test_more_layers_than_there_are(folder):
   edit(folder / "text_encoder" / "config.json", num_hidden_layers=3)
   sentence = r"describes: num_hidden_layers is 2 in the tensors, 3 in it; missing 16 \(.*encoder\.layers\.2\."
   with pytest.raises(ValueError, match=sentence) as error:
-    weights.load_pipeline(folder)
+    pipelines.load_pipeline(folder)
   assert "mis-shaped" not in str(error.value)
   edit(folder / "text_encoder" / "config.json", num_hidden_layers=1)
   with pytest.raises(ValueError, match=r"unexpected 16 \(.*encoder\.layers\.1\."):
-    weights.load_pipeline(folder)
+    pipelines.load_pipeline(folder)
 
 
 def test_fields_that_the_tensors_contradict(folder):
@@ -339,7 +339,7 @@ def test_fields_that_the_tensors_contradict(folder):
   ):
     edit(folder / name / "config.json", **wrong)
     with pytest.raises(ValueError) as error:
-      weights.load_pipeline(folder)
+      pipelines.load_pipeline(folder)
     said = str(error.value).partition("describes: ")[2].partition(";")[0]
     for field, value in wrong.items():
       found = right[field]
@@ -351,11 +351,11 @@ def test_fields_that_the_tensors_contradict(folder):
 
 def test_fields_of_a_clip_that_the_tensors_contradict(tmp_path):
   module = presets.make_clip(presets.SD15_MINIATURE)
-  weights.save_preference_model(tmp_path / "clip", module, draw(presets.abstract_params(module)))
+  pipelines.save_preference_model(tmp_path / "clip", module, draw(presets.abstract_params(module)))
   config = json.loads((tmp_path / "clip" / "config.json").read_text())
   edit(tmp_path / "clip" / "config.json", vision_config=config["vision_config"] | {"patch_size": 2})
   with pytest.raises(ValueError, match="describes: vision_config.patch_size is 4 in the tensors, 2 in it; mis-shaped"):
-    weights.load_preference_model(tmp_path / "clip")
+    pipelines.load_preference_model(tmp_path / "clip")
 
 
 def test_fields_that_are_not_implemented_name_themselves(folder):
@@ -369,7 +369,7 @@ def test_fields_that_are_not_implemented_name_themselves(folder):
     before = file.read_text()
     edit(file, **{field: value})
     with pytest.raises(ValueError, match=re.escape(field)):
-      weights.load_pipeline(folder)
+      pipelines.load_pipeline(folder)
     file.write_text(before)
 
 
@@ -380,33 +380,33 @@ def test_incomplete_tokenizers(folder):
   """Either format will do, the one file of transformers 5 or the two of CLIP; not half of one."""
   tokenizer = folder / "tokenizer"
   prompts = ["grinning cat", ""]
-  expected = weights.tokenize(weights.load_tokenizer(tokenizer), prompts)
+  expected = pipelines.tokenize(pipelines.load_tokenizer(tokenizer), prompts)
   merges = (tokenizer / "merges.txt").read_text()
   (tokenizer / "merges.txt").unlink()
   (tokenizer / "vocab.json").rename(tokenizer / "vocab.kept")
-  np.testing.assert_array_equal(weights.tokenize(weights.load_tokenizer(tokenizer), prompts), expected)
+  np.testing.assert_array_equal(pipelines.tokenize(pipelines.load_tokenizer(tokenizer), prompts), expected)
   (tokenizer / "tokenizer.json").unlink()
   with pytest.raises(FileNotFoundError, match="tokenizer has no vocab.json and no merges.txt, expected a CLIP"):
-    weights.load_pipeline(folder)
+    pipelines.load_pipeline(folder)
   (tokenizer / "vocab.kept").rename(tokenizer / "vocab.json")
   with pytest.raises(FileNotFoundError, match="tokenizer has no merges.txt, expected a CLIP tokenizer; download"):
-    weights.load_pipeline(folder)
+    pipelines.load_pipeline(folder)
   (tokenizer / "merges.txt").write_text(merges)
-  np.testing.assert_array_equal(weights.tokenize(weights.load_tokenizer(tokenizer), prompts), expected)
+  np.testing.assert_array_equal(pipelines.tokenize(pipelines.load_tokenizer(tokenizer), prompts), expected)
 
 
 def test_small_files_are_read_before_large_ones(folder, monkeypatch):
   """What is wrong with a tokenizer or a schedule shows before gigabytes are read."""
-  monkeypatch.setattr(weights, "load_tree", lambda *a, **k: pytest.fail("weights were read"))
+  monkeypatch.setattr(pipelines, "load_tree", lambda *a, **k: pytest.fail("weights were read"))
   shutil.rmtree(folder / "tokenizer")
   with pytest.raises(FileNotFoundError, match="tokenizer"):
-    weights.load_pipeline(folder)
+    pipelines.load_pipeline(folder)
   edit(folder / "scheduler" / "scheduler_config.json", prediction_type="direction")
   with pytest.raises(ValueError, match="prediction_type"):
-    weights.load_pipeline(folder)
+    pipelines.load_pipeline(folder)
   (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
   with pytest.raises(FileNotFoundError, match="vae has no weights"):
-    weights.load_pipeline(folder)
+    pipelines.load_pipeline(folder)
 
 
 # ---- scripts/measure_loading.py ------------------------------------------------------------------
@@ -418,7 +418,7 @@ def test_random_folders_have_the_layout_of_published_ones(unet, tmp_path):
 
   measure_loading.write_folder(tmp_path, "sdxl-miniature", shard=200_000)
   shapes, _ = unet
-  assert len(weights.weight_files(tmp_path / "unet")) > 1
+  assert len(pipelines.weight_files(tmp_path / "unet")) > 1
   found = load(tmp_path / "unet", shapes, param_dtype=jnp.bfloat16)
   assert all(jax.tree.leaves(jax.tree.map(lambda x, shape: x.shape == shape.shape, found, shapes)))
   assert 0.01 < np.std(np.asarray(found["conv_in"]["kernel"], np.float32)) < 0.03

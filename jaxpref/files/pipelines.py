@@ -20,6 +20,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxpref.diffusion import Schedule, schedule_from_config
+from jaxpref.files.tensor_files import MisfitError, Path, Tree, load_tree, save_tree, torch_name, weight_files
 from jaxpref.models import open_clip, presets
 from jaxpref.models.clip import CLIPModel, CLIPTextConfig, CLIPTextModel
 from jaxpref.models.deduce import contradicted_fields
@@ -31,15 +32,6 @@ from jaxpref.models.preference import (
 )
 from jaxpref.models.unet import UNet2DConditionModel, UNetConfig
 from jaxpref.models.vae import AutoencoderKL, VAEConfig
-from jaxpref.tensor_files import (
-  MisfitError,
-  Path,
-  Tree,
-  load_tree,
-  save_tree,
-  torch_name,
-  weight_files,
-)
 
 # One sharding for all arrays, or a function from the tree of ShapeDtypeStructs to one of shardings.
 Sharding = jax.sharding.Sharding | Callable[[Tree], Any] | None
@@ -396,7 +388,7 @@ def _tokenizer_of(config: CLIPTextConfig) -> Any:
 
 def tiny_tokenizer() -> Any:
   """The tokenizer in jaxpref/assets/tiny-sd, made by scripts/build_tokenizer.py."""
-  return load_tokenizer(pathlib.Path(__file__).parent / "assets" / "tiny-sd" / "tokenizer")
+  return load_tokenizer(pathlib.Path(__file__).parents[1] / "assets" / "tiny-sd" / "tokenizer")
 
 
 def save_pipeline(

@@ -28,9 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpref.files.tensor_files import save_tree
 from jaxpref.models import lora
 from jaxpref.models.unet import UNetConfig
-from jaxpref.tensor_files import save_tree
 
 Path = str | os.PathLike[str]
 

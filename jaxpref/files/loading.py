@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref import tensor_files, weights
+from jaxpref.files import pipelines, tensor_files
 from jaxpref.models import presets
 from jaxpref.models.preference import Judge, StepAwareCLIPModel
 from jaxpref.models.text_to_image import TextToImage
 from jaxpref.models.unet import UNetConfig
 
-_ASSETS = pathlib.Path(__file__).parent / "assets"
+_ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 SHIPPED = ("tiny-sd", "tiny-clip", "tiny-spm", "tiny-judge")
 
 
@@ -48,9 +48,9 @@ def _initialiser(name: str) -> Callable[[Any, jax.Array], Any]:
 
 def _draw_text_to_image(
   name: str, *, dtype: Any, seed: int, param_dtypes: Mapping[str, str], sharding: Any, components: Sequence[str]
-) -> weights.Pipeline:
+) -> pipelines.Pipeline:
   """Returns a pipeline by drawn:PRESET; arguments as of `load_text_to_image`."""
-  pipe = weights.random_pipeline(name.partition(":")[2], dtype=dtype, components=())
+  pipe = pipelines.random_pipeline(name.partition(":")[2], dtype=dtype, components=())
   params = {}
   for component in components:
     if (module := getattr(pipe, component)) is not None:
@@ -66,11 +66,11 @@ def load_text_to_image(
   dtype: str,
   seed: int = 0,
   param_dtype: str | Mapping[str, str] = "float32",
-  sharding: weights.Sharding = None,
+  sharding: pipelines.Sharding = None,
   vae_model: str | None = None,
-  components: Sequence[str] = weights.NETWORKS,
-) -> weights.Pipeline:
-  """A pipeline by folder, hub name, shipped name, or `random:PRESET`; arguments as of `weights.load_pipeline`.
+  components: Sequence[str] = pipelines.NETWORKS,
+) -> pipelines.Pipeline:
+  """A pipeline by folder, hub name, shipped name, or `random:PRESET`; arguments as of `pipelines.load_pipeline`.
 
   Args:
     vae_model: folder or hub name of a VAE that takes the place of the pipeline's.
@@ -79,14 +79,16 @@ def load_text_to_image(
   Raises:
     ValueError: the VAE's latents are not those of the pipeline.
   """
-  param_dtypes = dict.fromkeys(weights.NETWORKS, param_dtype) if isinstance(param_dtype, str) else param_dtype
+  param_dtypes = dict.fromkeys(pipelines.NETWORKS, param_dtype) if isinstance(param_dtype, str) else param_dtype
   if vae_model and "vae" in components:
     others = [c for c in components if c != "vae"]
     pipe = load_text_to_image(
       name, dtype=dtype, seed=seed, param_dtype=param_dtype, sharding=sharding, components=others
     )
     of_vae = (lambda shapes: sharding({"vae": shapes})["vae"]) if callable(sharding) else sharding
-    vae, params = weights.load_vae(vae_model, dtype=jnp.dtype(dtype), param_dtype=param_dtypes["vae"], sharding=of_vae)
+    vae, params = pipelines.load_vae(
+      vae_model, dtype=jnp.dtype(dtype), param_dtype=param_dtypes["vae"], sharding=of_vae
+    )
     found, expected = ((c.latent_channels, c.downscale, c.scaling_factor) for c in (vae.config, pipe.vae.config))
     if found != expected:
       raise ValueError(
@@ -105,13 +107,13 @@ def load_text_to_image(
         components=components,
       )
     preset = name.partition(":")[2]
-    pipe = weights.random_pipeline(preset, seed, dtype=jnp.dtype(dtype), init=_initialiser(name))
+    pipe = pipelines.random_pipeline(preset, seed, dtype=jnp.dtype(dtype), init=_initialiser(name))
     chosen = {k: v for k, v in pipe.params.items() if k in components}
     params = {k: jax.tree.map(lambda x, k=k: x.astype(param_dtypes[k]), v) for k, v in chosen.items()}
     if sharding is not None:
       params = jax.device_put(params, sharding(params) if callable(sharding) else sharding)
     return dataclasses.replace(pipe, params=params)
-  return weights.load_pipeline(
+  return pipelines.load_pipeline(
     folder_of(name), dtype=jnp.dtype(dtype), param_dtype=param_dtypes, sharding=sharding, components=components
   )
 
@@ -120,11 +122,11 @@ def unet_config(name: str) -> UNetConfig:
   """Of a pipeline, without reading its weights; name as for `load_text_to_image`."""
   if (preset := preset_of(name)) is not None:
     return preset.unet
-  file = weights.resolve_folder(folder_of(name), "*/*.safetensors") / "unet" / "config.json"
+  file = pipelines.resolve_folder(folder_of(name), "*/*.safetensors") / "unet" / "config.json"
   return UNetConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-def text_to_image(pipe: weights.Pipeline, *, lora_scale: float = 1.0, vae_slicing: int | None = None) -> TextToImage:
+def text_to_image(pipe: pipelines.Pipeline, *, lora_scale: float = 1.0, vae_slicing: int | None = None) -> TextToImage:
   """The pure functions of a loaded pipeline."""
   return TextToImage(
     unet=pipe.unet,
@@ -139,11 +141,11 @@ def text_to_image(pipe: weights.Pipeline, *, lora_scale: float = 1.0, vae_slicin
 
 
 def tiny_tokenize(captions: list[str]) -> np.ndarray:
-  return weights.tokenize(weights.tiny_tokenizer(), captions, length=presets.TINY_LENGTH)
+  return pipelines.tokenize(pipelines.tiny_tokenizer(), captions, length=presets.TINY_LENGTH)
 
 
 def load_scorer(
-  name: str, *, dtype: str, param_dtype: str = "float32", seed: int = 0, sharding: weights.Sharding = None
+  name: str, *, dtype: str, param_dtype: str = "float32", seed: int = 0, sharding: pipelines.Sharding = None
 ) -> tuple[StepAwareCLIPModel, Any]:
   """A step-aware preference model by folder, hub name, shipped name, or `random:PRESET`."""
   if (preset := preset_of(name)) is not None:
@@ -152,7 +154,7 @@ def load_scorer(
       return module, presets.draw_params(module, seed, dtype=jnp.dtype(param_dtype), sharding=sharding)
     params = _initialiser(name)(module, jax.random.key(seed))
     return module, jax.tree.map(lambda x: x.astype(param_dtype), params)
-  return weights.load_preference_model(
+  return pipelines.load_preference_model(
     folder_of(name), dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), sharding=sharding
   )
 
@@ -161,7 +163,7 @@ def fingerprint(name: str) -> str:
   """Of the weights that `load_scorer` reads; of random ones their name."""
   if preset_of(name) is not None:
     return name
-  folder = weights.resolve_folder(folder_of(name), "model*.safetensors")
+  folder = pipelines.resolve_folder(folder_of(name), "model*.safetensors")
   return tensor_files.fingerprint(tensor_files.weight_files(folder))
 
 
@@ -173,11 +175,11 @@ def load_tokenizer(*models: str) -> Any:
   """
   for name in models:
     if preset_of(name) is not None:
-      return weights.tiny_tokenizer()
-    folder = weights.resolve_folder(folder_of(name), "tokenizer/*.safetensors")  # no weights
+      return pipelines.tiny_tokenizer()
+    folder = pipelines.resolve_folder(folder_of(name), "tokenizer/*.safetensors")  # no weights
     for place in (folder / "tokenizer", folder):
       with contextlib.suppress(FileNotFoundError):
-        return weights.load_tokenizer(place)
+        return pipelines.load_tokenizer(place)
   raise FileNotFoundError(f"none of {', '.join(models)} has a CLIP tokenizer; expected vocab.json and merges.txt.")
 
 
@@ -193,7 +195,7 @@ def load_judge(name: str | None, *, style: str, num_classes: int) -> tuple[Judge
     module = Judge(presets.get_preset(name.removeprefix("random:")).judge)
     params = presets.init_params(module, jax.random.key(1))
   else:
-    module, params = weights.load_judge(folder_of(name))
+    module, params = pipelines.load_judge(folder_of(name))
   if style not in module.config.styles:
     raise ValueError(
       f"judge {name} knows the styles {', '.join(module.config.styles) or '(none)'}, not "

@@ -1,0 +1,1 @@
+"""Model files, and the parameter trees that they become."""
