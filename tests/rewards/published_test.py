@@ -18,16 +18,16 @@ from PIL import Image
 from torch import nn
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from jaxpref import scorer_networks, scorers
 from jaxpref.devices import sharding
 from jaxpref.evaluation import judging
 from jaxpref.files import pipelines
 from jaxpref.models import blip, open_clip, preference, presets
+from jaxpref.rewards import networks, published
 from scripts import convert_scorer
 from tests.models import blip_test
 
 pytestmark = pytest.mark.filterwarnings("ignore:the text encoder reads")  # one prompt is too long on purpose
-REPOSITORY = pathlib.Path(__file__).parents[1]
+REPOSITORY = pathlib.Path(__file__).parents[2]
 TINY = REPOSITORY / "jaxpref" / "assets"
 TOLERANCE = 1e-3
 SIZE = 32
@@ -111,7 +111,7 @@ def clip_folder(tmp_path_factory):
 @pytest.mark.parametrize("name", ["pickscore", "clip_h"])
 def test_clip_scores_are_those_of_transformers(name, clip_folder):
   folder, model = clip_folder
-  scorer = scorers.load(f"{name}={folder}", batch_size=2)  # five images: the last batch is not full
+  scorer = published.load(f"{name}={folder}", batch_size=2)  # five images: the last batch is not full
   factor = np.exp(4.5) if name == "pickscore" else 100.0
   expected = factor * expected_cosines(model)
   assert np.std(expected) > 3  # the scores tell the images and prompts apart
@@ -122,7 +122,7 @@ def test_clip_scores_are_those_of_transformers(name, clip_folder):
 
 def test_tiny_clip_scores_are_those_of_transformers():
   model = transformers.CLIPModel.from_pretrained(TINY / "tiny-clip", dtype=torch.float32).eval()
-  scorer = scorers.load("tiny-clip", batch_size=8)
+  scorer = published.load("tiny-clip", batch_size=8)
   np.testing.assert_allclose(scorer.score(IMAGES, PROMPTS), 100 * expected_cosines(model), atol=TOLERANCE)
 
 
@@ -252,7 +252,7 @@ def test_hpsv2_scores_are_those_of_open_clips_layers(tmp_path, in_this_process):
   assert left_out == ["attn_mask"]
   files = ["merges.txt", "open_clip_config.json", "open_clip_model.safetensors", "vocab.json"]
   assert sorted(p.name for p in out.iterdir()) == files
-  scorer = scorers.load(f"{name}={out}", batch_size=4)
+  scorer = published.load(f"{name}={out}", batch_size=4)
   with torch.no_grad():
     expected = model(open_clip_ids(), hpsv2_pixels(IMAGES)).numpy()
   assert np.std(expected) > 0.05
@@ -273,7 +273,7 @@ def test_an_open_clip_folder_is_read_and_quick_gelu_is_seen(tmp_path):
   pixels = CLIPImageProcessorPil(**options)([Image.fromarray(i) for i in IMAGES], return_tensors="pt")["pixel_values"]
   with torch.no_grad():
     expected = 100 * model(open_clip_ids(), pixels).numpy()
-  found = scorers.load(f"clip_h={tmp_path}").score(IMAGES, PROMPTS)
+  found = published.load(f"clip_h={tmp_path}").score(IMAGES, PROMPTS)
   np.testing.assert_allclose(found, expected, atol=TOLERANCE)
 
 
@@ -302,7 +302,7 @@ def test_aesthetic_scores_are_those_of_a_sequential(tmp_path, clip_folder):
     features = model.visual_projection(model.vision_model(torchvision_pixels(IMAGES)).pooler_output)
     expected = head(nn.functional.normalize(features, dim=-1))[:, 0].numpy()
   assert np.std(expected) > 0.03
-  scorer = scorers.load(f"aesthetic={out}", batch_size=8)
+  scorer = published.load(f"aesthetic={out}", batch_size=8)
   np.testing.assert_allclose(scorer.score(IMAGES, [""] * 5), expected, atol=1e-5)
 
 
@@ -333,7 +333,7 @@ def test_imagereward_scores_are_those_of_transformers_blip(imagereward):
   with torch.no_grad():
     expected = model(ids["input_ids"], torchvision_pixels(IMAGES)).numpy()
   assert np.std(expected) > 0.1
-  scorer = scorers.load(f"imagereward={folder}", batch_size=3)
+  scorer = published.load(f"imagereward={folder}", batch_size=3)
   np.testing.assert_allclose(scorer.score(IMAGES, PROMPTS), expected, atol=TOLERANCE)
 
 
@@ -342,7 +342,7 @@ def test_the_judge_is_that_of_the_evaluation():
   module, params = pipelines.load_judge(TINY / "tiny-judge")
   expected, _ = judging.judge_images(module, params, np.stack(images), batch_size=4)
   for style, mesh in (("noto", None), ("openmoji", sharding.make_mesh(devices=jax.devices()[:2]))):
-    scorer = scorers.load("judge", batch_size=2, preferred_style=style, mesh=mesh)
+    scorer = published.load("judge", batch_size=2, preferred_style=style, mesh=mesh)
     column = module.config.styles.index(style)
     np.testing.assert_allclose(scorer.score(images, ["", "x", "y"]), expected[:, column], atol=1e-4)
     assert scorer.scale == f"log-probability of the preferred style {style}"
@@ -351,9 +351,9 @@ def test_the_judge_is_that_of_the_evaluation():
 
 @pytest.mark.parametrize("image", IMAGES)
 def test_images_are_prepared_as_torchvision_does(image):
-  found = normalised([scorer_networks.torchvision_image(image, SIZE)])
+  found = normalised([networks.torchvision_image(image, SIZE)])
   np.testing.assert_array_equal(found, torchvision_pixels([image]))
-  padded = torch.tensor(scorer_networks.padded_image(image, SIZE)).permute(2, 0, 1)[None] / 255
+  padded = torch.tensor(networks.padded_image(image, SIZE)).permute(2, 0, 1)[None] / 255
   mean, std = (torch.tensor(v)[:, None, None] for v in (preference.CLIP_MEAN, preference.CLIP_STD))
   np.testing.assert_allclose((padded - mean) / std, hpsv2_pixels([image]), atol=1e-4)
 
@@ -369,8 +369,8 @@ def test_neither_the_batch_nor_the_devices_change_a_score(imagereward, tmp_path)
   (tmp_path / "config.json").unlink()  # of the fixture
   (tmp_path / "open_clip_config.json").write_text(json.dumps(MINIATURE_CONFIG))
   for spec in (f"hpsv2={tmp_path}", f"imagereward={imagereward[0]}"):
-    expected = scorers.load(spec, batch_size=5).score(IMAGES, PROMPTS)
-    found = scorers.load(spec, batch_size=3, mesh=mesh).score(IMAGES, PROMPTS)  # 4, on two devices
+    expected = published.load(spec, batch_size=5).score(IMAGES, PROMPTS)
+    found = published.load(spec, batch_size=3, mesh=mesh).score(IMAGES, PROMPTS)  # 4, on two devices
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
@@ -379,21 +379,21 @@ def test_neither_the_batch_nor_the_devices_change_a_score(imagereward, tmp_path)
 
 def test_embeddings_and_diversity(clip_folder):
   folder, model = clip_folder
-  found = scorers.image_embedder(f"clip_l={folder}", batch_size=2)(IMAGES)
+  found = published.image_embedder(f"clip_l={folder}", batch_size=2)(IMAGES)
   options = dict(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
   pixels = CLIPImageProcessorPil(**options)([Image.fromarray(i) for i in IMAGES], return_tensors="pt")["pixel_values"]
   with torch.no_grad():
     features = model.visual_projection(model.vision_model(pixels).pooler_output)
   np.testing.assert_allclose(found, nn.functional.normalize(features, dim=-1).numpy(), atol=1e-5)
-  tiny = scorers.image_embedder("tiny-clip")(IMAGES)
+  tiny = published.image_embedder("tiny-clip")(IMAGES)
   assert tiny.shape == (5, 128)
   np.testing.assert_allclose(np.linalg.norm(tiny, axis=1), 1, atol=1e-5)
   x, y = np.eye(3, dtype=np.float32)[:2]
   embeds = np.stack([[x, x, x], [x, y, y], [x, -x, x]])  # of pairs: none, two of three at 90 degrees, two at 180
-  np.testing.assert_allclose(scorers.diversity(embeds), [0, 2 / 3, 4 / 3], atol=1e-6)
-  assert np.isnan(scorers.diversity(embeds[:, :1])).all()
+  np.testing.assert_allclose(published.diversity(embeds), [0, 2 / 3, 4 / 3], atol=1e-6)
+  assert np.isnan(published.diversity(embeds[:, :1])).all()
   with pytest.raises(ValueError, match="judge has no embeddings of images, expected one of pickscore, clip_l"):
-    scorers.image_embedder("judge")
+    published.image_embedder("judge")
 
 
 # ---- A user's own function -------------------------------------------------------------------------------------------
@@ -417,22 +417,22 @@ def undefined(images, prompts):
 
 
 def test_a_function_of_a_users_own(monkeypatch):
-  scorer = scorers.load(f"{__name__}:brightness")
+  scorer = published.load(f"{__name__}:brightness")
   version = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:8]
   assert (scorer.name, scorer.version, scorer.scale) == (f"{__name__}:brightness", version, "mean brightness, 0 to 255")
   np.testing.assert_allclose(scorer.score(IMAGES, PROMPTS), [i.mean() for i in IMAGES], rtol=1e-6)
   assert scorer.score([], []).shape == (0,)
   monkeypatch.setattr(sys.modules[__name__], "__version__", "1.2", raising=False)
-  own = scorers.load(f"{__name__}:wrong")
+  own = published.load(f"{__name__}:wrong")
   assert (own.version, own.scale) == ("1.2", "user's")
   with pytest.raises(ValueError, match=r"returned numbers of shape \[5, 2\] for 5 images, expected \[5\]"):
     own.score(IMAGES, PROMPTS)
   with pytest.raises(ValueError, match="gives nan to 1 of 3 images, the first of them number 1, expected finite"):
-    scorers.load(f"{__name__}:undefined").score(IMAGES[:3], PROMPTS[:3])
+    published.load(f"{__name__}:undefined").score(IMAGES[:3], PROMPTS[:3])
   with pytest.raises(ValueError, match="has no function 'nothing', expected one that takes images and prompts"):
-    scorers.load(f"{__name__}:nothing")
+    published.load(f"{__name__}:nothing")
   with pytest.raises(ValueError, match="cannot be imported .ModuleNotFoundError: .* by PYTHONPATH"):
-    scorers.load("no_such_package.module:function")
+    published.load("no_such_package.module:function")
 
 
 # ---- Bad inputs ------------------------------------------------------------------------------------------------------
@@ -448,7 +448,7 @@ def test_a_function_of_a_users_own(monkeypatch):
 )
 def test_wrong_images_are_refused(images, prompts, message):
   with pytest.raises(ValueError, match=message):
-    scorers.load("judge").score(images, prompts)
+    published.load("judge").score(images, prompts)
 
 
 def test_what_is_missing_is_said_with_where_it_comes_from(tmp_path, monkeypatch):
@@ -467,14 +467,14 @@ def test_what_is_missing_is_said_with_where_it_comes_from(tmp_path, monkeypatch)
     "imagereward=nowhere": "no folder nowhere; download ImageReward.pt from the Hugging Face repository THUDM/ImageR",
     "clip_l=nowhere": "scorer clip_l has no weights: model folder nowhere does not exist",
   }.items():
-    for find in (scorers.load, scorers.check):
+    for find in (published.load, published.check):
       with pytest.raises(FileNotFoundError, match=message):
         find(spec)
   for spec in ("judge", "tiny-clip", f"{__name__}:brightness"):
-    scorers.check(spec)
+    published.check(spec)
   for spec in ("hps", "hpsv2=", "hps=folder"):
     with pytest.raises(ValueError, match=f"scorer '{spec}' is unknown, expected one of pickscore, clip_l, .*module:fu"):
-      scorers.load(spec)
+      published.load(spec)
 
 
 def test_incomplete_folders_are_named(tmp_path, monkeypatch, clip_folder, imagereward):
@@ -482,34 +482,34 @@ def test_incomplete_folders_are_named(tmp_path, monkeypatch, clip_folder, imager
     raise ConnectionError("no network")
 
   monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-  scorers.check(f"clip_l={clip_folder[0]}")
-  scorers.check(f"imagereward={imagereward[0]}")
+  published.check(f"clip_l={clip_folder[0]}")
+  published.check(f"imagereward={imagereward[0]}")
   copy = shutil.copytree(clip_folder[0], tmp_path / "clip")
   for file in ("vocab.json", "merges.txt", "tokenizer.json"):
     (copy / file).unlink()
   with pytest.raises(FileNotFoundError, match="clip has no tokenizer .vocab.json and merges.txt. and the Hugging Face"):
-    scorers.check(f"clip_l={copy}")
+    published.check(f"clip_l={copy}")
   (imagereward[0] / "vocab.txt").unlink()
   with pytest.raises(FileNotFoundError, match="has no vocab.txt and the Hugging Face repository .*bert-base-uncased"):
-    scorers.check(f"imagereward={imagereward[0]}")
+    published.check(f"imagereward={imagereward[0]}")
   (imagereward[0] / "vocab.txt").write_text("\n".join([*WORDS, "one", "more"]))
   with pytest.raises(ValueError, match="tokenizer gives ids up to 17, expected at most 15 by the vocab_size"):
-    scorers.load(f"imagereward={imagereward[0]}")
+    published.load(f"imagereward={imagereward[0]}")
   with pytest.raises(ValueError, match="ImageReward config: model_type is 'clip', expected 'imagereward'"):
-    scorers.load(f"imagereward={copy}")
+    published.load(f"imagereward={copy}")
   head = tmp_path / "head"
   head.mkdir()
   shutil.copy(clip_folder[0] / "model.safetensors", head)
   (head / "config.json").write_text('{"model_type": "aesthetic", "clip": "no/where"}')
   with pytest.raises(FileNotFoundError, match="scorer aesthetic: its CLIP no/where is neither a folder here nor could"):
-    scorers.check(f"aesthetic={head}")
+    published.check(f"aesthetic={head}")
   (head / "model.safetensors").rename(head / "model.pth")
   with pytest.raises(ValueError, match="head has its weights only as model.pth"):
-    scorers.check(f"aesthetic={head}")
+    published.check(f"aesthetic={head}")
   (copy / "config.json").unlink()
   (copy / "open_clip_config.json").write_text(json.dumps(MINIATURE_CONFIG))
   with pytest.raises(FileNotFoundError, match="open_clip_model.safetensors is missing, expected it beside"):
-    scorers.load(f"hpsv2={copy}")
+    published.load(f"hpsv2={copy}")
 
 
 def test_other_open_clip_architectures_are_refused():
