@@ -15,9 +15,10 @@ import sys
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jaxpref import arguments, build, checkpoint
+from jaxpref import arguments
 from jaxpref import config as config_lib
 from jaxpref.files import loading, lora_files, pipelines
+from jaxpref.training import build, checkpoint
 
 TEXT_TO_IMAGE = ("spo", "grpo", "dpo", "tdpo", "kto", "denoise")
 

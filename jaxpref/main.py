@@ -67,12 +67,12 @@ def main(argv: list[str]) -> None:
     reporter = distributed.start(distributed.find_launch(**distributed.given_flags()), workdir)
   except ValueError as error:
     sys.exit(f"error: {error}")
-  from jaxpref import train  # after the start, as it imports JAX
+  from jaxpref.training import loop
 
   try:
     run_and_evaluate(_CONFIG.value, workdir)
   except BaseException as error:
-    one_sentence = isinstance(error, ValueError | OSError | train.NonFiniteError) and logging.get_verbosity() <= 0
+    one_sentence = isinstance(error, ValueError | OSError | loop.NonFiniteError) and logging.get_verbosity() <= 0
     text = f"error: {error}" if one_sentence else "".join(traceback.format_exception(error))
     if reporter is not None and not (isinstance(error, SystemExit) and not error.code):
       distributed.leave(reporter, error, text)
@@ -82,16 +82,17 @@ def main(argv: list[str]) -> None:
 
 
 def run_and_evaluate(config: ConfigDict, workdir: str) -> None:
-  """`train.run`; then, if config.evaluation.scorers names any, the comparison with the base model by them."""
-  from jaxpref import evaluate, lease, train
+  """`loop.run`; then, if config.evaluation.scorers names any, the comparison with the base model by them."""
+  from jaxpref import evaluate
+  from jaxpref.training import lease, loop
 
   if not config.evaluation.scorers:
-    train.run(config, workdir)
+    loop.run(config, workdir)
     return
   config_lib.check(config)
   arguments = evaluate.arguments_of_run(config, workdir)  # what is not there is refused before the training
   with lease.hold(workdir):  # in between, too
-    train.run(config, workdir)
+    loop.run(config, workdir)
     evaluate.evaluate(arguments)
 
 

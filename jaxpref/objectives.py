@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref import diffusion, losses, reference
-from jaxpref.metrics import Pairs, binned_mean, divide, mean_of
 from jaxpref.models.preference import StepAwareCLIPModel, preprocess
 from jaxpref.models.text_to_image import Cond, TextToImage, guided
 from jaxpref.rollout import Steps, Transitions
+from jaxpref.training.metrics import Pairs, binned_mean, divide, mean_of
 
 Batch = Mapping[str, jax.Array]
 LossFn = Callable[..., tuple[jax.Array, jax.Array, Pairs]]

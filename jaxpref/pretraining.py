@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref import losses
-from jaxpref.metrics import Pairs, mean_of
 from jaxpref.models.clip import CLIPModel
 from jaxpref.models.preference import Judge, preprocess
 from jaxpref.models.vae import AutoencoderKL, to_float
 from jaxpref.objectives import LossFn, named_key
+from jaxpref.training.metrics import Pairs, mean_of
 
 
 def augment(images: jax.Array, key: jax.Array, *, clean: float = 0.0) -> jax.Array:

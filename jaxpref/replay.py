@@ -15,8 +15,9 @@ import jax
 import numpy as np
 import optax
 
-from jaxpref import arguments, build, checkpoint, export, metrics, monitor, train
+from jaxpref import arguments, export
 from jaxpref.devices import chips, sharding
+from jaxpref.training import build, checkpoint, loop, metrics, monitor
 
 TIMESTEPS = 1000  # of the schedules of all Stable Diffusion models
 NOT_FINITE = ("nan", "inf", "-inf")  # as a report has them
@@ -53,8 +54,8 @@ def replay(folder: pathlib.Path) -> str:
     config.judge = None
   mesh = sharding.make_mesh(**config.mesh, devices=jax.devices()[:1])
   experiment = build.build(config)
-  optimizer, _ = train.make_optimizer(config)
-  init_state = train.state_initializer(experiment, optimizer)
+  optimizer, _ = loop.make_optimizer(config)
+  init_state = loop.state_initializer(experiment, optimizer)
   shapes = jax.eval_shape(init_state, experiment.params)
   state = checkpoint.load_state(run, number, checkpoint.abstract(shapes, sharding.tree_shardings(mesh, shapes)))
   state = dataclasses.replace(state, step=state.step - 1)  # the updates were left out: all else is as it was
@@ -71,7 +72,7 @@ def replay(folder: pathlib.Path) -> str:
     return optimizer.update(gradients, opt_state, params)
 
   watched = optax.GradientTransformation(optimizer.init, update)  # type: ignore[arg-type]
-  step_fn = jax.jit(train.make_step(config, experiment, watched, mesh), compiler_options=chips.compiler_options())
+  step_fn = jax.jit(loop.make_step(config, experiment, watched, mesh), compiler_options=chips.compiler_options())
   _, values = step_fn(state, sharding.put_tree(mesh, experiment.frozen), sharding.put_batch(mesh, batch))
   found = metrics.to_scalars(values)
   jax.effects_barrier()

@@ -27,13 +27,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from jaxpref import config as config_lib
-from jaxpref import inputs, lease
 from jaxpref.data import index as index_lib
 from jaxpref.data import records, sources
 from jaxpref.devices import sharding
 from jaxpref.files import loading, pipelines
 from jaxpref.models.preference import StepAwareCLIPModel
 from jaxpref.models.vae import to_float
+from jaxpref.training import inputs, lease
 
 SAVE_SECONDS = 60  # between two writes of what is scored so far
 

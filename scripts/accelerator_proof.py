@@ -127,7 +127,7 @@ class Training:
     self, compiled: Callable[..., Any], state: Any, first: int, last: int
   ) -> tuple[Any, list[dict[str, float]]]:
     """Trains from one step up to another: the state, and the metrics of each step."""
-    from jaxpref import metrics
+    from jaxpref.training import metrics
 
     found = []
     for batch in self.batches[first:last]:
@@ -405,7 +405,7 @@ def resume(results: Results) -> None:
   """Adds the item `resume`: the third step after saving and restoring the second against the third step without."""
   import jax
 
-  from jaxpref import checkpoint
+  from jaxpref.training import checkpoint
 
   training = Training("dpo")
   compiled = training.compile()

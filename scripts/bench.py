@@ -274,19 +274,19 @@ def start(config: Any, mesh: Any) -> Started:
 
   import jax
 
-  from jaxpref import build, train
   from jaxpref.devices import chips, sharding
+  from jaxpref.training import build, loop
 
   place = functools.partial(sharding.tree_shardings, mesh)
   experiment = build.build(config, place, batch_devices=sharding.batch_devices(mesh))
-  optimizer, _ = train.make_optimizer(config)
-  init_state = train.state_initializer(experiment, optimizer)
+  optimizer, _ = loop.make_optimizer(config)
+  init_state = loop.state_initializer(experiment, optimizer)
   shardings = sharding.tree_shardings(mesh, jax.eval_shape(init_state, experiment.params))
   state = jax.jit(init_state, out_shardings=shardings)(experiment.params)
   experiment.params = None
   frozen = sharding.put_tree(mesh, experiment.frozen)
   jitted = jax.jit(
-    train.make_step(config, experiment, optimizer, mesh),
+    loop.make_step(config, experiment, optimizer, mesh),
     donate_argnums=0,
     out_shardings=(shardings, None),
     compiler_options=chips.compiler_options(),
@@ -358,8 +358,8 @@ def build_on_shapes(config: Any, batch_devices: int = 1) -> Any:
   """The experiment of a config whose parameters are of no use: random ones are not even made."""
   import jax
 
-  from jaxpref import build
   from jaxpref.files import loading
+  from jaxpref.training import build
 
   if loading.preset_of(config.model) is None:
     return build.build(config, batch_devices=batch_devices)
@@ -379,11 +379,11 @@ def build_on_shapes(config: Any, batch_devices: int = 1) -> Any:
 
 def _plain_step(config: Any, mesh: Any) -> Callable[..., Any]:
   """The step of a config, built on shapes alone."""
-  from jaxpref import train
   from jaxpref.devices import sharding
+  from jaxpref.training import loop
 
   experiment = build_on_shapes(config, sharding.batch_devices(mesh))
-  return train.make_step(config, experiment, train.make_optimizer(config)[0], mesh)
+  return loop.make_step(config, experiment, loop.make_optimizer(config)[0], mesh)
 
 
 def _sample(config: Any, mesh: Any, steps: int, found: Found, deadline: float) -> Timed:

@@ -55,8 +55,8 @@ def save_models(folder: pathlib.Path, config: Any, pipe: Any, scorer: Any = None
   """
   import jax.numpy as jnp
 
-  from jaxpref import build
   from jaxpref.files import lora_files, pipelines, tensor_files
+  from jaxpref.training import build
 
   if not (folder / "pipeline").is_dir():
     pipelines.save_pipeline(folder / "pipeline", pipe)

@@ -49,7 +49,7 @@ STEPS_PER_KILL = 4  # so that the run is still going when the last one is due
 MOMENTS = ("save", "terminate", "step", "save", "start", "save", "step", "start", "save")
 # Imported before forking, none of which starts a thread or looks for devices.
 IMPORTS = (
-  "jaxpref.main", "jaxpref.train", "grain", "matplotlib.pyplot", "tensorboardX.event_file_writer",
+  "jaxpref.main", "jaxpref.training.loop", "grain", "matplotlib.pyplot", "tensorboardX.event_file_writer",
   "tensorboardX.summary", "transformers",
 )  # fmt: skip
 
@@ -238,8 +238,8 @@ def left_by(workdir: pathlib.Path, step: int) -> dict[str, Any]:
   import numpy as np
   import orbax.checkpoint as ocp
 
-  from jaxpref import metrics
   from jaxpref.devices import sharding
+  from jaxpref.training import metrics
 
   folder = workdir / "checkpoints" / str(step)
   reader = ocp.PyTreeCheckpointHandler()

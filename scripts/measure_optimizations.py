@@ -56,7 +56,7 @@ def separate_passes() -> Iterator[None]:
   import jax
   import jax.numpy as jnp
 
-  from jaxpref import step
+  from jaxpref.training import step
 
   original = step.transition_loss
 
@@ -74,7 +74,7 @@ def all_pairs() -> Iterator[None]:
   """Pairs below the threshold take part in the updates: what they cost where a mask alone leaves them out."""
   import jax.numpy as jnp
 
-  from jaxpref import step
+  from jaxpref.training import step
 
   original = step._shuffled
 
@@ -91,8 +91,8 @@ def one_candidate_at_a_time() -> Iterator[None]:
   """The denoiser on one candidate of each pool after the other, and without and with the prompt one after the other."""
   import jax
 
-  from jaxpref import step
   from jaxpref.models import text_to_image
+  from jaxpref.training import step
 
   def guided(predict, uncond, scale):
     def apply(x, t, cond):
@@ -304,17 +304,17 @@ def prepare(config: Any, without: Callable[[], contextlib.AbstractContextManager
   """
   import jax
 
-  from jaxpref import build, train
   from jaxpref.devices import chips, sharding
   from jaxpref.planning import flops
+  from jaxpref.training import build, loop
 
   mesh = sharding.make_mesh(**config.mesh)
   experiment = build.build(config, lambda tree: sharding.tree_shardings(mesh, tree))
-  optimizer, _ = train.make_optimizer(config)
-  state = jax.jit(train.state_initializer(experiment, optimizer))(experiment.params)
+  optimizer, _ = loop.make_optimizer(config)
+  state = jax.jit(loop.state_initializer(experiment, optimizer))(experiment.params)
   frozen, batch = experiment.frozen, jax.device_put(next(experiment.batches()))
   with without():
-    step = train.make_step(config, experiment, optimizer, mesh)
+    step = loop.make_step(config, experiment, optimizer, mesh)
     traced = jax.jit(step, compiler_options=chips.compiler_options()).trace(state, frozen, batch)
     program = traced.lower().compile()
   _, metrics = jax.block_until_ready(program(state, frozen, batch))

@@ -39,7 +39,7 @@ def run(folder: pathlib.Path, name: str, seed: int) -> None:
 
 def looks(folder: pathlib.Path) -> list[dict[str, float]]:
   """What a run measured on its way, from the base model at step 0 on."""
-  from jaxpref import metrics
+  from jaxpref.training import metrics
 
   names = ("preferred_share", "caption_accuracy")
   rows = metrics.read(folder / "metrics.jsonl")

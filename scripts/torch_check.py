@@ -121,8 +121,9 @@ def jax_outcome(case: str, size: str, folder: pathlib.Path, config: Any | None =
   import jax
   import safetensors.numpy
 
-  from jaxpref import build, rollout, step, train
+  from jaxpref import rollout
   from jaxpref.files import loading, lora_files, tensor_files
+  from jaxpref.training import build, loop, step
 
   config = check_recipe(case, size) if config is None else config
   experiment = build.build(config)
@@ -142,7 +143,7 @@ def jax_outcome(case: str, size: str, folder: pathlib.Path, config: Any | None =
   batch = check_batch(config, experiment)
   assert experiment.tokenize is not None
   extra = {}
-  optimizer, _ = train.make_optimizer(config)
+  optimizer, _ = loop.make_optimizer(config)
   if experiment.objective is not None:
     step_fn = step.offline_step(experiment.objective, optimizer, seed=config.seed)
     extra["timesteps"] = step.timesteps(experiment.objective, config.batch_size, seed=config.seed, step=0)

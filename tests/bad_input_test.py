@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxpref import config, step, train
+from jaxpref import config
 from jaxpref.data import emoji_pairs
 from jaxpref.files import pipelines
+from jaxpref.training import loop, step
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -84,7 +85,7 @@ def test_a_hub_name_without_network(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------
-# In this process: `main` prints what `train.run` raises
+# In this process: `main` prints what `loop.run` raises
 
 
 def settings(**fields):
@@ -110,7 +111,7 @@ def refused(tmp_path, monkeypatch, datasets):
   def run(config, kind=ValueError):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with pytest.raises(kind) as error:
-      train.run(config, str(tmp_path / "run"))
+      loop.run(config, str(tmp_path / "run"))
     after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     assert after == before
     assert "\n" not in str(error.value)

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpref import build, checkpoint, metrics, train
 from jaxpref.devices import sharding
+from jaxpref.training import build, checkpoint, loop, metrics
 from scripts import chaos
 from tests import QUICK_FLAGS, mesh_run, toy_run
 
@@ -125,7 +125,7 @@ def test_a_resumed_run_may_change_its_mesh(tmp_path, monkeypatch, objective):
   def run(mesh, folder):
     c = mesh_run.recipe("dpo", mesh)
     c.checkpoint.update(every=5, keep=2)
-    train.run(c, str(folder))
+    loop.run(c, str(folder))
 
   one, changed = tmp_path / "one", tmp_path / "changed"
   run((1, 1, 1), one)

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxpref import build, config, inputs, metrics, train
+from jaxpref import config
 from jaxpref.data import emoji_pairs, records
 from jaxpref.devices import sharding
 from jaxpref.files import loading, pipelines
 from jaxpref.models import presets
+from jaxpref.training import build, inputs, loop, metrics
 
 CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 FULL_SIZE = [f"{method}_{model}" for method in ("dpo", "tdpo", "spo", "spm") for model in ("sd15", "sdxl")]
@@ -190,7 +191,7 @@ def test_the_smoke_variant_runs_end_to_end(name, tmp_path):
   else:
     c.spo.num_inference_steps = c.spo.warmup_steps + 2 * (c.spo.inner_steps + 1)
 
-  assert train.run(c, str(tmp_path / "run")) == {}
+  assert loop.run(c, str(tmp_path / "run")) == {}
   rows = metrics.read(tmp_path / "run" / "metrics.jsonl")
   assert [r["step"] for r in rows] == list(range(1, c.num_steps + 1))
   assert all(np.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in rows)
@@ -218,7 +219,7 @@ def test_a_policy_gradient_runs_end_to_end(method, tmp_path):
     c.reference.update(mode="update", tau=2, delta=1e9)
   else:
     c.grpo.update(group_size=1, advantage="batch")
-  assert train.run(c, str(tmp_path / "run")) == {}
+  assert loop.run(c, str(tmp_path / "run")) == {}
   rows = metrics.read(tmp_path / "run" / "metrics.jsonl")
   assert [r["step"] for r in rows] == [1, 2]
   assert all(r["updates"] == (3 if method == "grpo" else 2) and r["grad_norm"] > 0 for r in rows)

@@ -18,9 +18,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpref import objectives, optim, step
+from jaxpref import objectives
 from jaxpref.devices import sharding
 from jaxpref.planning import flops, hlo, plan
+from jaxpref.training import optim, step
 from scripts import study_plan
 from tests import mesh_run
 from tests.stub_model import StubModel, StubScorer, init, pair_batch

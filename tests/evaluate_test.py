@@ -19,12 +19,13 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from configs import dpo_tiny
-from jaxpref import evaluate, lease, main
+from jaxpref import evaluate, main
 from jaxpref.data import emoji
 from jaxpref.evaluation import folder as evaluation_folder
 from jaxpref.files import loading, lora_files, pipelines
 from jaxpref.models import lora, presets
 from jaxpref.rewards import published
+from jaxpref.training import lease
 from tests.occupied import occupied
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -325,7 +326,7 @@ def test_a_recipe_names_scorers(models, tmp_path, monkeypatch, capsys):
     pipelines.save_pipeline(pathlib.Path(workdir) / "export", pipe)
     (pathlib.Path(workdir) / "config.json").write_text("{}")
 
-  monkeypatch.setattr("jaxpref.train.run", run)
+  monkeypatch.setattr("jaxpref.training.loop.run", run)
   config = dpo_tiny.get_config()
   config.model = str(models / "one")
   config.evaluation.update(prompts=str(models / "prompts.txt"), seeds_per_prompt=1, num_inference_steps=2)
@@ -363,7 +364,7 @@ def test_a_recipe_names_scorers(models, tmp_path, monkeypatch, capsys):
     pipelines.save_pipeline(pathlib.Path(workdir) / "export", dataclasses.replace(two, params=changed))
 
   before = pictures(tmp_path / "run" / "evaluation", "aligned")
-  monkeypatch.setattr("jaxpref.train.run", go_on)
+  monkeypatch.setattr("jaxpref.training.loop.run", go_on)
   shutil.rmtree(tmp_path / "run" / "export")
   main.run_and_evaluate(config, str(tmp_path / "run"))
   assert pictures(tmp_path / "run" / "evaluation_1", "aligned") == before

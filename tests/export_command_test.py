@@ -9,9 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpref import build, checkpoint, config, export, step
+from jaxpref import config, export
 from jaxpref.files import loading, lora_files, pipelines
 from jaxpref.models import lora
+from jaxpref.training import build, checkpoint, step
 
 RANK, ALPHA, SEED = 2, 4.0, 5
 TARGETS = r"(to_q|to_v|proj_in)$"  # with a 1x1 convolution

@@ -10,11 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpref import objectives, step
+from jaxpref import objectives
 from jaxpref.models import resnet
 from jaxpref.models.attention import Transformer2DModel
 from jaxpref.models.resnet import ResnetBlock2D
 from jaxpref.planning import plan
+from jaxpref.training import step
 from scripts import measure_linearity, study_plan
 from scripts import measure_optimizations as measured
 from tests.cost_test import FROZEN, SGD, evaluations

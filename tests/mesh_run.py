@@ -54,8 +54,8 @@ def recipe(objective, mesh):
 
 def run(folder, mesh, objectives):
   """Trains in FOLDER/OBJECTIVE_MESH, on the first devices that the mesh needs."""
-  from jaxpref import train
   from jaxpref.devices import sharding
+  from jaxpref.training import loop
 
   make_mesh = sharding.make_mesh
 
@@ -66,7 +66,7 @@ def run(folder, mesh, objectives):
   split_all = mock.patch.object(sharding, "MIN_FSDP_SIZE", 2**11)
   for objective in objectives:
     with split_all, mock.patch.object(sharding, "make_mesh", of_first_devices):
-      train.run(recipe(objective, mesh), str(workdir(folder, objective, mesh)))
+      loop.run(recipe(objective, mesh), str(workdir(folder, objective, mesh)))
 
 
 def workdir(folder, objective, mesh):

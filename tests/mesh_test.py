@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpref import checkpoint, metrics
 from jaxpref.devices import sharding
+from jaxpref.training import checkpoint, metrics
 from tests import QUICK_FLAGS, mesh_run, rows_run
 
 TOLERANCE = 1e-5

@@ -5,7 +5,7 @@ import dataclasses
 import subprocess
 from unittest import mock
 
-from jaxpref import lease
+from jaxpref.training import lease
 
 
 @contextlib.contextmanager

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxpref import build, config, inputs, lease, objectives, optim, precompute, train
+from jaxpref import config, objectives, precompute
 from jaxpref.data import latents, pipeline, sources
 from jaxpref.devices import sharding
 from jaxpref.files import loading, pipelines
 from jaxpref.models import presets
+from jaxpref.training import build, inputs, lease, loop, optim
 from tests.configs_test import smaller
 from tests.data import bucket as buckets
 from tests.data.latents_test import largest_file
@@ -128,9 +129,9 @@ def steps(c, count):
   config.check(c)
   experiment = build.build(c)
   optimizer = optim.make_optimizer("adamw", 1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
-  state = jax.jit(train.state_initializer(experiment, optimizer))(experiment.params)
+  state = jax.jit(loop.state_initializer(experiment, optimizer))(experiment.params)
   first = jax.device_get(state.params)
-  step = jax.jit(train.make_step(c, experiment, optimizer, make_mesh(devices=jax.devices()[:1])))
+  step = jax.jit(loop.make_step(c, experiment, optimizer, make_mesh(devices=jax.devices()[:1])))
   batches, losses = experiment.batches(), []
   for _ in range(count):
     state, metrics = step(state, experiment.frozen, next(batches))

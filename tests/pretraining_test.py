@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref import build, config, pretraining
+from jaxpref import config, pretraining
 from jaxpref.data import emoji
 from jaxpref.files import loading
+from jaxpref.training import build
 
 KEY = jax.random.key(0)
 

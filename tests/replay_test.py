@@ -4,7 +4,8 @@
 import numpy as np
 import pytest
 
-from jaxpref import config, replay, train
+from jaxpref import config, replay
+from jaxpref.training import loop
 
 
 @pytest.fixture(scope="module")
@@ -15,8 +16,8 @@ def stopped(tmp_path_factory):
   c.update(objective="dpo", model="random:one-level", num_steps=6, batch_size=16, max_bad_steps=1, accumulation=2)
   c.optimizer.update(name="sgd", learning_rate=1e25, clip_norm=0.0)
   c.mesh.update(data=4, fsdp=2)
-  with pytest.raises(train.NonFiniteError) as error:
-    train.run(c, str(folder / "run"))
+  with pytest.raises(loop.NonFiniteError) as error:
+    loop.run(c, str(folder / "run"))
   return folder / "run", str(error.value)
 
 

@@ -14,8 +14,8 @@ import numpy as np
 
 def batch_of(sizes):
   """The first batch, 16 pairs of emoji, on a mesh of these sizes."""
-  from jaxpref import inputs
   from jaxpref.devices import sharding
+  from jaxpref.training import inputs
   from tests import mesh_run
 
   config = mesh_run.recipe("dpo", sizes)

@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from configs import spm_tiny
-from jaxpref import build, inputs, score
+from jaxpref import score
 from jaxpref.data import emoji, records, sources
 from jaxpref.data import index as index_lib
 from jaxpref.files import loading, pipelines
+from jaxpref.training import build, inputs
 from tests import decisions
 from tests.occupied import occupied
 

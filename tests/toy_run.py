@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref import build, main, objectives
+from jaxpref import main, objectives
+from jaxpref.training import build
 
 SHAPE = (512, 512)
 

@@ -47,11 +47,12 @@ class Batches:
 
 
 def build(config, sharding, **kwargs):
-  """In the place of `jaxpref.build.build`."""
+  """In the place of `jaxpref.training.build.build`."""
   import jax
   import jax.numpy as jnp
 
-  from jaxpref import build, objectives
+  from jaxpref import objectives
+  from jaxpref.training import build
 
   def loss(params, ref_params, frozen, batch, key):
     target = jnp.mean(batch["x"]) + jax.random.normal(key, (64, 64)) + frozen["offset"]
@@ -81,7 +82,7 @@ def main():
   def start_then_replace(*args, **kwargs):
     assert "jax" not in sys.modules  # the start forks
     reporter = start(*args, **kwargs)
-    from jaxpref import build as module
+    from jaxpref.training import build as module
 
     module.build = build
     return reporter

@@ -39,8 +39,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jaxpref import lease
 from jaxpref.data import batching, paths
+from jaxpref.training import lease
 
 FORMAT = 1
 PLAN, MANIFEST, PROMPTS = "plan.json", "manifest.json", "prompts.safetensors"

@@ -12,12 +12,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxpref import build, precompute, rollout, step, train
 from jaxpref import config as config_lib
+from jaxpref import precompute, rollout
 from jaxpref.devices import sharding
 from jaxpref.files import pipelines
 from jaxpref.models import presets
 from jaxpref.models.text_to_image import is_guided
+from jaxpref.training import build, loop, step
 
 # Published models whose shapes are known without their files.
 PUBLISHED = {
@@ -79,7 +80,7 @@ def abstract_inputs(config: ConfigDict, mesh: Mesh) -> tuple[Any, Any, Any, Any]
     step, and what it takes: state, frozen, batch.
   """
   experiment, params, frozen = _build(config, sharding.batch_devices(mesh))
-  optimizer, _ = train.make_optimizer(config)
+  optimizer, _ = loop.make_optimizer(config)
   state, frozen = _placed(config, mesh, experiment, params, frozen)
   rows = sharding.batch_sharding(mesh)
   one = next(experiment.batches())
@@ -89,7 +90,7 @@ def abstract_inputs(config: ConfigDict, mesh: Mesh) -> tuple[Any, Any, Any, Any]
     key: jax.ShapeDtypeStruct((config.batch_size, *value.shape[1:]), value.dtype, sharding=rows)
     for key, value in one.items()
   }
-  return train.make_step(config, experiment, optimizer, mesh), state, frozen, batch
+  return loop.make_step(config, experiment, optimizer, mesh), state, frozen, batch
 
 
 def _precomputed(config: ConfigDict, experiment: build.Experiment, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,8 +118,8 @@ def state_bytes(config: ConfigDict, mesh: Mesh) -> dict[str, int]:
 
 def _placed(config: ConfigDict, mesh: Mesh, experiment: build.Experiment, params: Any, frozen: Any) -> tuple[Any, Any]:
   """ShapeDtypeStructs of the state and of what is frozen, with their shardings on a mesh."""
-  optimizer, _ = train.make_optimizer(config)
-  state = jax.eval_shape(train.state_initializer(experiment, optimizer), params)
+  optimizer, _ = loop.make_optimizer(config)
+  state = jax.eval_shape(loop.state_initializer(experiment, optimizer), params)
 
   def placed(tree):
     place = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)

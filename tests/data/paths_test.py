@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from fsspec.registry import _registry
 
-from jaxpref import config, inputs
+from jaxpref import config
 from jaxpref.data import emoji, latents, paths, pickapic, pipeline, records, sources
 from jaxpref.data import index as index_lib
+from jaxpref.training import inputs
 from tests.data import bucket as buckets
 from tests.data import latents_test, pickapic_test
 

@@ -14,8 +14,8 @@ import time
 import numpy as np
 import pytest
 
-from jaxpref import lease, metrics
 from jaxpref.devices import distributed, supervise
+from jaxpref.training import lease, metrics
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 

@@ -11,9 +11,9 @@ import pytest
 import safetensors
 from safetensors.numpy import load_file, save_file
 
-from jaxpref import build
 from jaxpref.files import loading, lora_files, pipelines
 from jaxpref.models import lora, presets
+from jaxpref.training import build
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

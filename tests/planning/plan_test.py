@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from configs import dpo_sd15, dpo_sdxl, grpo_tiny, spm_sdxl, spo_sd15, spo_sdxl
-from jaxpref import build, precompute, train
+from jaxpref import precompute
 from jaxpref.devices import sharding
 from jaxpref.planning import plan
+from jaxpref.training import build, loop
 
 MESH = sharding.make_mesh(devices=jax.devices()[:1])
 
@@ -17,7 +18,7 @@ MESH = sharding.make_mesh(devices=jax.devices()[:1])
 def real_bytes(config):
   """Bytes of what a training run of the config holds before its first step."""
   experiment = build.build(config, functools.partial(sharding.tree_shardings, MESH))
-  state = jax.jit(train.state_initializer(experiment, train.make_optimizer(config)[0]))(experiment.params)
+  state = jax.jit(loop.state_initializer(experiment, loop.make_optimizer(config)[0]))(experiment.params)
   size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
   return {
     "trained": size(state.params),

@@ -18,8 +18,8 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxpref import checkpoint
 from jaxpref.devices import sharding
+from jaxpref.training import checkpoint
 from tests import QUICK_FLAGS
 
 
@@ -409,7 +409,7 @@ def test_processes_agree_on_the_step(tmp_path):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-  root = str(pathlib.Path(checkpoint.__file__).parents[1])
+  root = str(pathlib.Path(checkpoint.__file__).parents[2])
   environment = dict(os.environ, XLA_FLAGS=QUICK_FLAGS, PYTHONPATH=root)
   arguments = [[sys.executable, "-c", PROCESS, str(port), str(i), str(tmp_path)] for i in range(2)]
   running = [subprocess.Popen(a, env=environment, stderr=subprocess.PIPE, text=True) for a in arguments]

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpref import optim
+from jaxpref.training import optim
 
 DEFAULTS = {"b1": 0.0, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 0.0}
 

@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpref import build, config, inputs, train
+from jaxpref import config
 from jaxpref.data import emoji, emoji_pairs, records
 from jaxpref.data.pickapic import __main__ as pickapic
 from jaxpref.devices import sharding
+from jaxpref.training import build, inputs, loop
 from tests.configs_test import smaller
 from tests.data import pickapic_test
 
@@ -73,7 +74,7 @@ def settings(**fields):
 
 
 def trained(tmp_path, **fields):
-  train.run(settings(**fields), str(tmp_path / "run"))
+  loop.run(settings(**fields), str(tmp_path / "run"))
   rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   assert len(rows) == 2 and all(np.isfinite(row["loss"]) for row in rows)
   return rows

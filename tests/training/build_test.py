@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import build, config
+from jaxpref import config
 from jaxpref.files import loading, pipelines
+from jaxpref.training import build
 
 
 def recipe(**fields):

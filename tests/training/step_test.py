@@ -10,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpref import diffusion, losses, objectives, optim, reference, rollout, step
+from jaxpref import diffusion, losses, objectives, reference, rollout
 from jaxpref.devices import sharding
+from jaxpref.training import optim, step
 from tests import decisions
 from tests.stub_model import LATENT, StubModel, StubScorer, draw, init, pair_batch
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import metrics
+from jaxpref.training import metrics
 
 
 def draw(seed, *shape):

@@ -16,12 +16,13 @@ import optax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from jaxpref import build, checkpoint, lease, monitor, optim, reference, step, validation
 from jaxpref import config as config_lib
-from jaxpref import metrics as metrics_lib
+from jaxpref import reference
 from jaxpref.data import batching
 from jaxpref.devices import chips, distributed, sharding
 from jaxpref.models.attention import cuda_capability
+from jaxpref.training import build, checkpoint, lease, monitor, optim, step, validation
+from jaxpref.training import metrics as metrics_lib
 
 # Fields that may differ when a run is continued: they do not change what is computed at a given step.
 MAY_CHANGE = (

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import optax
 
 from jaxpref import losses, rollout
-from jaxpref import metrics as metrics_lib
 from jaxpref.models.preference import StepAwareCLIPModel
 from jaxpref.models.text_to_image import TextToImage, guided, repeat_cond
 from jaxpref.objectives import (
@@ -27,6 +26,7 @@ from jaxpref.objectives import (
   transition_loss,
 )
 from jaxpref.reference import ReferenceStats
+from jaxpref.training import metrics as metrics_lib
 
 Frozen = Any
 Metrics = dict[str, jax.Array]

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict as Config
 
 from jaxpref import config as config_lib
-from jaxpref import inputs, objectives, pretraining, step
+from jaxpref import objectives, pretraining
 from jaxpref.data import emoji, pipeline
 from jaxpref.evaluation import judging
 from jaxpref.files import loading, lora_files, pipelines
@@ -23,6 +23,7 @@ from jaxpref.models.preference import Judge
 from jaxpref.models.text_to_image import TextToImage
 from jaxpref.models.unet import UNetConfig
 from jaxpref.models.vae import AutoencoderKL, to_float
+from jaxpref.training import inputs, step
 
 
 @dataclasses.dataclass

@@ -8,11 +8,11 @@ import jax
 import ml_collections
 import numpy as np
 
-from jaxpref import build, metrics, step
 from jaxpref import config as config_lib
 from jaxpref.data import emoji
 from jaxpref.devices import chips, sharding
 from jaxpref.evaluation import drawing, judging, report
+from jaxpref.training import build, metrics, step
 
 LOOK_COLUMNS = 16
 # What curves.png shows, of what there is.

@@ -18,14 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import build, checkpoint, config, lease, metrics, monitor, objectives, step, train, validation
+from jaxpref import config, objectives
 from jaxpref import main as main_lib
 from jaxpref.data import batching
 from jaxpref.files import pipelines
 from jaxpref.models import lora
+from jaxpref.training import build, checkpoint, lease, loop, metrics, monitor, step, validation
 from tests import QUICK_FLAGS
 
-REPOSITORY = pathlib.Path(__file__).parents[1]
+REPOSITORY = pathlib.Path(__file__).parents[2]
 
 # ---------------------------------------------------------------------------------------------
 # In this process, on an objective that compiles in no time
@@ -91,7 +92,7 @@ def run(tmp_path, monkeypatch):
       images_per_step=8,
     )
     monkeypatch.setattr(build, "build", lambda config, sharding, **kwargs: experiment)
-    return train.run(config, str(tmp_path / folder))
+    return loop.run(config, str(tmp_path / folder))
 
   go.folder = tmp_path
   return go
@@ -180,7 +181,7 @@ def test_the_results_of_an_earlier_end_do_not_pass_for_those_of_a_run_that_goes_
   run(toy_config())
   (folder / "results.json").write_text("{}")
   exported = (folder / "export").read_bytes()
-  with pytest.raises(train.NonFiniteError):
+  with pytest.raises(loop.NonFiniteError):
     run(toy_config(num_steps=12, max_bad_steps=1), Batches(poisoned=[9, 10]))
   assert not (folder / "export").exists() and not (folder / "results.json").exists()
   assert (aside / "export").read_bytes() == exported and (aside / "results.json").exists()
@@ -210,7 +211,7 @@ def test_a_second_start_is_refused_and_changes_nothing(run):
       if self.next == 3:
         metrics_before = (run.folder / "run" / "metrics.jsonl").read_bytes()
         with pytest.raises(lease.Occupied, match="is being written by another thread"):
-          train.run(toy_config(), str(run.folder / "run"))
+          loop.run(toy_config(), str(run.folder / "run"))
         assert (run.folder / "run" / "metrics.jsonl").read_bytes().startswith(metrics_before)
         refused.append(self.next)
       return super().__next__()
@@ -264,7 +265,7 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(run, capsys):
 
 def test_too_many_steps_that_are_not_finite_stop_the_run(run):
   options = {"checkpoint.every": 10, "max_bad_steps": 2, "num_steps": 12}
-  with pytest.raises(train.NonFiniteError) as error:
+  with pytest.raises(loop.NonFiniteError) as error:
     run(toy_config(**options), Batches(poisoned=range(5, 9)))
   folder = run.folder / "run" / "bad_step_000007"
   assert re.match(
@@ -350,7 +351,7 @@ def test_parameters_that_are_not_finite_are_never_saved(run):
     del ref_params, frozen, batch, key
     return 1e18 * jnp.sum(params["w"] + 1), jnp.float32(1), {}
 
-  with pytest.raises(train.NonFiniteError, match=r"step 1: .*not finite.*No checkpoint yet"):
+  with pytest.raises(loop.NonFiniteError, match=r"step 1: .*not finite.*No checkpoint yet"):
     run(c, loss=loss)
   assert states(run.folder / "run") == {}
 
@@ -358,7 +359,7 @@ def test_parameters_that_are_not_finite_are_never_saved(run):
 def test_the_first_loss_of_an_absurd_learning_rate(run):
   c = toy_config(**{"optimizer.learning_rate": 1e30, "optimizer.name": "sgd", "max_bad_steps": 2})
   c.optimizer.clip_norm = 0.0
-  with pytest.raises(train.NonFiniteError, match=r"not finite"):
+  with pytest.raises(loop.NonFiniteError, match=r"not finite"):
     run(c)
 
 
@@ -408,7 +409,7 @@ def test_held_out_batches_are_averaged_by_what_they_count():
     objective=objectives.Objective(loss),
     held_out=HeldOut,
   )
-  mesh = train.sharding.make_mesh(devices=jax.devices()[:2])
+  mesh = loop.sharding.make_mesh(devices=jax.devices()[:2])
   state = step.initial_state({"w": jnp.float32(3)}, {}, ())
   found = validation.held_out_metrics(experiment, mesh, {"factor": jnp.float32(2)}, state, least=20)
   assert set(found) == {"validation_accuracy", "validation_noise"} and drawn == [3]
@@ -436,7 +437,7 @@ def test_the_base_model_is_what_training_started_from(tmp_path, monkeypatch, kep
   """Wherever its weights are; pictures have the brightness of the weights, and the judge likes bright ones."""
 
   class Drawer:
-    mesh = train.sharding.make_mesh(devices=jax.devices()[:1])
+    mesh = loop.sharding.make_mesh(devices=jax.devices()[:1])
 
     def draw(self, weights, captions, *, seeds_per_prompt, progress):
       return np.full((len(captions), seeds_per_prompt, 2, 2, 3), int(weights["w"]), np.uint8)
@@ -483,12 +484,12 @@ def test_the_fields_of_the_reference_arrive(delta):
     objective=objectives.Objective(None, lambda ref, *_: seen.append(ref) or jnp.sum(ref["w"])),
     init_params=lambda frozen: init,
   )
-  update = train._reference_updater(c, experiment)
-  stats = train.reference.ReferenceStats.zeros()
+  update = loop._reference_updater(c, experiment)
+  stats = loop.reference.ReferenceStats.zeros()
   with jax.disable_jit():
     still, _ = update(ref, params, stats, jnp.int32(2), {}, {}, jax.random.key(0))
     moved, after = update(ref, params, stats, jnp.int32(3), {}, {}, jax.random.key(0))
-  proposed = train.reference.propose(ref, params, init, alpha=0.25, rho=0.1)
+  proposed = loop.reference.propose(ref, params, init, alpha=0.25, rho=0.1)
   np.testing.assert_array_equal(still["w"], ref["w"])
   np.testing.assert_allclose(seen[-1]["w"], proposed["w"])
   np.testing.assert_allclose(moved["w"], proposed["w"] if delta > 0 else init["w"])
@@ -497,12 +498,12 @@ def test_the_fields_of_the_reference_arrive(delta):
   high = {"w": jnp.full(2, 9.0)}
   for decay in (0.5, 0.0):
     c.reference.update(delta=1e9, decay=decay)
-    update = train._reference_updater(c, experiment)
-    stats = train.reference.ReferenceStats.zeros()
+    update = loop._reference_updater(c, experiment)
+    stats = loop.reference.ReferenceStats.zeros()
     with jax.disable_jit():
       for policy in (params, high):
         _, stats = update(ref, policy, stats, jnp.int32(3), {}, {}, jax.random.key(0))
-    proposals = [train.reference.propose(ref, policy, init, alpha=0.25, rho=0.1) for policy in (params, high)]
+    proposals = [loop.reference.propose(ref, policy, init, alpha=0.25, rho=0.1) for policy in (params, high)]
     first, last = (float(jnp.sum(p["w"])) for p in proposals)
     np.testing.assert_allclose(stats.divergence, (first * decay + last) / (1 + decay), rtol=1e-6)
 
@@ -510,8 +511,8 @@ def test_the_fields_of_the_reference_arrive(delta):
 def test_a_run_whose_learning_rate_decays_keeps_its_length():
   constant, decaying = config.default(), config.default()
   decaying.optimizer.schedule = "cosine"
-  assert "num_steps" in train.may_change(constant)
-  assert "num_steps" not in train.may_change(decaying) and "logging." in train.may_change(decaying)
+  assert "num_steps" in loop.may_change(constant)
+  assert "num_steps" not in loop.may_change(decaying) and "logging." in loop.may_change(decaying)
 
 
 def test_compiled_steps_are_kept_and_virtual_devices_have_threads():

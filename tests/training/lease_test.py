@@ -14,14 +14,14 @@ import time
 
 import pytest
 
-from jaxpref import lease
 from jaxpref.devices import distributed
+from jaxpref.training import lease
 from tests.data import bucket as buckets
 from tests.data.latents_test import largest_file
 
 bucket = buckets.bucket
 
-REPOSITORY = pathlib.Path(__file__).parents[1]
+REPOSITORY = pathlib.Path(__file__).parents[2]
 HOLD = """
 import sys, time
 from jaxpref import lease
