@@ -34,6 +34,7 @@ from ml_collections import ConfigDict, config_flags
 from jaxpref import config as config_lib
 from jaxpref.devices import chips, sharding
 from jaxpref.devices.chips import GIB
+from jaxpref.objectives import catalog
 from jaxpref.planning import flops as flops_lib
 from jaxpref.planning import hlo, plan
 
@@ -61,7 +62,7 @@ def compile_step(
   """
   step, state, frozen, batch = plan.abstract_inputs(config, mesh)
   shardings = jax.tree.map(lambda s: s.sharding, state)
-  updates = plan.updates(config)
+  updates = catalog.method(config).updates(config).count
   started = time.perf_counter()
   traced = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).trace(state, frozen, batch)
   lowered = traced.lower()
@@ -229,8 +230,8 @@ def main(argv: list[str]) -> None:
     devices = topology_devices(topology) if topology else jax.devices()
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     config.mesh.update(dict(mesh.shape))  # what was -1 is known now
-    offline = config.objective not in config_lib.ONLINE
-    sharding.check_batch_size(mesh, config.batch_size, config.accumulation if offline else 1)
+    online = catalog.method(config).online
+    sharding.check_batch_size(mesh, config.batch_size, 1 if online else config.accumulation)
     print(f"compiling a step of {config.objective} for {len(devices)} x {devices[0].device_kind} ...", file=sys.stderr)
     options = compiler_options(chip, quick=flags.FLAGS.quick)
     report = compile_step(config, mesh, compiler_options=options)

@@ -27,13 +27,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from jaxpref import arguments, sample
-from jaxpref.data import emoji, paths, prompt_sets
+from jaxpref.data import emoji, lease, paths, prompt_sets
 from jaxpref.devices import distributed, sharding
 from jaxpref.evaluation import comparison, drawing
 from jaxpref.evaluation import folder as evaluation_folder
 from jaxpref.files import loading, lora_files
 from jaxpref.rewards import published
-from jaxpref.training import lease
 
 Model = tuple[str, tuple[lora_files.LoraFile, ...]]  # as of --model and --lora of jaxpref.sample
 IMAGES_AT_A_TIME = 256  # read for scoring

@@ -18,9 +18,10 @@ from ml_collections import ConfigDict
 from jaxpref import arguments
 from jaxpref import config as config_lib
 from jaxpref.files import loading, lora_files, pipelines
+from jaxpref.objectives import catalog
 from jaxpref.training import build, checkpoint
 
-TEXT_TO_IMAGE = ("spo", "grpo", "dpo", "tdpo", "kto", "denoise")
+TEXT_TO_IMAGE = tuple(name for name, method in catalog.METHODS.items() if method.trains == "denoiser")
 
 
 def main(argv: list[str] | None = None) -> None:

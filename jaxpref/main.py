@@ -84,7 +84,8 @@ def main(argv: list[str]) -> None:
 def run_and_evaluate(config: ConfigDict, workdir: str) -> None:
   """`loop.run`; then, if config.evaluation.scorers names any, the comparison with the base model by them."""
   from jaxpref import evaluate
-  from jaxpref.training import lease, loop
+  from jaxpref.data import lease
+  from jaxpref.training import loop
 
   if not config.evaluation.scorers:
     loop.run(config, workdir)

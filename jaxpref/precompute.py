@@ -32,11 +32,11 @@ from tqdm import tqdm
 
 import jaxpref
 from jaxpref import config as config_lib
-from jaxpref.data import batching, latents, paths
+from jaxpref.data import batching, latents, lease, paths
 from jaxpref.devices import chips, distributed, sharding
 from jaxpref.files import loading
 from jaxpref.models.text_to_image import TextToImage
-from jaxpref.training import inputs, lease
+from jaxpref.training import inputs
 
 GIB = 2.0**30
 ENCODERS = ("vae", "text_encoder", "text_encoder_2")

@@ -23,33 +23,19 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
-from PIL import Image
 from tqdm import tqdm
 
 from jaxpref import config as config_lib
 from jaxpref.data import index as index_lib
-from jaxpref.data import records, sources
+from jaxpref.data import lease, records, sources
 from jaxpref.devices import sharding
 from jaxpref.files import loading, pipelines
 from jaxpref.models.preference import StepAwareCLIPModel
 from jaxpref.models.vae import to_float
-from jaxpref.training import inputs, lease
+from jaxpref.rewards import networks
+from jaxpref.training import inputs
 
 SAVE_SECONDS = 60  # between two writes of what is scored so far
-
-
-def clip_image(image: bytes | np.ndarray, size: int) -> np.ndarray:
-  """u8[size, size, 3] as transformers' CLIPImageProcessor makes it: bicubic on the shorter side, centre crop.
-
-  Raises:
-    records.UnreadableImage: the bytes are corrupt or truncated.
-  """
-  picture = records.open_image(image)
-  width, height = picture.size
-  short = min(width, height)
-  picture = picture.resize((size * width // short, size * height // short), Image.Resampling.BICUBIC)
-  left, top = (picture.width - size) // 2, (picture.height - size) // 2
-  return np.asarray(picture.crop((left, top, left + size, top + size)))
 
 
 def score_pairs(
@@ -91,7 +77,7 @@ def score_pairs(
     record = source[index]
     caption = records.text(records.field(record, index, "caption"))
     try:
-      images = [clip_image(records.field(record, index, f"image_{i}"), size) for i in (0, 1)]
+      images = [networks.clip_image(records.field(record, index, f"image_{i}"), size) for i in (0, 1)]
     except records.UnreadableImage:
       return index, caption, None
     return index, caption, np.stack(images)

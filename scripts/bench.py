@@ -343,10 +343,10 @@ def _train(config: Any, mesh: Any, steps: int, found: Found, deadline: float) ->
 
 def _spo_counts(config: Any, metrics: Any) -> dict[str, int]:
   """What an iteration consisted of: every valid pair of a group gives as many transitions as the group has steps."""
-  from jaxpref import rollout
+  from jaxpref.objectives import spo
 
   s = config.spo
-  calls = rollout.pool_calls(num_steps=s.num_inference_steps, warmup_steps=s.warmup_steps, pool_size=s.pool_size)
+  calls = spo.pool_calls(num_steps=s.num_inference_steps, warmup_steps=s.warmup_steps, pool_size=s.pool_size)
   pairs = float(metrics["valid_pairs"]) * config.batch_size  # exact where all of them are valid
   return {
     "transitions": round(pairs * (s.num_inference_steps - s.warmup_steps)),

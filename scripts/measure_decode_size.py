@@ -40,11 +40,12 @@ def candidate_scores(config: Any, sizes: Sequence[int], num_prompts: int) -> tup
   """
   import jax
 
-  from jaxpref import objectives, rollout
   from jaxpref.data import pipeline
   from jaxpref.devices import chips
   from jaxpref.files import loading
   from jaxpref.models.text_to_image import guided, repeat_cond
+  from jaxpref.objectives import spo
+  from jaxpref.rewards import step_aware
 
   pipe = loading.load_text_to_image(config.model, dtype=config.dtype, param_dtype=config.dtype)
   model = loading.text_to_image(pipe, vae_slicing=config.vae_slicing or None)
@@ -59,14 +60,14 @@ def candidate_scores(config: Any, sizes: Sequence[int], num_prompts: int) -> tup
 
   def roll_out(decode, weights, ids, key):
     cond = model.encode_text(weights, ids)
-    text = objectives.embed_prompts(scorer, weights["spm"], ids)
+    text = step_aware.embed_prompts(scorer, weights["spm"], ids)
     eps = guided(lambda x, t, c: model.predict(weights, x, t, c), model.encode_empty(weights, 1), s.guidance_scale)
 
     def score(x0, t):
       rows = repeat_cond({"text": text}, x0.shape[0] // BATCH)["text"]
-      return objectives.score_images(scorer, weights["spm"], decode(weights, x0), t, rows)
+      return step_aware.score_images(scorer, weights["spm"], decode(weights, x0), t, rows)
 
-    found = rollout.pool_rollout(
+    found = spo.pool_rollout(
       lambda x, t: eps(x, t, repeat_cond(cond, x.shape[0] // BATCH)),
       score,
       model.schedule,
@@ -134,6 +135,7 @@ def operations(recipe: str, size: int) -> float:
   import jax
 
   from jaxpref.devices import sharding
+  from jaxpref.objectives import catalog
   from jaxpref.planning import flops, plan
 
   config = bench.recipe_module(ROOT / "configs" / f"{recipe}.py").get_config()
@@ -142,7 +144,8 @@ def operations(recipe: str, size: int) -> float:
   config.spo.decode_size = size
   config = plan.without_weights(config)
   step, *inputs = plan.abstract_inputs(config, sharding.make_mesh(data=1, devices=jax.devices()[:1]))
-  return flops.of_jaxpr(jax.make_jaxpr(step)(*inputs).jaxpr, while_trips=plan.spo_updates(config)) / config.batch_size
+  trips = catalog.method(config).updates(config).count
+  return flops.of_jaxpr(jax.make_jaxpr(step)(*inputs).jaxpr, while_trips=trips) / config.batch_size
 
 
 def tables(report: Mapping[str, Any]) -> str:

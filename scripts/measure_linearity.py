@@ -32,6 +32,7 @@ def operations(recipe: str, fields: Mapping[str, Any]) -> float:
   import jax
 
   from jaxpref.devices import sharding
+  from jaxpref.objectives import catalog
   from jaxpref.planning import flops, plan
 
   config = importlib.import_module(f"configs.{recipe}_tiny").get_config()
@@ -43,7 +44,7 @@ def operations(recipe: str, fields: Mapping[str, Any]) -> float:
   mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
   config = plan.without_weights(config)
   step, *inputs = plan.abstract_inputs(config, mesh)
-  trips = plan.spo_updates(config) if recipe == "spo" else 1.0
+  trips = catalog.method(config).updates(config).count if recipe == "spo" else 1.0
   return flops.of_jaxpr(jax.make_jaxpr(step)(*inputs).jaxpr, while_trips=trips)
 
 

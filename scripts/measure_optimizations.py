@@ -56,16 +56,16 @@ def separate_passes() -> Iterator[None]:
   import jax
   import jax.numpy as jnp
 
-  from jaxpref.training import step
+  from jaxpref.objectives import spo
 
-  original = step.transition_loss
+  original = spo.transition_loss
 
   def unshared(model, loss_fn, weights, ref_weights, shared, separate, *args, **options):
     joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), shared, separate)
     nothing = jax.tree.map(lambda a: a[:0], shared)
     return original(model, loss_fn, weights, ref_weights, nothing, joined, *args, **options)
 
-  with mock.patch.object(step, "transition_loss", unshared):
+  with mock.patch.object(spo, "transition_loss", unshared):
     yield
 
 
@@ -92,7 +92,7 @@ def one_candidate_at_a_time() -> Iterator[None]:
   import jax
 
   from jaxpref.models import text_to_image
-  from jaxpref.training import step
+  from jaxpref.objectives import spo
 
   def guided(predict, uncond, scale):
     def apply(x, t, cond):
@@ -110,7 +110,7 @@ def one_candidate_at_a_time() -> Iterator[None]:
 
     return apply
 
-  with mock.patch.object(step, "guided", guided):
+  with mock.patch.object(spo, "guided", guided):
     yield
 
 

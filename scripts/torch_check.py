@@ -121,8 +121,8 @@ def jax_outcome(case: str, size: str, folder: pathlib.Path, config: Any | None =
   import jax
   import safetensors.numpy
 
-  from jaxpref import rollout
   from jaxpref.files import loading, lora_files, tensor_files
+  from jaxpref.objectives import spo
   from jaxpref.training import build, loop, step
 
   config = check_recipe(case, size) if config is None else config
@@ -144,12 +144,10 @@ def jax_outcome(case: str, size: str, folder: pathlib.Path, config: Any | None =
   assert experiment.tokenize is not None
   extra = {}
   optimizer, _ = loop.make_optimizer(config)
-  if experiment.objective is not None:
-    step_fn = step.offline_step(experiment.objective, optimizer, seed=config.seed)
-    extra["timesteps"] = step.timesteps(experiment.objective, config.batch_size, seed=config.seed, step=0)
-  else:
-    assert experiment.online_step is not None
-    step_fn = experiment.online_step(optimizer)
+  step_fn = step.make_step(experiment.objective, optimizer, seed=config.seed)
+  timesteps = step.timesteps(experiment.objective, config.batch_size, seed=config.seed, step=0)
+  if timesteps is not None:
+    extra["timesteps"] = timesteps
   bench_torch.save_inputs(folder / f"{case}.npz", batch | extra, experiment.tokenize([""]))
 
   seen: list[Any] = []
@@ -159,9 +157,9 @@ def jax_outcome(case: str, size: str, folder: pathlib.Path, config: Any | None =
     jax.debug.callback(seen.append, (pairs.scores, pairs.shared.valid))
     return pairs
 
-  pool_rollout = rollout.pool_rollout
+  pool_rollout = spo.pool_rollout
   state = step.initial_state(params, ref_params, optimizer.init(params))
-  with fixed_jax_draws(), mock.patch.object(rollout, "pool_rollout", watched):
+  with fixed_jax_draws(), mock.patch.object(spo, "pool_rollout", watched):
     run = jax.jit(step_fn).lower(state, frozen, batch).compile()
   after, metrics = jax.block_until_ready(run(state, frozen, batch))
   jax.effects_barrier()

@@ -20,12 +20,11 @@ from safetensors.numpy import save_file
 
 from configs import dpo_tiny
 from jaxpref import evaluate, main
-from jaxpref.data import emoji
+from jaxpref.data import emoji, lease
 from jaxpref.evaluation import folder as evaluation_folder
 from jaxpref.files import loading, lora_files, pipelines
 from jaxpref.models import lora, presets
 from jaxpref.rewards import published
-from jaxpref.training import lease
 from tests.occupied import occupied
 
 REPOSITORY = pathlib.Path(__file__).parents[1]

@@ -5,7 +5,7 @@ import dataclasses
 import subprocess
 from unittest import mock
 
-from jaxpref.training import lease
+from jaxpref.data import lease
 
 
 @contextlib.contextmanager

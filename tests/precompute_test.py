@@ -13,11 +13,11 @@ import pytest
 import safetensors.numpy
 
 from jaxpref import config, objectives, precompute
-from jaxpref.data import latents, pipeline, sources
+from jaxpref.data import latents, lease, pipeline, sources
 from jaxpref.devices import sharding
 from jaxpref.files import loading, pipelines
 from jaxpref.models import presets
-from jaxpref.training import build, inputs, lease, loop, optim
+from jaxpref.training import build, inputs, loop, optim
 from tests.configs_test import smaller
 from tests.data import bucket as buckets
 from tests.data.latents_test import largest_file

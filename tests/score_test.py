@@ -16,6 +16,7 @@ from jaxpref import score
 from jaxpref.data import emoji, records, sources
 from jaxpref.data import index as index_lib
 from jaxpref.files import loading, pipelines
+from jaxpref.rewards import networks
 from jaxpref.training import build, inputs
 from tests import decisions
 from tests.occupied import occupied
@@ -34,7 +35,7 @@ def test_images_are_prepared_as_transformers_does(size):
       processor = getattr(transformers, name)(do_rescale=False, do_normalize=False)
       break
   expected = np.asarray(processor(picture)["pixel_values"][0]).transpose(1, 2, 0)
-  difference = np.abs(score.clip_image(file.getvalue(), 224).astype(float) - expected)
+  difference = np.abs(networks.clip_image(file.getvalue(), 224).astype(float) - expected)
   assert difference.max() <= 1 and difference.mean() < 0.01
 
 
@@ -64,7 +65,7 @@ def test_scores_are_the_models(config, scored):
     record = source[i]
     ids = pipelines.tokenize(tokenizer, [records.text(record["caption"])], length=16)
     for side, found in enumerate(index.scores()):
-      pixels = (score.clip_image(record[f"image_{side}"], size)[None] / 255 - mean) / std
+      pixels = (networks.clip_image(record[f"image_{side}"], size)[None] / 255 - mean) / std
       expected = module.apply({"params": params}, ids, pixels.astype(np.float32), np.zeros(1, np.int32))
       np.testing.assert_allclose(found[i], expected[0], rtol=1e-4)
   decided = index.label_0 != 0.5

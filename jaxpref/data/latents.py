@@ -39,8 +39,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jaxpref.data import batching, paths
-from jaxpref.training import lease
+from jaxpref.data import batching, lease, paths
 
 FORMAT = 1
 PLAN, MANIFEST, PROMPTS = "plan.json", "manifest.json", "prompts.safetensors"

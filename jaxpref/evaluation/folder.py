@@ -16,9 +16,8 @@ from PIL import Image
 
 import jaxpref
 from jaxpref import sample
-from jaxpref.data import paths, prompt_sets
+from jaxpref.data import lease, paths, prompt_sets
 from jaxpref.files import loading, lora_files, pipelines, tensor_files
-from jaxpref.training import lease
 
 PACKAGES = ("jax", "flax", "numpy", "transformers", "pillow")
 # Of the arguments: what decides the pictures, and so has to stay the same in a folder.

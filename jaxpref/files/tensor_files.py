@@ -26,13 +26,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpref.models.stacks import is_stacked, layer_path
+
 Path = str | os.PathLike[str]
 Tree = dict[str, Any]
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
 _STEMS = ("diffusion_pytorch_model", "model")
-# Modules that are stacks of layers.
-STACKS = ("transformer_blocks",)
 # Names that deprecated diffusers attention blocks (all published SD1.5 VAEs) use on disk, and
 # buffers of old transformers files that are no parameters.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -82,16 +82,6 @@ class MisfitError(ValueError):
       "and config.json from the same model."
     )
     self.where, self.problems, self.found = where, problems, dict(found)
-
-
-def is_stacked(path: Sequence[str]) -> bool:
-  """Whether the array at `path` has a leading axis of layers."""
-  return any(name in STACKS for name in path)
-
-
-def layer_path(path: Sequence[str], layer: int) -> tuple[str, ...]:
-  """`path` with the number of one layer in the name of its stack."""
-  return tuple(f"{name}.{layer}" if name in STACKS else name for name in path)
 
 
 def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple, Any]]:

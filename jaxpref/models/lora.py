@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxpref.files.tensor_files import is_stacked, layer_path
 from jaxpref.models.resnet import flat_dot_general
+from jaxpref.models.stacks import is_stacked, layer_path
 
 Tree = Mapping[str, Any]
 

@@ -13,12 +13,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
-from jaxpref import precompute, rollout
+from jaxpref import precompute
 from jaxpref.devices import sharding
 from jaxpref.files import pipelines
 from jaxpref.models import presets
 from jaxpref.models.text_to_image import is_guided
-from jaxpref.training import build, loop, step
+from jaxpref.objectives import catalog
+from jaxpref.training import build, loop
 
 # Published models whose shapes are known without their files.
 PUBLISHED = {
@@ -46,7 +47,7 @@ def without_weights(config: ConfigDict) -> ConfigDict:
   with config.unlocked():
     config.model = f"zeros:{preset}"
     config.vae_model = None
-    config.preference_model = f"zeros:{preset}" if config.objective in (*config_lib.ONLINE, "spm") else None
+    config.preference_model = f"zeros:{preset}" if catalog.method(config).scorer else None
     config.judge = None
     config.lora.init_from = None
     precomputed = config.data.source == "precomputed"
@@ -144,50 +145,7 @@ def device_bytes(tree: Any) -> int:
   return sum(int(np.prod(s.sharding.shard_shape(s.shape))) * s.dtype.itemsize for s in jax.tree.leaves(tree))
 
 
-# ---- Sizes of online methods ------------------------------------------------------------------------------------
-
-
-def spo_transitions(config: ConfigDict) -> tuple[int, int]:
-  """Transition pairs of one prompt: those that share their start, and others (`rollout.pool_rollout`)."""
-  s = config.spo
-  groups = rollout.pool_groups(
-    num_steps=s.num_inference_steps,
-    warmup_steps=s.warmup_steps,
-    inner_steps=s.inner_steps,
-    pool_last_step=s.pool_last_step,
-  )
-  return len(groups), sum(groups) - len(groups)
-
-
-def spo_minibatch(config: ConfigDict) -> tuple[int, int]:
-  """Transition pairs of one update, likewise (`step.spo_step`)."""
-  shared, separate = spo_transitions(config)
-  size = min(config.spo.minibatch, shared * config.batch_size)
-  return size, -(-size * separate // shared)
-
-
-def spo_updates(config: ConfigDict) -> float:
-  """Updates of an iteration in which all pairs are valid."""
-  pairs = zip(spo_transitions(config), spo_minibatch(config), strict=True)
-  return float(max(-(-of_prompt * config.batch_size // of_update) for of_prompt, of_update in pairs if of_update))
-
-
-def grpo_minibatch(config: ConfigDict) -> int:
-  """Steps of one update (`step.grpo_step`)."""
-  return min(config.grpo.minibatch, _grpo_steps(config))
-
-
-def _grpo_steps(config: ConfigDict) -> int:
-  """Steps of an iteration that are trained on."""
-  g = config.grpo
-  return config.batch_size * g.group_size * step.trained_steps(g.num_inference_steps, g.timestep_fraction)
-
-
-def updates(config: ConfigDict) -> float:
-  """Updates of a step, or of an iteration in which all pairs are valid."""
-  if config.objective == "spo":
-    return spo_updates(config)
-  return float(-(-_grpo_steps(config) // grpo_minibatch(config))) if config.objective == "grpo" else 1.0
+# ---- Sizes of updates -------------------------------------------------------------------------------------------
 
 
 def unet_rows(config: ConfigDict, devices: int) -> int:
@@ -197,12 +155,10 @@ def unet_rows(config: ConfigDict, devices: int) -> int:
     devices: that the batch is spread over.
   """
   micro = lambda rows: -(-rows // (config.accumulation * devices))
-  if config.objective == "grpo":
-    return micro(grpo_minibatch(config)) * (2 if is_guided(config.grpo.guidance_scale) else 1)
-  if config.objective != "spo":
-    return micro(config.batch_size) * (2 if config.objective in ("dpo", "tdpo") else 1)
-  shared, separate = spo_minibatch(config)
-  return (micro(shared) + 2 * micro(separate)) * (2 if is_guided(config.spo.guidance_scale) else 1)
+  method = catalog.method(config)
+  u = method.updates(config)
+  rows = u.passes * micro(u.rows) + u.other_passes * micro(u.other_rows)
+  return rows * (2 if method.online and is_guided(config[method.options].guidance_scale) else 1)
 
 
 # ---- What would make it fit ------------------------------------------------------------------------------------
@@ -251,15 +207,13 @@ def changes(config: ConfigDict, devices: int) -> Iterator[Change]:
   LoRA is another training; the dearer ones come with each choice of the cheaper ones.
   """
   rows = devices // config.mesh.tensor
-  if config.objective in config_lib.ONLINE:
-    most = -(-(spo_minibatch(config)[0] if config.objective == "spo" else grpo_minibatch(config)) // rows)
-  else:
-    most = config.batch_size // rows
+  method = catalog.method(config)
+  most = -(-method.updates(config).rows // rows) if method.online else config.batch_size // rows
   accumulations = [n for n in range(config.accumulation, most + 1) if most % n == 0] or [config.accumulation]
   sizes = [n for n in range(config.mesh.fsdp, rows + 1) if rows % n == 0]
-  known = config.remat in config_lib.REMAT and config.objective != "spm"  # else it is one for each level, or not used
+  known = config.remat in config_lib.REMAT and method.trains != "scorer"  # else it is one for each level, or not used
   policies = config_lib.REMAT[config_lib.REMAT.index(config.remat) :] if known else (config.remat,)
-  full = not config.lora.rank and config.objective in ("dpo", "tdpo", "kto", *config_lib.ONLINE)
+  full = not config.lora.rank and method.aligns
   for rank, remat, fsdp, accumulation in itertools.product(
     (0, LORA_RANK) if full else (0,), policies, sizes, accumulations
   ):
@@ -282,7 +236,7 @@ def estimates(config: ConfigDict, devices: Sequence[Any], report: Mapping[str, A
   rows = len(devices) // config.mesh.tensor
   old = report["arguments"]
   # The sum, and that of a micro-batch.
-  copies = lambda c: 2 if c.accumulation > 1 or c.objective in config_lib.ONLINE else 1
+  copies = lambda c: 2 if c.accumulation > 1 or catalog.method(c).online else 1
   activations = max(report["peak"] - sum(old.values()) - copies(config) * old["trained"], 0)
   arguments: dict[tuple[int, int], dict[str, int]] = {}
   kept: dict[str, int] = {}

@@ -15,16 +15,30 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from jaxpref.data import records
 from jaxpref.files import loading, pipelines, tensor_files
 from jaxpref.models import blip, clip
 from jaxpref.models.preference import StepAwareCLIPModel, ask_judge
-from jaxpref.score import clip_image
 
 Array = jax.Array
 CLIP_L = "openai/clip-vit-large-patch14"
 
 # ---- Images as each model wants them ---------------------------------------------------------------------------------
-# `score.clip_image` is what transformers does, for the CLIPs that are published for it.
+# `clip_image` is what transformers does, for the CLIPs that are published for it.
+
+
+def clip_image(image: bytes | np.ndarray, size: int) -> np.ndarray:
+  """u8[size, size, 3] as transformers' CLIPImageProcessor makes it: bicubic on the shorter side, centre crop.
+
+  Raises:
+    records.UnreadableImage: the bytes are corrupt or truncated.
+  """
+  picture = records.open_image(image)
+  width, height = picture.size
+  short = min(width, height)
+  picture = picture.resize((size * width // short, size * height // short), Image.Resampling.BICUBIC)
+  left, top = (picture.width - size) // 2, (picture.height - size) // 2
+  return np.asarray(picture.crop((left, top, left + size, top + size)))
 
 
 def torchvision_image(image: np.ndarray, size: int) -> np.ndarray:

@@ -4,6 +4,7 @@ One function an objective family; with `inputs.py` and `train.py` the only place
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,8 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict as Config
 
-from jaxpref import config as config_lib
-from jaxpref import objectives, pretraining
 from jaxpref.data import emoji, pipeline
 from jaxpref.evaluation import judging
 from jaxpref.files import loading, lora_files, pipelines
@@ -22,8 +21,10 @@ from jaxpref.models import lora, presets
 from jaxpref.models.preference import Judge
 from jaxpref.models.text_to_image import TextToImage
 from jaxpref.models.unet import UNetConfig
-from jaxpref.models.vae import AutoencoderKL, to_float
-from jaxpref.training import inputs, step
+from jaxpref.models.vae import AutoencoderKL
+from jaxpref.objectives import base, catalog, pretraining
+from jaxpref.rewards import step_aware
+from jaxpref.training import inputs
 
 
 @dataclasses.dataclass
@@ -35,10 +36,7 @@ class Experiment:
     frozen: all other parameters by component; never donated, checkpointed or optimised.
     batches: opens the data: an iterator with get_state, set_state.
     export: writes the trained model: (params on the host, folder).
-    objective: of offline objectives.
-    online_step: builds the step of online ones: (optimizer, and keyword arguments of its function in `step`) -> step.
-    divergence: gates the reference of an online objective.
-    init_params: the pre-trained values of params, from frozen (for the reference).
+    objective: what is optimised.
     has_reference: whether a reference model is kept: not for losses that do not look at it.
     read_base: reads the values of params anew that training started from; None for objectives without a base model.
     images_per_step: images, or pairs, or generated images of one step.
@@ -55,10 +53,7 @@ class Experiment:
   frozen: Any
   batches: Callable[[], Any]
   export: Callable[[Any, pathlib.Path], Any]
-  objective: objectives.Objective | None = None
-  online_step: Callable[..., step.StepFn] | None = None
-  divergence: objectives.DivergenceFn | None = None
-  init_params: Callable[[Any], Any] = lambda frozen: {}
+  objective: base.Objective
   has_reference: bool = False
   read_base: Callable[[], Any] | None = None
   images_per_step: int = 0
@@ -82,12 +77,13 @@ def build(config: Config, sharding: pipelines.Sharding = None, *, batch_devices:
   Raises:
     ValueError, FileNotFoundError: one sentence on what is missing or does not fit.
   """
-  pretraining_stages = {"autoencode": _autoencode, "contrastive": _contrastive, "classify": _classify}
-  if config.objective in pretraining_stages:
-    return pretraining_stages[config.objective](config)
+  from_nothing = {"vae": _autoencode, "clip": _contrastive, "judge": _classify}
+  trains = catalog.method(config).trains
+  if trains in from_nothing:
+    return from_nothing[trains](config)
   vae_slicing = config.vae_slicing * batch_devices or None
-  if config.objective == "spm":
-    return _spm(config, sharding, vae_slicing, batch_devices)
+  if trains == "scorer":
+    return _preference_model(config, sharding, vae_slicing, batch_devices)
   return _text_to_image(config, sharding, vae_slicing)
 
 
@@ -99,15 +95,18 @@ def _remat(text: str) -> str | tuple[str, ...]:
 
 def _check_decode_size(config: Config, model: TextToImage) -> None:
   """Refuses sizes that the objective's predictions cannot be decoded at."""
-  size, unit = config[config.objective].decode_size, model.vae.config.downscale
+  section = catalog.method(config).options
+  if section is None or "decode_size" not in config[section]:
+    return
+  size, unit = config[section].decode_size, model.vae.config.downscale
   if size % unit or not 0 <= size <= model.image_size:
     raise ValueError(
-      f"config.{config.objective}.decode_size={size}; expected 0 (the images' own size) or a multiple of {unit} up to "
+      f"config.{section}.decode_size={size}; expected 0 (the images' own size) or a multiple of {unit} up to "
       f"{model.image_size}, the pixels of {config.model}'s images."
     )
 
 
-# ---- Text-to-image: denoise, dpo, tdpo, kto, spo, grpo ---------------------------------------------------------
+# ---- Text-to-image: methods that train a denoiser --------------------------------------------------------------
 
 
 def adapter_scale(config: Config, rank: int) -> float:
@@ -209,27 +208,18 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
   pipe = dataclasses.replace(pipe, params={k: v for k, v in pipe.params.items() if k not in components})
   tokenize = pipe.tokenize
   model = loading.text_to_image(pipe, lora_scale=scale, vae_slicing=vae_slicing)
-  for name in ("evaluation", config.objective) if config.objective in config_lib.ONLINE else ("evaluation",):
+  method = catalog.method(config)
+  for name in ("evaluation", method.options) if method.options else ("evaluation",):
     count, total = config[name].num_inference_steps, model.schedule.num_train_timesteps
     if count > total:
       raise ValueError(f"config.{name}.num_inference_steps={count}; expected at most {total}, as {config.model} has.")
-  if config.objective == "spo":
-    _check_decode_size(config, model)
+  _check_decode_size(config, model)
   num_classes = max(emoji.num_classes(config.data.subset), config.evaluation.candidates)
   judge, judge_params = loading.load_judge(config.judge, style=config.data.preferred_style, num_classes=num_classes)
-  reference_free = config.objective in ("dpo", "tdpo") and config.loss.name in objectives.REFERENCE_FREE
-  has_reference = not (
-    config.objective == "denoise" or reference_free or (config.objective == "grpo" and not config.grpo.kl_coef)
-  )
   if config.reference.mode == "frozen":  # Only a moving reference needs the pre-trained weights beside it.
     frozen = {k: v for k, v in frozen.items() if k not in params}
 
-  trained_names = tuple(params)
-  zero_adapter = adapter is not None and not config.lora.init_from
   del adapter
-
-  def init_params(frozen: Any) -> Any:
-    return None if zero_adapter else {k: frozen[k] for k in trained_names}
 
   def read_base() -> Any:
     if components:
@@ -252,90 +242,45 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
       )
     save_trained(folder, original, params, scale=scale, dtype=jnp.float16)
 
-  shared: dict[str, Any] = dict(
+  scorer, reward = None, None
+  if method.scorer:
+    scorer, frozen["spm"] = loading.load_scorer(
+      config.preference_model, dtype=config.dtype, param_dtype=config.dtype, seed=config.seed, sharding=sharding
+    )
+    reward = functools.partial(step_aware.score_pictures, scorer)
+  if method.online:
+    batches = lambda: inputs.prompt_batches(config, tokenize)
+  else:
+    batches = lambda: inputs.offline_batches(config, model.image_size, tokenize)
+  return Experiment(
     params=params,
     frozen=frozen,
+    objective=catalog.make(config, model, scorer),
+    batches=batches,
     export=export,
-    init_params=init_params,
-    has_reference=has_reference,
-    read_base=None if config.objective == "denoise" else read_base,
-    images_per_step=config.batch_size,
+    has_reference=method.reference(config),
+    read_base=read_base if method.aligns else None,
+    images_per_step=config.batch_size * method.images(config),
     evaluable=True,
     model=model,
     tokenize=tokenize,
     judge=judge,
     judge_params=judge_params,
-  )
-  if config.objective == "denoise":
-    return Experiment(
-      objective=objectives.denoise(model),
-      batches=lambda: inputs.offline_batches(config, model.image_size, tokenize),
-      **shared,
-    )
-  if config.objective == "kto":
-    return Experiment(
-      objective=objectives.kto(model, beta=config.loss.beta, **config.kto.to_dict()),
-      batches=lambda: inputs.offline_batches(config, model.image_size, tokenize),
-      **shared,
-    )
-  if config.objective in ("dpo", "tdpo"):
-    o = config.loss
-    options = {"beta": o.beta, "label_smoothing": o.label_smoothing, "snr": o.snr}
-    total = model.schedule.num_train_timesteps
-    if config.timesteps.num_bins > total:
-      raise ValueError(f"config.timesteps.num_bins={config.timesteps.num_bins}; expected at most {total} timesteps.")
-    loss = objectives.denoised_loss(o.name, **options, num_train_timesteps=total)
-    objective = objectives.dpo(
-      model,
-      loss if o.safeguard is None else objectives.safeguarded(loss, mu=o.safeguard),
-      reference_free=reference_free,
-      gamma=config.timesteps.gamma,
-      num_bins=config.timesteps.num_bins,
-      reward_scale=config.timesteps.reward_scale,
-    )
-    shared["images_per_step"] = 2 * config.batch_size
-    return Experiment(
-      objective=objective, batches=lambda: inputs.offline_batches(config, model.image_size, tokenize), **shared
-    )
-
-  scorer, shared["frozen"]["spm"] = loading.load_scorer(
-    config.preference_model, dtype=config.dtype, param_dtype=config.dtype, seed=config.seed, sharding=sharding
-  )
-
-  def online_step(optimizer: Any, **kwargs: Any) -> step.StepFn:
-    kwargs |= {"seed": config.seed, "accumulation": config.accumulation}
-    if config.objective == "grpo":
-      return step.grpo_step(model, scorer, optimizer, **config.grpo.to_dict(), **kwargs)
-    o = config.loss
-    pair_loss = objectives.pair_loss(o.name, beta=o.beta, label_smoothing=o.label_smoothing)
-    return step.spo_step(model, scorer, pair_loss, optimizer, **config.spo.to_dict(), **kwargs)
-
-  def reward(frozen: Any, input_ids: jax.Array, images: jax.Array) -> jax.Array:
-    text = objectives.embed_prompts(scorer, frozen["spm"], input_ids)
-    time = jnp.zeros(len(images), jnp.int32)
-    return objectives.score_images(scorer, frozen["spm"], to_float(images), time, text)
-
-  if config.objective == "grpo":
-    shared["images_per_step"] = config.batch_size * config.grpo.group_size
-  return Experiment(
-    online_step=online_step,
     reward=reward,
-    divergence=objectives.denoising_divergence(model, lambda frozen, batch, key: batch["latents"]),
-    batches=lambda: inputs.prompt_batches(config, tokenize),
-    **shared,
   )
 
 
 # ---- Preference model ------------------------------------------------------------------------------------------
 
 
-def _spm(config: Config, sharding: pipelines.Sharding, vae_slicing: int | None, batch_devices: int) -> Experiment:
+def _preference_model(
+  config: Config, sharding: pipelines.Sharding, vae_slicing: int | None, batch_devices: int
+) -> Experiment:
   pipe = _load(config, sharding)
   model, tokenize = loading.text_to_image(pipe, vae_slicing=vae_slicing), pipe.tokenize
   _check_decode_size(config, model)
   scorer, params = loading.load_scorer(config.preference_model, dtype=config.dtype, seed=config.seed, sharding=sharding)
   frozen = dict(pipe.params) | {"empty_ids": tokenize([""])}
-  objective = objectives.spm(model, scorer, **config.spm.to_dict())
   held_out = config.copy_and_resolve_references()
   held_out.unlock()
   held_out.data.update(split="validation", ties="drop", flip_labels=0.0, caption_dropout=0.0)
@@ -355,10 +300,10 @@ def _spm(config: Config, sharding: pipelines.Sharding, vae_slicing: int | None, 
   return Experiment(
     params={"spm": params},
     frozen=frozen,
-    objective=objective,
+    objective=catalog.make(config, model, scorer),
     batches=lambda: inputs.pair_batches(config, model.image_size, tokenize),
     export=lambda params, folder: pipelines.save_preference_model(folder, scorer, params["spm"], dtype=jnp.float16),
-    images_per_step=2 * config.batch_size,
+    images_per_step=config.batch_size * catalog.method(config).images(config),
     held_out=open_held_out if config.evaluation.num_prompts else None,
   )
 
@@ -384,9 +329,7 @@ def _autoencode(config: Config) -> Experiment:
   return Experiment(
     params={"vae": pipe.params["vae"]},
     frozen={},
-    objective=objectives.Objective(
-      pretraining.autoencode(pipe.vae, kl_weight=config.vae.kl_weight, gradient_weight=config.vae.gradient_weight)
-    ),
+    objective=pretraining.Autoencoding(pipe.vae, **config.vae.to_dict()),
     batches=lambda: inputs.image_batches(config, image_size, None),
     export=export,
     images_per_step=config.batch_size,
@@ -398,7 +341,7 @@ def _contrastive(config: Config) -> Experiment:
   return Experiment(
     params={"clip": presets.init_params(clip, jax.random.key(config.seed))},
     frozen={},
-    objective=objectives.Objective(pretraining.contrastive(clip)),
+    objective=pretraining.Contrastive(clip),
     batches=lambda: inputs.image_batches(config, clip.config.vision_config.image_size, loading.tiny_tokenize),
     export=lambda params, folder: pipelines.save_preference_model(folder, clip, params["clip"], dtype=jnp.float16),
     images_per_step=config.batch_size,
@@ -425,7 +368,7 @@ def _classify(config: Config) -> Experiment:
   return Experiment(
     params={"judge": presets.init_params(judge, jax.random.key(config.seed))},
     frozen={},
-    objective=objectives.Objective(pretraining.classify(judge)),
+    objective=pretraining.Classification(judge),
     batches=lambda: inputs.image_batches(config, preset.image_size, None, source=source),
     export=lambda params, folder: pipelines.save_judge(folder, judge, params["judge"], dtype=jnp.float16),
     images_per_step=config.batch_size,

@@ -25,8 +25,8 @@ from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxpref.data import lease
 from jaxpref.devices import sharding
-from jaxpref.training import lease
 
 FORMAT = 1  # of the record
 

@@ -16,6 +16,7 @@ from jaxpref.data import batching, latents, pipeline, sources
 from jaxpref.data import index as index_lib
 from jaxpref.devices import sharding
 from jaxpref.files import loading, pipelines, tensor_files
+from jaxpref.objectives import catalog
 
 logger = logging.getLogger(__name__)
 
@@ -189,17 +190,23 @@ def offline_batches(config: Config, image_size: int, tokenize: Callable[[list[st
   """The data of an objective that trains on images or pairs."""
   if config.data.source == "precomputed":
     return _precomputed_batches(config, image_size)
-  if config.objective == "denoise":
+  data = catalog.method(config).data
+  if data == "image":
     return image_batches(config, image_size, tokenize)
-  if config.objective == "kto":
+  if data == "liked":
     return image_batches(config, image_size, tokenize, unpaired_source(config))
   return pair_batches(config, image_size, tokenize)
 
 
 # ---- Precomputed -----------------------------------------------------------------------------------------------
 
-# Objectives whose data the frozen networks can be run over once, and what these data are.
-PRECOMPUTABLE = {"dpo": "pairs", "tdpo": "pairs", "kto": "liked and other images", "denoise": "images"}
+# Data that the frozen networks can be run over once, where they are what a denoiser is trained on.
+_KINDS = {"pair": "pairs", "liked": "liked and other images", "image": "images"}
+PRECOMPUTABLE = {
+  name: _KINDS[method.data]
+  for name, method in catalog.METHODS.items()
+  if method.trains == "denoiser" and method.data in _KINDS
+}
 # Fields of config.data that do not change what the frozen networks make of them: training decides on these.
 _OF_TRAINING = ("caption_dropout", "num_threads", "num_workers")
 
@@ -213,9 +220,10 @@ def precomputed_fields(config: Config) -> dict[str, Any]:
 
 def data_fingerprint(config: Config) -> str:
   """Returns the fingerprint of the records that `offline_batches` reads; of the embedded ones their version."""
-  if config.objective == "denoise":
+  data = catalog.method(config).data
+  if data == "image":
     return f"jaxpref {jaxpref.__version__}"
-  return sources.content_fingerprint(unpaired_source(config) if config.objective == "kto" else pairs_source(config))
+  return sources.content_fingerprint(unpaired_source(config) if data == "liked" else pairs_source(config))
 
 
 def encoder_fingerprints(config: Config) -> dict[str, str]:

@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from jaxpref import config as config_lib
 from jaxpref import reference
-from jaxpref.data import batching
+from jaxpref.data import batching, lease
 from jaxpref.devices import chips, distributed, sharding
 from jaxpref.models.attention import cuda_capability
-from jaxpref.training import build, checkpoint, lease, monitor, optim, step, validation
+from jaxpref.objectives import catalog
+from jaxpref.training import build, checkpoint, monitor, optim, step, validation
 from jaxpref.training import metrics as metrics_lib
 
 # Fields that may differ when a run is continued: they do not change what is computed at a given step.
@@ -70,32 +71,6 @@ def _set_results_aside(folder: pathlib.Path, num_steps: int) -> None:
   _say(f"the run goes on from step {ended} to {num_steps}; the results of step {ended} are in {aside} now")
 
 
-def _reference_updater(config: ml_collections.ConfigDict, experiment: build.Experiment) -> step.UpdateReference | None:
-  """`reference.update` with the config's numbers and the objective's divergence; None if the reference is frozen."""
-  divergence = experiment.objective.divergence if experiment.objective else experiment.divergence
-  if config.reference.mode == "frozen" or divergence is None:
-    return None
-  r = config.reference
-
-  def update(ref_params, params, stats, step, frozen, batch, key):
-    return reference.update(
-      ref_params,
-      params,
-      experiment.init_params(frozen),
-      stats,
-      step=step,
-      divergence_fn=lambda ref: divergence(ref, frozen, batch, key),
-      alpha=r.alpha,
-      rho=r.rho,
-      tau=r.tau,
-      delta=r.delta,
-      on_diverge=r.on_diverge,
-      decay=r.decay,
-    )
-
-  return update
-
-
 def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """The config's optimiser and its learning rate by the number of updates before."""
   o = config.optimizer
@@ -126,24 +101,19 @@ def make_step(
   mesh: jax.sharding.Mesh,
 ) -> step.StepFn:
   """One training step, (state, frozen, batch) -> (state, metrics), not yet jitted."""
-  update_reference = _reference_updater(config, experiment)
-  if experiment.objective is not None:
-    step_fn = step.offline_step(
-      experiment.objective,
-      optimizer,
-      seed=config.seed,
-      accumulation=config.accumulation,
-      update_reference=update_reference,
-    )
-  else:
-    assert experiment.online_step is not None
-    rows = sharding.batch_sharding(mesh)
-    step_fn = experiment.online_step(
-      optimizer,
-      update_reference=update_reference,
-      constrain=lambda tree: jax.lax.with_sharding_constraint(tree, rows) if mesh.size > 1 else tree,
-      row_multiple=sharding.batch_devices(mesh),
-    )
+  moving = None
+  if config.reference.mode == "update" and experiment.has_reference:
+    moving = step.MovingReference(**{k: v for k, v in config.reference.to_dict().items() if k != "mode"})
+  rows = sharding.batch_sharding(mesh)
+  step_fn = step.make_step(
+    experiment.objective,
+    optimizer,
+    seed=config.seed,
+    accumulation=config.accumulation,
+    moving=moving,
+    constrain=lambda tree: jax.lax.with_sharding_constraint(tree, rows) if mesh.size > 1 else tree,
+    row_multiple=sharding.batch_devices(mesh),
+  )
   return sharding.on_mesh(mesh, step_fn)
 
 
@@ -167,8 +137,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       "(Ampere) or later; set config.dtype=float32."
     )
   mesh = sharding.make_mesh(**config.mesh)
-  offline = config.objective not in config_lib.ONLINE
-  sharding.check_batch_size(mesh, config.batch_size, config.accumulation if offline else 1)
+  online = catalog.method(config).online
+  sharding.check_batch_size(mesh, config.batch_size, 1 if online else config.accumulation)
   make_optimizer(config)
   folder = pathlib.Path(workdir)
   _check_folder(config, folder)  # before anything is written into it
@@ -185,7 +155,6 @@ def _run(
   goodput: monitor.Goodput,
 ) -> dict[str, Any]:
   """The loop of `run`, in a folder that this run alone writes."""
-  offline = config.objective not in config_lib.ONLINE
   optimizer, schedule = make_optimizer(config)
 
   # ---- Models and data ---------------------------------------------------------------------------------------
@@ -256,7 +225,7 @@ def _run(
     done, values, batch = pending
     started = time.perf_counter()
     scalars = metrics_lib.to_scalars({k: values[k] for k in ("loss", "grad_norm", "skipped_updates")})
-    updates = 1.0 if offline else float(values["updates"])
+    updates = float(values.get("updates", 1.0))
     on_devices += time.perf_counter() - started
     bar.set_postfix(loss=f"{scalars['loss']:.4f}", refresh=False)
     if scalars["skipped_updates"] and scalars["skipped_updates"] == updates:
@@ -292,10 +261,8 @@ def _run(
     save(done)
     saver.wait()
     where = monitor.bad_step_folder(folder, done)
-    drawn = None
-    if experiment.objective is not None:
-      options = {"seed": config.seed, "step": done - 1, "accumulation": config.accumulation}
-      drawn = step.timesteps(experiment.objective, config.batch_size, **options)
+    options = {"seed": config.seed, "step": done - 1, "accumulation": config.accumulation}
+    drawn = step.timesteps(experiment.objective, config.batch_size, **options)
     monitor.write_bad_step(where, batch, step=done, metrics=values, timesteps=drawn, names=batches.names, in_a_row=bad)
     raise NonFiniteError(
       f"step {done}: loss or gradient was not finite in {len(bad)} steps in a row, so the parameters are those of step "

@@ -12,6 +12,8 @@ from jaxpref import config as config_lib
 from jaxpref.data import emoji
 from jaxpref.devices import chips, sharding
 from jaxpref.evaluation import drawing, judging, report
+from jaxpref.objectives import sums
+from jaxpref.objectives.base import Weights
 from jaxpref.training import build, metrics, step
 
 LOOK_COLUMNS = 16
@@ -26,10 +28,12 @@ def held_out_metrics(
   experiment: build.Experiment, mesh: jax.sharding.Mesh, frozen: Any, state: step.State, *, least: int = 512
 ) -> dict[str, float]:
   """The objective's metrics on held-out batches: means over at least so many rows, those of a short split repeated."""
-  assert experiment.objective is not None and experiment.held_out is not None
-  loss = experiment.objective.loss
+  assert experiment.held_out is not None
+  objective = experiment.objective
   of_batch = jax.jit(
-    sharding.on_mesh(mesh, lambda params, frozen, batch, key: loss(params, {}, frozen, batch, key)[2]),
+    sharding.on_mesh(
+      mesh, lambda params, frozen, batch, key: objective.loss(Weights.of(params, {}, frozen), batch, key)[2]
+    ),
     compiler_options=chips.compiler_options(),
   )
   batches, total = experiment.held_out(), None
@@ -37,11 +41,11 @@ def held_out_metrics(
     for i in range(-(-least // batches.batch_size)):
       batch = sharding.put_batch(mesh, next(batches))
       pairs = of_batch(state.params, frozen, batch, jax.random.key(i))
-      total = pairs if total is None else metrics.add(total, pairs)
+      total = pairs if total is None else sums.add(total, pairs)
   finally:
     batches.close()
   assert total is not None
-  return metrics.to_scalars({f"validation_{k}": v for k, v in metrics.divide(total).items()})
+  return metrics.to_scalars({f"validation_{k}": v for k, v in sums.divide(total).items()})
 
 
 def prompts(config: ml_collections.ConfigDict, split: str, count: int) -> list[emoji.Emoji]:

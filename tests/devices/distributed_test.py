@@ -14,8 +14,9 @@ import time
 import numpy as np
 import pytest
 
+from jaxpref.data import lease
 from jaxpref.devices import distributed, supervise
-from jaxpref.training import lease, metrics
+from jaxpref.training import metrics
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 

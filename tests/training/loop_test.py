@@ -20,10 +20,10 @@ import pytest
 
 from jaxpref import config, objectives
 from jaxpref import main as main_lib
-from jaxpref.data import batching
+from jaxpref.data import batching, lease
 from jaxpref.files import pipelines
 from jaxpref.models import lora
-from jaxpref.training import build, checkpoint, lease, loop, metrics, monitor, step, validation
+from jaxpref.training import build, checkpoint, loop, metrics, monitor, step, validation
 from tests import QUICK_FLAGS
 
 REPOSITORY = pathlib.Path(__file__).parents[2]

@@ -22,10 +22,10 @@ def test_parts_of_a_batch_add_up_to_the_whole():
   values = draw(0, 12)
   weights = np.float32([1, 0, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1])
   parts = [slice(0, 4), slice(4, 8), slice(8, 12)]
-  total = {"m": metrics.mean_of(jnp.zeros(1), jnp.zeros(1))}
+  total = {"m": sums.mean_of(jnp.zeros(1), jnp.zeros(1))}
   for part in parts:
-    total = metrics.add(total, {"m": metrics.mean_of(values[part], jnp.asarray(weights[part]))})
-  found = metrics.divide(total)["m"]
+    total = sums.add(total, {"m": sums.mean_of(values[part], jnp.asarray(weights[part]))})
+  found = sums.divide(total)["m"]
   np.testing.assert_allclose(found, values[weights > 0].mean(), rtol=1e-6)
   means = [values[p][weights[p] > 0].mean() for p in (parts[0], parts[2])]
   assert abs(found - np.mean(means)) > 1e-3
@@ -33,14 +33,14 @@ def test_parts_of_a_batch_add_up_to_the_whole():
 
 def test_masked_rows_may_hold_nan():
   values = jnp.asarray([1.0, np.nan, np.inf, 3.0])
-  pair = metrics.mean_of(values, jnp.asarray([1.0, 0.0, 0.0, 1.0]))
-  assert metrics.divide({"m": pair})["m"] == 2.0
+  pair = sums.mean_of(values, jnp.asarray([1.0, 0.0, 0.0, 1.0]))
+  assert sums.divide({"m": pair})["m"] == 2.0
 
 
 def test_bins_hold_the_mean_of_their_timesteps():
   t = np.arange(0, 1000, 7)
   values, weights = draw(1, len(t)), (np.arange(len(t)) % 3 > 0).astype(np.float32)
-  sums, counts = metrics.binned_mean(
+  sums, counts = sums.binned_mean(
     jnp.asarray(values), jnp.asarray(weights), jnp.asarray(t), total=1000, bins=10
   )
   for b in range(10):

@@ -14,8 +14,8 @@ import time
 
 import pytest
 
+from jaxpref.data import lease
 from jaxpref.devices import distributed
-from jaxpref.training import lease
 from tests.data import bucket as buckets
 from tests.data.latents_test import largest_file
 

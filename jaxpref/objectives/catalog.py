@@ -1,0 +1,206 @@
+"""The methods by name: what is asked of them before anything is loaded, and how a recipe makes them.
+
+A new method is its file in this folder, its section of `jaxpref/config.py`, and its entry here.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict as Config
+
+from jaxpref.models.preference import StepAwareCLIPModel
+from jaxpref.models.text_to_image import TextToImage
+from jaxpref.objectives import pairs
+from jaxpref.objectives.base import Objective
+from jaxpref.objectives.kto import DiffusionKTO
+from jaxpref.objectives.pairs import DiffusionDPO
+from jaxpref.objectives.policy_gradient import PolicyGradient, trained_steps
+from jaxpref.objectives.preference_model import PreferenceModel
+from jaxpref.objectives.pretraining import Denoising
+from jaxpref.objectives.spo import SPO, pool_groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Updates:
+  """What the updates of a step are made of, of a recipe.
+
+  Attributes:
+    count: of a step, or of an iteration in which all pairs are valid.
+    rows: of one update, which micro-batches share: pairs, images, or transitions of the first kind.
+    passes: of the network for a row of an update, forward and backward, without guidance.
+    other_rows, other_passes: the same of the second kind of an online method's experience.
+  """
+
+  count: float
+  rows: int
+  passes: int
+  other_rows: int = 0
+  other_passes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """What is asked of a method instead of its name.
+
+  Attributes:
+    data: what a row of its batches is: "pair", "liked" (or disliked) image, captioned "image", "prompt", or "tile" (of
+      the embedded emoji).
+    make: the objective of (config, text-to-image model, preference model or None); None for those that train no
+      text-to-image model and no preference model (`training.build`).
+    online: whether it draws what it learns from, and makes several updates of it.
+    scorer: whether it has a preference model.
+    trains: "denoiser" (or its adapter), "scorer", or the one network that is trained from nothing.
+    options: the section of the config with its sampler and guidance, if it has one.
+    reference: of a config: whether it compares with a reference model.
+    images: of a config: those of one row of the batch, read or drawn.
+    updates: of a config.
+  """
+
+  data: str
+  make: Callable[[Config, TextToImage, StepAwareCLIPModel | None], Objective] | None = None
+  online: bool = False
+  scorer: bool = False
+  trains: str = "denoiser"
+  options: str | None = None
+  reference: Callable[[Config], bool] = lambda config: False
+  images: Callable[[Config], int] = lambda config: 1
+  updates: Callable[[Config], Updates] = lambda config: Updates(1.0, config.batch_size, 1)
+
+  @property
+  def aligns(self) -> bool:
+    """Whether it changes a text-to-image model that can be compared with the one it started from."""
+    return self.trains == "denoiser" and self.data != "image"
+
+  @property
+  def guidance_scale(self) -> str | None:
+    """The field of the guidance that updates have; None: they have none."""
+    return f"{self.options}.guidance_scale" if self.online else None
+
+
+# ---- How a config makes them ------------------------------------------------------------------------------------
+
+
+def _dpo(config: Config, model: TextToImage, scorer: StepAwareCLIPModel | None) -> Objective:
+  o, total = config.loss, model.schedule.num_train_timesteps
+  if config.timesteps.num_bins > total:
+    raise ValueError(f"config.timesteps.num_bins={config.timesteps.num_bins}; expected at most {total} timesteps.")
+  loss = pairs.denoised_loss(
+    o.name, beta=o.beta, label_smoothing=o.label_smoothing, snr=o.snr, num_train_timesteps=total
+  )
+  return DiffusionDPO(
+    model,
+    loss if o.safeguard is None else pairs.safeguarded(loss, mu=o.safeguard),
+    reference_free=o.name in pairs.REFERENCE_FREE,
+    gamma=config.timesteps.gamma,
+    num_bins=config.timesteps.num_bins,
+    reward_scale=config.timesteps.reward_scale,
+  )
+
+
+def _kto(config: Config, model: TextToImage, scorer: StepAwareCLIPModel | None) -> Objective:
+  return DiffusionKTO(model, beta=config.loss.beta, **config.kto.to_dict())
+
+
+def _spo(config: Config, model: TextToImage, scorer: StepAwareCLIPModel | None) -> Objective:
+  assert scorer is not None
+  o = config.loss
+  loss = pairs.pair_loss(o.name, beta=o.beta, label_smoothing=o.label_smoothing)
+  return SPO(model, scorer, loss, **config.spo.to_dict())
+
+
+def _grpo(config: Config, model: TextToImage, scorer: StepAwareCLIPModel | None) -> Objective:
+  assert scorer is not None
+  return PolicyGradient(model, scorer, **config.grpo.to_dict())
+
+
+def _spm(config: Config, model: TextToImage, scorer: StepAwareCLIPModel | None) -> Objective:
+  assert scorer is not None
+  return PreferenceModel(model, scorer, **config.spm.to_dict())
+
+
+# ---- What their updates are -------------------------------------------------------------------------------------
+
+
+def _of_pairs(config: Config) -> Updates:
+  return Updates(1.0, config.batch_size, 2)
+
+
+def _spo_updates(config: Config) -> Updates:
+  s = config.spo
+  groups = pool_groups(
+    num_steps=s.num_inference_steps,
+    warmup_steps=s.warmup_steps,
+    inner_steps=s.inner_steps,
+    pool_last_step=s.pool_last_step,
+  )
+  shared, separate = len(groups), sum(groups) - len(groups)
+  size = min(s.minibatch, shared * config.batch_size)
+  other = -(-size * separate // shared)
+  sizes = ((shared, size), (separate, other))
+  count = max(-(-of_prompt * config.batch_size // of_update) for of_prompt, of_update in sizes if of_update)
+  return Updates(float(count), size, 1, other, 2)
+
+
+def _grpo_updates(config: Config) -> Updates:
+  g = config.grpo
+  steps = config.batch_size * g.group_size * trained_steps(g.num_inference_steps, g.timestep_fraction)
+  size = min(g.minibatch, steps)
+  return Updates(float(-(-steps // size)), size, 1)
+
+
+# ---- The table --------------------------------------------------------------------------------------------------
+
+_DPO = Method(
+  data="pair",
+  make=_dpo,
+  reference=lambda config: config.loss.name not in pairs.REFERENCE_FREE,
+  images=lambda config: 2,
+  updates=_of_pairs,
+)
+METHODS: dict[str, Method] = {
+  "spo": Method(
+    data="prompt",
+    make=_spo,
+    online=True,
+    scorer=True,
+    options="spo",
+    reference=lambda config: True,
+    updates=_spo_updates,
+  ),
+  "grpo": Method(
+    data="prompt",
+    make=_grpo,
+    online=True,
+    scorer=True,
+    options="grpo",
+    reference=lambda config: bool(config.grpo.kl_coef),
+    images=lambda config: config.grpo.group_size,
+    updates=_grpo_updates,
+  ),
+  "dpo": _DPO,
+  "tdpo": _DPO,
+  "kto": Method(data="liked", make=_kto, reference=lambda config: True),
+  "spm": Method(data="pair", make=_spm, scorer=True, trains="scorer", options="spm", images=lambda config: 2),
+  "denoise": Method(data="image", make=lambda config, model, scorer: Denoising(model)),
+  "autoencode": Method(data="tile", trains="vae"),
+  "contrastive": Method(data="tile", trains="clip"),
+  "classify": Method(data="tile", trains="judge"),
+}
+
+
+def method(config: Config) -> Method:
+  """That of `config.objective`."""
+  return METHODS[config.objective]
+
+
+def of_data(*kinds: str) -> tuple[str, ...]:
+  """Names of the methods whose batches have rows of these kinds."""
+  return tuple(name for name, found in METHODS.items() if found.data in kinds)
+
+
+def make(config: Config, model: TextToImage, scorer: StepAwareCLIPModel | None = None) -> Any:
+  """The objective of a config that trains a text-to-image model, or a preference model with its help."""
+  found = method(config).make
+  assert found is not None, config.objective
+  return found(config, model, scorer)

@@ -1,0 +1,223 @@
+"""Methods that learn from pairs of data: Diffusion-DPO (arXiv 2311.12908), timestep-aware DPO (arXiv 2505.18736),
+others.
+
+`DiffusionDPO` draws a time and noise for each pair and makes the errors of policy and reference a `DenoisedPair`; which
+loss is taken of it is one more function, by name (`denoised_loss`).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpref import diffusion, losses
+from jaxpref.models.text_to_image import TextToImage
+from jaxpref.objectives import noising
+from jaxpref.objectives.base import REWARD_BINS, Batch, Offline, Weights, named_key
+from jaxpref.objectives.sums import Pairs, binned_mean, mean_of
+
+# (reward_w f32[B], reward_l f32[B], weight f32[B] or None) -> f32[B]
+PairLoss = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+
+def pair_loss(name: str, *, beta: float, label_smoothing: float = 0.0, ipo_factor: float = 1.0) -> PairLoss:
+  """A loss on two implicit rewards by the name TRL users know: what `transition_loss` takes.
+
+  Args:
+    ipo_factor: the `factor` of `losses.ipo_loss`; 1 for the log-ratios of `transition_loss`.
+  Raises:
+    ValueError: if the name is unknown.
+  """
+  known: dict[str, PairLoss] = {
+    "sigmoid": lambda w, l, weight: losses.dpo_loss(
+      w, l, beta=beta, weight=weight, label_smoothing=label_smoothing
+    ),
+    "robust": lambda w, l, weight: losses.robust_dpo_loss(
+      w, l, beta=beta, weight=weight, label_smoothing=label_smoothing
+    ),
+    "ipo": lambda w, l, weight: losses.ipo_loss(w, l, beta=beta, weight=weight, factor=ipo_factor),
+    "hinge": lambda w, l, weight: losses.hinge_loss(w, l, beta=beta, weight=weight),
+  }
+  if name not in known:
+    raise ValueError(f"config.loss.name={name!r} is unknown; expected one of {', '.join(known)}.")
+  return known[name]
+
+
+class DenoisedPair(NamedTuple):
+  """What is known of noisy winners and losers at the same timestep, with the same noise.
+
+  Attributes:
+    pred_w, pred_l, ref_pred_w, ref_pred_l: [B,h,w,C] predictions of policy and reference; the reference's are None for
+      losses that have none.
+    target_w, target_l: f32[B,h,w,C] what they should be.
+    err_w, err_l: f32[B] the policy's squared errors, means over h, w, C.
+    reward_w, reward_l: f32[B] `losses.implicit_reward`; without a reference, -err / 2.
+    weight: f32[B] factor on the margin.
+  """
+
+  pred_w: jax.Array
+  pred_l: jax.Array
+  ref_pred_w: jax.Array | None
+  ref_pred_l: jax.Array | None
+  target_w: jax.Array
+  target_l: jax.Array
+  err_w: jax.Array
+  err_l: jax.Array
+  reward_w: jax.Array
+  reward_l: jax.Array
+  weight: jax.Array
+
+
+# DenoisedPair -> f32[B]
+DenoisedLoss = Callable[[DenoisedPair], jax.Array]
+REFERENCE_FREE = ("mapo", "sft")
+
+
+def on_rewards(loss: PairLoss) -> DenoisedLoss:
+  """A loss on two implicit rewards as one on denoised pairs."""
+  return lambda pair: loss(pair.reward_w, pair.reward_l, pair.weight)
+
+
+def safeguarded(loss: DenoisedLoss, *, mu: float) -> DenoisedLoss:
+  """Any loss, with the loser's gradient scaled so that the winner's error does not grow (arXiv 2511.03317).
+
+  Args:
+    mu: share of the winner's own descent to keep, in [0, 1]; see `losses.safeguard_scale`.
+  """
+
+  def safe(pair):
+    scale = losses.safeguard_scale(pair.pred_w, pair.target_w, pair.pred_l, pair.target_l, mu=mu)
+    err_l, reward_l = (losses.scale_gradient(x, scale) for x in (pair.err_l, pair.reward_l))
+    return loss(pair._replace(err_l=err_l, reward_l=reward_l))
+
+  return safe
+
+
+def denoised_loss(
+  name: str, *, beta: float, label_smoothing: float = 0.0, snr: float = 0.5, num_train_timesteps: int = 1000
+) -> DenoisedLoss:
+  """A loss on denoised pairs by its name: those of `pair_loss`, and dspo, mapo and sft, which are not of rewards alone.
+
+  Args:
+    snr, num_train_timesteps: of mapo; the released trainer multiplies its margin by the number of timesteps.
+  Raises:
+    ValueError: if the name is unknown.
+  """
+
+  def dspo(p: DenoisedPair) -> jax.Array:
+    if p.ref_pred_w is None:
+      raise ValueError("dspo compares with the reference's predictions; expected reference_free=False.")
+    return losses.dspo_loss(p.pred_w, p.ref_pred_w, p.target_w, p.reward_w, p.reward_l, beta=beta, weight=p.weight)
+
+  known: dict[str, DenoisedLoss] = {
+    "dspo": dspo,
+    "mapo": lambda p: losses.mapo_loss(p.err_w, p.err_l, beta=beta, snr=snr, weight=num_train_timesteps * p.weight),
+    "sft": lambda p: losses.sft_loss(p.err_w),
+  }
+  if name in known:
+    return known[name]
+  return on_rewards(pair_loss(name, beta=beta, label_smoothing=label_smoothing, ipo_factor=2.0))  # of halves
+
+
+def _split_pair(batch: Batch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  """The winners' and the losers' `pixels` or `moments`, and `time_ids`; a tie, which has neither, keeps its order."""
+  winners, losers = {}, {}
+  for name in ("pixels", "moments", "time_ids"):
+    if f"{name}_0" in batch:
+      of_0, of_1 = batch[f"{name}_0"], batch[f"{name}_1"]
+      first = jnp.expand_dims(batch["label_0"] >= 0.5, tuple(range(1, of_0.ndim)))
+      winners[name], losers[name] = jnp.where(first, of_0, of_1), jnp.where(first, of_1, of_0)
+  return winners, losers
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionDPO(Offline):
+  """Diffusion-DPO (arXiv 2311.12908, Eq. 14); timestep-aware (arXiv 2505.18736) with gamma < 1 and reward_scale.
+
+  `label_0` is the probability that image_0 is preferred; 1/2 is a tie, which does not count. Four UNet forward passes
+  and two backward passes a pair, two forward passes less without a reference. Winner and loser share t, noise and
+  prompt; SDXL's time_ids are each image's own. Accuracy 0.5 where policy and reference agree, and DPO's loss is log 2.
+
+  Attributes:
+    loss_fn: a loss on denoised pairs, see `denoised_loss`.
+    reference_free: for losses that look at no reference; the rewards are -err / 2 then.
+    gamma: t is drawn from Cat(gamma^i) over `num_bins` bins of time, i = 0 the noisiest; 1 is uniform.
+    reward_scale: multiply the margin by lambda(t) in [1, 2].
+  """
+
+  model: TextToImage
+  loss_fn: DenoisedLoss
+  reference_free: bool = False
+  gamma: float = 1.0
+  num_bins: int = 20
+  reward_scale: bool = False
+
+  def timesteps(self, key: jax.Array, size: int) -> jax.Array:
+    return diffusion.sample_timesteps(
+      named_key(key, "t"),
+      size,
+      num_train_timesteps=self.model.schedule.num_train_timesteps,
+      gamma=self.gamma,
+      num_bins=self.num_bins,
+    )
+
+  def loss(
+    self, w: Weights, e: Batch, key: jax.Array, statistics: Pairs | None = None
+  ) -> tuple[jax.Array, jax.Array, Pairs]:
+    model, schedule = self.model, self.model.schedule
+    pair = jax.tree.map(lambda w, l: jnp.concatenate([w, l]), *_split_pair(e))
+    valid = (e["label_0"] != 0.5).astype(jnp.float32)
+    x0 = noising.latents(model, w.base, pair, named_key(key, "posterior"))
+    size = valid.shape[0]
+    t = self.timesteps(key, size)
+    noise = jax.random.normal(named_key(key, "noise"), (size, *x0.shape[1:]))
+    twice = lambda x: jnp.concatenate([x, x])  # noqa: E731
+    x_t = diffusion.add_noise(schedule, x0, twice(noise), twice(t))
+    target = diffusion.training_target(schedule, x0, twice(noise), twice(t))
+    cond = noising.with_time_ids(jax.tree.map(twice, noising.text(model, w.base, e)), pair.get("time_ids"))
+
+    pred = model.predict(w.policy, x_t, twice(t), cond)
+    err = diffusion.squared_error(pred, target)
+    ref_pred_w = ref_pred_l = None
+    ref_err = jnp.zeros_like(err)
+    if not self.reference_free:
+      ref_pred = jax.lax.stop_gradient(model.predict(w.reference, x_t, twice(t), cond))
+      ref_pred_w, ref_pred_l = jnp.split(ref_pred, 2)
+      ref_err = diffusion.squared_error(ref_pred, target)
+    reward_w, reward_l = jnp.split(losses.implicit_reward(err, ref_err), 2)
+    pred_w, pred_l = jnp.split(pred, 2)
+    target_w, target_l = jnp.split(target, 2)
+    err_w, err_l = jnp.split(err, 2)
+    # A soft label, the probability p of the winner, makes the margin's factor 2 p - 1 (arXiv 2409.06691); a hard one 1.
+    weight = jnp.abs(2.0 * e["label_0"] - 1.0)
+    if self.reward_scale:
+      weight = weight * diffusion.timestep_reward_scale(schedule, t)
+    values = self.loss_fn(
+      DenoisedPair(
+        pred_w, pred_l, ref_pred_w, ref_pred_l, target_w, target_l, err_w, err_l, reward_w, reward_l, weight
+      )
+    )
+    margin = reward_w - reward_l
+    bins = {"total": schedule.num_train_timesteps, "bins": REWARD_BINS}
+    metrics = {
+      "implicit_accuracy": mean_of(losses.implicit_accuracy(reward_w, reward_l), valid),
+      "margin": mean_of(margin, valid),
+      "reward_w": mean_of(reward_w, valid),
+      "reward_l": mean_of(reward_l, valid),
+      "error_w": mean_of(err_w, valid),
+      "error_l": mean_of(err_l, valid),
+      "valid_pairs": mean_of(valid, jnp.ones_like(valid)),
+      "margin_bin": binned_mean(margin, valid, t, **bins),
+      "loss_bin": binned_mean(values, valid, t, **bins),
+    }
+    return jnp.sum(jnp.where(valid > 0, values, 0.0)), jnp.sum(valid), metrics
+
+  def divergence(self, w: Weights, batch: Batch, key: jax.Array) -> jax.Array:
+    """Of the winners."""
+    few = noising.first_samples(batch)
+    winners, _ = _split_pair(few)
+    x0 = noising.latents(self.model, w.base, winners, named_key(key, "posterior"))
+    cond = noising.with_time_ids(noising.text(self.model, w.base, few), winners.get("time_ids"))
+    return noising.divergence(self.model, w, noising.Preferred(x0, cond, few["label_0"] != 0.5), key)

@@ -1,0 +1,76 @@
+"""Training a step-aware preference model (arXiv 2406.04314, Section 3.2), which SPO takes its choices from."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxpref import diffusion, losses
+from jaxpref.models.preference import StepAwareCLIPModel
+from jaxpref.models.text_to_image import TextToImage
+from jaxpref.objectives import noising
+from jaxpref.objectives.base import REWARD_BINS, Batch, Offline, Weights, named_key
+from jaxpref.objectives.sums import Pairs, binned_mean, mean_of
+from jaxpref.rewards.step_aware import embed_prompts, score_images
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceModel(Offline):
+  """Trains a step-aware preference model, component `spm` (arXiv 2406.04314, Section 3.2).
+
+  Both images get the same noise at a uniform t; the frozen model makes one guided x0-prediction of each, which is
+  decoded and scored with time t. Two-way cross-entropy, ties pushed to equal scores, each pair weighted by `weight`, or
+  by 1 / num_example_per_prompt.
+
+  Attributes:
+    step_aware: False trains on the images alone, at time 0 and as the VAE gives them back: an ordinary preference
+      model, to compare with.
+    decode_size: pixels a side that predictions are decoded at, see `TextToImage.decode`; 0: those of the images.
+  """
+
+  model: TextToImage
+  scorer: StepAwareCLIPModel
+  guidance_scale: float
+  step_aware: bool = True
+  decode_size: int = 0
+
+  def timesteps(self, key: jax.Array, size: int) -> jax.Array:
+    return noising.uniform_timesteps(self.model, key, size) if self.step_aware else jnp.zeros((size,), jnp.int32)
+
+  def _scored_images(self, w: Weights, batch: Batch, pixels: jax.Array, t2: jax.Array, key: jax.Array) -> jax.Array:
+    """Images f32[2B,H,W,3], the first of all pairs in front: decoded predictions at times t2 i32[2B]."""
+    model, size = self.model, batch["label_0"].shape[0]
+    x0 = model.encode_images(w.base, pixels, named_key(key, "posterior"))
+    if not self.step_aware:
+      return model.decode(w.base, x0, size=self.decode_size)
+    noise = jax.random.normal(named_key(key, "noise"), (size, *x0.shape[1:]))
+    x_t = diffusion.add_noise(model.schedule, x0, jnp.concatenate([noise, noise]), t2)
+    time_ids = jnp.concatenate([batch["time_ids_0"], batch["time_ids_1"]]) if "time_ids_0" in batch else None
+    return noising.decode_prediction(
+      model, w.base, x_t, t2, batch["input_ids"], self.guidance_scale, time_ids, size=self.decode_size
+    )
+
+  def loss(
+    self, w: Weights, e: Batch, key: jax.Array, statistics: Pairs | None = None
+  ) -> tuple[jax.Array, jax.Array, Pairs]:
+    scorer, params = self.scorer, w.policy["spm"]
+    pixels = jnp.concatenate([e["pixels_0"], e["pixels_1"]])
+    t = self.timesteps(key, e["label_0"].shape[0])
+    t2 = jnp.concatenate([t, t])
+    images = jax.lax.stop_gradient(self._scored_images(w, e, pixels, t2, key))
+    # The reference implementation clips here, and not where it scores a rollout, before the resize, too.
+    images = jnp.clip(images, -1.0, 1.0)
+    text = embed_prompts(scorer, params, e["input_ids"])
+    score_0, score_1 = jnp.split(score_images(scorer, params, images, t2, jnp.concatenate([text, text])), 2)
+    values = losses.preference_loss(score_0, score_1, e["label_0"])
+    weights = e["weight"] if "weight" in e else 1.0 / e["num_example_per_prompt"].astype(jnp.float32)
+    decided = weights * (e["label_0"] != 0.5)
+    correct = ((score_0 > score_1) == (e["label_0"] > 0.5)).astype(jnp.float32)
+    bins = {"total": self.model.schedule.num_train_timesteps, "bins": REWARD_BINS}
+    metrics = {
+      "accuracy": mean_of(correct, decided),
+      "accuracy_bin": binned_mean(correct, decided, t, **bins),
+      "loss_bin": binned_mean(values, weights, t, **bins),
+      "score_gap": mean_of(jnp.abs(score_0 - score_1), weights),
+    }
+    return jnp.sum(values * weights), jnp.sum(weights), metrics

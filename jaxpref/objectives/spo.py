@@ -1,0 +1,403 @@
+"""SPO, step-by-step preference optimisation (arXiv 2406.04314): its rollout, its loss, and what it costs."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpref import diffusion, losses
+from jaxpref.diffusion import Schedule
+from jaxpref.models.preference import StepAwareCLIPModel
+from jaxpref.models.text_to_image import Cond, TextToImage, guided, repeat_cond
+from jaxpref.objectives import noising
+from jaxpref.objectives.base import (
+  REWARD_BINS,
+  Batch,
+  Experience,
+  Rows,
+  Weights,
+  named_key,
+  rows_of_prompts,
+)
+from jaxpref.objectives.pairs import PairLoss
+from jaxpref.objectives.sums import Pairs, binned_mean, mean_of
+from jaxpref.rewards.step_aware import embed_prompts, score_images
+from jaxpref.rollout import Predict, rows_at
+
+# (x0 f32[B*m,h,w,C], t i32[B*m]) -> f32[B*m]: scores of predicted clean latents
+Score = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Transitions(NamedTuple):
+  """Pairs of transitions x -> next of winner and loser, G of them a prompt.
+
+  Attributes:
+    x_w, x_l: f32[B,G,h,w,C] where each transition starts.
+    next_w, next_l: f32[B,G,h,w,C] where it ends.
+    t, prev_t: i32[B,G] timesteps of start and end.
+    valid: bool[B,G] whether the pair's gap is above the threshold.
+  """
+
+  x_w: jax.Array
+  x_l: jax.Array
+  next_w: jax.Array
+  next_l: jax.Array
+  t: jax.Array
+  prev_t: jax.Array
+  valid: jax.Array
+
+
+class PoolRollout(NamedTuple):
+  """What one SPO rollout leaves behind.
+
+  Attributes:
+    shared: transitions whose winner and loser start from the same latent (x_w is x_l).
+    separate: the later transitions of a group, which do not; none where all groups are single steps.
+    latents: f32[B,h,w,C] the final latents of the path that was followed.
+    scores: f32[B,G,k] of all candidates, by group.
+    score_t: i32[G] the time condition of each group's scores.
+  """
+
+  shared: Transitions
+  separate: Transitions
+  latents: jax.Array
+  scores: jax.Array
+  score_t: jax.Array
+
+
+def pool_calls(*, num_steps: int, warmup_steps: int, pool_size: int) -> int:
+  """UNet calls (each guided) a prompt: warmup_steps + 1 single ones, then pool_size for every further step."""
+  return warmup_steps + 1 + (num_steps - warmup_steps - 1) * pool_size
+
+
+def pool_groups(*, num_steps: int, warmup_steps: int, inner_steps: int, pool_last_step: bool = False) -> list[int]:
+  """The length of each of `pool_rollout`'s groups, whose first transition winner and loser start from one latent."""
+  length = inner_steps + 1
+  groups = [length] * ((num_steps - warmup_steps) // length)
+  return groups if length > 1 or pool_last_step else [*groups[:-2], 2]
+
+
+def pool_rollout(
+  predict: Predict,
+  score: Score,
+  schedule: Schedule,
+  x: jax.Array,
+  key: jax.Array,
+  *,
+  num_steps: int,
+  eta: float,
+  warmup_steps: int,
+  pool_size: int,
+  inner_steps: int,
+  threshold: float,
+  next_latent: str = "random",
+  pool_last_step: bool = False,
+) -> PoolRollout:
+  """SPO's rollout (arXiv 2406.04314, Algorithm 1), costing `pool_calls` guided UNet calls a prompt.
+
+  After `warmup_steps` ordinary steps, every group of j = inner_steps + 1 steps draws `pool_size` candidates from one
+  shared latent; each runs j steps on its own, is scored on its decoded x0-prediction with the timestep it has
+  reached, and best and worst form a pair. The call that predicts x0 for the score is the one that denoises next.
+  One member of the pool, at random, is where the next group starts. What the last group makes are images, scored with
+  time 0.
+
+  Args:
+    x: f32[B,h,w,C] standard normal latents.
+    threshold: a pair is valid if softmax([s_w, s_l])_w - softmax([s_w, s_l])_l exceeds it.
+    next_latent: "random" (the paper), "winner" or "loser".
+    pool_last_step: for j = 1 alone: True draws a pool in the last step, too, as published for Stable Diffusion 1.5;
+      else the last two steps are one group, so that no image is chosen by its last noise alone. The calls are the same.
+  """
+  batch, shape, k, length = x.shape[0], x.shape[1:], pool_size, inner_steps + 1
+  t = jnp.asarray(diffusion.ddim_timesteps(schedule, num_steps))
+  # The last step goes to abar_0 rather than to 1, so that its std is positive, as in the reference implementation.
+  prev_t = jnp.append(t[1:], jnp.asarray(diffusion.ddim_prev_timesteps(schedule, num_steps, clamp_last=True))[-1])
+
+  def call(x, t):  # x [B*m,h,w,C], t scalar
+    return predict(x, rows_at(t, x.shape[0]))
+
+  def draw(pred, x, t, prev_t, key, repeats=1):
+    n = x.shape[0]
+    mean, std = diffusion.ddim_mean_std(schedule, pred, x, rows_at(t, n), rows_at(prev_t, n), eta=eta)
+    mean, std = jnp.repeat(mean, repeats, axis=0), jnp.repeat(std, repeats, axis=0)
+    return mean + std[:, None, None, None] * jax.random.normal(key, mean.shape)
+
+  def walk(x, ts, prev_ts, key):
+    """Steps from x at ts[0] on, one `call` each: latents and predictions [n,N,...] at ts[0], ..., ts[n-1].
+
+    A draw follows every call, the last one too, whose result is dropped: so one call is compiled, in a scan.
+    """
+
+    def one(x, inputs):
+      t, prev_t, key = inputs
+      pred = call(x, t)
+      return draw(pred, x, t, prev_t, key), (x, pred)
+
+    end, (xs, preds) = jax.lax.scan(one, x, (ts, prev_ts, jax.random.split(key, ts.shape[0])))
+    return xs, preds, end
+
+  key_warmup, key_groups, key_last = jax.random.split(key, 3)
+  first = slice(0, warmup_steps + 1)
+  xs, preds, _ = walk(x, t[first], prev_t[first], key_warmup)
+  x, pred = xs[-1], preds[-1]
+
+  def pool(x, pred, ts, prev_ts, key, end_t):
+    """Candidates from x [B,...]: path [j,B*k,...] at the ends of their steps, and the prediction at the last."""
+    key_draw, key_walk = jax.random.split(key)
+    members = draw(pred, x, ts[0], prev_ts[0], key_draw, repeats=k)
+    # Walked on from prev_ts[0]; the step after the group is drawn too, and dropped.
+    xs, preds, _ = walk(members, jnp.append(ts[1:], end_t), jnp.append(prev_ts[1:], end_t), key_walk)
+    return xs, preds[-1]
+
+  def of_pool(values, index):
+    """Of each pool the candidate at its index: [B*k,...] -> [B,...]; each device finds those of its own prompts."""
+    return jax.vmap(lambda pool, i: pool[i])(values.reshape(batch, k, *shape), index)
+
+  def choose(x, path, scores, ts, prev_ts):
+    """Transitions of best and worst: x [B,...] and path [j,B*k,...] -> fields [B,j,...]."""
+    best, worst, valid = losses.select_pair(scores, threshold=threshold)
+    j = path.shape[0]
+
+    def pick(index):
+      members = jax.vmap(lambda values: of_pool(values, index))(path)
+      return jnp.moveaxis(jnp.concatenate([x[None], members]), 0, 1)  # [B,j+1,h,w,C]
+
+    w, l = pick(best), pick(worst)
+    rows = lambda v: jnp.broadcast_to(v[None], (batch, j))  # noqa: E731
+    return Transitions(
+      w[:, :-1], l[:, :-1], w[:, 1:], l[:, 1:], rows(ts), rows(prev_ts), jnp.broadcast_to(valid[:, None], (batch, j))
+    )
+
+  def member(values, scores, key):
+    """The candidate to continue from: [B*k,...] -> [B,...]."""
+    if next_latent == "random":
+      index = jax.random.randint(key, (batch,), 0, k)
+    else:
+      index = jnp.argmax(scores, axis=1) if next_latent == "winner" else jnp.argmin(scores, axis=1)
+    return of_pool(values, index)
+
+  def group(carry, inputs):
+    x, pred = carry
+    ts, prev_ts, key = inputs
+    key_path, key_member = jax.random.split(key)
+    path, end_pred = pool(x, pred, ts, prev_ts, key_path, prev_ts[-1])
+    end_t = rows_at(prev_ts[-1], batch * k)
+    scores = score(diffusion.to_x0(schedule, end_pred, path[-1], end_t), end_t).reshape(batch, k)
+    pairs = choose(x, path, scores, ts, prev_ts)
+    carry = (member(path[-1], scores, key_member), member(end_pred, scores, key_member))
+    return carry, (pairs, scores, prev_ts[-1])
+
+  *groups, last_length = pool_groups(
+    num_steps=num_steps, warmup_steps=warmup_steps, inner_steps=inner_steps, pool_last_step=pool_last_step
+  )
+  num_groups = len(groups)
+  middle = slice(warmup_steps, num_steps - last_length)
+  grouped = lambda v: v[middle].reshape(num_groups, length)  # noqa: E731
+  (x, pred), (pairs, scores, score_t) = jax.lax.scan(
+    group, (x, pred), (grouped(t), grouped(prev_t), jax.random.split(key_groups, num_groups))
+  )
+
+  key_path, key_member = jax.random.split(key_last)
+  ts, prev_ts = t[-last_length:], prev_t[-last_length:]
+  key_draw, key_walk = jax.random.split(key_path)
+  members = draw(pred, x, ts[0], prev_ts[0], key_draw, repeats=k)
+  xs, _, end = walk(members, ts[1:], prev_ts[1:], key_walk)
+  path = jnp.concatenate([xs, end[None]])
+  last_scores = score(path[-1], rows_at(0, batch * k)).reshape(batch, k)
+  last_pairs = choose(x, path, last_scores, ts, prev_ts)
+  latents = member(path[-1], last_scores, key_member)
+
+  # Groups were stacked in front: [G,B,j,...] -> [B,G,j,...]; then the first step of each, and the others.
+  pairs = jax.tree.map(lambda v: jnp.moveaxis(v, 0, 1), pairs)
+  first = jax.tree.map(lambda v, e: jnp.concatenate([v[:, :, 0], e[:, :1]], axis=1), pairs, last_pairs)
+  rest = jax.tree.map(
+    lambda v, e: jnp.concatenate(
+      [v[:, :, 1:].reshape(batch, num_groups * (length - 1), *v.shape[3:]), e[:, 1:]], axis=1
+    ),
+    pairs,
+    last_pairs,
+  )
+  return PoolRollout(
+    shared=first,
+    separate=rest,
+    latents=latents,
+    scores=jnp.concatenate([jnp.moveaxis(scores, 0, 1), last_scores[:, None]], axis=1),
+    score_t=jnp.concatenate([score_t, jnp.zeros((1,), jnp.int32)]),
+  )
+
+
+def transition_loss(
+  model: TextToImage,
+  loss_fn: PairLoss,
+  weights: Any,
+  ref_weights: Any,
+  shared: Rows,
+  separate: Rows,
+  cond: Cond,
+  uncond: Cond,
+  *,
+  eta: float,
+  guidance_scale: float,
+  ratio_clip: float,
+) -> tuple[jax.Array, jax.Array, Pairs]:
+  """SPO's loss of one minibatch of transitions (arXiv 2406.04314, Eq. 8), log 2 where policy and reference agree.
+
+  Log-probabilities are means over H, W, C of the DDIM transition's Gaussian; guidance acts on policy and reference
+  alike. A transition pair that shares its start takes one UNet call of each, a separate one takes two.
+
+  Args:
+    shared, separate: `Transitions` with fields [N,...], and a mask f32[N].
+    cond: conditioning of all prompts of the rollout, one row a prompt.
+  Returns:
+    (sum of losses, count, metric pairs).
+  """
+  schedule = model.schedule
+  first, first_prompt, first_mask = shared
+  later, later_prompt, later_mask = separate
+  n = first_mask.shape[0]
+  join = lambda *parts: jnp.concatenate(parts)  # noqa: E731
+  x = join(first.x_w, later.x_w, later.x_l)
+  t, prev_t = join(first.t, later.t, later.t), join(first.prev_t, later.prev_t, later.prev_t)
+  rows = jax.tree.map(lambda c: c[join(first_prompt, later_prompt, later_prompt)], cond)
+
+  def log_probs(weights):
+    predict = guided(lambda x, t, c: model.predict(weights, x, t, c), uncond, guidance_scale)
+    mean, std = diffusion.ddim_mean_std(schedule, predict(x, t, rows), x, t, prev_t, eta=eta)
+    # Rows: n shared, then the winners' and the losers' separate ones.
+    m, s = (jnp.split(v, [n, n + later_mask.shape[0]]) for v in (mean, std))
+    log_prob = diffusion.gaussian_log_prob
+    return (
+      join(log_prob(first.next_w, m[0], s[0]), log_prob(later.next_w, m[1], s[1])),
+      join(log_prob(first.next_l, m[0], s[0]), log_prob(later.next_l, m[2], s[2])),
+    )
+
+  logp_w, logp_l = log_probs(weights)
+  ref_w, ref_l = jax.lax.stop_gradient(log_probs(ref_weights))
+  reward_w = losses.clipped_log_ratio(logp_w, ref_w, eps=ratio_clip)
+  reward_l = losses.clipped_log_ratio(logp_l, ref_l, eps=ratio_clip)
+  mask = join(first_mask, later_mask)
+  margin = reward_w - reward_l
+  values = loss_fn(reward_w, reward_l, None)
+  times = join(first.t, later.t)
+  metrics = {
+    "implicit_accuracy": mean_of(losses.implicit_accuracy(reward_w, reward_l), mask),
+    "margin": mean_of(margin, mask),
+    "loss_bin": binned_mean(values, mask, times, total=schedule.num_train_timesteps, bins=REWARD_BINS),
+  }
+  return jnp.sum(jnp.where(mask > 0, values, 0.0)), jnp.sum(mask), metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class SPO:
+  """One iteration of SPO (arXiv 2406.04314): rollout, scoring, pair selection and updates, without a host round trip.
+
+  All valid transitions of the batch are shuffled and spread evenly over ceil(valid / minibatch) updates; invalid ones
+  cost nothing. Winner and loser transitions that start from one latent share one policy pass and one reference pass.
+
+  Attributes:
+    scorer: the step-aware preference model, component `spm`.
+    pair_loss: on the log of the clipped ratios; the paper's is the sigmoid loss with beta 10.
+    step_aware: False tells the preference model time 0 at every step, as one that knows clean images only wants it.
+    decode_size: pixels a side at which predictions are decoded for the preference model, see `TextToImage.decode`;
+      0: those of the images.
+    minibatch: transitions with a shared start in one update; those without come in proportion.
+    others: as of `pool_rollout` and `transition_loss`.
+  """
+
+  model: TextToImage
+  scorer: StepAwareCLIPModel
+  pair_loss: PairLoss
+  num_inference_steps: int
+  eta: float
+  guidance_scale: float
+  warmup_steps: int
+  pool_size: int
+  inner_steps: int
+  threshold: float
+  next_latent: str
+  ratio_clip: float
+  minibatch: int
+  pool_last_step: bool = False
+  step_aware: bool = True
+  decode_size: int = 0
+  kinds = ("shuffle_shared", "shuffle_separate")
+
+  def experience(self, w: Weights, batch: Batch, key: jax.Array) -> tuple[Experience, dict[str, jax.Array]]:
+    """Pairs of transitions, of those that share their start and of the others."""
+    model, scorer = self.model, self.scorer
+    prompts = batch["input_ids"].shape[0]
+    cond = model.encode_text(w.base, batch["input_ids"])
+    uncond = model.encode_empty(w.base, 1)
+    text = embed_prompts(scorer, w.base["spm"], batch["input_ids"])
+    eps = guided(lambda x, t, c: model.predict(w.policy, x, t, c), uncond, self.guidance_scale)
+
+    def predict(x, t):
+      return eps(x, t, repeat_cond(cond, x.shape[0] // prompts))
+
+    def score(x0, t):
+      rows = repeat_cond({"text": text}, x0.shape[0] // prompts)["text"]
+      images = model.decode(w.base, x0, size=self.decode_size)
+      return score_images(scorer, w.base["spm"], images, t if self.step_aware else jnp.zeros_like(t), rows)
+
+    drawn = pool_rollout(
+      predict,
+      score,
+      model.schedule,
+      jax.random.normal(named_key(key, "x_T"), (prompts, *model.latent_shape)),
+      named_key(key, "rollout"),
+      num_steps=self.num_inference_steps,
+      eta=self.eta,
+      warmup_steps=self.warmup_steps,
+      pool_size=self.pool_size,
+      inner_steps=self.inner_steps,
+      threshold=self.threshold,
+      next_latent=self.next_latent,
+      pool_last_step=self.pool_last_step,
+    )
+    drawn = jax.lax.stop_gradient(drawn)
+    kinds = tuple(rows_of_prompts(t, t.valid) for t in (drawn.shared, drawn.separate))
+    ends = drawn.separate if drawn.separate.valid.shape[1] else drawn.shared
+    return Experience(kinds, (cond, uncond), ends.next_w[:, -1]), {
+      "valid_pairs": jnp.mean(drawn.shared.valid.astype(jnp.float32)),
+      "reward": jnp.mean(drawn.scores[:, -1]),
+      "reward_group": jnp.mean(drawn.scores, axis=(0, 2)),
+      "score_gap": jnp.mean(jnp.max(drawn.scores, axis=2) - jnp.min(drawn.scores, axis=2)),
+    }
+
+  def update_rows(self, rows: int) -> int:
+    return min(self.minibatch, rows)
+
+  def statistics(self, w: Weights, batch: Batch, key: jax.Array) -> None:
+    return None
+
+  def loss(
+    self, w: Weights, e: Experience, key: jax.Array, statistics: Pairs | None = None
+  ) -> tuple[jax.Array, jax.Array, Pairs]:
+    """`transition_loss` of a minibatch; it draws nothing."""
+    (shared, separate), (cond, uncond) = e.kinds, e.context
+    return transition_loss(
+      self.model,
+      self.pair_loss,
+      w.policy,
+      w.reference,
+      shared,
+      separate,
+      cond,
+      uncond,
+      eta=self.eta,
+      guidance_scale=self.guidance_scale,
+      ratio_clip=self.ratio_clip,
+    )
+
+  def empty_loss(self) -> jax.Array:
+    """That of an undecided pair: an iteration without any valid pair changes nothing."""
+    return self.pair_loss(jnp.zeros(1), jnp.zeros(1), None)[0]
+
+  def divergence(self, w: Weights, batch: Batch, key: jax.Array) -> jax.Array:
+    """Of the last winners of the prompts' rollouts."""
+    return noising.divergence_of_samples(self.model, w, batch, key)
+
+  def timesteps(self, key: jax.Array, size: int) -> None:
+    return None

@@ -1,0 +1,37 @@
+"""The step-aware preference model as a reward: images at any time of the process, scored against their prompts."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpref.models.preference import StepAwareCLIPModel, preprocess
+from jaxpref.models.vae import to_float
+
+
+def embed_prompts(scorer: StepAwareCLIPModel, params: Any, input_ids: jax.Array) -> jax.Array:
+  """Unit vectors f32[B, P] of prompts; they depend on nothing else and are computed once a batch.
+
+  Of the ids of two tokenizers the first are taken: CLIP's, whatever pads them, since the text tower is causal and pools
+  at the end of the text.
+  """
+  ids = input_ids[:, : scorer.config.text_config.max_position_embeddings]
+  return scorer.apply({"params": params}, ids, method="text_embeds")
+
+
+def score_images(
+  scorer: StepAwareCLIPModel, params: Any, images: jax.Array, t: jax.Array, text_embeds: jax.Array
+) -> jax.Array:
+  """Scores f32[N] = exp(logit_scale) cos(image, text) of images f32[N,H,W,3] in [-1, 1] at times t i32[N].
+
+  Predictions that overshoot are clipped after the resize to the scorer's size, see `preprocess`.
+  """
+  pixels = preprocess(images, scorer.config.vision_config.image_size)
+  image_embeds = scorer.apply({"params": params}, pixels, t, method="image_embeds")
+  return scorer.apply({"params": params}, image_embeds, text_embeds, method="score")
+
+
+def score_pictures(scorer: StepAwareCLIPModel, weights: Any, input_ids: jax.Array, images: jax.Array) -> jax.Array:
+  """Scores f32[N] of finished images u8[N,H,W,3], at time 0, by component `spm` of the weights."""
+  text = embed_prompts(scorer, weights["spm"], input_ids)
+  return score_images(scorer, weights["spm"], to_float(images), jnp.zeros(len(images), jnp.int32), text)
