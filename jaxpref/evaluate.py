@@ -26,10 +26,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from jaxpref import arguments, sample
+from jaxpref import arguments
 from jaxpref.data import emoji, lease, paths, prompt_sets
 from jaxpref.devices import distributed, sharding
-from jaxpref.evaluation import comparison, drawing
+from jaxpref.evaluation import comparison, drawing, settings
 from jaxpref.evaluation import folder as evaluation_folder
 from jaxpref.files import loading, lora_files
 from jaxpref.rewards import published
@@ -89,7 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
   add("--diversity", default=None, help="CLIP for the distance among a prompt's pictures (default: one of --scorers)")
   add("--preferred_style", default="openmoji", help="that the judge looks for (default: %(default)s)")
   add("--score_batch_size", type=int, default=32, help="pictures scored at a time (default: %(default)s)")
-  sample.add_arguments(parser)
+  settings.add_arguments(parser)
   add("--pictures", type=int, default=12, help="in each section of report.html (default: %(default)s)")
   add(
     "--geneval_layout",
@@ -132,7 +132,7 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Model], list[prompt_sets.
   Raises:
     ValueError, FileNotFoundError: one sentence: argument, value, what was expected.
   """
-  sample.check_settings(args)
+  settings.check(args)
   for name in ("score_batch_size", "pictures"):
     if getattr(args, name) < 1:
       raise ValueError(f"--{name}={getattr(args, name)}; expected at least 1.")
@@ -294,7 +294,7 @@ def check_sizes(
   """
   found = {}
   for name, (source, _) in models.items():
-    pipe = loading.load_text_to_image(sample.model_folder(source), dtype="float32", components=())
+    pipe = loading.load_text_to_image(settings.model_folder(source), dtype="float32", components=())
     model = loading.text_to_image(pipe)
     found[name] = [height or model.image_size, width or model.image_size]
   first = next(iter(found))
@@ -328,7 +328,7 @@ def draw_missing(
     missing = mine[~np.asarray(list(pool.map(evaluation_folder.is_whole, [files[i] for i in mine])), bool)]
   if not missing.size:
     return
-  module, params, tokenize = sample.load(*model, args, mesh)
+  module, params, tokenize = settings.load(*model, args, mesh)
   if missing.size < mine.size:
     print(f"{name}: {mine.size - missing.size} of {mine.size} pictures are there", file=sys.stderr)
   batches = drawing.draw(
@@ -339,7 +339,7 @@ def draw_missing(
     progress=f"{name}: {len(prompts)} prompts x {args.seeds} seeds" if jax.process_index() == 0 else None,
     mesh=mesh,
     numbers=missing,
-    **sample.settings(args, module, tokenize),
+    **settings.of_draw(args, module, tokenize),
   )
   evaluation_folder.forget_scores(folder, name)  # of the pictures before
   with paths.cannot_be_written(folder):

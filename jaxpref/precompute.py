@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -139,7 +138,8 @@ def _run(
   images_per_row = (2 if plan["kind"] == "pairs" else 1) * (2 if config.data.flip else 1)
   rows_at_a_time = max(1, batch_size * mesh.size // images_per_row)
   params = jax.device_put(pipe.params, everywhere)
-  encode_images = _encoder(functools.partial(stored_moments, model), params, mesh, rows_at_a_time * images_per_row)
+  encode = functools.partial(inputs.stored_moments, model)
+  encode_images = _encoder(encode, params, mesh, rows_at_a_time * images_per_row)
   size = data.num_records * images_per_row * 2 * int(np.prod(model.latent_shape)) * np.dtype(latents.DTYPE).itemsize
   _say(f"{data.num_records} rows, {images_per_row} images each: {size / GIB:.1f} GiB in {num_files} files, and prompts")
   places = {i: range(i * rows_per_file, min((i + 1) * rows_per_file, data.num_records)) for i in mine}
@@ -170,7 +170,7 @@ def _run(
   keys, input_ids = latents.different_prompts(folder, names)
   num_files = -(-len(keys) // rows_per_file)
   prompts = [latents.file_name("prompts", i, num_files) for i in range(num_files)]
-  encode_text = _encoder(functools.partial(stored_text, model), params, mesh, batch_size * mesh.size)
+  encode_text = _encoder(functools.partial(inputs.stored_text, model), params, mesh, batch_size * mesh.size)
   mine = [i for i in range(index, num_files, count)] if together else list(range(num_files))
   with tqdm(total=len(mine), desc="prompts", unit=" files", disable=index != 0) as bar:
     for i in mine:
@@ -240,20 +240,6 @@ def _open_data(config: ConfigDict, model: TextToImage, tokenize: batching.Tokeni
   with config.unlocked():
     config.batch_size = jax.process_count()  # the least: no batch is asked for
   return inputs.offline_batches(config, model.image_size, tokenize)
-
-
-def stored_moments(model: TextToImage, params: Any, images: jax.Array) -> jax.Array:
-  """f16[B, h, w, 2C] of images u8[B, H, W, 3], as they are stored."""
-  return jnp.concatenate(model.encode_moments(params, images), axis=-1).astype(latents.DTYPE)
-
-
-def stored_text(model: TextToImage, params: Any, input_ids: jax.Array) -> dict[str, jax.Array]:
-  """encoder_hidden_states f16[B, L, D] and, of SDXL, text_embeds f16[B, E] of prompts i32[B, L], as they are stored."""
-  cond = model.encode_text(params, input_ids)
-  fields = {"encoder_hidden_states": cond["encoder_hidden_states"]}
-  if "added_cond_kwargs" in cond:
-    fields["text_embeds"] = cond["added_cond_kwargs"]["text_embeds"]
-  return jax.tree.map(lambda x: x.astype(latents.DTYPE), fields)
 
 
 def _encoder(apply: Callable[..., Any], params: Any, mesh: jax.sharding.Mesh, rows: int) -> Encode:

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from jaxpref import sample
-from jaxpref.evaluation import drawing, report
+from jaxpref.evaluation import drawing, report, settings
 from jaxpref.files import loading, lora_files, pipelines
 from jaxpref.models import lora, presets
 from tests import QUICK_FLAGS
@@ -137,14 +137,14 @@ def test_a_table_alone_with_a_lora_file_and_another_seed(drawn, few, pipe, tmp_p
 
 
 def test_a_run_stands_for_its_export(tmp_path):
-  assert sample.model_folder("organisation/model") == "organisation/model"
-  assert sample.model_folder(str(tmp_path)) == str(tmp_path)
+  assert settings.model_folder("organisation/model") == "organisation/model"
+  assert settings.model_folder(str(tmp_path)) == str(tmp_path)
   (tmp_path / "config.json").write_text("{}")
   (tmp_path / "checkpoints").mkdir()
   with pytest.raises(ValueError, match="is a run without export/, .* python -m jaxpref.export"):
-    sample.model_folder(str(tmp_path))
+    settings.model_folder(str(tmp_path))
   (tmp_path / "export").mkdir()
-  assert sample.model_folder(str(tmp_path)) == str(tmp_path / "export")
+  assert settings.model_folder(str(tmp_path)) == str(tmp_path / "export")
 
 
 @pytest.mark.parametrize(

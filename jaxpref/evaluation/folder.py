@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 import jaxpref
-from jaxpref import sample
 from jaxpref.data import lease, paths, prompt_sets
+from jaxpref.evaluation.settings import model_folder
 from jaxpref.files import loading, lora_files, pipelines, tensor_files
 
 PACKAGES = ("jax", "flax", "numpy", "transformers", "pillow")
@@ -182,7 +182,7 @@ def fingerprint(source: str, loras: Sequence[lora_files.LoraFile]) -> str:
   strengths = "" if plain else "".join(f":{strength:g}" for _, strength in loras)
   if source.partition(":")[0] in ("random", "zeros"):
     return source + "".join(f"+{_fingerprint([file])}" for file, _ in loras) + strengths
-  folder = pipelines.resolve_folder(loading.folder_of(sample.model_folder(source)), "*/*.safetensors")
+  folder = pipelines.resolve_folder(loading.folder_of(model_folder(source)), "*/*.safetensors")
   parts = [folder / name for name in pipelines.NETWORKS if (folder / name).is_dir()]
   files = [f for part in parts for f in tensor_files.weight_files(part)]
   return _fingerprint([*files, *(file for file, _ in loras)]) + strengths

@@ -13,13 +13,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
-from jaxpref import precompute
 from jaxpref.devices import sharding
 from jaxpref.files import pipelines
 from jaxpref.models import presets
 from jaxpref.models.text_to_image import is_guided
 from jaxpref.objectives import catalog
-from jaxpref.training import build, loop
+from jaxpref.training import build, inputs, loop
 
 # Published models whose shapes are known without their files.
 PUBLISHED = {
@@ -100,11 +99,11 @@ def _precomputed(config: ConfigDict, experiment: build.Experiment, batch: Mappin
   whole = config.copy_and_resolve_references()
   whole.data.source = "emoji"
   encoders = _build(whole, 1)[2]
-  stored = functools.partial(jax.eval_shape, functools.partial(precompute.stored_moments, experiment.model), encoders)
+  stored = functools.partial(jax.eval_shape, functools.partial(inputs.stored_moments, experiment.model), encoders)
   found: dict[str, Any] = {}
   for key, value in batch.items():
     if key == "input_ids":
-      found |= jax.eval_shape(functools.partial(precompute.stored_text, experiment.model), encoders, value)
+      found |= jax.eval_shape(functools.partial(inputs.stored_text, experiment.model), encoders, value)
     elif key.startswith("pixels"):
       found[key.replace("pixels", "moments")] = stored(value)
     else:

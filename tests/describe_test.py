@@ -1,4 +1,4 @@
-"""`python -m jaxpref.data.describe`: its numbers by hand, its picture by colours, its sentences on wrong input."""
+"""`python -m jaxpref.describe`: its numbers by hand, its picture by colours, its sentences on wrong input."""
 
 import io
 import json
@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 import jaxpref
-from jaxpref.data import describe, emoji, emoji_pairs, sources
+from jaxpref import describe
+from jaxpref.data import emoji, emoji_pairs, sources
 from jaxpref.data import index as index_lib
 
 
