@@ -8,6 +8,7 @@ import math
 import pathlib
 import re
 import sys
+import traceback
 from typing import Any
 
 import ml_collections
@@ -15,6 +16,11 @@ from absl import flags
 from ml_collections.config_dict import placeholder
 
 REMAT = ("none", "attention", "block", "full")
+OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
+SCHEDULES = ("constant", "linear", "cosine")
+STYLES = ("twemoji", "noto", "openmoji")  # of the embedded emoji
+SPLITS = ("train", "validation", "test")
+MAX_SEED = 2**32 - 1  # of Grain
 OBJECTIVES = ("spo", "grpo", "dpo", "tdpo", "kto", "spm", "denoise", "autoencode", "contrastive", "classify")
 ONLINE = ("spo", "grpo")  # these draw what they learn from
 ALIGNMENT = (*ONLINE, "dpo", "tdpo", "kto")  # these have a base model and may have a reference
@@ -272,7 +278,15 @@ def check(config: ml_collections.ConfigDict) -> None:
   one_of("data.ranking_pairs", ("all", "winner"))
   one_of("data.ties", ("drop", "keep", "soft"))
   one_of("data.subset", ("core", "all"))
-  one_of("evaluation.split", ("train", "validation", "test"))
+  one_of("data.preferred_style", STYLES)
+  if config.data.source in ("emoji", "prompts", "pairs_file", "rankings", "unpaired_file"):
+    one_of("data.split", (*SPLITS, "all"))
+  one_of("evaluation.split", SPLITS)
+  one_of("optimizer.name", OPTIMIZERS)
+  one_of("optimizer.schedule", SCHEDULES)
+  require(
+    isinstance(config.seed, int) and 0 <= config.seed <= MAX_SEED, "seed", f"an integer from 0 to {MAX_SEED} (2^32 - 1)"
+  )
   one_of("reference.mode", ("frozen", "update"))
   one_of("reference.on_diverge", ("freeze", "reinit"))
   one_of("spo.next_latent", ("random", "winner", "loser"))
@@ -294,12 +308,26 @@ def check(config: ml_collections.ConfigDict) -> None:
   for section in ("spo", "grpo", "spm", "evaluation"):
     scale = config[section].guidance_scale
     require(0.0 <= scale < math.inf, f"{section}.guidance_scale", "a number of at least 0 (up to 1: no guidance)")
+  for section in ("spo", "spm"):
+    size = config[section].decode_size
+    require(isinstance(size, int) and size >= 0, f"{section}.decode_size", "0 (the images' own size) or pixels a side")
+  for field in (
+    "kto.weight_desirable",
+    "kto.weight_undesirable",
+    "vae.kl_weight",
+    "vae.gradient_weight",
+    "grpo.kl_coef",
+    "optimizer.weight_decay",
+    "optimizer.clip_norm",
+  ):
+    section, name = field.split(".")
+    require(0.0 <= config[section][name] < math.inf, field, "a number of at least 0")
   require(0.0 < config.reference.alpha <= 1.0, "reference.alpha", "a number in (0, 1]")
   require(0.0 <= config.reference.rho < 1.0, "reference.rho", "a number in [0, 1)")
   require(config.reference.delta >= 0.0, "reference.delta", "a divergence of at least 0")
   require(config.reference.tau >= 1, "reference.tau", "an integer of at least 1")
   require(0.0 <= config.reference.decay < 1.0, "reference.decay", "a number in [0, 1)")
-  require(config.loss.beta > 0, "loss.beta", "a number above 0")
+  require(0.0 < config.loss.beta < math.inf, "loss.beta", "a number above 0")
   require(0.0 <= config.loss.label_smoothing < 0.5, "loss.label_smoothing", "a number in [0, 0.5)")
   offline = config.objective in ("dpo", "tdpo")
   pairwise = ("sigmoid", "robust", "ipo", "hinge")
@@ -316,7 +344,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   # The default of 5000 is for the margin of errors; these count it in units of the error itself.
   require(config.loss.name != "mapo" or config.loss.beta <= 10.0, "loss.beta", "at most 10 for mapo; published: 0.1")
   require(config.loss.name != "dspo" or config.loss.beta < 2.0, "loss.beta", "below 2 for dspo; published: 0.001")
-  require(config.loss.snr > 0, "loss.snr", "a number above 0")
+  require(0.0 < config.loss.snr < math.inf, "loss.snr", "a number above 0")
   mu = config.loss.safeguard
   require(mu is None or 0.0 <= mu <= 1.0, "loss.safeguard", "None or a number in [0, 1]")
   require(mu is None or offline, "loss.safeguard", f"None for {config.objective}: it is for dpo and tdpo")
@@ -354,8 +382,6 @@ def check(config: ml_collections.ConfigDict) -> None:
     require(0.0 <= config.optimizer[field] < 1.0, f"optimizer.{field}", "a number in [0, 1)")
   require(config.optimizer.eps > 0.0, "optimizer.eps", "a number above 0")
   require(config.optimizer.warmup_steps >= 0, "optimizer.warmup_steps", "an integer of at least 0")
-  require(config.optimizer.weight_decay >= 0.0, "optimizer.weight_decay", "a number of at least 0")
-  require(config.optimizer.clip_norm >= 0.0, "optimizer.clip_norm", "0 (no clipping) or the largest norm")
   require(
     not config.train_text_encoder
     or (config.objective == "denoise" and not config.lora.rank and not config.lora.init_from),
@@ -431,7 +457,6 @@ def check(config: ml_collections.ConfigDict) -> None:
     require(g.advantage_clip > 0.0, "grpo.advantage_clip", "a number above 0")
     require(0.0 < g.timestep_fraction <= 1.0, "grpo.timestep_fraction", "a share in (0, 1]")
     require(0.0 < g.ratio_clip < 1.0, "grpo.ratio_clip", "a number in (0, 1)")
-    require(g.kl_coef >= 0.0, "grpo.kl_coef", "a number of at least 0")
     require(g.minibatch >= 1, "grpo.minibatch", "at least 1 step")
     moves = config.reference.mode == "update"
     require(g.kl_coef > 0.0 or not moves, "reference.mode", "frozen, as grpo.kl_coef is 0 and nothing looks at it")
@@ -441,8 +466,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 def _check_arguments(argv: list[str]) -> None:
   """Answers recipes that are not there and misspelt fields before absl does, which shows a traceback."""
   options = [a.lstrip("-") for a in argv[1:] if a.startswith("-")]
-  recipes = [o.partition("=")[2] for o in options if o.startswith("config=")]
-  for recipe in recipes:
+  for recipe in _recipes(argv):
     file = recipe.partition(":")[0]
     if not pathlib.Path(file).is_file():
       raise ValueError(f"--config={recipe}: there is no file {file}; give a recipe such as configs/spo_tiny.py.")
@@ -467,10 +491,59 @@ def parse_flags(argv: list[str]) -> list[str]:
   """Parses a command line with --config, for `app.run`; what is wrong with it ends the program in one sentence."""
   try:
     _check_arguments(argv)
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS(argv)
+    _check_recipes(argv)
+    return rest
   except (flags.Error, ValueError) as error:
+    if (where := _line_of_recipe(error, argv)) is not None:
+      sys.exit(f"error: {where}")
     lines = [line for line in str(error).splitlines() if line.strip(" ;") not in ("", "see --help.")]
     said = re.sub(r"^[A-Za-z]*Error: ", "", lines[-1])
     if missing := re.match(r"flag --(\w+)=None: Flag --\w+ must have a value", said):
       said = f"--{missing[1]} is missing; --help says what it is."
     sys.exit(f"error: {said}")
+  except Exception as error:
+    if (where := _line_of_recipe(error, argv)) is None:
+      raise
+    sys.exit(f"error: {where}")
+
+
+def _recipes(argv: list[str]) -> list[str]:
+  """What is given as --config."""
+  options = [a.lstrip("-") for a in argv[1:] if a.startswith("-")]
+  return [o.partition("=")[2] for o in options if o.startswith("config=")]
+
+
+def _check_recipes(argv: list[str]) -> None:
+  """Refuses a recipe that gave no config."""
+  value = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+  if _recipes(argv) and not isinstance(value, ml_collections.ConfigDict):
+    raise ValueError(
+      f"--config={_recipes(argv)[-1]}: its get_config returns {type(value).__name__}, expected the config that it "
+      "changes: return config."
+    )
+  known = names()
+  for name in names(value) if _recipes(argv) else ():
+    if name not in known:
+      near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+      raise ValueError(f"{_recipes(argv)[-1]} sets config.{name}, which is no field; did you mean config.{near}?")
+
+
+def _line_of_recipe(error: BaseException, argv: list[str]) -> str | None:
+  """What is wrong in a recipe, with its file and line; None where the error is not of one."""
+  for recipe in _recipes(argv):
+    file = recipe.partition(":")[0]
+    name = pathlib.Path(file).name
+    if isinstance(error, SyntaxError) and error.filename and pathlib.Path(error.filename).name == name:
+      return f"{file}, line {error.lineno}: {error.msg}."
+    if "get_config" in str(error) and isinstance(error, AttributeError):
+      return f"--config={recipe}: {file} has no function get_config; see configs/spo_tiny.py."
+    cause: BaseException | None = error
+    while cause is not None:  # absl makes errors of its own of some
+      frames = traceback.extract_tb(cause.__traceback__)
+      if lines := [frame.lineno for frame in frames if pathlib.Path(frame.filename).name == name]:
+        text = (str(cause).splitlines() or [""])[0]
+        where = f"{file}, line {lines[-1]}"
+        return f"{text} ({where})" if isinstance(cause, ValueError) else f"{where}: {type(cause).__name__}: {text}"
+      cause = cause.__cause__ or cause.__context__
+  return None

@@ -2,8 +2,7 @@
 
 import optax
 
-OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
-SCHEDULES = ("constant", "linear", "cosine")
+from jaxpref.config import OPTIMIZERS, SCHEDULES
 
 
 def learning_rate(name: str, peak: float, *, num_steps: int, warmup_steps: int) -> optax.Schedule:

@@ -1,0 +1,40 @@
+"""`jaxpref COMMAND ...`: all commands under one name. Each is also `python -m jaxpref.COMMAND`, train is jaxpref.main.
+
+  train        by a recipe: --config=configs/spo_tiny.py; the default, so that `jaxpref --config=...` trains, too
+  sample       draws prompts with a model
+  evaluate     compares models by scorers, with a page
+  export       writes the model of a run as a pipeline or a LoRA
+  score        scores the pairs of a recipe's data with a preference model
+  precompute   runs the frozen networks over a recipe's data once
+  describe     says what is in preference data
+  compile      compiles a training step for devices that need not be there
+  replay       runs a step that went wrong again
+
+`jaxpref COMMAND --help` has the arguments of each.
+"""
+
+import difflib
+import runpy
+import sys
+
+COMMANDS = ("train", "sample", "evaluate", "export", "score", "precompute", "describe", "compile", "replay")
+
+
+def run() -> None:
+  """The console entry point."""
+  given = sys.argv[1] if len(sys.argv) > 1 else "--help"
+  if given in ("-h", "--help", "help"):
+    print(__doc__, end="")
+    return
+  command = "train" if given.startswith("-") else given
+  if command not in COMMANDS:
+    near = difflib.get_close_matches(command, COMMANDS, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    sys.exit(f"error: jaxpref {command} is no command{hint}; expected one of {', '.join(COMMANDS)}.")
+  if given == command:
+    del sys.argv[1]
+  runpy.run_module(f"jaxpref.{'main' if command == 'train' else command}", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+  run()
