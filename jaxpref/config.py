@@ -12,7 +12,7 @@ import traceback
 from typing import Any
 
 import ml_collections
-from absl import flags
+from absl import flags, logging
 from ml_collections.config_dict import placeholder
 
 REMAT = ("none", "attention", "block", "full")
@@ -491,7 +491,11 @@ def parse_flags(argv: list[str]) -> list[str]:
   """Parses a command line with --config, for `app.run`; what is wrong with it ends the program in one sentence."""
   try:
     _check_arguments(argv)
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # what is warned of here is said below
     rest = flags.FLAGS(argv)
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(before)
     _check_recipes(argv)
     return rest
   except (flags.Error, ValueError) as error:
@@ -501,6 +505,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     said = re.sub(r"^[A-Za-z]*Error: ", "", lines[-1])
     if missing := re.match(r"flag --(\w+)=None: Flag --\w+ must have a value", said):
       said = f"--{missing[1]} is missing; --help says what it is."
+      if missing[1] == "config" and _recipes(argv):
+        said = f"--config={_recipes(argv)[-1]}: its get_config returns nothing; end it with: return config."
     sys.exit(f"error: {said}")
   except Exception as error:
     if (where := _line_of_recipe(error, argv)) is None:

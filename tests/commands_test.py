@@ -61,7 +61,8 @@ DEFAULT = "  from jaxpref.config import default\n  config = default()\n"
   ("recipe", "sentence"),
   [
     ("x = 1\n", "recipe.py has no function get_config"),
-    (f"def get_config():\n{DEFAULT}", "its get_config returns NoneType, expected the config that it changes"),
+    (f"def get_config():\n{DEFAULT}", "its get_config returns nothing; end it with: return config."),
+    ("def get_config():\n  return {}\n", "its get_config returns dict, expected the config that it changes"),
     ("def get_config(:\n", "recipe.py, line 1: "),
     ("def get_config():\n  return undefined\n", "recipe.py, line 2: NameError: name 'undefined' is not defined"),
     ("import not_there\n", "recipe.py, line 1: ModuleNotFoundError: No module named 'not_there'"),
