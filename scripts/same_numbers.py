@@ -3,7 +3,7 @@
     python scripts/same_numbers.py COMMIT                        # all runs
     python scripts/same_numbers.py COMMIT --only dpo spo_lora    # some of them
     python scripts/same_numbers.py COMMIT --tolerance 1e-6       # close is enough
-    python scripts/same_numbers.py --renew                       # writes tests/numbers.json anew
+    python scripts/same_numbers.py --renew                       # writes tests/numbers.json anew, of all or some runs
     python scripts/same_numbers.py --list                        # names and arguments of the runs
 
 For a change that moves code and is not to change what it does. COMMIT is checked out into a temporary git worktree; in
@@ -24,6 +24,8 @@ numbers, but in both checkouts alike, and one that is the same in both is compil
 """
 
 import argparse
+import collections
+import concurrent.futures
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -37,6 +39,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -354,12 +357,14 @@ def summary(left: Left) -> dict[str, float]:
   return found | {key: float(np.sqrt(value)) for key, value in squares.items()}
 
 
-def renew(tree: Tree) -> None:
-  """Writes tests/numbers.json."""
-  found = {name: summary(tree.leave(name, RUNS[name])) for name in OBJECTIVES}
-  rounded = {name: {k: float(f"{v:.7g}") for k, v in values.items()} for name, values in found.items()}
-  NUMBERS.write_text(json.dumps(rounded, indent=1, sort_keys=True) + "\n")
-  print(f"wrote {NUMBERS}: {sum(map(len, found.values()))} numbers")
+def renew(names: list[str], tree: Tree) -> None:
+  """Writes what some runs leave now into tests/numbers.json."""
+  found = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else {}
+  for name in names:
+    found[name] = {k: float(f"{v:.7g}") for k, v in summary(tree.leave(name, RUNS[name])).items()}
+    print(f"{name}: {len(found[name])} numbers", flush=True)
+  kept = {name: found[name] for name in OBJECTIVES if name in found}
+  NUMBERS.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
 
 
 # ---- An earlier commit ---------------------------------------------------------------------------------------------
@@ -382,7 +387,7 @@ def _processor() -> str:
 
 
 class Before:
-  """What runs of an earlier commit leave, made when they are first asked for."""
+  """What runs of an earlier commit leave, made when they are first asked for, by one thread each."""
 
   def __init__(self, commit: str, work: pathlib.Path, cache: pathlib.Path):
     """Args: `commit` is its hash, `work` the folder of what is not kept, `cache` that of what is."""
@@ -391,12 +396,14 @@ class Before:
     known = "\n".join([platform.python_version(), *versions, _processor(), QUICK_FLAGS])
     self._kept = cache / f"{self._commit[:12]}_{hashlib.sha256(known.encode()).hexdigest()[:12]}"
     self._tree = Tree(work / "before" / "code", work / "before" / "runs", cache)
+    self._locks: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)  # by run; "" of the worktree
 
   def _checked_out(self) -> Tree:
-    if not self._tree.code.exists():
-      self._tree.work.mkdir(parents=True)
-      _git("worktree", "add", "--detach", self._tree.code, self._commit)
-      self._tree.check()
+    with self._locks[""]:
+      if not self._tree.code.exists():
+        self._tree.work.mkdir(parents=True)
+        _git("worktree", "add", "--detach", self._tree.code, self._commit)
+        self._tree.check()
     return self._tree
 
   def close(self) -> None:
@@ -412,13 +419,14 @@ class Before:
     """What a run leaves."""
     run = RUNS[name]
     place = self._place(name, run, ".npz")
-    if not place.exists():
-      left = self._checked_out().leave(name, run)
-      place.parent.mkdir(parents=True, exist_ok=True)
-      part = place.with_suffix(".part")
-      with part.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **left)  # type: ignore[arg-type]
-      part.replace(place)
+    with self._locks[name]:
+      if not place.exists():
+        left = self._checked_out().leave(name, run)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = place.with_suffix(".npz.part")
+        with part.open("wb") as file:
+          np.savez_compressed(file, allow_pickle=False, **left)  # type: ignore[arg-type]
+        part.replace(place)
     with np.load(place, allow_pickle=False) as file:
       return dict(file)
 
@@ -449,19 +457,23 @@ def compare(name: str, before: Before, now: Tree, tolerance: float) -> str:
 
 
 def _compare_all(args: argparse.Namespace, work: pathlib.Path, now: Tree) -> list[str]:
-  """Names of the runs that differ."""
+  """Names of the runs that differ; says a line of each."""
   before = Before(args.commit, work, args.cache)
-  differ = []
+
+  def same(name: str) -> bool:
+    started = time.monotonic()
+    said = compare(name, before, now, args.tolerance)
+    print(f"{name}: {said} ({time.monotonic() - started:.0f} s)", flush=True)
+    return said.startswith("same")
+
   try:
-    for name in args.only:
-      started = time.monotonic()
-      said = compare(name, before, now, args.tolerance)
-      print(f"{name}: {said} ({time.monotonic() - started:.0f} s)", flush=True)
-      if not said.startswith("same"):
-        differ.append(name)
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+      try:
+        return [name for name, ok in zip(args.only, pool.map(same, args.only), strict=True) if not ok]
+      finally:
+        pool.shutdown(cancel_futures=True)
   finally:
     before.close()
-  return differ
 
 
 def _show(names: Iterable[str]) -> None:
@@ -483,6 +495,7 @@ def main() -> None:
   parser.add_argument(
     "--cache", type=pathlib.Path, default=caches / "jaxpref" / "same_numbers", help="folder (default: %(default)s)"
   )
+  parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
   parser.add_argument("--renew", action="store_true", help=f"write {NUMBERS.relative_to(ROOT)} from this checkout")
   parser.add_argument("--list", action="store_true", help="names of the runs, and their arguments")
   args = parser.parse_args()
@@ -498,7 +511,11 @@ def main() -> None:
   now = Tree(ROOT, work / "now", args.cache)
   try:
     now.check()
-    differ = renew(now) if args.renew else _compare_all(args, work, now)
+    if args.renew:
+      renew([name for name in args.only if name in OBJECTIVES], now)
+      differ = []
+    else:
+      differ = _compare_all(args, work, now)
   except FailedError as error:
     sys.exit(f"error: {error}")
   if differ:
