@@ -345,16 +345,22 @@ def describe(differ: list[tuple[str, str, float]], total: int) -> str:
 
 
 def summary(left: Left) -> dict[str, float]:
-  """Metrics of every step, and the Euclidean norm of each part of the state."""
+  """Metrics of every step, and Euclidean norms: of the parts of the state, and of the way from the reference."""
   found = {k: float(v) for k, v in left.items() if k.startswith("metrics/") and v.ndim == 0}
-  squares: dict[str, float] = {}
+  squares: dict[str, float] = collections.defaultdict(float)
   for name, value in left.items():
-    if name.startswith("state/") and value.size and value.dtype.kind == "f":
-      part = name.split("/")[1]
-      moment = next((m for m in ("mu", "nu") if f"/{m}/" in name), "")
-      key = f"norm of {'/'.join(filter(None, [part, moment]))}"
-      squares[key] = squares.get(key, 0.0) + float(np.sum(np.square(value.astype(np.float64))))
+    part = f"{name}/".split("/")[1]
+    if not name.startswith("state/") or value.dtype.kind != "f":
+      continue
+    moment = next((f"/{m}" for m in ("mu", "nu") if f"/{m}/" in name), "")
+    squares[f"norm of {part}{moment}"] += _square(value)
+    if part == "params" and (reference := left.get(f"state/ref_{name.removeprefix('state/')}")) is not None:
+      squares["norm of params - ref_params"] += _square(value - reference)
   return found | {key: float(np.sqrt(value)) for key, value in squares.items()}
+
+
+def _square(value: np.ndarray) -> float:
+  return float(np.sum(np.square(value.astype(np.float64))))
 
 
 def renew(names: list[str], tree: Tree) -> None:

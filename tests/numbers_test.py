@@ -24,7 +24,7 @@ EXPECTED = json.loads(same_numbers.NUMBERS.read_text())
 TOLERANCES = (
   (r"(accuracy|clip_fraction)$", None),  # of a few rows, each decided by a sign or a threshold
   (r"/(valid_pairs|\w*updates|skipped_\w+|loss_spikes|diverging)$", (0.0, 0.0)),  # counts
-  (r"^norm of (params|ref_params)$", (1e-5, 0.0)),  # which a step changes little
+  (r"^norm of (params|ref_params)$", (1e-6, 0.0)),  # of which three steps change 1e-5
   (r"", (1e-3, 1e-5)),
 )
 
@@ -51,7 +51,11 @@ def assert_close(found, expected):
   assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("name", same_numbers.OBJECTIVES)
+# DDPO is GRPO but for what rewards are compared with.
+OBJECTIVES = [pytest.param(n, marks=[pytest.mark.slow] * (n == "ddpo")) for n in same_numbers.OBJECTIVES]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_three_steps_end_where_they_did(name, tmp_path):
   on_one_device = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
   with mock.patch.object(sharding, "make_mesh", on_one_device):
