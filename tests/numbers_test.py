@@ -20,12 +20,15 @@ from jaxpref import sharding, train
 from scripts import same_numbers
 
 EXPECTED = json.loads(same_numbers.NUMBERS.read_text())
-# Names of quantities and their relative and absolute tolerance; the first that matches counts.
+# Names of quantities and their relative and absolute tolerance; the first that matches counts. With the arithmetic of
+# another processor (docs/contributing.md) no norm was more than 6e-6 off, and what else was more than 2e-5 off was less
+# than 1e-6 off: small differences of large errors.
 TOLERANCES = (
   (r"(accuracy|clip_fraction)$", None),  # of a few rows, each decided by a sign or a threshold
   (r"/(valid_pairs|\w*updates|skipped_\w+|loss_spikes|diverging)$", (0.0, 0.0)),  # counts
   (r"^norm of (params|ref_params)$", (1e-6, 0.0)),  # of which three steps change 1e-5
-  (r"", (1e-3, 1e-5)),
+  (r"^norm of ", (2e-4, 0.0)),
+  (r"", (2e-4, 3e-6)),
 )
 
 
