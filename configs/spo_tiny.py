@@ -17,7 +17,7 @@ def get_config():
   config.preference_model = "tiny-spm"
   config.judge = "tiny-judge"
   config.evaluation.guidance_scale = 3.5
-  config.update(num_steps=30, batch_size=8)
+  config.update(num_steps=25, batch_size=8)
   config.loss.beta = 10.0
   config.optimizer.update(learning_rate=2e-5, weight_decay=1e-4)
   # The pools begin half way, where it is settled what is drawn: earlier ones cost captions (docs/tiny_tuning.json).

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpref import sharding, train
+from jaxpref.devices import sharding
+from jaxpref.training import loop
 from scripts import same_numbers
 
 EXPECTED = json.loads(same_numbers.NUMBERS.read_text())
@@ -62,5 +63,5 @@ OBJECTIVES = [pytest.param(n, marks=[pytest.mark.slow] * (n == "ddpo")) for n in
 def test_three_steps_end_where_they_did(name, tmp_path):
   on_one_device = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
   with mock.patch.object(sharding, "make_mesh", on_one_device):
-    train.run(config_of(same_numbers.RUNS[name]), str(tmp_path))
+    loop.run(config_of(same_numbers.RUNS[name]), str(tmp_path))
   assert_close(same_numbers.summary(same_numbers.left_by(tmp_path, same_numbers.STEPS)), EXPECTED[name])

@@ -29,7 +29,7 @@ from jaxpref.training import inputs
 
 @dataclasses.dataclass
 class Experiment:
-  """What `train.run` needs to know of an objective.
+  """What `loop.run` needs to know of an objective.
 
   Attributes:
     params: trained parameters by component.
