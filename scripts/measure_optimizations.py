@@ -110,7 +110,13 @@ def one_candidate_at_a_time() -> Iterator[None]:
 
     return apply
 
-  with mock.patch.object(spo, "guided", guided):
+  original = spo.SPO.experience
+
+  def experience(self, *args):
+    with mock.patch.object(spo, "guided", guided):  # in the rollout alone
+      return original(self, *args)
+
+  with mock.patch.object(spo.SPO, "experience", experience):
     yield
 
 

@@ -18,8 +18,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpref import objectives
 from jaxpref.devices import sharding
+from jaxpref.objectives import catalog, kto, pairs, spo
 from jaxpref.planning import flops, hlo, plan
 from jaxpref.training import optim, step
 from scripts import study_plan
@@ -52,23 +52,27 @@ class Deeper(StubModel):
     return out + jnp.mean(h, axis=1)[:, None, None, None]
 
 
-def evaluations(make_step, batch, *, has_reference=True, updates=1.0, divergence=None):
+def evaluations(make_step, batch, *, has_reference=True, trips=1.0):
   """Evaluations of one image in a step; a forward pass is 1, a backward pass 2."""
   params = {"unet": FROZEN["unet"] | {"square": jnp.zeros((WIDTH, WIDTH))}}
   state = step.initial_state(params, params if has_reference else {}, SGD.init(params))
   frozen = {k: v for k, v in FROZEN.items() if k != "unet"}
-  count = lambda depth: flops.count(make_step(Deeper(depth=depth)), state, frozen, batch, while_trips=updates)
+  count = lambda depth: flops.count(make_step(Deeper(depth=depth)), state, frozen, batch, while_trips=trips)
   return (count(2) - count(1)) / (2 * WIDTH**2)
+
+
+def updates(config):
+  return catalog.method(config).updates(config).count
 
 
 @pytest.mark.parametrize(("name", "cost"), [("sigmoid", 8), ("dspo", 8), ("mapo", 6), ("sft", 6)])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_pair_takes_two_forward_passes_of_policy_and_reference_and_two_backward(name, cost, accumulation):
-  free = name in objectives.REFERENCE_FREE
+  free = name in pairs.REFERENCE_FREE
 
   def make(model):
-    objective = objectives.dpo(model, objectives.denoised_loss(name, beta=0.1), reference_free=free)
-    return step.offline_step(objective, SGD, seed=0, accumulation=accumulation)
+    objective = pairs.DiffusionDPO(model, pairs.denoised_loss(name, beta=0.1), reference_free=free)
+    return step.make_step(objective, SGD, seed=0, accumulation=accumulation)
 
   assert evaluations(make, pair_batch(8), has_reference=not free) == 8 * cost
 
@@ -76,7 +80,7 @@ def test_a_pair_takes_two_forward_passes_of_policy_and_reference_and_two_backwar
 def test_an_image_of_kto_takes_half_a_pair():
   pairs = pair_batch(8)
   batch = {"pixels": pairs["pixels_0"], "input_ids": pairs["input_ids"], "label": np.ones(8, np.float32)}
-  assert evaluations(lambda model: step.offline_step(objectives.kto(model, beta=1.0), SGD, seed=0), batch) == 8 * 4
+  assert evaluations(lambda model: step.make_step(kto.DiffusionKTO(model, beta=1.0), SGD, seed=0), batch) == 8 * 4
 
 
 @pytest.mark.parametrize(
@@ -90,14 +94,15 @@ def test_an_iteration_of_spo_takes_what_the_readme_says(pool_size, inner_steps, 
   config.batch_size, config.num_steps = prompts, 1
   config.spo.update(num_inference_steps=12, warmup_steps=4, pool_size=pool_size, inner_steps=inner_steps)
   config.spo.pool_last_step = last
-  config.spo.minibatch = plan.spo_transitions(config)[0] * prompts // 2  # two updates, without rows that only fill up
+  groups = spo.pool_groups(num_steps=12, warmup_steps=4, inner_steps=inner_steps, pool_last_step=last)
+  config.spo.minibatch = len(groups) * prompts // 2  # two updates, without rows that only fill up
   options = config.spo.to_dict()
 
   def make(model):
-    loss = objectives.pair_loss("sigmoid", beta=10.0)
-    return step.spo_step(model, StubScorer(), loss, SGD, seed=0, accumulation=accumulation, **options)
+    objective = spo.SPO(model, StubScorer(), pairs.pair_loss("sigmoid", beta=10.0), **options)
+    return step.make_step(objective, SGD, seed=0, accumulation=accumulation)
 
-  found = evaluations(make, {"input_ids": pair_batch(prompts)["input_ids"]}, updates=plan.spo_updates(config))
+  found = evaluations(make, {"input_ids": pair_batch(prompts)["input_ids"]}, trips=updates(config))
   assert found == study_plan.evaluations(config)
 
 
@@ -114,7 +119,7 @@ def compiled(objective, rank):
   step_fn, state, frozen, batch = plan.abstract_inputs(plan.without_weights(config), mesh)
   shardings = jax.tree.map(lambda s: s.sharding, state)
   traced = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None)).trace(state, frozen, batch)
-  trips = plan.spo_updates(config) if objective == "spo" else 1.0
+  trips = updates(config)
   return traced.lower().compile(), flops.of_jaxpr(traced.jaxpr.jaxpr, while_trips=trips), trips
 
 
@@ -170,8 +175,8 @@ def test_a_program_waits_for_no_host_and_donates_its_state(objective, rank):
 
 
 def test_steps_after_the_first_move_nothing_between_host_and_device():
-  objective = objectives.dpo(StubModel(), objectives.denoised_loss("sigmoid", beta=10.0))
-  run = jax.jit(step.offline_step(objective, SGD, seed=0), donate_argnums=0)
+  objective = pairs.DiffusionDPO(StubModel(), pairs.denoised_loss("sigmoid", beta=10.0))
+  run = jax.jit(step.make_step(objective, SGD, seed=0), donate_argnums=0)
   params = {"unet": jax.tree.map(jnp.array, FROZEN["unet"])}
   state = step.initial_state(params, jax.tree.map(jnp.array, params), SGD.init(params))
   batch = jax.device_put(pair_batch(8))

@@ -183,7 +183,7 @@ def test_a_run_leaves_its_adapter_and_another_continues_it(tmp_path):
   same = build.build(recipe(**fields, **{"lora.alpha": ALPHA}))
   assert same.model.lora_scale == ALPHA / RANK
   equal(same.params["unet_lora"], adapter)
-  equal(same.init_params(same.frozen)["unet_lora"], adapter)  # what the reference returns to
+  equal(same.frozen["unet_lora"], adapter)  # what the reference returns to
   assert "unet_lora" not in build.build(recipe(**{"lora.init_from": str(file)})).frozen
 
   other = build.build(recipe(**fields))  # alpha = rank: the factors take up the difference
@@ -193,7 +193,7 @@ def test_a_run_leaves_its_adapter_and_another_continues_it(tmp_path):
     np.testing.assert_array_equal(a, expected[name][0])
     np.testing.assert_allclose(b, ALPHA / RANK * expected[name][1], rtol=1e-6)
 
-  with pytest.raises(ValueError, match=r"config.lora.rank=3, but .*pipelines.safetensors has rank 2"):
+  with pytest.raises(ValueError, match=r"config.lora.rank=3, but .*weights.safetensors has rank 2"):
     build.build(recipe(**fields, **{"lora.rank": 3}))
   with pytest.raises(FileNotFoundError, match="there is no LoRA file"):
     build.build(recipe(**{"lora.init_from": "nowhere.safetensors"}))

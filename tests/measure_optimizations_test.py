@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpref import objectives
 from jaxpref.models import resnet
 from jaxpref.models.attention import Transformer2DModel
 from jaxpref.models.resnet import ResnetBlock2D
-from jaxpref.planning import plan
+from jaxpref.objectives import pairs, spo
+from jaxpref.objectives.base import Rows
 from jaxpref.training import step
 from scripts import measure_linearity, study_plan
 from scripts import measure_optimizations as measured
@@ -30,14 +29,17 @@ def config(monkeypatch):
   config = study_plan.load_config(study_plan.BY_NAME["spo"])
   config.update(batch_size=PROMPTS, num_steps=1)
   config.spo.update(OPTIONS | {"threshold": 0.0})
-  config.spo.minibatch = plan.spo_transitions(config)[0] * PROMPTS // 2  # two updates
+  groups = spo.pool_groups(
+    num_steps=12, warmup_steps=4, inner_steps=config.spo.inner_steps, pool_last_step=config.spo.pool_last_step
+  )
+  config.spo.minibatch = len(groups) * PROMPTS // 2  # two updates
   monkeypatch.setattr(measured, "load_config", lambda _: config)
   return config
 
 
 def make_step(config, model):
-  loss = objectives.pair_loss("sigmoid", beta=10.0)
-  return step.spo_step(model, StubScorer(), loss, SGD, seed=0, **config.spo.to_dict())
+  loss = pairs.pair_loss("sigmoid", beta=10.0)
+  return step.make_step(spo.SPO(model, StubScorer(), loss, **config.spo.to_dict()), SGD, seed=0)
 
 
 @pytest.mark.parametrize("without", [measured.separate_passes, measured.one_candidate_at_a_time])
@@ -58,7 +60,7 @@ def test_iterations_of_spo_are_the_same(without, config):
 def test_what_iterations_of_spo_take(config):
   def count(context):
     with context():
-      return evaluations(lambda model: make_step(config, model), batch, updates=2)
+      return evaluations(lambda model: make_step(config, model), batch, trips=2)
 
   batch = {"input_ids": pair_batch(PROMPTS)["input_ids"]}
   plain = count(contextlib.nullcontext)
@@ -68,13 +70,10 @@ def test_what_iterations_of_spo_take(config):
 
 
 def test_pairs_below_the_threshold_are_counted_as_valid():
-  class Transitions(NamedTuple):
-    valid: jax.Array
-
-  valid = jnp.zeros((2, 3), bool).at[0, 0].set(True)
-  assert step._shuffled(Transitions(valid), jax.random.key(0)).valid == 1
+  rows = Rows((), jnp.zeros(6, jnp.int32), jnp.zeros(6, bool).at[0].set(True))
+  assert step._shuffled(rows, jax.random.key(0)).valid == 1
   with measured.all_pairs():
-    assert step._shuffled(Transitions(valid), jax.random.key(0)).valid == 6
+    assert step._shuffled(rows, jax.random.key(0)).valid == 6
 
 
 TRANSFORMER = Transformer2DModel(num_heads=2, depth=1, linear_projection=False, num_groups=2)

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxpref import config, objectives, precompute
+from jaxpref import config, precompute
 from jaxpref.data import latents, lease, pipeline, sources
 from jaxpref.devices import sharding
 from jaxpref.files import loading, pipelines
 from jaxpref.models import presets
+from jaxpref.objectives import kto, pairs, pretraining
+from jaxpref.objectives.base import Weights
 from jaxpref.training import build, inputs, loop, optim
 from tests.configs_test import smaller
 from tests.data import bucket as buckets
@@ -188,9 +190,9 @@ def test_each_objective_and_its_divergence_take_either(name):
   """Pixels and ids, or what was computed of them; here without rounding."""
   model, weights, other = Encoder(), init(), init(seed=1)
   objective = {
-    "denoise": lambda: objectives.denoise(model),
-    "dpo": lambda: objectives.dpo(model, objectives.denoised_loss("sigmoid", beta=10.0)),
-    "kto": lambda: objectives.kto(model, beta=10.0),
+    "denoise": lambda: pretraining.Denoising(model),
+    "dpo": lambda: pairs.DiffusionDPO(model, pairs.denoised_loss("sigmoid", beta=10.0)),
+    "kto": lambda: kto.DiffusionKTO(model, beta=10.0),
   }[name]()
   batch = jax.tree.map(jax.numpy.asarray, pair_batch(9))
   sides = ("_0", "_1") if name == "dpo" else ("",)
@@ -203,8 +205,9 @@ def test_each_objective_and_its_divergence_take_either(name):
 
   def run(batch, weights):
     params, ref_params = {"unet": other["unet"]}, {"unet": weights["unet"]}
-    loss = objective.loss(params, ref_params, weights, batch, jax.random.key(3))
-    return loss, objective.divergence and objective.divergence(params, weights, batch, jax.random.key(4))
+    loss = objective.loss(Weights.of(params, ref_params, weights), batch, jax.random.key(3))
+    moved = Weights.of({}, params, weights, moves=True)
+    return loss, None if name == "denoise" else objective.divergence(moved, batch, jax.random.key(4))
 
   found, expected = jax.jit(lambda: (run(encoded, {"unet": weights["unet"]}), run(batch, weights)))()
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), found, expected)

@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxpref import config as config_lib
-from jaxpref import rollout
+from jaxpref.objectives import spo
 from scripts import study, study_plan, study_report
 
 # Stands in for `python -m jaxpref.main`: writes what a run leaves behind, from its own command line.
@@ -138,7 +138,7 @@ def test_evaluations_by_hand():
   assert study_plan.evaluations(config("spo_reference")) == 20 * 8 * (65 * 2 + 17 * 2 * 4) + 2 * 16
   sdxl = importlib.import_module("configs.spo_sdxl").get_config()  # groups of four steps: 4 shared starts, 12 not
   s = sdxl.spo
-  calls = rollout.pool_calls(num_steps=s.num_inference_steps, warmup_steps=s.warmup_steps, pool_size=s.pool_size)
+  calls = spo.pool_calls(num_steps=s.num_inference_steps, warmup_steps=s.warmup_steps, pool_size=s.pool_size)
   assert study_plan.evaluations(sdxl, 0.0) == sdxl.num_steps * sdxl.batch_size * 2 * calls
   assert study_plan.evaluations(sdxl) == sdxl.num_steps * sdxl.batch_size * 2 * (calls + 4 * (4 + 2 * 12))
 

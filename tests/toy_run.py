@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref import main, objectives
+from jaxpref import main
 from jaxpref.training import build
+from tests.toy_objective import Toy
 
 SHAPE = (512, 512)
 
@@ -42,9 +43,9 @@ class Batches:
     pass
 
 
-def loss(params, ref_params, frozen, batch, key):
-  target = jnp.mean(batch["x"]) + jax.random.normal(key, SHAPE) + frozen["offset"]
-  error = (params["w"] - target) ** 2 + 0.1 * (params["w"] - ref_params["w"]) ** 2
+def loss(w, batch, key):
+  target = jnp.mean(batch["x"]) + jax.random.normal(key, SHAPE) + w.policy["offset"]
+  error = (w.policy["w"] - target) ** 2 + 0.1 * (w.policy["w"] - w.reference["w"]) ** 2
   return jnp.sum(error), jnp.float32(np.prod(SHAPE)), {}
 
 
@@ -61,11 +62,10 @@ def toy(config, sharding, **kwargs):
   return build.Experiment(
     params={"w": jnp.zeros(SHAPE)},
     frozen={"offset": jnp.ones(())},
-    objective=objectives.Objective(loss, lambda ref, frozen, batch, key: jnp.sum(ref["w"]) * 1e-6),
+    objective=Toy(loss, lambda w, batch, key: jnp.sum(w.reference["w"]) * 1e-6),
     batches=Batches,
     export=lambda params, where: where.write_text(json.dumps(params["w"].tolist())),
     report=report,
-    init_params=lambda frozen: {"w": jnp.zeros(SHAPE)},
     has_reference=True,
     images_per_step=8,
   )

@@ -51,21 +51,20 @@ def build(config, sharding, **kwargs):
   import jax
   import jax.numpy as jnp
 
-  from jaxpref import objectives
   from jaxpref.training import build
+  from tests.toy_objective import Toy
 
-  def loss(params, ref_params, frozen, batch, key):
-    target = jnp.mean(batch["x"]) + jax.random.normal(key, (64, 64)) + frozen["offset"]
-    error = (params["w"] - target) ** 2 + 0.1 * (params["w"] - ref_params["w"]) ** 2
+  def loss(w, batch, key):
+    target = jnp.mean(batch["x"]) + jax.random.normal(key, (64, 64)) + w.policy["offset"]
+    error = (w.policy["w"] - target) ** 2 + 0.1 * (w.policy["w"] - w.reference["w"]) ** 2
     return jnp.sum(error), jnp.float32(4096), {"error": (jnp.sum(error), jnp.float32(4096))}
 
   return build.Experiment(
     params={"w": jnp.zeros((64, 64))},
     frozen={"offset": jnp.ones(())},
-    objective=objectives.Objective(loss, lambda ref, frozen, batch, key: jnp.sum(ref["w"]) * 1e-6),
+    objective=Toy(loss, lambda w, batch, key: jnp.sum(w.reference["w"]) * 1e-6),
     batches=Batches,
     export=lambda params, where: where.write_text(json.dumps(params["w"].ravel().tolist())),
-    init_params=lambda frozen: {"w": jnp.zeros((64, 64))},
     has_reference=True,
     images_per_step=8,
   )

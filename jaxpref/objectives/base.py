@@ -87,8 +87,10 @@ class Experience(NamedTuple):
 class Objective(Protocol):
   """A method. All of its functions are pure, and traced inside the jitted training step."""
 
-  # Of each kind of experience the name of the key that shuffles it; none offline, where an update takes the batch.
-  kinds: tuple[str, ...]
+  @property
+  def kinds(self) -> tuple[str, ...]:
+    """Of each kind of experience the name of the key that shuffles it; none offline, where an update takes the batch."""
+    ...
 
   def experience(self, w: Weights, batch: Batch, key: jax.Array) -> tuple[Experience, dict[str, jax.Array]]:
     """Online: what is learnt from a batch of prompts, and means for the metrics."""

@@ -174,7 +174,8 @@ def make_step(
     def models(params: Any, state: State) -> Weights:
       return Weights.of(params, state.ref_params, frozen, moves=moving is not None)
 
-    before, of_rollout = state, {}
+    before = state
+    of_rollout: Metrics = {}
     if objective.kinds:
       experience, of_rollout = objective.experience(models(state.params, state), batch, key)
       batch = {**batch, "latents": experience.latents}
@@ -238,7 +239,7 @@ def _update_of_batch(
     known = None
     if jax.eval_shape(lambda inputs: objective.statistics(w, *inputs), first) is not None:
       known = summed(lambda inputs: objective.statistics(w, *inputs), parts)
-    grads, pairs = summed(lambda inputs: gradients(*inputs, known), parts)
+    grads, pairs = summed(lambda inputs: gradients(inputs[0], inputs[1], known), parts)
   count = jnp.maximum(pairs["loss"][1], 1e-6)
   found = sums.divide(pairs)
   # A batch of nothing but ties has no loss, and is no reason to stop.

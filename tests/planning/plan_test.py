@@ -9,6 +9,7 @@ import pytest
 from configs import dpo_sd15, dpo_sdxl, grpo_tiny, spm_sdxl, spo_sd15, spo_sdxl
 from jaxpref import precompute
 from jaxpref.devices import sharding
+from jaxpref.objectives import catalog, spo
 from jaxpref.planning import plan
 from jaxpref.training import build, loop
 
@@ -80,16 +81,38 @@ def test_an_unknown_model_is_refused():
     plan.without_weights(config)
 
 
+def transitions(config):
+  """Those of SPO of one prompt whose winner and loser start from one latent, and the others."""
+  s = config.spo
+  groups = spo.pool_groups(
+    num_steps=s.num_inference_steps,
+    warmup_steps=s.warmup_steps,
+    inner_steps=s.inner_steps,
+    pool_last_step=s.pool_last_step,
+  )
+  return len(groups), sum(groups) - len(groups)
+
+
+def minibatch(config):
+  """Rows of one update, of each kind."""
+  found = catalog.method(config).updates(config)
+  return found.rows, found.other_rows
+
+
+def updates(config):
+  return catalog.method(config).updates(config).count
+
+
 def test_sizes_of_spo_are_the_published_ones():
   """As the recipes say: of 16 transitions none, or three of four, do not share their start."""
   sd15, sdxl = spo_sd15.get_config(), spo_sdxl.get_config()
-  assert plan.spo_transitions(sd15) == (16, 0) and plan.spo_minibatch(sd15) == (40, 0)
-  assert plan.spo_transitions(sdxl) == (4, 12) and plan.spo_minibatch(sdxl) == (4, 12)
-  assert plan.spo_updates(sd15) == 16 and plan.unet_rows(sd15, 4) == 2 * 10
+  assert transitions(sd15) == (16, 0) and minibatch(sd15) == (40, 0)
+  assert transitions(sdxl) == (4, 12) and minibatch(sdxl) == (4, 12)
+  assert updates(sd15) == 16 and plan.unet_rows(sd15, 4) == 2 * 10
   sd15.spo.update(pool_last_step=False, minibatch=37)
-  assert plan.spo_transitions(sd15) == (15, 1) and plan.spo_minibatch(sd15) == (37, 3)
-  assert plan.spo_updates(sd15) == 17  # 600 shared in pieces of 37, and 40 others in pieces of 3 are 14
-  assert plan.spo_updates(sdxl) == 8
+  assert transitions(sd15) == (15, 1) and minibatch(sd15) == (37, 3)
+  assert updates(sd15) == 17  # 600 shared in pieces of 37, and 40 others in pieces of 3 are 14
+  assert updates(sdxl) == 8
   assert plan.unet_rows(sdxl, 4) == 2 * (1 + 2 * 2)  # guided: one shared, winner and loser of two others
   dpo = dpo_sdxl.get_config()
   assert plan.unet_rows(dpo, 16) == 2
@@ -98,13 +121,13 @@ def test_sizes_of_spo_are_the_published_ones():
 def test_sizes_of_grpo():
   """4 prompts x 6 samples x 20 steps, of which a share is trained on, 120 at a time."""
   config = grpo_tiny.get_config()
-  assert plan.updates(config) == 4 and plan.unet_rows(config, 1) == 2 * 120
+  assert updates(config) == 4 and plan.unet_rows(config, 1) == 2 * 120
   config.update(accumulation=2)
   config.grpo.update(timestep_fraction=0.6, guidance_scale=0.0)  # as 1: no guidance
-  assert plan.updates(config) == 3 and plan.unet_rows(config, 4) == 15
+  assert updates(config) == 3 and plan.unet_rows(config, 4) == 15
   config.grpo.minibatch = 1000
-  assert plan.updates(config) == 1 and plan.grpo_minibatch(config) == 288
-  assert plan.updates(spo_sdxl.get_config()) == 8 and plan.updates(dpo_sdxl.get_config()) == 1
+  assert updates(config) == 1 and minibatch(config) == (288, 0)
+  assert updates(spo_sdxl.get_config()) == 8 and updates(dpo_sdxl.get_config()) == 1
   assert "--config.accumulation=4" in changed(grpo_tiny.get_config(), 2)
 
 

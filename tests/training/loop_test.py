@@ -18,13 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import config, objectives
+from jaxpref import config
 from jaxpref import main as main_lib
 from jaxpref.data import batching, lease
 from jaxpref.files import pipelines
 from jaxpref.models import lora
 from jaxpref.training import build, checkpoint, loop, metrics, monitor, step, validation
 from tests import QUICK_FLAGS
+from tests.toy_objective import Toy
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
@@ -69,10 +70,10 @@ def toy_config(**overrides):
   return c
 
 
-def toy_loss(params, ref_params, frozen, batch, key):
+def toy_loss(w, batch, key):
   """Random, so that a replayed or skipped draw shows."""
-  target = jnp.mean(batch["x"]) + jax.random.normal(key, (4,)) + frozen["offset"]
-  error = (params["w"] - target) ** 2 + 0.1 * (params["w"] - ref_params["w"]) ** 2
+  target = jnp.mean(batch["x"]) + jax.random.normal(key, (4,)) + w.policy["offset"]
+  error = (w.policy["w"] - target) ** 2 + 0.1 * (w.policy["w"] - w.reference["w"]) ** 2
   return jnp.sum(error), jnp.float32(4), {"error": (jnp.sum(error), jnp.float32(4))}
 
 
@@ -84,10 +85,9 @@ def run(tmp_path, monkeypatch):
     experiment = build.Experiment(
       params={"w": jnp.zeros(4)},
       frozen={"offset": jnp.ones(())},
-      objective=objectives.Objective(loss, lambda ref, frozen, batch, key: jnp.sum(ref["w"]) * 1e-6),
+      objective=Toy(loss, lambda w, batch, key: jnp.sum(w.reference["w"]) * 1e-6),
       batches=lambda: batches or Batches(),
       export=lambda params, where: where.write_text(json.dumps(params["w"].tolist())),
-      init_params=lambda frozen: {"w": jnp.zeros(4)},
       has_reference=True,
       images_per_step=8,
     )
@@ -347,9 +347,9 @@ def test_parameters_that_are_not_finite_are_never_saved(run):
   c = toy_config(**{"optimizer.learning_rate": 1e30, "optimizer.name": "sgd", "num_steps": 1})
   c.optimizer.clip_norm = 1e20
 
-  def loss(params, ref_params, frozen, batch, key):
-    del ref_params, frozen, batch, key
-    return 1e18 * jnp.sum(params["w"] + 1), jnp.float32(1), {}
+  def loss(w, batch, key):
+    del batch, key
+    return 1e18 * jnp.sum(w.policy["w"] + 1), jnp.float32(1), {}
 
   with pytest.raises(loop.NonFiniteError, match=r"step 1: .*not finite.*No checkpoint yet"):
     run(c, loss=loss)
@@ -396,9 +396,9 @@ def test_held_out_batches_are_averaged_by_what_they_count():
     def close(self):
       drawn.append(self.next)
 
-  def loss(params, ref_params, frozen, batch, key):
+  def loss(w, batch, key):
     count = jnp.sum(batch["x"])  # 8, 16, 24: the later the more
-    found = {"accuracy": (params["w"] * frozen["factor"] * count * batch["x"][0], count)}
+    found = {"accuracy": (w.policy["w"] * w.policy["factor"] * count * batch["x"][0], count)}
     return jnp.nan, jnp.nan, found | {"noise": (jax.random.normal(key), 1.0)}
 
   experiment = build.Experiment(
@@ -406,7 +406,7 @@ def test_held_out_batches_are_averaged_by_what_they_count():
     frozen=None,
     batches=lambda: None,
     export=lambda *_: None,
-    objective=objectives.Objective(loss),
+    objective=Toy(loss),
     held_out=HeldOut,
   )
   mesh = loop.sharding.make_mesh(devices=jax.devices()[:2])
@@ -457,6 +457,7 @@ def test_the_base_model_is_what_training_started_from(tmp_path, monkeypatch, kep
     frozen=None,
     batches=lambda: None,
     export=lambda *_: None,
+    objective=Toy(None),
     judge=object(),
     has_reference=kept != "read",
     read_base=lambda: base,
@@ -470,7 +471,7 @@ def test_the_base_model_is_what_training_started_from(tmp_path, monkeypatch, kep
 
 
 @pytest.mark.parametrize("delta", [1e9, 0.0])
-def test_the_fields_of_the_reference_arrive(delta):
+def test_the_fields_of_the_reference_arrive(delta, monkeypatch):
   """A proposal by alpha and rho, accepted below delta, and else what on_diverge says."""
   c = config.default()
   c.reference.update(mode="update", alpha=0.25, rho=0.1, tau=3, delta=delta, on_diverge="reinit")
@@ -481,28 +482,35 @@ def test_the_fields_of_the_reference_arrive(delta):
     frozen=None,
     batches=lambda: None,
     export=lambda *_: None,
-    objective=objectives.Objective(None, lambda ref, *_: seen.append(ref) or jnp.sum(ref["w"])),
-    init_params=lambda frozen: init,
+    objective=Toy(None, lambda w, *_: seen.append(w) or jnp.sum(w.reference["w"])),
+    has_reference=True,
   )
-  update = loop._reference_updater(c, experiment)
+  given = []
+  monkeypatch.setattr(step, "make_step", lambda *args, **options: given.append(options["moving"]))
   stats = loop.reference.ReferenceStats.zeros()
-  with jax.disable_jit():
-    still, _ = update(ref, params, stats, jnp.int32(2), {}, {}, jax.random.key(0))
-    moved, after = update(ref, params, stats, jnp.int32(3), {}, {}, jax.random.key(0))
+
+  def move(step_number, policy, stats):
+    given.clear()
+    loop.make_step(c, experiment, None, loop.sharding.make_mesh(devices=jax.devices()[:1]))
+    state = dataclasses.replace(step.initial_state(policy, ref, ()), step=jnp.int32(step_number), ref_stats=stats)
+    with jax.disable_jit():
+      return given[0].move(experiment.objective, state, init, {}, jax.random.key(0))
+
+  still, _ = move(2, params, stats)
+  moved, after = move(3, params, stats)
   proposed = loop.reference.propose(ref, params, init, alpha=0.25, rho=0.1)
   np.testing.assert_array_equal(still["w"], ref["w"])
-  np.testing.assert_allclose(seen[-1]["w"], proposed["w"])
+  np.testing.assert_allclose(seen[-1].reference["w"], proposed["w"])
+  assert seen[-1].base is init
   np.testing.assert_allclose(moved["w"], proposed["w"] if delta > 0 else init["w"])
   assert after.accepted == (delta > 0) and after.resets == (delta == 0)
   # The mean of D that the gate reads: after 4, half as much of the past and so on, or the last one alone.
   high = {"w": jnp.full(2, 9.0)}
   for decay in (0.5, 0.0):
     c.reference.update(delta=1e9, decay=decay)
-    update = loop._reference_updater(c, experiment)
     stats = loop.reference.ReferenceStats.zeros()
-    with jax.disable_jit():
-      for policy in (params, high):
-        _, stats = update(ref, policy, stats, jnp.int32(3), {}, {}, jax.random.key(0))
+    for policy in (params, high):
+      _, stats = move(3, policy, stats)
     proposals = [loop.reference.propose(ref, policy, init, alpha=0.25, rho=0.1) for policy in (params, high)]
     first, last = (float(jnp.sum(p["w"])) for p in proposals)
     np.testing.assert_allclose(stats.divergence, (first * decay + last) / (1 + decay), rtol=1e-6)

@@ -3,16 +3,29 @@
 import json
 import types
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref import config, pretraining
+from jaxpref import config
 from jaxpref.data import emoji
 from jaxpref.files import loading
+from jaxpref.objectives import pretraining
 from jaxpref.training import build
-
-KEY = jax.random.key(0)
+from tests.objectives.stubs import (
+  ABARS,
+  FROZEN,
+  KEY,
+  MODEL,
+  SAME,
+  SQUARE,
+  compiled_loss,
+  latents_np,
+  loss_of,
+  recorded,
+  sized,
+  sizes,
+)
+from tests.stub_model import pair_batch
 
 
 def log_softmax(x):
@@ -62,7 +75,7 @@ def test_classify_is_the_sum_of_the_cross_entropies_that_are_taught():
   judge = types.SimpleNamespace(apply=lambda variables, images: (jnp.asarray(styles), jnp.asarray(classes)))
   batch = {"pixels": np.zeros((5, 8, 8, 3), np.uint8), "style": np.int32([0, 1, 2, 3, 0])}
   batch["class_id"] = np.int32([3, 3, 1, 0, 2])
-  loss, count, found = pretraining.classify(judge)({"judge": {}}, {}, {}, batch, KEY)
+  loss, count, found = loss_of(pretraining.Classification(judge))({"judge": {}}, {}, {}, batch, KEY)
   rows = np.arange(5)
   of_style, of_class = -log_softmax(styles)[rows, batch["style"]], -log_softmax(classes)[rows, batch["class_id"]]
   np.testing.assert_allclose(loss, of_style.sum() + of_class.sum(), rtol=1e-5)
@@ -73,7 +86,7 @@ def test_classify_is_the_sum_of_the_cross_entropies_that_are_taught():
   taught, known = np.array([0, 1, 1, 1, 0]), np.array([1, 1, 0, 1, 1])
   batch["style"] = np.where(taught, batch["style"], pretraining.NOT_TAUGHT).astype(np.int32)
   batch["class_id"] = np.where(known, batch["class_id"], 1500).astype(np.int32)  # whose caption is not taught
-  loss, count, found = pretraining.classify(judge)({"judge": {}}, {}, {}, batch, KEY)
+  loss, count, found = loss_of(pretraining.Classification(judge))({"judge": {}}, {}, {}, batch, KEY)
   np.testing.assert_allclose(loss, (taught * of_style + known * of_class).sum(), rtol=1e-5)
   assert count == 5 and found["style_accuracy"][1] == 3 and found["class_accuracy"][1] == 4
 
@@ -85,9 +98,51 @@ def test_images_of_one_caption_are_positives_of_each_others_text():
   clip = types.SimpleNamespace(config=config, apply=lambda *_: (jnp.asarray(images), jnp.asarray(texts), jnp.log(5.0)))
   batch = {"pixels": np.zeros((4, 8, 8, 3), np.uint8), "input_ids": np.zeros((4, 3), np.int32)}
   batch["class_id"] = np.int32([7, 2, 7, 1])
-  loss, count, found = pretraining.contrastive(clip)({"clip": {}}, {}, {}, batch, KEY)
+  loss, count, found = loss_of(pretraining.Contrastive(clip))({"clip": {}}, {}, {}, batch, KEY)
   same = batch["class_id"][:, None] == batch["class_id"]
   logits = 5.0 * images @ texts.T
   rows = [-(log_softmax(x) * same).sum(1) / same.sum(1) for x in (logits, logits.T)]
   np.testing.assert_allclose(loss, 0.5 * (rows[0] + rows[1]).sum(), rtol=1e-4)
   assert count == 4 and found["accuracy"][0] == same[np.arange(4), logits.argmax(1)].sum()
+
+
+# ---------------------------------------------------------------------------------------------
+# Denoising
+
+
+def test_denoise_is_the_mean_squared_error():
+  batch = pair_batch(5)
+  images = {"pixels": batch["pixels_0"], "input_ids": batch["input_ids"]}
+  (loss, count, found), calls = recorded(pretraining.Denoising, SAME, {}, FROZEN, images, KEY)
+  x, t, _, pred = calls[0]
+  alpha, sigma = (np.sqrt(v)[t, None, None, None] for v in (ABARS, 1 - ABARS))
+  noise = (x - alpha * latents_np(batch["pixels_0"])) / sigma
+  errors = np.mean((pred - noise) ** 2, axis=(1, 2, 3))
+  np.testing.assert_allclose(loss, errors.sum(), rtol=1e-3)
+  assert count == 5
+  bins = np.bincount(t // 100, minlength=10)
+  np.testing.assert_array_equal(found["loss_bin"][1], bins)
+  # A text encoder that is trained, too.
+  params = SAME | {"text_encoder": FROZEN["text_encoder"]}
+  frozen = {k: v for k, v in FROZEN.items() if k not in params}
+  (again, _), grads = compiled_loss(pretraining.Denoising(MODEL))(params, {}, frozen, images, KEY)
+  np.testing.assert_allclose(again, loss, rtol=1e-5)
+  used = np.unique(images["input_ids"])
+  moved = np.abs(grads["text_encoder"]["embedding"]).max(axis=1) > 0
+  assert moved[used].all() and moved.sum() == len(used)
+
+
+def test_denoising_is_conditioned_on_each_image():
+  batch = pair_batch(5)
+  images = {"pixels": batch["pixels_0"], "input_ids": batch["input_ids"], "time_ids": sizes(5)}
+  (loss, _, _), ((x, t, time_ids, pred),), encoded = sized(
+    lambda m: loss_of(pretraining.Denoising(m)), SAME, {}, FROZEN, images, KEY
+  )
+  assert encoded == [5]
+  np.testing.assert_array_equal(time_ids, images["time_ids"])
+  alpha, sigma = (np.sqrt(v)[t, None, None, None] for v in (ABARS, 1 - ABARS))
+  noise = (x - alpha * latents_np(images["pixels"])) / sigma
+  np.testing.assert_allclose(loss, np.mean((pred - noise) ** 2, axis=(1, 2, 3)).sum(), rtol=1e-3)
+  del images["time_ids"]
+  _, ((_, _, time_ids, _),), _ = sized(lambda m: loss_of(pretraining.Denoising(m)), SAME, {}, FROZEN, images, KEY)
+  np.testing.assert_array_equal(time_ids, np.tile(SQUARE, (5, 1)))
