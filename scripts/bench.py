@@ -390,8 +390,8 @@ def _sample(config: Any, mesh: Any, steps: int, found: Found, deadline: float) -
   import jax
   import jax.numpy as jnp
 
-  from jaxpref import rollout
   from jaxpref.devices import chips, sharding
+  from jaxpref.diffusion import samplers
   from jaxpref.files import loading
   from jaxpref.models import attention
   from jaxpref.models.text_to_image import guided
@@ -413,7 +413,7 @@ def _sample(config: Any, mesh: Any, steps: int, found: Found, deadline: float) -
     noise = jax.random.normal(jax.random.key(seed), (ids.shape[0], *model.latent_shape))
     keys = jax.random.split(jax.random.key(seed), ids.shape[0])
     run = lambda x, t: predict(x, t, cond)  # noqa: E731
-    latents = rollout.ddim_sample(run, model.schedule, noise, keys, num_steps=20, eta=0.0)
+    latents = samplers.ddim_sample(run, model.schedule, noise, keys, num_steps=20, eta=0.0)
     return model.decode(weights, latents)
 
   arguments = (weights, batch, jnp.int32(0))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import rollout
+from jaxpref.diffusion import samplers
 from jaxpref.evaluation import drawing
 from jaxpref.files import loading, pipelines
 from jaxpref.models.text_to_image import guided
@@ -33,7 +33,7 @@ def sampler(request):
     eps = guided(
       lambda x, t, c: model.predict(params, x, t, c), model.encode_empty(params, 1), GUIDANCE
     )
-    clean = rollout.ddim_sample(
+    clean = samplers.ddim_sample(
       lambda x, t: eps(x, t, cond), model.schedule, latents, jax.random.key(0),
       num_steps=STEPS, eta=0.0,
     )

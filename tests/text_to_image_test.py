@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import rollout
+from jaxpref.diffusion import samplers
 from jaxpref.evaluation import drawing
 from jaxpref.files import loading, pipelines
 from jaxpref.models.text_to_image import guided
@@ -217,7 +217,7 @@ def test_sizes_and_crops_of_sdxl_draw_what_diffusers_draws(models):
     cond = model.encode_text(params, pipe.tokenize(PROMPTS), time_ids)
     uncond = model.encode_empty(params, 1, time_ids)
     eps = guided(lambda x, t, c: model.predict(params, x, t, c), uncond, GUIDANCE)
-    clean = rollout.ddim_sample(
+    clean = samplers.ddim_sample(
       lambda x, t: eps(x, t, cond), model.schedule, latents, jax.random.key(0), num_steps=STEPS, eta=0.0
     )
     return drawing.to_uint8(model.decode(params, clean))

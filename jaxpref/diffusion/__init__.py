@@ -1,7 +1,7 @@
 """Noise processes as pure functions: `from jaxpref import diffusion`, then `diffusion.add_noise(schedule, ...)`.
 
 `gaussian` is the process of Stable Diffusion, `transitions` are steps back through it, `times` says which timesteps are
-trained on.
+trained on. `jaxpref.diffusion.samplers`, which goes all the steps, is imported by itself.
 """
 
 from jaxpref.diffusion.gaussian import (

@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxpref import rollout
 from jaxpref.devices import chips, sharding
+from jaxpref.diffusion import samplers
 from jaxpref.models.text_to_image import TextToImage, guided
 
 SAMPLERS = ("ddim", "dpmpp_2m")
@@ -42,7 +42,7 @@ def make_sampler(
     negative_ids: i32[1, L] of a negative prompt; None for none.
     guidance_rescale: as of `text_to_image.guided`.
     sampler: "ddim", or "dpmpp_2m" for DPM-Solver++ 2M.
-    karras: noise levels of "dpmpp_2m", as of `rollout.dpm_solver_sample`.
+    karras: noise levels of "dpmpp_2m", as of `samplers.dpm_solver_sample`.
     size: height and width in pixels; the model's own by default.
     mesh: splits each batch over its devices, on which the weights are.
   Raises:
@@ -73,9 +73,9 @@ def make_sampler(
     predict = lambda x, t: eps(x, t, cond)
     if sampler == "ddim":
       steps = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed + 1), i))(number)  # each row's own noise
-      latents = rollout.ddim_sample(predict, model.schedule, noise, steps, num_steps=num_inference_steps, eta=eta)
+      latents = samplers.ddim_sample(predict, model.schedule, noise, steps, num_steps=num_inference_steps, eta=eta)
     else:
-      latents = rollout.dpm_solver_sample(
+      latents = samplers.dpm_solver_sample(
         predict, model.schedule, noise, num_steps=num_inference_steps, karras=karras
       )
     return to_uint8(model.decode(weights, latents))

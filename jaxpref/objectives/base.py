@@ -89,7 +89,7 @@ class Objective(Protocol):
 
   @property
   def kinds(self) -> tuple[str, ...]:
-    """Of each kind of experience the name of the key that shuffles it; none offline, where an update takes the batch."""
+    """Of each kind of experience the name of the key that shuffles it; none offline: an update takes the batch."""
     ...
 
   def experience(self, w: Weights, batch: Batch, key: jax.Array) -> tuple[Experience, dict[str, jax.Array]]:

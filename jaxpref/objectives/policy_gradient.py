@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpref import diffusion, losses, rollout
+from jaxpref import diffusion, losses
+from jaxpref.diffusion import samplers
 from jaxpref.models.preference import StepAwareCLIPModel
 from jaxpref.models.text_to_image import Cond, TextToImage, guided, repeat_cond
 from jaxpref.objectives import noising
@@ -149,7 +150,7 @@ class PolicyGradient:
     of_samples = repeat_cond({"cond": cond, "text": text}, group_size)
     eps = guided(lambda x, t, c: model.predict(w.policy, x, t, c), uncond, self.guidance_scale)
     noise = jax.random.normal(named_key(key, "x_T"), (prompts * group_size, *model.latent_shape))
-    drawn = rollout.ddim_trajectories(
+    drawn = samplers.ddim_trajectories(
       lambda x, t: eps(x, t, of_samples["cond"]),
       model.schedule,
       noise,

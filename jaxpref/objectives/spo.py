@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxpref import diffusion, losses
 from jaxpref.diffusion import Schedule
+from jaxpref.diffusion.samplers import Predict, rows_at
 from jaxpref.models.preference import StepAwareCLIPModel
 from jaxpref.models.text_to_image import Cond, TextToImage, guided, repeat_cond
 from jaxpref.objectives import noising
@@ -24,7 +25,6 @@ from jaxpref.objectives.base import (
 from jaxpref.objectives.pairs import PairLoss
 from jaxpref.objectives.sums import Pairs, binned_mean, mean_of
 from jaxpref.rewards.step_aware import embed_prompts, score_images
-from jaxpref.rollout import Predict, rows_at
 
 # (x0 f32[B*m,h,w,C], t i32[B*m]) -> f32[B*m]: scores of predicted clean latents
 Score = Callable[[jax.Array, jax.Array], jax.Array]

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpref import rollout
+from jaxpref.diffusion import samplers
 from jaxpref.models.preference import preprocess
 from jaxpref.objectives import policy_gradient
 from jaxpref.objectives.base import named_key
@@ -55,10 +55,10 @@ def counting_steps(monkeypatch):
     number = jnp.arange(len(x) * num_steps, dtype=jnp.float32).reshape(len(x), num_steps)
     latents = jnp.broadcast_to(number[..., None, None, None], (len(x), num_steps, *LATENT))
     t = jnp.arange(num_steps)
-    return rollout.Trajectories(jnp.concatenate([latents, x[:, None]], axis=1), t, t, number)
+    return samplers.Trajectories(jnp.concatenate([latents, x[:, None]], axis=1), t, t, number)
 
   monkeypatch.setattr(policy_gradient, "policy_loss", loss)
-  monkeypatch.setattr(rollout, "ddim_trajectories", trajectories)
+  monkeypatch.setattr(samplers, "ddim_trajectories", trajectories)
 
   def run(**options):
     samples, steps = len(FEW["input_ids"]) * GROUP, POLICY["num_inference_steps"]

@@ -11,7 +11,16 @@ import pytest
 from jaxpref.devices import sharding
 from jaxpref.objectives import spo
 from tests import decisions
-from tests.rollout_test import SCHEDULE, SHAPE, ddim_np, draw, normal, predict, predict_np, timesteps
+from tests.diffusion.ddim_trajectories_test import (
+  SCHEDULE,
+  SHAPE,
+  ddim_np,
+  draw,
+  normal,
+  predict,
+  predict_np,
+  timesteps,
+)  # fmt: skip
 
 
 def score_np(x0, t):

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import diffusion, rollout
+from jaxpref import diffusion
+from jaxpref.diffusion import samplers
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -52,7 +53,7 @@ def dpm_scheduler(config, karras=False):
 
 def dpm_error(config, num_steps, karras):
   schedule = diffusion.schedule_from_config(config)
-  ours = jax.jit(lambda x: rollout.dpm_solver_sample(predict, schedule, x, num_steps=num_steps, karras=karras))(X)
+  ours = jax.jit(lambda x: samplers.dpm_solver_sample(predict, schedule, x, num_steps=num_steps, karras=karras))(X)
   assert ours.dtype == jnp.float32
   return error(ours, by_diffusers(dpm_scheduler(config, karras), num_steps))
 
@@ -102,7 +103,7 @@ def test_dpm_solver_calls_the_network_once_a_step_in_one_scan():
     jax.debug.callback(lambda t: seen.append(int(t[0])), t)
     return predict(x, t)
 
-  sample = lambda x: rollout.dpm_solver_sample(counting, schedule, x, num_steps=6)
+  sample = lambda x: samplers.dpm_solver_sample(counting, schedule, x, num_steps=6)
   jax.block_until_ready(jax.jit(sample)(X))
   jax.effects_barrier()
   assert sorted(seen, reverse=True) == diffusion.dpm_solver_timesteps(schedule, 6).tolist()
@@ -116,8 +117,8 @@ def test_dpm_solver_is_of_second_order():
   def sample(sampler, num_steps, **kwargs):
     return jax.jit(lambda x: sampler(predict, schedule, x, num_steps=num_steps, **kwargs))(X)
 
-  exact, coarse, fine = (np.asarray(sample(rollout.dpm_solver_sample, n)) for n in (500, 20, 50))
-  ddim = sample(rollout.ddim_sample, 20, key=jax.random.key(0), eta=0.0)
+  exact, coarse, fine = (np.asarray(sample(samplers.dpm_solver_sample, n)) for n in (500, 20, 50))
+  ddim = sample(samplers.ddim_sample, 20, key=jax.random.key(0), eta=0.0)
   assert error(coarse, exact) < 0.5 * error(ddim, exact)
   assert error(fine, exact) < 0.3 * error(coarse, exact)
 
@@ -138,7 +139,7 @@ def test_ddim_equals_diffusers(spacing, eta, num_steps, prediction_type):
   config = STABLE_DIFFUSION | {"timestep_spacing": spacing, "prediction_type": prediction_type}
   schedule, key = diffusion.schedule_from_config(config), jax.random.key(1)
   noises = [jax.random.normal(k, X.shape) for k in jax.random.split(key, num_steps)]
-  ours = jax.jit(lambda x: rollout.ddim_sample(predict, schedule, x, key, num_steps=num_steps, eta=eta))(X)
+  ours = jax.jit(lambda x: samplers.ddim_sample(predict, schedule, x, key, num_steps=num_steps, eta=eta))(X)
   theirs = by_diffusers(
     diffusers.DDIMScheduler.from_config(config),
     num_steps,

@@ -1,4 +1,4 @@
-"""Sampling as `lax.scan`s over a prediction function: DDIM, DPM-Solver++, and the rollouts of online methods.
+"""Sampling as `lax.scan`s over a prediction function: DDIM, DPM-Solver++, and DDIM with all that it drew.
 
 None knows a network: `predict(x f32[N,h,w,C], t i32[N]) -> f32[N,h,w,C]` has prompts and guidance bound, and rows
 are ordered prompt by prompt, so N may be any multiple of the number of prompts.
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpref import diffusion
-from jaxpref.diffusion import Schedule
+from jaxpref.diffusion import transitions
+from jaxpref.diffusion.gaussian import Schedule
 
 # (x f32[B*m,h,w,C], t i32[B*m]) -> f32[B*m,h,w,C], rows of one prompt side by side
 Predict = Callable[[jax.Array, jax.Array], jax.Array]
@@ -34,8 +34,8 @@ def ddim_sample(
     f32[B,h,w,C] clean latents.
   """
   batch = x.shape[0]
-  t = jnp.asarray(diffusion.ddim_timesteps(schedule, num_steps))
-  prev_t = jnp.asarray(diffusion.ddim_prev_timesteps(schedule, num_steps))
+  t = jnp.asarray(transitions.ddim_timesteps(schedule, num_steps))
+  prev_t = jnp.asarray(transitions.ddim_prev_timesteps(schedule, num_steps))
 
   def normal(key):
     if key.ndim:
@@ -45,7 +45,7 @@ def ddim_sample(
   def step(x, inputs):
     t, prev_t, key = inputs
     pred = predict(x, rows_at(t, batch))
-    mean, std = diffusion.ddim_mean_std(schedule, pred, x, rows_at(t, batch), rows_at(prev_t, batch), eta=eta)
+    mean, std = transitions.ddim_mean_std(schedule, pred, x, rows_at(t, batch), rows_at(prev_t, batch), eta=eta)
     if eta > 0.0:
       mean = mean + std[:, None, None, None] * normal(key)
     return mean, None
@@ -76,7 +76,7 @@ def dpm_solver_sample(
     x0 = s.x0_of_x * x + s.x0_of_pred * pred
     return (s.keep * x + s.new * x0 + s.old * x0_before, x0), None
 
-  steps = jax.tree.map(jnp.asarray, diffusion.dpm_solver_steps(schedule, num_steps, karras=karras))
+  steps = jax.tree.map(jnp.asarray, transitions.dpm_solver_steps(schedule, num_steps, karras=karras))
   (x, _), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), steps)
   return x
 
@@ -107,15 +107,15 @@ def ddim_trajectories(
   Args:
     x: f32[B,h,w,C] standard normal latents.
   """
-  t = jnp.asarray(diffusion.ddim_timesteps(schedule, num_steps))
-  prev_t = jnp.asarray(diffusion.ddim_prev_timesteps(schedule, num_steps, clamp_last=True))
+  t = jnp.asarray(transitions.ddim_timesteps(schedule, num_steps))
+  prev_t = jnp.asarray(transitions.ddim_prev_timesteps(schedule, num_steps, clamp_last=True))
 
   def step(x, inputs):
     t, prev_t, key = inputs
     t, prev_t = rows_at(t, x.shape[0]), rows_at(prev_t, x.shape[0])
-    mean, std = diffusion.ddim_mean_std(schedule, predict(x, t), x, t, prev_t, eta=eta)
+    mean, std = transitions.ddim_mean_std(schedule, predict(x, t), x, t, prev_t, eta=eta)
     after = mean + std[:, None, None, None] * jax.random.normal(key, x.shape)
-    return after, (after, diffusion.gaussian_log_prob(after, mean, std))
+    return after, (after, transitions.gaussian_log_prob(after, mean, std))
 
   _, (xs, log_prob) = jax.lax.scan(step, x, (t, prev_t, jax.random.split(key, num_steps)))
   return Trajectories(jnp.moveaxis(jnp.concatenate([x[None], xs]), 0, 1), t, prev_t, log_prob.T)
