@@ -230,7 +230,7 @@ def main(argv: list[str]) -> None:
     devices = topology_devices(topology) if topology else jax.devices()
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     config.mesh.update(dict(mesh.shape))  # what was -1 is known now
-    online = catalog.method(config).online
+    online = catalog.method(config).facts.online
     sharding.check_batch_size(mesh, config.batch_size, 1 if online else config.accumulation)
     print(f"compiling a step of {config.objective} for {len(devices)} x {devices[0].device_kind} ...", file=sys.stderr)
     options = compiler_options(chip, quick=flags.FLAGS.quick)

@@ -4,12 +4,13 @@ A `placeholder` has a type but no value until it is set, so that it can be given
 """
 
 import difflib
+import importlib
 import math
 import pathlib
 import re
 import sys
 import traceback
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 from absl import flags, logging
@@ -21,28 +22,103 @@ SCHEDULES = ("constant", "linear", "cosine")
 STYLES = ("twemoji", "noto", "openmoji")  # of the embedded emoji
 SPLITS = ("train", "validation", "test")
 MAX_SEED = 2**32 - 1  # of Grain
-OBJECTIVES = ("spo", "grpo", "dpo", "tdpo", "kto", "spm", "denoise", "autoencode", "contrastive", "classify")
-ONLINE = ("spo", "grpo")  # these draw what they learn from
-ALIGNMENT = (*ONLINE, "dpo", "tdpo", "kto")  # these have a base model and may have a reference
 
-# What each kind of data is for, and what lies at config.data.path.
-_PAIRS = ("dpo", "tdpo", "kto", "spm")
-SOURCES: dict[str, tuple[tuple[str, ...], str]] = {
-  "emoji": (OBJECTIVES, "nothing"),
-  "tfds": (_PAIRS, "the folder of a tfds dataset of pairs"),
-  "pairs_file": (_PAIRS, "a .jsonl or .csv file of pairs"),
-  "rankings": (_PAIRS, "a JSON file of rankings, such as HPDv2's train.json"),
-  "unpaired_file": (("kto",), "a .jsonl or .csv file of images that are liked or not"),
-  "prompts": (ONLINE, "a file of prompts (docs/evaluation.md)"),
-  "precomputed": (("dpo", "tdpo", "kto", "denoise"), "the folder that python -m jaxpref.precompute wrote"),
+
+class Facts(NamedTuple):
+  """What is asked of a method instead of its name.
+
+  Attributes:
+    data: what a row of its batches is: "pair"; "liked", an image that is or is not; "image", with its caption;
+      "prompt"; or "tile", of the embedded emoji.
+    online: whether it draws what it learns from, and makes several updates of it.
+    scorer: whether it has a preference model, `config.preference_model`.
+    trains: "denoiser" (or its adapter), "scorer", or the network that is trained from nothing.
+    losses: which losses `config.loss.name` may choose: "denoised", "pair" or "".
+  """
+
+  data: str
+  online: bool = False
+  scorer: bool = False
+  trains: str = "denoiser"
+  losses: str = ""
+
+  @property
+  def aligns(self) -> bool:
+    """Whether it changes a text-to-image model that is compared with the one it started from."""
+    return self.trains == "denoiser" and self.data != "image"
+
+
+FACTS = {
+  "spo": Facts("prompt", online=True, scorer=True, losses="pair"),
+  "grpo": Facts("prompt", online=True, scorer=True),
+  "dpo": Facts("pair", losses="denoised"),
+  "tdpo": Facts("pair", losses="denoised"),
+  "kto": Facts("liked"),
+  "spm": Facts("pair", scorer=True, trains="scorer"),
+  "denoise": Facts("image"),
+  "autoencode": Facts("tile", trains="vae"),
+  "contrastive": Facts("tile", trains="clip"),
+  "classify": Facts("tile", trains="judge"),
 }
+OBJECTIVES = tuple(FACTS)
+PAIR_LOSSES = ("sigmoid", "robust", "ipo", "hinge")
+DENOISED_LOSSES = (*PAIR_LOSSES, "dspo", "mapo", "sft")
+# What each kind of data has rows for, and what lies at config.data.path.
+SOURCES: dict[str, tuple[tuple[str, ...], str]] = {
+  "emoji": (("pair", "liked", "image", "prompt", "tile"), "nothing"),
+  "tfds": (("pair", "liked"), "the folder of a tfds dataset of pairs"),
+  "pairs_file": (("pair", "liked"), "a .jsonl or .csv file of pairs"),
+  "rankings": (("pair", "liked"), "a JSON file of rankings, such as HPDv2's train.json"),
+  "unpaired_file": (("liked",), "a .jsonl or .csv file of images that are liked or not"),
+  "prompts": (("prompt",), "a file of prompts (docs/evaluation.md)"),
+  "precomputed": (("pair", "liked", "image"), "the folder that python -m jaxpref.precompute wrote"),
+}
+
+
+def load_named(spec: str, field: str, what: str) -> Any:
+  """What package.module:Name of a user's own names.
+
+  Raises:
+    ValueError: the module cannot be imported, or has no such name.
+  """
+  module_name, _, name = spec.partition(":")
+  try:
+    module = importlib.import_module(module_name)
+  except Exception as error:  # whatever the user's module raises
+    raise ValueError(
+      f"{field}={spec}: the module {module_name} cannot be imported ({type(error).__name__}: {error}); expected "
+      f"package.module:{what} of a module that Python finds, e.g. by PYTHONPATH."
+    ) from error
+  if not hasattr(module, name):
+    near = difflib.get_close_matches(name, vars(module), n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise ValueError(f"{field}={spec}: the module {module_name} has no {name}{hint}.")
+  return getattr(module, name)
+
+
+def facts(config: ml_collections.ConfigDict) -> Facts:
+  """Those of `config.objective`: a name, or package.module:NAME of a method of one's own (docs/extending.md).
+
+  Raises:
+    ValueError: it names none.
+  """
+  if ":" not in config.objective:
+    return FACTS[config.objective]
+  found = load_named(config.objective, "config.objective", "NAME")
+  if not isinstance(getattr(found, "facts", None), Facts):
+    raise ValueError(
+      f"config.objective={config.objective}: it is of type {type(found).__name__}; expected a "
+      "jaxpref.objectives.catalog.Method."
+    )
+  return found.facts
 
 
 def default() -> ml_collections.ConfigDict:
   """The full set of fields. Unknown fields are refused by name wherever a config is changed."""
   return ml_collections.ConfigDict(
     dict(
-      objective="dpo",  # one of OBJECTIVES
+      objective="dpo",  # one of OBJECTIVES, or package.module:NAME of your own (docs/extending.md)
+      options=dict(),  # fields of your own objective
       seed=0,
       # Updates; for spo and grpo: iterations (rollout, scoring, and the updates it pays for). A run that is beyond them
       # is refused; a finished one goes on with more if its learning rate is constant.
@@ -192,10 +268,11 @@ def smoke(config: ml_collections.ConfigDict, preset: str) -> None:
   """
   config.model = f"random:{preset}"
   config.vae_model = None
-  if config.objective in (*ONLINE, "spm"):
+  of = facts(config)
+  if of.scorer:
     config.preference_model = f"random:{preset}"
   config.accumulation = min(config.accumulation, 2)
-  config.update(num_steps=3, batch_size=2 if config.objective in ONLINE else 2 * config.accumulation)
+  config.update(num_steps=3, batch_size=2 if of.online else 2 * config.accumulation)
   use_embedded_data(config)
   config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 1)
   config.lora.rank = min(config.lora.rank, 4)
@@ -268,7 +345,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     require(value in choices, field, f"one of {', '.join(choices)}{hint}")
 
-  one_of("objective", OBJECTIVES)
+  if ":" not in config.objective:
+    one_of("objective", OBJECTIVES)
+  of = facts(config)
   one_of("dtype", ("float32", "bfloat16"))
   policies = [name.strip() for name in config.remat.split(",")]
   require(set(policies) <= set(REMAT), "remat", f"one of {', '.join(REMAT)}, or one for each level, with commas")
@@ -329,10 +408,13 @@ def check(config: ml_collections.ConfigDict) -> None:
   require(0.0 <= config.reference.decay < 1.0, "reference.decay", "a number in [0, 1)")
   require(0.0 < config.loss.beta < math.inf, "loss.beta", "a number above 0")
   require(0.0 <= config.loss.label_smoothing < 0.5, "loss.label_smoothing", "a number in [0, 0.5)")
-  offline = config.objective in ("dpo", "tdpo")
-  pairwise = ("sigmoid", "robust", "ipo", "hinge")
-  of_pairs = offline or config.objective == "spo"
-  one_of("loss.name", (*pairwise, "dspo", "mapo", "sft") if offline else pairwise if of_pairs else pairwise[:1])
+  offline, of_pairs = of.losses == "denoised", bool(of.losses)
+  if ":" not in config.loss.name:
+    one_of("loss.name", DENOISED_LOSSES if offline else PAIR_LOSSES if of_pairs else PAIR_LOSSES[:1])
+  elif of_pairs:
+    load_named(config.loss.name, "config.loss.name", "function")
+  else:
+    require(False, "loss.name", f"sigmoid: {config.objective} has a loss of its own")
   smoothed = of_pairs and config.loss.name in ("sigmoid", "robust")
   require(smoothed or not config.loss.label_smoothing, "loss.label_smoothing", "0: it is for sigmoid and robust losses")
   if config.loss.name in ("mapo", "sft"):
@@ -353,13 +435,13 @@ def check(config: ml_collections.ConfigDict) -> None:
   require(offline or config.timesteps.gamma == 1.0, "timesteps.gamma", f"1 for {config.objective}: it is for dpo, tdpo")
   scaled = config.timesteps.reward_scale
   require(offline or not scaled, "timesteps.reward_scale", f"False for {config.objective}: it is for dpo and tdpo")
-  aligns = config.objective in ALIGNMENT
+  aligns = of.aligns
   require(aligns or config.reference.mode == "frozen", "reference.mode", f"frozen: {config.objective} has no reference")
   require(config.vae_slicing >= 0, "vae_slicing", "0 (all at once) or a number of images")
   require(config.lora.rank >= 0, "lora.rank", "0 (full training) or a positive rank")
   for field in ("rank", "init_from"):
-    adapts = aligns or config.objective == "denoise"
-    require(adapts or not config.lora[field], f"lora.{field}", f"nothing for {config.objective}: it trains no UNet")
+    adapts = of.trains == "denoiser" or not config.lora[field]
+    require(adapts, f"lora.{field}", f"nothing for {config.objective}: it trains no UNet")
   try:
     re.compile(config.lora.targets)
   except re.error as error:
@@ -384,20 +466,21 @@ def check(config: ml_collections.ConfigDict) -> None:
   require(config.optimizer.warmup_steps >= 0, "optimizer.warmup_steps", "an integer of at least 0")
   require(
     not config.train_text_encoder
-    or (config.objective == "denoise" and not config.lora.rank and not config.lora.init_from),
+    or (of.trains == "denoiser" and of.data == "image" and not config.lora.rank and not config.lora.init_from),
     "train_text_encoder",
     "False for this objective: only denoise without LoRA trains the text encoder",
   )
   require(
-    not config.vae_model or aligns or config.objective in ("spm", "denoise"),
+    not config.vae_model or of.trains in ("denoiser", "scorer"),
     "vae_model",
     "nothing for this objective: it is for those with a UNet",
   )
-  objectives, what = SOURCES[config.data.source]
+  rows, what = SOURCES[config.data.source]
+  fits = of.data in rows and (config.data.source != "precomputed" or of.trains == "denoiser")
+  known = (name for name, f in FACTS.items() if f.data in rows)
+  known = (name for name in known if config.data.source != "precomputed" or FACTS[name].trains == "denoiser")
   require(
-    config.objective in objectives or config.data.source == "emoji",
-    "data.source",
-    f"another source for objective {config.objective}: this one is for {', '.join(objectives)}",
+    fits, "data.source", f"another source for objective {config.objective}: this one is for {', '.join(known)}"
   )
   require(config.data.source == "emoji" or bool(config.data.path), "data.path", what)
   require(
@@ -410,19 +493,21 @@ def check(config: ml_collections.ConfigDict) -> None:
   for field in ("max_per_prompt", "num_threads", "num_workers"):
     require(config.data[field] >= 0, f"data.{field}", "an integer of at least 0")
   usual = default().data
-  pairs = config.objective in _PAIRS and config.data.source != "unpaired_file"
+  pairs = of.data in ("pair", "liked") and config.data.source != "unpaired_file"
   for field in ("labels", "scores", "ties", "min_gap", "only_labelled", "max_per_prompt", "keep_best", "flip_labels"):
     require(pairs or config.data[field] == usual[field], f"data.{field}", f"{usual[field]!r}: it is for data of pairs")
   for field in ("caption_dropout", "flip", "random_crop"):
-    drawn = config.objective in ONLINE and config.data[field] != usual[field]
+    drawn = of.online and config.data[field] != usual[field]
     require(not drawn, f"data.{field}", f"{usual[field]!r} for {config.objective}, which has no images to learn from")
-  kto = config.objective == "kto"
-  require(not kto or config.data.ties == "drop", "data.ties", "drop for kto: a tie has no liked image")
+  liked = of.data == "liked"
+  require(
+    not liked or config.data.ties == "drop", "data.ties", f"drop for {config.objective}: a tie has no liked image"
+  )
   require(not config.data.keep_best or config.data.ties == "drop", "data.keep_best", "False unless ties are dropped")
   if config.data.source == "precomputed":
     require(not config.data.random_crop, "data.random_crop", "False: precomputed images are central squares")
     require(not config.train_text_encoder, "train_text_encoder", "False: the prompts of precomputed data are encoded")
-  if config.objective in ONLINE:
+  if of.online:
     # A schedule counts updates, of which an iteration has many: with spo as many as it has valid pairs.
     require(config.optimizer.schedule == "constant", "optimizer.schedule", f"constant for {config.objective}")
   if config.objective == "spo":
@@ -482,7 +567,7 @@ def _check_arguments(argv: list[str]) -> None:
   known = names()
   for option in options:
     name = option.partition("=")[0].removeprefix("config.")
-    if option.startswith("config.") and name not in known:
+    if option.startswith("config.") and name not in known and not name.startswith("options."):
       near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
       raise ValueError(f"--config.{name} is no field; did you mean --config.{near}? See jaxpref/config.py for all.")
 
@@ -530,7 +615,7 @@ def _check_recipes(argv: list[str]) -> None:
     )
   known = names()
   for name in names(value) if _recipes(argv) else ():
-    if name not in known:
+    if name not in known and not name.startswith("options."):
       near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
       raise ValueError(f"{_recipes(argv)[-1]} sets config.{name}, which is no field; did you mean config.{near}?")
 

@@ -18,10 +18,9 @@ from ml_collections import ConfigDict
 from jaxpref import arguments
 from jaxpref import config as config_lib
 from jaxpref.files import loading, lora_files, pipelines
-from jaxpref.objectives import catalog
 from jaxpref.training import build, checkpoint
 
-TEXT_TO_IMAGE = tuple(name for name, method in catalog.METHODS.items() if method.trains == "denoiser")
+TEXT_TO_IMAGE = tuple(name for name, facts in config_lib.FACTS.items() if facts.trains == "denoiser")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,7 +55,7 @@ def export(
     ValueError, OSError: one sentence on what is missing or does not fit.
   """
   config = read_config(run)
-  if config.objective not in TEXT_TO_IMAGE:
+  if config_lib.facts(config).trains != "denoiser":
     raise ValueError(
       f"{run} trained config.objective={config.objective!r}, expected one of {', '.join(TEXT_TO_IMAGE)}; a finished "
       "run of another objective has its model in export/."

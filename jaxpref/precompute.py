@@ -80,7 +80,7 @@ def run(
   together = jax.process_count() > 1
   plan: dict[str, Any] = {
     "format": latents.FORMAT,
-    "kind": inputs.PRECOMPUTABLE[config.objective],
+    "kind": inputs.precomputable(config_lib.facts(config)),
     "config": inputs.precomputed_fields(config),
     "rows_per_file": rows_per_file,
   }
@@ -199,10 +199,10 @@ def check(config: ConfigDict, *, rows_per_file: int, batch_size: int) -> None:
   for name, value in (("rows_per_file", rows_per_file), ("batch_size", batch_size)):
     if value < 1:
       raise ValueError(f"--{name}={value}; expected at least 1.")
-  if config.objective not in inputs.PRECOMPUTABLE:
+  if inputs.precomputable(config_lib.facts(config)) is None:
     raise ValueError(
       f"config.objective={config.objective!r} needs the VAE while it trains, so nothing can be precomputed for it; "
-      f"expected one of {', '.join(inputs.PRECOMPUTABLE)}."
+      f"expected one of {', '.join(n for n, facts in config_lib.FACTS.items() if inputs.precomputable(facts))}."
     )
   if config.data.source == "precomputed":
     raise ValueError("config.data.source='precomputed' is what this command makes; give the images it is made from.")

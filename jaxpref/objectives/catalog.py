@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict as Config
 
+from jaxpref.config import FACTS, Facts, load_named
 from jaxpref.models.preference import StepAwareCLIPModel
 from jaxpref.models.text_to_image import TextToImage
 from jaxpref.objectives import pairs
@@ -41,41 +42,24 @@ class Updates:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """What is asked of a method instead of its name.
+  """A method: what is asked of it before anything is loaded, and its objective.
 
   Attributes:
-    data: what a row of its batches is: "pair", "liked" (or disliked) image, captioned "image", "prompt", or "tile" (of
-      the embedded emoji).
-    make: the objective of (config, text-to-image model, preference model or None); None for those that train no
-      text-to-image model and no preference model (`training.build`).
-    online: whether it draws what it learns from, and makes several updates of it.
-    scorer: whether it has a preference model.
-    trains: "denoiser" (or its adapter), "scorer", or the one network that is trained from nothing.
+    facts: what a recipe may set for it, and which data and models it needs.
+    make: the objective of (config, text-to-image model, preference model or None); None for those that train a network
+      from nothing (`training.build`).
     options: the section of the config with its sampler and guidance, if it has one.
     reference: of a config: whether it compares with a reference model.
     images: of a config: those of one row of the batch, read or drawn.
     updates: of a config.
   """
 
-  data: str
+  facts: Facts
   make: Callable[[Config, TextToImage, StepAwareCLIPModel | None], Objective] | None = None
-  online: bool = False
-  scorer: bool = False
-  trains: str = "denoiser"
   options: str | None = None
   reference: Callable[[Config], bool] = lambda config: False
   images: Callable[[Config], int] = lambda config: 1
   updates: Callable[[Config], Updates] = lambda config: Updates(1.0, config.batch_size, 1)
-
-  @property
-  def aligns(self) -> bool:
-    """Whether it changes a text-to-image model that can be compared with the one it started from."""
-    return self.trains == "denoiser" and self.data != "image"
-
-  @property
-  def guidance_scale(self) -> str | None:
-    """The field of the guidance that updates have; None: they have none."""
-    return f"{self.options}.guidance_scale" if self.online else None
 
 
 # ---- How a config makes them ------------------------------------------------------------------------------------
@@ -152,7 +136,7 @@ def _grpo_updates(config: Config) -> Updates:
 # ---- The table --------------------------------------------------------------------------------------------------
 
 _DPO = Method(
-  data="pair",
+  facts=FACTS["dpo"],
   make=_dpo,
   reference=lambda config: config.loss.name not in pairs.REFERENCE_FREE,
   images=lambda config: 2,
@@ -160,19 +144,15 @@ _DPO = Method(
 )
 METHODS: dict[str, Method] = {
   "spo": Method(
-    data="prompt",
+    facts=FACTS["spo"],
     make=_spo,
-    online=True,
-    scorer=True,
     options="spo",
     reference=lambda config: True,
     updates=_spo_updates,
   ),
   "grpo": Method(
-    data="prompt",
+    facts=FACTS["grpo"],
     make=_grpo,
-    online=True,
-    scorer=True,
     options="grpo",
     reference=lambda config: bool(config.grpo.kl_coef),
     images=lambda config: config.grpo.group_size,
@@ -180,23 +160,20 @@ METHODS: dict[str, Method] = {
   ),
   "dpo": _DPO,
   "tdpo": _DPO,
-  "kto": Method(data="liked", make=_kto, reference=lambda config: True),
-  "spm": Method(data="pair", make=_spm, scorer=True, trains="scorer", options="spm", images=lambda config: 2),
-  "denoise": Method(data="image", make=lambda config, model, scorer: Denoising(model)),
-  "autoencode": Method(data="tile", trains="vae"),
-  "contrastive": Method(data="tile", trains="clip"),
-  "classify": Method(data="tile", trains="judge"),
+  "kto": Method(FACTS["kto"], _kto, reference=lambda config: True),
+  "spm": Method(FACTS["spm"], _spm, options="spm", images=lambda config: 2),
+  "denoise": Method(FACTS["denoise"], lambda config, model, scorer: Denoising(model)),
+  "autoencode": Method(FACTS["autoencode"]),
+  "contrastive": Method(FACTS["contrastive"]),
+  "classify": Method(FACTS["classify"]),
 }
 
 
 def method(config: Config) -> Method:
-  """That of `config.objective`."""
+  """That of `config.objective`: of the table, or of one's own, package.module:NAME."""
+  if ":" in config.objective:
+    return load_named(config.objective, "config.objective", "NAME")
   return METHODS[config.objective]
-
-
-def of_data(*kinds: str) -> tuple[str, ...]:
-  """Names of the methods whose batches have rows of these kinds."""
-  return tuple(name for name, found in METHODS.items() if found.data in kinds)
 
 
 def make(config: Config, model: TextToImage, scorer: StepAwareCLIPModel | None = None) -> Any:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref import diffusion, losses
+from jaxpref.config import load_named
 from jaxpref.models.text_to_image import TextToImage
 from jaxpref.objectives import noising
 from jaxpref.objectives.base import REWARD_BINS, Batch, Offline, Weights, named_key
@@ -26,6 +27,8 @@ def pair_loss(name: str, *, beta: float, label_smoothing: float = 0.0, ipo_facto
   """A loss on two implicit rewards by the name TRL users know: what `transition_loss` takes.
 
   Args:
+    name: or package.module:function of one's own, which takes (reward_w, reward_l, beta=, weight=) as those of
+      `losses.py` do.
     ipo_factor: the `factor` of `losses.ipo_loss`; 1 for the log-ratios of `transition_loss`.
   Raises:
     ValueError: if the name is unknown.
@@ -40,6 +43,9 @@ def pair_loss(name: str, *, beta: float, label_smoothing: float = 0.0, ipo_facto
     "ipo": lambda w, l, weight: losses.ipo_loss(w, l, beta=beta, weight=weight, factor=ipo_factor),
     "hinge": lambda w, l, weight: losses.hinge_loss(w, l, beta=beta, weight=weight),
   }
+  if ":" in name:
+    own = load_named(name, "config.loss.name", "function")
+    return lambda w, l, weight: own(w, l, beta=beta, weight=weight)
   if name not in known:
     raise ValueError(f"config.loss.name={name!r} is unknown; expected one of {', '.join(known)}.")
   return known[name]

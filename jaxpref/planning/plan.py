@@ -46,7 +46,7 @@ def without_weights(config: ConfigDict) -> ConfigDict:
   with config.unlocked():
     config.model = f"zeros:{preset}"
     config.vae_model = None
-    config.preference_model = f"zeros:{preset}" if catalog.method(config).scorer else None
+    config.preference_model = f"zeros:{preset}" if catalog.method(config).facts.scorer else None
     config.judge = None
     config.lora.init_from = None
     precomputed = config.data.source == "precomputed"
@@ -157,7 +157,7 @@ def unet_rows(config: ConfigDict, devices: int) -> int:
   method = catalog.method(config)
   u = method.updates(config)
   rows = u.passes * micro(u.rows) + u.other_passes * micro(u.other_rows)
-  return rows * (2 if method.online and is_guided(config[method.options].guidance_scale) else 1)
+  return rows * (2 if method.facts.online and is_guided(config[method.options].guidance_scale) else 1)
 
 
 # ---- What would make it fit ------------------------------------------------------------------------------------
@@ -207,12 +207,13 @@ def changes(config: ConfigDict, devices: int) -> Iterator[Change]:
   """
   rows = devices // config.mesh.tensor
   method = catalog.method(config)
-  most = -(-method.updates(config).rows // rows) if method.online else config.batch_size // rows
+  most = -(-method.updates(config).rows // rows) if method.facts.online else config.batch_size // rows
   accumulations = [n for n in range(config.accumulation, most + 1) if most % n == 0] or [config.accumulation]
   sizes = [n for n in range(config.mesh.fsdp, rows + 1) if rows % n == 0]
-  known = config.remat in config_lib.REMAT and method.trains != "scorer"  # else it is one for each level, or not used
+  # Else it is one for each level, or not used.
+  known = config.remat in config_lib.REMAT and method.facts.trains != "scorer"
   policies = config_lib.REMAT[config_lib.REMAT.index(config.remat) :] if known else (config.remat,)
-  full = not config.lora.rank and method.aligns
+  full = not config.lora.rank and method.facts.aligns
   for rank, remat, fsdp, accumulation in itertools.product(
     (0, LORA_RANK) if full else (0,), policies, sizes, accumulations
   ):
@@ -235,7 +236,7 @@ def estimates(config: ConfigDict, devices: Sequence[Any], report: Mapping[str, A
   rows = len(devices) // config.mesh.tensor
   old = report["arguments"]
   # The sum, and that of a micro-batch.
-  copies = lambda c: 2 if c.accumulation > 1 or catalog.method(c).online else 1
+  copies = lambda c: 2 if c.accumulation > 1 or catalog.method(c).facts.online else 1
   activations = max(report["peak"] - sum(old.values()) - copies(config) * old["trained"], 0)
   arguments: dict[tuple[int, int], dict[str, int]] = {}
   kept: dict[str, int] = {}

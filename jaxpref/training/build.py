@@ -78,7 +78,7 @@ def build(config: Config, sharding: pipelines.Sharding = None, *, batch_devices:
     ValueError, FileNotFoundError: one sentence on what is missing or does not fit.
   """
   from_nothing = {"vae": _autoencode, "clip": _contrastive, "judge": _classify}
-  trains = catalog.method(config).trains
+  trains = catalog.method(config).facts.trains
   if trains in from_nothing:
     return from_nothing[trains](config)
   vae_slicing = config.vae_slicing * batch_devices or None
@@ -243,12 +243,12 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
     save_trained(folder, original, params, scale=scale, dtype=jnp.float16)
 
   scorer, reward = None, None
-  if method.scorer:
+  if method.facts.scorer:
     scorer, frozen["spm"] = loading.load_scorer(
       config.preference_model, dtype=config.dtype, param_dtype=config.dtype, seed=config.seed, sharding=sharding
     )
     reward = functools.partial(step_aware.score_pictures, scorer)
-  if method.online:
+  if method.facts.online:
     batches = lambda: inputs.prompt_batches(config, tokenize)
   else:
     batches = lambda: inputs.offline_batches(config, model.image_size, tokenize)
@@ -259,7 +259,7 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
     batches=batches,
     export=export,
     has_reference=method.reference(config),
-    read_base=read_base if method.aligns else None,
+    read_base=read_base if method.facts.aligns else None,
     images_per_step=config.batch_size * method.images(config),
     evaluable=True,
     model=model,

@@ -192,7 +192,7 @@ def offline_batches(config: Config, image_size: int, tokenize: Callable[[list[st
   """The data of an objective that trains on images or pairs."""
   if config.data.source == "precomputed":
     return _precomputed_batches(config, image_size)
-  data = catalog.method(config).data
+  data = catalog.method(config).facts.data
   if data == "image":
     return image_batches(config, image_size, tokenize)
   if data == "liked":
@@ -204,11 +204,13 @@ def offline_batches(config: Config, image_size: int, tokenize: Callable[[list[st
 
 # Data that the frozen networks can be run over once, where they are what a denoiser is trained on.
 _KINDS = {"pair": "pairs", "liked": "liked and other images", "image": "images"}
-PRECOMPUTABLE = {
-  name: _KINDS[method.data]
-  for name, method in catalog.METHODS.items()
-  if method.trains == "denoiser" and method.data in _KINDS
-}
+
+
+def precomputable(objective_facts: config_lib.Facts) -> str | None:
+  """What the precomputed data of a method are; None: it needs the VAE while it trains."""
+  return _KINDS.get(objective_facts.data) if objective_facts.trains == "denoiser" else None
+
+
 # Fields of config.data that do not change what the frozen networks make of them: training decides on these.
 _OF_TRAINING = ("caption_dropout", "num_threads", "num_workers")
 
@@ -222,7 +224,7 @@ def precomputed_fields(config: Config) -> dict[str, Any]:
 
 def data_fingerprint(config: Config) -> str:
   """Returns the fingerprint of the records that `offline_batches` reads; of the embedded ones their version."""
-  data = catalog.method(config).data
+  data = catalog.method(config).facts.data
   if data == "image":
     return f"jaxpref {jaxpref.__version__}"
   return sources.content_fingerprint(unpaired_source(config) if data == "liked" else pairs_source(config))
@@ -248,7 +250,7 @@ def open_precomputed(config: Config) -> latents.Precomputed:
     FileNotFoundError, ValueError: it is not there, not complete, or made for another model or other data.
   """
   data = latents.open_folder(config.data.path)
-  kind = PRECOMPUTABLE[config.objective]
+  kind = precomputable(config_lib.facts(config))
   if data.manifest["kind"] != kind:
     raise ValueError(
       f"{data.folder} holds {data.manifest['kind']}, expected {kind} for config.objective={config.objective!r}; give a "

@@ -137,7 +137,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       "(Ampere) or later; set config.dtype=float32."
     )
   mesh = sharding.make_mesh(**config.mesh)
-  online = catalog.method(config).online
+  online = catalog.method(config).facts.online
   sharding.check_batch_size(mesh, config.batch_size, 1 if online else config.accumulation)
   make_optimizer(config)
   folder = pathlib.Path(workdir)
