@@ -65,5 +65,6 @@ run_tests() {
   shift
   # Compilation uses one core, so two processes help; a file's tests stay together and share what they compiled.
   # In the order of their names, so that the long files are not all among the last.
-  "$python" -m pytest -q --durations=20 --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"
+  # What was skipped is named at the end.
+  "$python" -m pytest -q -rs --durations=20 --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"
 }

@@ -3,6 +3,7 @@
 # the type checker and the tests.
 #
 #   bash scripts/test.sh [PYTEST ARGUMENTS ...]
+#   bash scripts/test.sh fast [PYTEST ARGUMENTS ...]     # the linter, and tests of mathematics, methods, files and docs
 #
 # Needs Python 3.11 or later ($PYTHON chooses one). Tests marked slow are left out: scripts/test_slow.sh runs those.
 set -euo pipefail
@@ -11,5 +12,11 @@ source scripts/environment.sh
 
 environment .venv-test '.[test]'
 .venv-test/bin/python -m ruff check .
-.venv-test/bin/python -m mypy
+if [[ "${1:-}" == fast ]]; then
+  shift
+  set -- tests/{losses,reference,cost,layers,configs,commands,extending,readme,doctest}_test.py \
+    tests/{diffusion,objectives,files} tests/training/step_test.py "$@"
+else
+  .venv-test/bin/python -m mypy
+fi
 run_tests .venv-test/bin/python "$@"
