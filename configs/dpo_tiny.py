@@ -3,7 +3,7 @@
     python -m jaxpref.main --config=configs/dpo_tiny.py
 
 Over seeds 0, 1 and 2 the share of the preferred style rises from 34.4 to 85.5, 82.8 and 86.7 %, and
-the win rate against the base model is 93.4, 93.0 and 93.8 % (`python scripts/tiny_results.py`).
+the win rate against the base model is 93.4, 93.0 and 93.8 % (`python scripts/study/tiny_results.py`).
 """
 
 from jaxpref.config import default

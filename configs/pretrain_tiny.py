@@ -6,7 +6,8 @@
     python -m jaxpref.main --config=configs/pretrain_tiny.py:clip
     python -m jaxpref.main --config=configs/pretrain_tiny.py:judge
 
-`scripts/make_tiny_sd.sh` runs all of them, and `configs/spm_tiny.py`, and installs the results in `jaxpref/assets`.
+`scripts/assets/make_tiny_sd.sh` runs all of them, and `configs/spm_tiny.py`, and installs the results in
+`jaxpref/assets`.
 """
 
 from jaxpref.config import default

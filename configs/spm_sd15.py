@@ -5,7 +5,7 @@ r"""The step-aware preference model of SPO (arXiv 2406.04314, Section 3.2) for S
 
 PICKAPIC is a folder that tensorflow_datasets wrote (ArrayRecord) with the splits train and validation and the
 features caption, image_0, image_1, label_0 (0.5: a tie, kept) and num_example_per_prompt; the paper trains on
-Pick-a-Pic v1. To skip this, scripts/convert_spm.py turns the published model into a folder.
+Pick-a-Pic v1. To skip this, scripts/assets/convert_spm.py turns the published model into a folder.
 
 From step_aware_preference_model/ of github.com/RockeyCoss/SPO, with the paper: PickScore's CLIP-H with AdaLN that
 starts as the identity; t uniform in [0, 1000), one noise for both images, x0-predictions with guidance 5; two-way

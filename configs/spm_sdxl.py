@@ -6,7 +6,7 @@ r"""The step-aware preference model of SPO (arXiv 2406.04314, Section 3.2) for S
 
 PICKAPIC is a folder as for configs/spm_sd15.py, Pick-a-Pic v1, but the labels are PickScore's, not people's: the first
 command scores all images; an image wins where softmax(scores of the two) is more than 0.1 above the other's, and the
-rest are ties. To skip all this, scripts/convert_spm.py turns the published model into a folder.
+rest are ties. To skip all this, scripts/assets/convert_spm.py turns the published model into a folder.
 
 From step_aware_preference_model/ of github.com/RockeyCoss/SPO, with the paper: 7,000 steps, rate 1e-6, 1024 pixels,
 the VAE madebyollin/sdxl-vae-fp16-fix, labels as above; the rest as for Stable Diffusion 1.5 (configs/spm_sd15.py).

@@ -1,6 +1,6 @@
 r"""SPO (arXiv 2406.04314) on Stable Diffusion 1.5 with LoRA, the published hyper-parameters.
 
-    python scripts/convert_spm.py sd-v1-5_step-aware_preference_model.bin models/spm_sd15
+    python scripts/assets/convert_spm.py sd-v1-5_step-aware_preference_model.bin models/spm_sd15
     python -m jaxpref.main --config=configs/spo_sd15.py \
       --config.preference_model=models/spm_sd15 --config.data.path=4k_training_prompts.json
     python -m jaxpref.main --config=configs/spo_sd15.py:smoke    # the same code path on a miniature with random weights

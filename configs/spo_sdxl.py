@@ -1,6 +1,6 @@
 r"""SPO (arXiv 2406.04314) on SDXL with LoRA, the published hyper-parameters.
 
-    python scripts/convert_spm.py sdxl_step-aware_preference_model.bin models/spm_sdxl
+    python scripts/assets/convert_spm.py sdxl_step-aware_preference_model.bin models/spm_sdxl
     python -m jaxpref.main --config=configs/spo_sdxl.py \
       --config.preference_model=models/spm_sdxl --config.data.path=4k_training_prompts.json
     python -m jaxpref.main --config=configs/spo_sdxl.py:smoke    # the same code path on a miniature with random weights

@@ -3,7 +3,7 @@
     python -m jaxpref.main --config=configs/spo_tiny.py
 
 Over seeds 0, 1 and 2 the share of the preferred style rises from 34.4 to 82.8, 76.2 and 78.1 %, and
-the win rate against the base model is 94.5, 91.4 and 91.4 % (`python scripts/tiny_results.py`).
+the win rate against the base model is 94.5, 91.4 and 91.4 % (`python scripts/study/tiny_results.py`).
 """
 
 from jaxpref.config import default

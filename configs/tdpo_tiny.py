@@ -3,7 +3,7 @@
     python -m jaxpref.main --config=configs/tdpo_tiny.py
 
 Over seeds 0, 1 and 2 the share of the preferred style rises from 34.4 to 89.8, 89.5 and 93.0 %, and
-the win rate against the base model is 93.6, 92.6 and 93.4 % (`python scripts/tiny_results.py`).
+the win rate against the base model is 93.6, 92.6 and 93.4 % (`python scripts/study/tiny_results.py`).
 """
 
 from jaxpref.config import default

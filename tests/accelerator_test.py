@@ -13,7 +13,7 @@ import pytest
 from jaxpref.models import attention, presets
 from jaxpref.models.unet import UNet2DConditionModel
 from jaxpref.models.vae import AutoencoderKL
-from scripts import accelerator, accelerator_proof, accelerator_results
+from scripts.bench import accelerator, accelerator_proof, accelerator_results
 from tests import QUICK_FLAGS
 
 ROOT = accelerator.ROOT
@@ -186,7 +186,7 @@ def test_bad_arguments_end_in_a_sentence(tmp_path, capsys):
 
 
 def shell(folder, *parts, **environment):
-  command = ["bash", str(ROOT / "scripts" / "accelerator.sh"), *parts]
+  command = ["bash", str(ROOT / "scripts" / "bench" / "accelerator.sh"), *parts]
   environment = os.environ | {"OUT": str(folder / "out"), "PYTHON": sys.executable} | environment
   return subprocess.run(command, env=environment, capture_output=True, text=True)
 
@@ -288,7 +288,7 @@ def test_a_rehearsal_at_smoke_size_where_few_packages_are(tmp_path):
   environment |= {"OUT": str(tmp_path / "out"), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
 
   def run():
-    command = ["bash", "scripts/accelerator.sh"]
+    command = ["bash", "scripts/bench/accelerator.sh"]
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
 
   probe = [sys.executable, "-c", "import tensorflow_datasets"]

@@ -6,7 +6,7 @@ import math
 import jax
 import pytest
 
-from scripts import bench
+from scripts.bench import bench
 
 
 @pytest.mark.parametrize("size", ["sdxl", "sd15", "tiny"])

@@ -14,7 +14,8 @@ import pytest
 from jaxpref.models import presets
 from jaxpref.models.unet import UNetConfig
 from jaxpref.models.vae import VAEConfig
-from scripts import bench, bench_torch, torch_check, torch_steps
+from scripts.bench import bench, bench_torch
+from scripts.parity import torch_check, torch_steps
 from tests import decisions
 
 # Networks of one level, which compile in seconds.
@@ -182,7 +183,7 @@ script, *rest = sys.argv[1:]
 if "--table" in rest or "--compare" in rest:
   sys.argv = [script, *rest]
   sys.path.insert(0, ".")
-  from scripts import bench, bench_torch
+  from scripts.bench import bench, bench_torch
   (bench if script.endswith("bench.py") else bench_torch).main(rest)
   sys.exit()
 options = {a: b for a, b in zip(rest, rest[1:])}
@@ -217,7 +218,7 @@ def test_one_command_makes_the_tables_and_goes_on_where_it_was(tmp_path):
   environment |= {"ROUNDS": "2"}
 
   def run():
-    command = ["bash", str(bench_torch.ROOT / "scripts" / "bench_gpu.sh"), str(tmp_path / "out")]
+    command = ["bash", str(bench_torch.ROOT / "scripts" / "bench" / "bench_gpu.sh"), str(tmp_path / "out")]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
   done = run()

@@ -14,11 +14,11 @@ import pytest
 
 from jaxpref.devices import sharding
 from jaxpref.training import build, checkpoint, loop, metrics
-from scripts import chaos
+from scripts.launch import chaos
 from tests import QUICK_FLAGS, mesh_run, toy_run
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
-CHAOS = [sys.executable, str(REPOSITORY / "scripts" / "chaos.py")]
+CHAOS = [sys.executable, str(REPOSITORY / "scripts" / "launch" / "chaos.py")]
 ENVIRONMENT = dict(
   os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=QUICK_FLAGS, PYTHONPATH=str(REPOSITORY)
 )
@@ -170,7 +170,7 @@ def test_the_comparison_sees_what_differs():
 
 
 def run_chaos(tmp_path, *arguments):
-  """The report of scripts/chaos.py."""
+  """The report of scripts/launch/chaos.py."""
   out = tmp_path / "chaos"
   done = subprocess.run(
     [*CHAOS, *arguments, f"--out={out}"], env=ENVIRONMENT, capture_output=True, text=True, timeout=3000

@@ -1,4 +1,4 @@
-"""scripts/convert_spm.py: a reference checkpoint scores the same after conversion, and others are refused by name."""
+"""convert_spm.py: a reference checkpoint scores the same after conversion, and others are refused by name."""
 
 import collections
 import json
@@ -15,7 +15,7 @@ from torch import nn
 
 from jaxpref.files import pipelines
 from jaxpref.models import clip, preference
-from scripts import convert_spm
+from scripts.assets import convert_spm
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -218,7 +218,7 @@ def folder(reference, tmp_path_factory):
 
 def test_a_converted_checkpoint_scores_as_the_reference_does(reference, folder, tmp_path):
   """From the command line, as a user does; the process that converts does not import torch."""
-  script = [sys.executable, "-X", "importtime", "scripts/convert_spm.py"]
+  script = [sys.executable, "-X", "importtime", "scripts/assets/convert_spm.py"]
   done = subprocess.run(
     [*script, str(folder / "reference.bin"), str(tmp_path / "spm"), f"--clip={folder}"],
     cwd=REPOSITORY,

@@ -22,7 +22,7 @@ from jaxpref.devices import sharding
 from jaxpref.objectives import catalog, kto, pairs, spo
 from jaxpref.planning import flops, hlo, plan
 from jaxpref.training import optim, step
-from scripts import study_plan
+from scripts.study import study_plan
 from tests import mesh_run
 from tests.stub_model import StubModel, StubScorer, init, pair_batch
 
@@ -88,7 +88,7 @@ def test_an_image_of_kto_takes_half_a_pair():
   [(2, 0, False, 1), (4, 0, False, 1), (4, 0, False, 2), (4, 0, True, 2), (2, 1, False, 1), (3, 3, False, 1)],
 )
 def test_an_iteration_of_spo_takes_what_the_readme_says(pool_size, inner_steps, last, accumulation):
-  """And as `scripts/study_plan.py` counts: a call of winner and loser is shared where they start from one latent."""
+  """And as `study_plan.py` counts: a call of winner and loser is shared where they start from one latent."""
   prompts = 4
   config = study_plan.load_config(study_plan.BY_NAME["spo"])
   config.batch_size, config.num_steps = prompts, 1

@@ -11,7 +11,7 @@ from jaxpref.models.clip import CLIPTextConfig
 from jaxpref.models.preference import StepAwareCLIPConfig
 from jaxpref.models.unet import UNet2DConditionModel, UNetConfig
 from jaxpref.models.vae import AutoencoderKL, VAEConfig
-from scripts import full_size_parity as parity
+from scripts.parity import full_size_parity as parity
 
 PRESETS = {
   "sd15-text": presets.SD15.text_encoder,

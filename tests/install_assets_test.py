@@ -1,4 +1,4 @@
-"""scripts/install_assets.py: what it writes loads, and nothing is replaced if something is wrong."""
+"""scripts/assets/install_assets.py: what it writes loads, and nothing is replaced if something is wrong."""
 
 import json
 import shutil
@@ -7,8 +7,8 @@ import pytest
 from safetensors import safe_open
 
 from jaxpref.files import pipelines
-from scripts import install_assets
-from scripts.install_assets import ASSETS, install
+from scripts.assets import install_assets
+from scripts.assets.install_assets import ASSETS, install
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ SHORT = [
 def test_all_stages_run_and_are_installed(tmp_path):
   copy = tmp_path / "jaxpref"
   shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "runs", "__pycache__"))
-  command = ["bash", "scripts/make_tiny_sd.sh", *SHORT]
+  command = ["bash", "scripts/assets/make_tiny_sd.sh", *SHORT]
   environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHON": sys.executable}
   subprocess.run(command, cwd=copy, env=environment, check=True, timeout=3000)
   for name in ("tiny-sd", "tiny-spm", "tiny-judge"):

@@ -9,8 +9,8 @@ import pytest
 from configs import spo_sd15
 from jaxpref.files import loading, pipelines
 from jaxpref.planning import flops
-from scripts import measure_decode_size
-from scripts.measure_decode_size import compared
+from scripts.bench import measure_decode_size
+from scripts.bench.measure_decode_size import compared
 
 
 def test_pairs_of_other_scores():

@@ -15,8 +15,9 @@ from jaxpref.models.resnet import ResnetBlock2D
 from jaxpref.objectives import pairs, spo
 from jaxpref.objectives.base import Rows
 from jaxpref.training import step
-from scripts import measure_linearity, study_plan
-from scripts import measure_optimizations as measured
+from scripts.bench import measure_linearity
+from scripts.bench import measure_optimizations as measured
+from scripts.study import study_plan
 from tests.cost_test import FROZEN, SGD, evaluations
 from tests.stub_model import StubModel, StubScorer, pair_batch
 

@@ -2,7 +2,7 @@
 
 import json
 
-from scripts import scaling
+from scripts.bench import scaling
 
 REPORT = {
   "arguments": {"trained": 2**30, "batch": 2**30},

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from scripts import scorer_parity
+from scripts.parity import scorer_parity
 
 
 def test_beginnings_of_words_become_continuations_marked(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from jaxpref import config as config_lib
 from jaxpref.objectives import spo
-from scripts import study, study_plan, study_report
+from scripts.study import study, study_plan, study_report
 
 # Stands in for `python -m jaxpref.main`: writes what a run leaves behind, from its own command line.
 FAKE = """
@@ -297,7 +297,7 @@ def test_a_run_in_time_is_stopped(tmp_path, monkeypatch):
 def test_sigterm_ends_the_runs_and_then_the_study(tmp_path):
   """Both that are going on, with a report of what there is."""
   run = [sys.executable, "-S", "-c", "import time; print('begun', flush=True); time.sleep(60)"]
-  program = f"from scripts import study, study_plan; study_plan.command = lambda *_: {run!r};"
+  program = f"from scripts.study import study, study_plan; study_plan.command = lambda *_: {run!r};"
   program += f"study.main('--only sft --workers 2 --runs {tmp_path} --docs {tmp_path}'.split())"
   process = subprocess.Popen([sys.executable, "-c", program], cwd=study_plan.ROOT, stderr=subprocess.PIPE, text=True)
   begun = lambda: [log for log in tmp_path.glob("sft/*.log") if "begun" in log.read_text()]
@@ -442,7 +442,8 @@ def test_a_report_of_another_plan_is_refused(tmp_path):
   for bad in (file, tmp_path / "none.json", pathlib.Path(__file__)):
     with pytest.raises(ValueError, match=f"{re.escape(str(bad))} cannot be read .*; expected a study.json"):
       study_plan.restore(bad, tmp_path / "other")
-  command = [sys.executable, study_plan.ROOT / "scripts" / "study.py", "--list", "--restore", tmp_path / "none.json"]
+  program = study_plan.ROOT / "scripts" / "study" / "study.py"
+  command = [sys.executable, program, "--list", "--restore", tmp_path / "none.json"]
   done = subprocess.run(command, capture_output=True, text=True)
   assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from jaxpref.evaluation import report
 from jaxpref.files import loading
-from scripts import measure_judge, tiny_results
+from scripts.study import measure_judge, tiny_results
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
 

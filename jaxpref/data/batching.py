@@ -11,7 +11,7 @@ state is therefore one number, the same on all processes, and resuming is exact.
 
 Images are decoded ahead of time by threads, or by worker processes of this process, each of which makes every n-th
 batch. Neither changes what a batch holds. Captions are tokenized in this process, so that only the source has to be
-such that it can be pickled for the workers. scripts/bench_data.py measures what costs how much.
+such that it can be pickled for the workers. scripts/bench/bench_data.py measures what costs how much.
 """
 
 import atexit

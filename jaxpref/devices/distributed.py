@@ -86,7 +86,7 @@ def detect(
   if "JOB_COMPLETION_INDEX" in environment and "TPU_WORKER_HOSTNAMES" not in environment:
     raise ValueError(
       "this is a pod of an indexed Kubernetes Job (JOB_COMPLETION_INDEX is set), and nothing says how many pods make "
-      "one run; set JAX_NUM_PROCESSES and JAX_COORDINATOR_ADDRESS as in scripts/kubernetes_job.yaml, or give "
+      "one run; set JAX_NUM_PROCESSES and JAX_COORDINATOR_ADDRESS as in scripts/launch/kubernetes_job.yaml, or give "
       "--distributed=false if each pod trains by itself."
     )
   return None

@@ -387,7 +387,7 @@ def _tokenizer_of(config: CLIPTextConfig) -> Any:
 
 
 def tiny_tokenizer() -> Any:
-  """The tokenizer in jaxpref/assets/tiny-sd, made by scripts/build_tokenizer.py."""
+  """The tokenizer in jaxpref/assets/tiny-sd, made by scripts/assets/build_tokenizer.py."""
   return load_tokenizer(pathlib.Path(__file__).parents[1] / "assets" / "tiny-sd" / "tokenizer")
 
 
@@ -540,7 +540,7 @@ def load_preference_model(
 
   Args:
     folder: path or hub name with config.json and model.safetensors: what `save_preference_model` or
-      scripts/convert_spm.py wrote, or transformers' CLIPModel (yuvalkirstain/PickScore_v1,
+      scripts/assets/convert_spm.py wrote, or transformers' CLIPModel (yuvalkirstain/PickScore_v1,
       laion/CLIP-ViT-H-14-laion2B-s32B-b79K).
     dtype: compute dtype.
     param_dtype: dtype of the parameters.

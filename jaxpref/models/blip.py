@@ -77,7 +77,7 @@ class ImageRewardConfig:
     if config.get("model_type") != "imagereward":
       raise ValueError(
         f"ImageReward config: model_type is {config.get('model_type')!r}, expected 'imagereward'; point to a folder "
-        "that scripts/convert_scorer.py wrote."
+        "that scripts/assets/convert_scorer.py wrote."
       )
     text = config.get("text_config", {})
     if text.get("hidden_act", "gelu") != "gelu":

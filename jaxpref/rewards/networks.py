@@ -184,7 +184,7 @@ def aesthetic_network(folder: pathlib.Path, dtype: Any, placement: Any) -> Netwo
 
 
 def imagereward_network(folder: pathlib.Path, dtype: Any, placement: Any) -> Network:
-  """ImageReward, from a folder that scripts/convert_scorer.py wrote."""
+  """ImageReward, from a folder that scripts/assets/convert_scorer.py wrote."""
   config = blip.ImageRewardConfig.from_dict(_read_config(folder))
   module, files = blip.ImageReward(config, dtype), tensor_files.weight_files(folder)
   size, length = config.vision_config.image_size, config.text_length
@@ -225,7 +225,8 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
   try:
     return json.loads(file.read_text(encoding="utf-8"))
   except FileNotFoundError:
-    raise FileNotFoundError(f"{file} is missing; point to a folder that scripts/convert_scorer.py wrote.") from None
+    wrote = "a folder that scripts/assets/convert_scorer.py wrote"
+    raise FileNotFoundError(f"{file} is missing; point to {wrote}.") from None
   except ValueError as error:
     raise ValueError(f"{file} is not valid JSON ({error}); convert the weights again.") from error
 

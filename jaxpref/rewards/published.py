@@ -123,8 +123,8 @@ def _find(name: str, folder: str | None) -> pathlib.Path:
     hub = "" if " on " in published.repository else "the Hugging Face repository "
     raise FileNotFoundError(
       f"scorer {name} has no weights: there is no folder {shown}; download {published.file} from {hub}"
-      f"{published.repository} and run python scripts/convert_scorer.py {name} {published.file} {shown} in a checkout "
-      "of jaxpref's repository."
+      f"{published.repository} and run python scripts/assets/convert_scorer.py {name} {published.file} {shown} in a "
+      "checkout of jaxpref's repository."
     )
   try:
     return pipelines.resolve_folder(folder or published.repository, "model*.safetensors")

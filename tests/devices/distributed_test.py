@@ -91,7 +91,7 @@ OPEN_MPI_5 = {  # has no address in it
   "PMIX_NAMESPACE": "prterun-node-7-20815@1",
   "PMIX_RANK": "1",
 }
-KUBERNETES = {  # a pod of scripts/kubernetes_job.yaml
+KUBERNETES = {  # a pod of scripts/launch/kubernetes_job.yaml
   "HOSTNAME": "dpo-sd15-1",
   "JAX_COORDINATOR_ADDRESS": "dpo-sd15-0.dpo-sd15:8476",
   "JAX_NUM_PROCESSES": "4",

@@ -409,12 +409,12 @@ def test_small_files_are_read_before_large_ones(folder, monkeypatch):
     pipelines.load_pipeline(folder)
 
 
-# ---- scripts/measure_loading.py ------------------------------------------------------------------
+# ---- scripts/bench/measure_loading.py ------------------------------------------------------------------
 
 
 def test_random_folders_have_the_layout_of_published_ones(unet, tmp_path):
   pytest.importorskip("diffusers")
-  from scripts import measure_loading
+  from scripts.bench import measure_loading
 
   measure_loading.write_folder(tmp_path, "sdxl-miniature", shard=200_000)
   shapes, _ = unet
@@ -434,7 +434,7 @@ def test_random_folders_have_the_layout_of_published_ones(unet, tmp_path):
 
 
 def test_memory_is_watched():
-  from scripts import measure_loading
+  from scripts.bench import measure_loading
 
   before = measure_loading.status("VmRSS")["VmRSS"]
   watch = measure_loading.Peak()

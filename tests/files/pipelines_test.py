@@ -547,7 +547,7 @@ def test_tokenizers_come_without_the_advice_to_install_pytorch(monkeypatch):
 
 def test_shipped_tokenizer_is_what_the_script_builds(tmp_path):
   from jaxpref.data.emoji import load_index
-  from scripts import build_tokenizer
+  from scripts.assets import build_tokenizer
 
   captions = [e.caption for subset in ("core", "all") for e in load_index(subset)]
   build_tokenizer.write_tokenizer(
@@ -557,7 +557,7 @@ def test_shipped_tokenizer_is_what_the_script_builds(tmp_path):
   for name in ("vocab.json", "merges.txt"):  # saving the model rewrites the other files
     expected = (tmp_path / name).read_text(encoding="utf-8")
     with open(f"{shipped.name_or_path}/{name}", encoding="utf-8") as f:
-      assert f.read() == expected, f"{name} is stale: run scripts/build_tokenizer.py"
+      assert f.read() == expected, f"{name} is stale: run scripts/assets/build_tokenizer.py"
   assert shipped.model_max_length == presets.TINY_LENGTH
   core = [e.caption for e in load_index("core")]
   ids = shipped(core).input_ids
@@ -568,7 +568,7 @@ def test_shipped_tokenizer_is_what_the_script_builds(tmp_path):
 
 
 def test_merges_of_a_hand_worked_example():
-  from scripts.build_tokenizer import learn_merges
+  from scripts.assets.build_tokenizer import learn_merges
 
   # "ab</w>" occurs three times, then "c" + "ab</w>" twice; then nothing is left to merge.
   assert learn_merges(["ab cab", "cab"], 9) == [("a", "b</w>"), ("c", "ab</w>")]

@@ -23,7 +23,7 @@ from jaxpref.evaluation import judging
 from jaxpref.files import pipelines
 from jaxpref.models import blip, open_clip, preference, presets
 from jaxpref.rewards import networks, published
-from scripts import convert_scorer
+from scripts.assets import convert_scorer
 from tests.models import blip_test
 
 pytestmark = pytest.mark.filterwarnings("ignore:the text encoder reads")  # one prompt is too long on purpose
@@ -293,7 +293,8 @@ def test_aesthetic_scores_are_those_of_a_sequential(tmp_path, clip_folder):
   blip_test.randomise(head)
   torch.save({f"layers.{k}": v for k, v in head.state_dict().items()}, tmp_path / "mlp.pth")
   out = tmp_path / "aesthetic"
-  script = [sys.executable, "scripts/convert_scorer.py", "aesthetic", tmp_path / "mlp.pth", out, "--clip", folder]
+  script = [sys.executable, "scripts/assets/convert_scorer.py"]
+  script += ["aesthetic", tmp_path / "mlp.pth", out, "--clip", folder]
   environment = dict(os.environ, PYTHONPATH=str(REPOSITORY))
   done = subprocess.run(script, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
@@ -461,7 +462,7 @@ def test_what_is_missing_is_said_with_where_it_comes_from(tmp_path, monkeypatch)
     "pickscore": r"model.safetensors of the Hugging Face repository yuvalkirstain/PickScore_v1 is not .* pickscore=F",
     "hpsv2.1": (
       r"no folder ~/.cache/jaxpref/scorers/hpsv2.1; download HPS_v2.1_compressed.pt from the Hugging Face repository "
-      r"xswu/HPSv2 and run python scripts/convert_scorer.py hpsv2.1 HPS_v2.1_compressed.pt ~/.cache/.*/hpsv2.1 in a "
+      r"xswu/HPSv2 and run python scripts/assets/convert_scorer.py hpsv2.1 HPS_v2.1_compressed.pt ~/.cache/.*/hpsv2.1 "
     ),
     "aesthetic": r"download sac\+logos\+ava1-l14-linearMSE.pth from christophschuhmann/.* on GitHub and run python",
     "imagereward=nowhere": "no folder nowhere; download ImageReward.pt from the Hugging Face repository THUDM/ImageR",

@@ -1,7 +1,7 @@
 """The embedded images: emoji drawn in three styles, with captions, groups and fixed splits.
 
 Each emoji is one row: the same characters and caption, drawn by Twemoji (flat), Noto (shaded) and
-OpenMoji (outlined), 64x64 on white, with equal margins. `scripts/build_emoji.py` made the files
+OpenMoji (outlined), 64x64 on white, with equal margins. `scripts/assets/build_emoji.py` made the files
 beside this module; NOTICE names their authors and licences.
 
   records = load_index(subset="core", split="train")
