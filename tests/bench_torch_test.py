@@ -171,7 +171,7 @@ def test_drawn_networks_of_spo_are_refused(capsys):
 @pytest.mark.parametrize("script", ["bench_vs_torch.sh", "bench_gpu.sh", "accelerator.sh"])
 def test_shellcheck_finds_nothing_in_the_scripts(script):
   shellcheck = pathlib.Path(sys.executable).with_name("shellcheck")
-  done = subprocess.run([shellcheck, bench_torch.ROOT / "scripts" / script], capture_output=True, text=True)
+  done = subprocess.run([shellcheck, bench_torch.ROOT / "scripts" / "bench" / script], capture_output=True, text=True)
   assert done.returncode == 0, done.stdout
 
 

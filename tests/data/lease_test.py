@@ -24,7 +24,7 @@ bucket = buckets.bucket
 REPOSITORY = pathlib.Path(__file__).parents[2]
 HOLD = """
 import sys, time
-from jaxpref import lease
+from jaxpref.data import lease
 with lease.hold(sys.argv[1]):
   print("held", flush=True)
   time.sleep(600)

@@ -353,7 +353,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, before, af
 
 JOIN = """
 import os
-from jaxpref import distributed
+from jaxpref.devices import distributed
 reporter = distributed.start(distributed.find_launch("auto"), "runs/none")
 import jax
 from jax._src import xla_bridge

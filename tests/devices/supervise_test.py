@@ -15,7 +15,7 @@ from jaxpref.devices import supervise
 REPOSITORY = pathlib.Path(__file__).parents[2]
 CHILD = """
 import os, pathlib, signal, sys, time
-from jaxpref import supervise
+from jaxpref.devices import supervise
 supervise.SILENCE_SECONDS, supervise.BEAT_SECONDS, supervise.SETTLE_SECONDS = 1.5, 0.1, 0.3
 index, count, folder, what = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3]), sys.argv[4]
 parent = os.getpid()

@@ -382,7 +382,8 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxpref import checkpoint, sharding
+from jaxpref.devices import sharding
+from jaxpref.training import checkpoint
 mesh = sharding.make_mesh(2, 1, 1)
 split = {"w": NamedSharding(mesh, PartitionSpec("data"))}
 whole = np.arange(8, dtype=np.float32)
