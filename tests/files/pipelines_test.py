@@ -539,7 +539,8 @@ def test_tokenizers_come_without_the_advice_to_install_pytorch(monkeypatch):
   hidden = "import importlib.util as u; find = u.find_spec\n"
   hidden += "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)\n"
   said = []
-  for program in ("import transformers", "from jaxpref.files import pipelines; pipelines.import_tokenizer('CLIPTokenizer')"):
+  ours = "from jaxpref.files import pipelines; pipelines.import_tokenizer('CLIPTokenizer')"
+  for program in ("import transformers", ours):
     done = subprocess.run([sys.executable, "-c", hidden + program], capture_output=True, text=True, check=True)
     said.append("PyTorch was not found" in done.stderr)
   assert said == [True, False]
