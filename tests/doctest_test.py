@@ -5,9 +5,12 @@ import importlib
 
 import pytest
 
+from jaxpref import diffusion
 
-@pytest.mark.parametrize("name", ["losses", "diffusion", "reference"])
+
+@pytest.mark.parametrize("name", ["losses", "diffusion.gaussian", "diffusion.transitions", "reference"])
 def test_examples(name):
-  found = doctest.testmod(importlib.import_module(f"jaxpref.{name}"))
+  names = vars(diffusion) if name.startswith("diffusion.") else {}  # those of the folder, whichever file they are in
+  found = doctest.testmod(importlib.import_module(f"jaxpref.{name}"), extraglobs=names)
   assert found.attempted > 0
   assert found.failed == 0
