@@ -15,7 +15,7 @@ from tests.stub_model import draw
 
 PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 TINY = {
-  "model": "random:sd15-miniature", "judge": None, "num_steps": 2, "batch_size": 8, "logging.every": 1,
+  "model": "random:one-level", "judge": None, "num_steps": 2, "batch_size": 8, "logging.every": 1,
   "sample.every": 0, "evaluation.num_prompts": 0, "accumulation": 1,
 }  # fmt: skip
 

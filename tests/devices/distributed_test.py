@@ -413,7 +413,7 @@ def test_two_processes_join_as_their_launcher_says(environment, own, devices):
 # ---------------------------------------------------------------------------------------------
 # The scripts that launch
 
-SCRIPTS = REPOSITORY / "scripts"
+SCRIPTS = REPOSITORY / "scripts" / "launch"
 SHELL = sorted([*SCRIPTS.glob("launch_*.sh"), *SCRIPTS.glob("*.sbatch")])
 VARIABLES = dict(NAME="run-1", IMAGE="registry/image:1", CLAIM="claim", PROCESSES="4", GPUS="8", CONFIG="configs/a.py")
 
