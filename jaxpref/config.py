@@ -103,6 +103,10 @@ def facts(config: ml_collections.ConfigDict) -> Facts:
     ValueError: it names none.
   """
   if ":" not in config.objective:
+    if config.objective not in FACTS:
+      near = difflib.get_close_matches(str(config.objective), OBJECTIVES, n=1)
+      hint = f" (did you mean {near[0]!r}?)" if near else ""
+      raise ValueError(f"config.objective={config.objective!r}; expected one of {', '.join(OBJECTIVES)}{hint}.")
     return FACTS[config.objective]
   found = load_named(config.objective, "config.objective", "NAME")
   if not isinstance(getattr(found, "facts", None), Facts):
@@ -345,8 +349,6 @@ def check(config: ml_collections.ConfigDict) -> None:
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     require(value in choices, field, f"one of {', '.join(choices)}{hint}")
 
-  if ":" not in config.objective:
-    one_of("objective", OBJECTIVES)
   of = facts(config)
   one_of("dtype", ("float32", "bfloat16"))
   policies = [name.strip() for name in config.remat.split(",")]

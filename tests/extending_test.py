@@ -10,6 +10,7 @@ import pytest
 
 from jaxpref import config as config_lib
 from jaxpref.objectives import catalog, pairs
+from jaxpref.planning import plan
 from jaxpref.training import loop, metrics
 from tests.stub_model import draw
 
@@ -69,6 +70,7 @@ def test_a_method_of_ones_own(mine, tmp_path):
   ("fields", "sentence"),
   [
     ({"objective": "nowhere:X"}, "config.objective=nowhere:X: the module nowhere cannot be imported .ModuleNotFound"),
+    ({"objective": "tpdo"}, "config.objective='tpdo'; expected one of spo, .*did you mean 'tdpo'"),
     ({"objective": "mine:WINNER"}, "config.objective=mine:WINNER: the module mine has no WINNER .did you mean WINNERS"),
     ({"objective": "mine:Winners"}, "config.objective=mine:Winners: it is of type type; expected a jaxpref.objectives"),
     ({"loss.name": "mine:squared"}, "config.loss.name=mine:squared: the module mine has no squared"),
@@ -82,6 +84,24 @@ def test_what_is_not_there_is_refused(mine, fields, sentence):
   config.update_from_flattened_dict(fields)
   with pytest.raises(ValueError, match=sentence):
     config_lib.check(config)
+
+
+def test_a_reference_that_cannot_move_is_refused(mine, tmp_path):
+  import winners
+
+  config = winners.get_config()
+  config.reference.mode = "update"
+  with pytest.raises(ValueError, match="reference.mode='update'; expected 'frozen', as mine:WINNERS has no reference"):
+    trained(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*.json"))
+
+
+def test_an_unknown_method_is_one_sentence_everywhere():
+  config = config_lib.default()
+  config.update(objective="tpdo", model="random:sd15")
+  for ask in (catalog.method, config_lib.facts, lambda c: config_lib.smoke(c, "sd15-miniature"), plan.without_weights):
+    with pytest.raises(ValueError, match="did you mean 'tdpo'"):
+      ask(config)
 
 
 def test_the_tables_of_names_agree():

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict as Config
 
-from jaxpref.config import FACTS, Facts, load_named
+from jaxpref.config import FACTS, Facts, facts, load_named
 from jaxpref.models.preference import StepAwareCLIPModel
 from jaxpref.models.text_to_image import TextToImage
 from jaxpref.objectives import pairs
@@ -170,7 +170,12 @@ METHODS: dict[str, Method] = {
 
 
 def method(config: Config) -> Method:
-  """That of `config.objective`: of the table, or of one's own, package.module:NAME."""
+  """That of `config.objective`: of the table, or of one's own, package.module:NAME.
+
+  Raises:
+    ValueError: it names none.
+  """
+  facts(config)
   if ":" in config.objective:
     return load_named(config.objective, "config.objective", "NAME")
   return METHODS[config.objective]

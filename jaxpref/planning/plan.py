@@ -157,7 +157,8 @@ def unet_rows(config: ConfigDict, devices: int) -> int:
   method = catalog.method(config)
   u = method.updates(config)
   rows = u.passes * micro(u.rows) + u.other_passes * micro(u.other_rows)
-  return rows * (2 if method.facts.online and is_guided(config[method.options].guidance_scale) else 1)
+  guided = method.facts.online and method.options and is_guided(config[method.options].guidance_scale)
+  return rows * (2 if guided else 1)
 
 
 # ---- What would make it fit ------------------------------------------------------------------------------------

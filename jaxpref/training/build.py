@@ -248,6 +248,12 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
       config.preference_model, dtype=config.dtype, param_dtype=config.dtype, seed=config.seed, sharding=sharding
     )
     reward = functools.partial(step_aware.score_pictures, scorer)
+  objective = catalog.make(config, model, scorer)
+  # Of the methods of the table config.check knows it.
+  if config.reference.mode == "update" and ":" in config.objective:
+    if not method.reference(config) or getattr(type(objective), "divergence", None) in (None, base.Offline.divergence):
+      what = f"{config.objective} has no reference, or no divergence of it"
+      raise ValueError(f"config.reference.mode='update'; expected 'frozen', as {what}.")
   if method.facts.online:
     batches = lambda: inputs.prompt_batches(config, tokenize)
   else:
@@ -255,7 +261,7 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
   return Experiment(
     params=params,
     frozen=frozen,
-    objective=catalog.make(config, model, scorer),
+    objective=objective,
     batches=batches,
     export=export,
     has_reference=method.reference(config),

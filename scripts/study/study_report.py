@@ -182,8 +182,9 @@ _D = {"last_d": ".4f", "largest_d": ".4f", "accepted_d": ".4f", "moves": ".0f"}
 _HEAD = """# Study of methods on tiny-sd
 
 Made by `python scripts/study/study.py`; all numbers are in study.json (of the plot of D only those of runs since it
-keeps them). Runs have half of the updates or iterations of the
-recipes (configs/*_tiny.py); all that is not named is theirs. Learning rates: of {factors} times the recipe's, with seed
+keeps them). Runs have half of the updates or iterations that the recipes
+(configs/*_tiny.py) had when it was made; all that is not named is theirs.
+Learning rates: of {factors} times the recipe's, with seed
 {seed} and {pictures} pictures of each validation prompt, that of the highest preferred share among those whose caption
 accuracy falls by at most {fall} points against base (if there is none, those that fall least); of equal ones the
 smaller. Variants of tau alone take the rate of tau 16; those of one setting of SPO or of Diffusion-DPO's loss, and
