@@ -31,8 +31,9 @@ if (folder.parents[1] / "nan").exists():
 if (folder.parents[1] / "broken").exists():
   sys.exit("error: no such folder")
 made = json.loads((folder.parents[1] / "made.json").read_text())
-for name, text in made.items():
-  (folder / name).write_text(text)
+for name in sorted(made, key="results.json".__eq__):  # last and whole, as a run's are: others read it meanwhile
+  (folder / (name + ".new")).write_text(made[name])
+  (folder / (name + ".new")).replace(folder / name)
 """
 
 
