@@ -1,6 +1,8 @@
 """The step-aware preference model of SPO (arXiv 2406.04314, Section 3.2) for tiny-sd, from tiny-clip.
 
     python -m jaxpref.main --config=configs/spm_tiny.py
+
+The tiny-spm that comes with jaxpref was made by it.
 """
 
 from jaxpref.config import default

@@ -481,9 +481,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   fits = of.data in rows and (config.data.source != "precomputed" or of.trains == "denoiser")
   known = (name for name, f in FACTS.items() if f.data in rows)
   known = (name for name in known if config.data.source != "precomputed" or FACTS[name].trains == "denoiser")
-  require(
-    fits, "data.source", f"another source for objective {config.objective}: this one is for {', '.join(known)}"
-  )
+  require(fits, "data.source", f"another source for objective {config.objective}: this one is for {', '.join(known)}")
   require(config.data.source == "emoji" or bool(config.data.path), "data.path", what)
   require(
     config.data.source != "emoji" or not config.data.path,

@@ -283,9 +283,7 @@ def read_prompts(name: str, *, kind: str | None = None, count: int | None = None
   return prompts
 
 
-def check_sizes(
-  models: dict[str, Model], *, height: int | None, width: int | None
-) -> dict[str, list[int]]:
+def check_sizes(models: dict[str, Model], *, height: int | None, width: int | None) -> dict[str, list[int]]:
   """Height and width of each model's pictures, from its configs alone.
 
   Raises:

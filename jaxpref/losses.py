@@ -75,9 +75,7 @@ def clipped_log_ratio(logp: jax.Array, ref_logp: jax.Array, *, eps: float) -> ja
   return jnp.clip(log_ratio, math.log1p(-eps), math.log1p(eps))
 
 
-def order_pair(
-  value_0: jax.Array, value_1: jax.Array, label_0: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def order_pair(value_0: jax.Array, value_1: jax.Array, label_0: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Sorts what belongs to images 0 and 1 of labelled pairs into winner and loser.
 
   Args:
@@ -283,9 +281,7 @@ def ipo_loss(
   return jnp.square(margin - 1.0 / (2.0 * beta))
 
 
-def hinge_loss(
-  reward_w: jax.Array, reward_l: jax.Array, *, beta: float, weight: jax.Array | None = None
-) -> jax.Array:
+def hinge_loss(reward_w: jax.Array, reward_l: jax.Array, *, beta: float, weight: jax.Array | None = None) -> jax.Array:
   """SLiC hinge, max(0, 1 - z): no gradient once the margin z exceeds 1.
 
   Args:
@@ -795,9 +791,7 @@ def _normalize(x: jax.Array) -> jax.Array:
 
 def _margin(reward_w, reward_l, beta, weight):
   """z = weight beta (r_w - r_l), the weight acting on each pair by itself."""
-  _check_vectors(
-    reward_w=reward_w, reward_l=reward_l, weight=reward_w if weight is None else weight
-  )
+  _check_vectors(reward_w=reward_w, reward_l=reward_l, weight=reward_w if weight is None else weight)
   z = beta * (_f32(reward_w) - _f32(reward_l))
   return z if weight is None else _f32(weight) * z
 

@@ -82,18 +82,13 @@ def divergence(err_ref: jax.Array, err_init: jax.Array, mask: jax.Array | None =
   """
   mask = jnp.ones(jnp.shape(err_ref)) if mask is None else mask
   if not jnp.ndim(err_ref) == 1 or not jnp.shape(err_ref) == jnp.shape(err_init) == mask.shape:
-    raise ValueError(
-      f"expected errors and mask [B], got {jnp.shape(err_ref)}, {jnp.shape(err_init)} and "
-      f"{mask.shape}."
-    )
+    raise ValueError(f"expected errors and mask [B], got {jnp.shape(err_ref)}, {jnp.shape(err_init)} and {mask.shape}.")
   mask = jnp.asarray(mask, jnp.float32)
   difference = jnp.asarray(err_ref, jnp.float32) - jnp.asarray(err_init, jnp.float32)
   return jnp.sum(jnp.where(mask > 0, difference * mask, 0.0)) / jnp.maximum(jnp.sum(mask), 1.0)
 
 
-def propose(
-  ref: Tree, params: Tree, init: Tree | None = None, *, alpha: float = 1.0, rho: float = 0.0
-) -> Tree:
+def propose(ref: Tree, params: Tree, init: Tree | None = None, *, alpha: float = 1.0, rho: float = 0.0) -> Tree:
   """The regularised EMA step, ref + alpha (params - ref) - rho (ref - init).
 
   Args:
@@ -362,9 +357,7 @@ def _check_trees(ref: Any, params: Any, init: Any) -> None:
         f"{name} and the reference are different trees, {jax.tree.structure(tree)} and "
         f"{expected}; make the reference with init_reference(params)."
       )
-    for (path, r), x in zip(
-      jax.tree_util.tree_leaves_with_path(ref), jax.tree.leaves(tree), strict=True
-    ):
+    for (path, r), x in zip(jax.tree_util.tree_leaves_with_path(ref), jax.tree.leaves(tree), strict=True):
       if jnp.shape(x) != jnp.shape(r):
         raise ValueError(
           f"{name} leaf {jax.tree_util.keystr(path)} is of shape {jnp.shape(x)}, the reference "

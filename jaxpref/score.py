@@ -118,9 +118,7 @@ def score(config: ConfigDict, *, model: str, out: pathlib.Path, batch_size: int)
     return _score(config, held, model=model, out=out, batch_size=batch_size)
 
 
-def _score(
-  config: ConfigDict, held: lease.Held, *, model: str, out: pathlib.Path, batch_size: int
-) -> index_lib.Index:
+def _score(config: ConfigDict, held: lease.Held, *, model: str, out: pathlib.Path, batch_size: int) -> index_lib.Index:
   """The work of `score`, on a file that this process alone writes."""
   source = inputs.open_pairs(config)
   fingerprint = sources.content_fingerprint(source)

@@ -12,6 +12,7 @@ source scripts/environment.sh
 
 environment .venv-test '.[test]'
 .venv-test/bin/python -m ruff check .
+.venv-test/bin/python -m ruff format --check .
 if [[ "${1:-}" == fast ]]; then
   shift
   set -- tests/{losses,reference,cost,layers,configs,commands,extending,readme,doctest}_test.py \

@@ -37,7 +37,11 @@ def main(tmp_path, *arguments):
   started = time.time()
   done = subprocess.run(
     [sys.executable, "-m", "jaxpref.main", *arguments],
-    env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    env=environment,
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    timeout=300,
   )
   return done.returncode, done.stderr, time.time() - started
 
@@ -75,9 +79,7 @@ def assert_one_sentence(code, said, sentence):
 
 def test_a_hub_name_without_network(tmp_path):
   """With the loading of a real run around it: nothing is left behind, and nobody waits."""
-  code, said, seconds = main(
-    tmp_path, RECIPE, "--config.model=stabilityai/stable-diffusion-nothing", "--workdir=run"
-  )
+  code, said, seconds = main(tmp_path, RECIPE, "--config.model=stabilityai/stable-diffusion-nothing", "--workdir=run")
   assert_one_sentence(code, said, "stabilityai/stable-diffusion-nothing is neither a folder here nor")
   assert len(said.strip().splitlines()) == 1
   assert list(tmp_path.iterdir()) == []
@@ -247,7 +249,9 @@ def test_original_sizes_that_are_none(refused, monkeypatch):
 @pytest.mark.usefixtures("made")
 def test_prompt_files(refused, tmp_path):
   fields = {
-    "objective": "spo", "data__source": "prompts", "preference_model": "random:sd15-miniature",
+    "objective": "spo",
+    "data__source": "prompts",
+    "preference_model": "random:sd15-miniature",
   }
   missing = settings(**fields, data__path=str(tmp_path / "prompts.txt"))
   assert "there is no file of prompts" in refused(missing, FileNotFoundError)

@@ -19,9 +19,7 @@ from tests import QUICK_FLAGS, mesh_run, toy_run
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 CHAOS = [sys.executable, str(REPOSITORY / "scripts" / "launch" / "chaos.py")]
-ENVIRONMENT = dict(
-  os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=QUICK_FLAGS, PYTHONPATH=str(REPOSITORY)
-)
+ENVIRONMENT = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=QUICK_FLAGS, PYTHONPATH=str(REPOSITORY))
 
 
 def run_toy(folder, *, largest_file=None, **fields):

@@ -187,4 +187,3 @@ def test_steps_after_the_first_move_nothing_between_host_and_device():
   assert run._cache_size() == 1
   with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed host-to-device"):
     run(state, FROZEN, batch | {"label_0": np.ones(8, np.float32)})
-

@@ -30,12 +30,14 @@ def sampler(request):
   @jax.jit
   def sample(params, ids, latents):
     cond = model.encode_text(params, ids)
-    eps = guided(
-      lambda x, t, c: model.predict(params, x, t, c), model.encode_empty(params, 1), GUIDANCE
-    )
+    eps = guided(lambda x, t, c: model.predict(params, x, t, c), model.encode_empty(params, 1), GUIDANCE)
     clean = samplers.ddim_sample(
-      lambda x, t: eps(x, t, cond), model.schedule, latents, jax.random.key(0),
-      num_steps=STEPS, eta=0.0,
+      lambda x, t: eps(x, t, cond),
+      model.schedule,
+      latents,
+      jax.random.key(0),
+      num_steps=STEPS,
+      eta=0.0,
     )
     return drawing.to_uint8(model.decode(params, clean))
 

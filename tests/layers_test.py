@@ -177,9 +177,7 @@ def test_importing_a_pure_module_loads_nothing_else(name):
     f"import sys; from jaxpref import {name}; "
     f"print([m for m in {forbidden!r} if m in sys.modules], *sorted(m for m in sys.modules if m.startswith('jaxpref')))"
   )
-  result = subprocess.run(
-    [sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=False
-  )
+  result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=False)
   assert result.returncode == 0, result.stderr
   bad, package, *loaded = result.stdout.split()
   assert (bad, package) == ("[]", "jaxpref")

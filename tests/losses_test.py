@@ -54,9 +54,7 @@ MARGIN_LOSSES = {
     LOG2,
   ),
   "soft": (
-    lambda *rewards, weight=None: losses.soft_dpo_loss(
-      *rewards, beta=BETA, prob=f32(PROB), gain=1.5, weight=weight
-    ),
+    lambda *rewards, weight=None: losses.soft_dpo_loss(*rewards, beta=BETA, prob=f32(PROB), gain=1.5, weight=weight),
     lambda *e: np.logaddexp(0.0, -1.5 * (PROB - (1.0 - PROB)) * logit(*e)),
     LOG2,
   ),
@@ -91,9 +89,7 @@ def errors():
 @margin_losses
 def test_margin_loss_equals_its_derivation(name):
   weight = draw(4, low=1.0, high=2.0)
-  np.testing.assert_allclose(
-    on_errors(name)(*f32(*errors())), MARGIN_LOSSES[name][1](*errors()), rtol=1e-5, atol=1e-6
-  )
+  np.testing.assert_allclose(on_errors(name)(*f32(*errors())), MARGIN_LOSSES[name][1](*errors()), rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(
     on_errors(name, f32(weight))(*f32(*errors())),
     MARGIN_LOSSES[name][1](*errors(), weight),
@@ -260,9 +256,7 @@ def test_spo_is_dpo_on_clipped_log_ratios():
   """-log sigmoid(beta log r_w - beta log r_l), r clipped, as the paper writes it."""
   win, ref_win, lose, ref_lose = (draw(s, low=-0.06, high=0.06) for s in range(4))
   clip = lambda x: np.clip(np.exp(x), 0.95, 1.05)  # noqa: E731
-  expected = -np.log(
-    sigmoid(10 * np.log(clip(win - ref_win)) - 10 * np.log(clip(lose - ref_lose)))
-  )
+  expected = -np.log(sigmoid(10 * np.log(clip(win - ref_win)) - 10 * np.log(clip(lose - ref_lose))))
   reward = functools.partial(losses.clipped_log_ratio, eps=0.05)
   out = losses.dpo_loss(reward(*f32(win, ref_win)), reward(*f32(lose, ref_lose)), beta=10.0)
   np.testing.assert_allclose(out, expected, rtol=1e-5)
@@ -415,8 +409,7 @@ def dspo_oracle(pred, ref, target, rw, rl, weight=1.0):
   coefficient = BETA / (1.0 + np.exp(z))
   out = []
   for p, r, t, c in zip(pred, ref, target, coefficient, strict=True):
-    out.append(np.mean([((a - d) - c * (a - b)) ** 2 for a, b, d in
-                        zip(p.ravel(), r.ravel(), t.ravel(), strict=True)]))
+    out.append(np.mean([((a - d) - c * (a - b)) ** 2 for a, b, d in zip(p.ravel(), r.ravel(), t.ravel(), strict=True)]))
   return np.array(out)
 
 
@@ -499,13 +492,13 @@ def test_group_advantages_equal_numpy_by_group():
   out = losses.group_advantages(f32(reward), group_size=4)
   np.testing.assert_allclose(out, expected, rtol=1e-4)
   np.testing.assert_allclose(
-    losses.group_advantages(f32(reward), group_size=4, normalize_std=False), centred.ravel(),
-    rtol=1e-5, atol=1e-6,
+    losses.group_advantages(f32(reward), group_size=4, normalize_std=False),
+    centred.ravel(),
+    rtol=1e-5,
+    atol=1e-6,
   )
   # Shift and scale of a group's rewards do not matter; equal rewards teach nothing.
-  np.testing.assert_allclose(
-    losses.group_advantages(f32(3 * reward + 7), group_size=4), expected, rtol=1e-3
-  )
+  np.testing.assert_allclose(losses.group_advantages(f32(3 * reward + 7), group_size=4), expected, rtol=1e-3)
   assert not np.any(losses.group_advantages(jnp.full(4, 0.3), group_size=4))
 
 
@@ -535,9 +528,7 @@ def test_ddpo_score_function_and_importance_sampling():
   np.testing.assert_allclose(clipped, surrogate_oracle(logp, old, adv, 0.1), rtol=1e-5)
   # On-policy both have the policy gradient, -A.
   for old_logp in (None, f32(logp)):
-    grad = jax.grad(lambda p, o=old_logp: losses.ddpo_loss(p, f32(adv), old_logp=o).sum())(
-      f32(logp)
-    )
+    grad = jax.grad(lambda p, o=old_logp: losses.ddpo_loss(p, f32(adv), old_logp=o).sum())(f32(logp))
     np.testing.assert_allclose(grad, -adv, rtol=1e-5)
 
 
@@ -553,8 +544,7 @@ def test_grpo_equals_its_derivation_in_value_and_gradient():
   )
   np.testing.assert_allclose(loss(f32(logp)), oracle(logp), rtol=1e-5)
   quotient = (oracle(logp + 1e-6) - oracle(logp - 1e-6)) / 2e-6
-  np.testing.assert_allclose(jax.grad(lambda p: loss(p).sum())(f32(logp)), quotient, rtol=1e-3,
-                             atol=1e-4)
+  np.testing.assert_allclose(jax.grad(lambda p: loss(p).sum())(f32(logp)), quotient, rtol=1e-3, atol=1e-4)
 
 
 def test_grpo_stops_only_where_the_ratio_has_gone_far_enough_in_the_right_direction():
@@ -587,9 +577,7 @@ def test_preference_loss_equals_cross_entropy_with_the_tie_offset():
   expected[label == 0.5] += np.log(0.5)
   out = losses.preference_loss(*f32(s0, s1, label))
   np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-6)
-  grads = jax.grad(lambda *s: losses.preference_loss(*s, f32(label)).sum(), argnums=(0, 1))(
-    *f32(s0, s1)
-  )
+  grads = jax.grad(lambda *s: losses.preference_loss(*s, f32(label)).sum(), argnums=(0, 1))(*f32(s0, s1))
   np.testing.assert_allclose(grads[0], p0 - label, rtol=1e-4, atol=1e-6)
   np.testing.assert_allclose(grads[1], label - p0, rtol=1e-4, atol=1e-6)
 
@@ -639,7 +627,8 @@ def test_info_nce_of_indistinguishable_embeddings_and_its_scale_invariance():
   np.testing.assert_allclose(losses.info_nce_loss(same, same, 2.0), np.log(B), rtol=1e-5)
   image, text = f32(draw(0, B, 4), draw(1, B, 4))
   np.testing.assert_allclose(
-    losses.info_nce_loss(5 * image, 0.1 * text, 2.0), losses.info_nce_loss(image, text, 2.0),
+    losses.info_nce_loss(5 * image, 0.1 * text, 2.0),
+    losses.info_nce_loss(image, text, 2.0),
     rtol=1e-4,
   )
   with pytest.raises(ValueError, match=r"positives \[B, B\]"):
@@ -706,9 +695,9 @@ def test_wide_extremes_of_the_tensor_losses():
   big = f32(np.full((B, 2, 2, 1), 1e6))
   zero, far = jnp.zeros_like(big), f32(np.full(B, 1e6))
   for rewards in ((far, -far), (-far, far)):
-    grads = jax.grad(
-      lambda p, *r: losses.dspo_loss(p, zero, zero, *r, beta=1e-3).sum(), argnums=(0, 1, 2)
-    )(big, *rewards)
+    grads = jax.grad(lambda p, *r: losses.dspo_loss(p, zero, zero, *r, beta=1e-3).sum(), argnums=(0, 1, 2))(
+      big, *rewards
+    )
     assert all(np.all(np.isfinite(g)) for g in grads)
   assert np.all(np.isfinite(losses.safeguard_scale(zero, zero, zero, zero)))
   emb = jnp.zeros((B, 4)).at[0].set(1e6)

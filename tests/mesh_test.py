@@ -95,9 +95,7 @@ def start(arguments, processes, folder):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-  environment = dict(
-    os.environ, XLA_FLAGS=QUICK_FLAGS, PYTHONPATH=str(REPOSITORY), JAX_PLATFORMS="cpu"
-  )
+  environment = dict(os.environ, XLA_FLAGS=QUICK_FLAGS, PYTHONPATH=str(REPOSITORY), JAX_PLATFORMS="cpu")
   logs = [folder / f"{arguments[0]}_{processes}_{i}.log" for i in range(processes)]
   running = []
   for i, log in enumerate(logs):

@@ -40,7 +40,9 @@ def test_proposal_equals_its_formula(alpha, rho):
   out = reference.propose(REF, PARAMS, INIT, alpha=alpha, rho=rho)
   expected = jax.tree.map(
     lambda r, p, i: (1 - alpha - rho) * np.float64(r) + alpha * np.float64(p) + rho * np.float64(i),
-    REF, PARAMS, INIT,
+    REF,
+    PARAMS,
+    INIT,
   )
   assert_trees(out, expected, rtol=1e-5, atol=1e-6)
 
@@ -106,9 +108,7 @@ def test_init_reference_copies_into_float32():
 )
 def test_settings_out_of_range_are_refused_by_name(kwargs, message):
   with pytest.raises(ValueError, match=message):
-    reference.update(
-      REF, PARAMS, INIT, ReferenceStats.zeros(), step=1, divergence_fn=lambda _: 0.0, **kwargs
-    )
+    reference.update(REF, PARAMS, INIT, ReferenceStats.zeros(), step=1, divergence_fn=lambda _: 0.0, **kwargs)
 
 
 def test_trees_that_do_not_match_are_refused():
@@ -154,12 +154,15 @@ def test_gate_case_by_case(step, measured, moves, on_diverge):
     "refused": refused,
     "not due": REF,
   }[moves]
-  ref, accepted = reference.gated_update(
-    REF, PARAMS, INIT, step=step, divergence=measured, **settings
-  )
+  ref, accepted = reference.gated_update(REF, PARAMS, INIT, step=step, divergence=measured, **settings)
   assert equal(ref, expected) and bool(accepted) == (moves == "accepted")
   ref, stats = reference.update(
-    REF, PARAMS, INIT, ReferenceStats.zeros(), step=step, divergence_fn=lambda _: measured,
+    REF,
+    PARAMS,
+    INIT,
+    ReferenceStats.zeros(),
+    step=step,
+    divergence_fn=lambda _: measured,
     **settings,
   )
   if moves == "accepted":  # compiled, the same arithmetic may round differently
@@ -179,9 +182,7 @@ def test_frozen_mode_is_free():
     raise AssertionError("measured in frozen mode")
 
   stats = ReferenceStats.zeros()
-  out = reference.update(
-    REF, None, None, stats, step=32, divergence_fn=never, mode="frozen", alpha=7.0
-  )
+  out = reference.update(REF, None, None, stats, step=32, divergence_fn=never, mode="frozen", alpha=7.0)
   assert out[0] is REF and out[1] is stats
 
 
@@ -189,9 +190,7 @@ def test_frozen_mode_is_free():
 def jitted_update(ref, params, init, stats, step, table, **settings):
   """A divergence read from a table at the tree's first bias, which names the tree measured."""
   measured = lambda tree: table[tree["bias"][0].astype(jnp.int32)]  # noqa: E731
-  return reference.update(
-    ref, params, init, stats, step=step, divergence_fn=measured, delta=0.5, **settings
-  )
+  return reference.update(ref, params, init, stats, step=step, divergence_fn=measured, delta=0.5, **settings)
 
 
 def test_divergence_is_evaluated_on_update_steps_only():
@@ -203,9 +202,7 @@ def test_divergence_is_evaluated_on_update_steps_only():
       jax.debug.callback(lambda n: calls.append(int(n)), i)
       return jnp.zeros(())
 
-    return reference.update(
-      ref, PARAMS, INIT, stats, step=i, divergence_fn=measured, tau=4, alpha=0.5
-    )
+    return reference.update(ref, PARAMS, INIT, stats, step=i, divergence_fn=measured, tau=4, alpha=0.5)
 
   ref, stats = REF, ReferenceStats.zeros()
   for i in range(1, 11):
@@ -232,8 +229,16 @@ def named(i):
 def test_gate_measures_the_tree_it_is_told_to(gate, table, moves):
   """Trees are named 0 (reference), 1 (policy, so the hard proposal) and 2 (init)."""
   ref, stats = jitted_update(
-    named(0), named(1), named(2), ReferenceStats.zeros(), 1, jnp.asarray(table),
-    on_diverge="freeze", gate=gate, decay=0.0, tau=1,
+    named(0),
+    named(1),
+    named(2),
+    ReferenceStats.zeros(),
+    1,
+    jnp.asarray(table),
+    on_diverge="freeze",
+    gate=gate,
+    decay=0.0,
+    tau=1,
   )
   assert ref["bias"][0] == (1 if moves else 0) and bool(stats.accepted) == moves
 
@@ -245,8 +250,16 @@ def test_running_divergence_is_a_weighted_mean_without_bias(decay):
   stats, running = ReferenceStats.zeros(), []
   for i, value in enumerate(measured):
     _, stats = jitted_update(
-      named(0), named(1), named(2), stats, i, jnp.asarray([0.0, value]),
-      on_diverge="freeze", gate="proposal", decay=decay, tau=1,
+      named(0),
+      named(1),
+      named(2),
+      stats,
+      i,
+      jnp.asarray([0.0, value]),
+      on_diverge="freeze",
+      gate="proposal",
+      decay=decay,
+      tau=1,
     )
     running.append(float(stats.divergence))
     weights = decay ** np.arange(i, -1, -1.0)
@@ -260,8 +273,16 @@ def test_gate_reads_the_running_mean_and_passes_over_nan():
   for i, value in enumerate([0.1, 0.8, np.nan, 0.9, 0.0]):  # delta is 0.5
     before = int(stats.accepted)
     _, stats = jitted_update(
-      named(0), named(1), named(2), stats, i, jnp.asarray([0.0, value]),
-      on_diverge="freeze", gate="proposal", decay=0.9, tau=1,
+      named(0),
+      named(1),
+      named(2),
+      stats,
+      i,
+      jnp.asarray([0.0, value]),
+      on_diverge="freeze",
+      gate="proposal",
+      decay=0.9,
+      tau=1,
     )
     accepted.append(int(stats.accepted) - before)
     running.append(float(stats.divergence))
@@ -271,9 +292,7 @@ def test_gate_reads_the_running_mean_and_passes_over_nan():
 
 
 def test_reset_goes_to_the_pretrained_weights_and_starts_a_new_mean():
-  run = functools.partial(
-    jitted_update, on_diverge="reinit", gate="proposal", decay=0.9, tau=1
-  )
+  run = functools.partial(jitted_update, on_diverge="reinit", gate="proposal", decay=0.9, tau=1)
   ref, stats = run(named(0), named(1), named(2), ReferenceStats.zeros(), 1, jnp.asarray([0.0, 9.0]))
   assert ref["bias"][0] == 2.0
   assert (int(stats.resets), int(stats.estimates), float(stats.divergence)) == (1, 0, 0.0)
@@ -283,9 +302,7 @@ def test_reset_goes_to_the_pretrained_weights_and_starts_a_new_mean():
 
 
 def test_reset_without_init_is_the_zero_adapter():
-  ref, accepted = reference.gated_update(
-    REF, PARAMS, None, step=32, divergence=9.0, on_diverge="reinit"
-  )
+  ref, accepted = reference.gated_update(REF, PARAMS, None, step=32, divergence=9.0, on_diverge="reinit")
   assert equal(ref, ZEROS) and not accepted
 
 
@@ -307,9 +324,7 @@ def test_update_keeps_shardings_and_values_on_sharded_trees():
   def step(ref, params, init, stats):
     # A measurement that needs every shard, as a model's does.
     total = lambda tree: 1e-3 * jnp.abs(sum(x.sum() for x in jax.tree.leaves(tree)))  # noqa: E731
-    return reference.update(
-      ref, params, init, stats, step=8, divergence_fn=total, tau=4, alpha=0.3, rho=0.1, delta=1.0
-    )
+    return reference.update(ref, params, init, stats, step=8, divergence_fn=total, tau=4, alpha=0.3, rho=0.1, delta=1.0)
 
   ref, stats = step(put(REF), put(PARAMS), put(INIT), ReferenceStats.zeros())
   assert int(stats.accepted) == 1
@@ -318,8 +333,7 @@ def test_update_keeps_shardings_and_values_on_sharded_trees():
   plain, plain_stats = step(REF, PARAMS, INIT, ReferenceStats.zeros())
   assert_trees(ref, plain, rtol=1e-6)
   np.testing.assert_allclose(stats.divergence, plain_stats.divergence, rtol=1e-5)
-  assert_trees(plain, reference.propose(REF, PARAMS, INIT, alpha=0.3, rho=0.1), rtol=1e-5,
-               atol=1e-6)
+  assert_trees(plain, reference.propose(REF, PARAMS, INIT, alpha=0.3, rho=0.1), rtol=1e-5, atol=1e-6)
 
 
 def test_stats_are_a_pytree_of_separate_scalars():
@@ -337,7 +351,8 @@ def adapter(seed):
   return {
     "q": {"lora_A": jnp.asarray(draw(seed, 8, 2)), "lora_B": jnp.asarray(draw(seed + 1, 2, 6))},
     "stack": {  # scanned layers carry a leading axis
-      "lora_A": jnp.asarray(draw(seed + 2, 3, 8, 2)), "lora_B": jnp.asarray(draw(seed + 3, 3, 2, 6))
+      "lora_A": jnp.asarray(draw(seed + 2, 3, 8, 2)),
+      "lora_B": jnp.asarray(draw(seed + 3, 3, 2, 6)),
     },
   }
 
@@ -356,9 +371,7 @@ def test_averaging_products_is_exact_and_averaging_factors_is_off_by_the_gap(alp
   norm = lambda tree: np.sqrt(sum((x**2).sum() for x in tree.values()))  # noqa: E731
   gap = norm(jax.tree.map(lambda a, b: a - b, factors, expected)) / norm(expected)
   assert gap > 0.1 or alpha == 1.0
-  np.testing.assert_allclose(
-    reference.lora_average_gap(old, new, alpha=alpha), gap, rtol=1e-4, atol=1e-6
-  )
+  np.testing.assert_allclose(reference.lora_average_gap(old, new, alpha=alpha), gap, rtol=1e-4, atol=1e-6)
 
 
 def test_hard_update_of_an_adapter_is_exact_in_its_factors():

@@ -1,6 +1,5 @@
 """A step that went wrong is run again from what training left of it."""
 
-
 import numpy as np
 import pytest
 
@@ -45,9 +44,7 @@ def test_what_is_missing_is_said_in_a_sentence(stopped, tmp_path, capsys):
   assert "batch_00000.npz" in str(ended.value)
 
 
-@pytest.mark.parametrize(
-  ("report", "batch"), [('{"num_parts": 1}', b"PK\x03\x04 truncated"), ("[1]", b""), ("{", b"")]
-)
+@pytest.mark.parametrize(("report", "batch"), [('{"num_parts": 1}', b"PK\x03\x04 truncated"), ("[1]", b""), ("{", b"")])
 def test_a_damaged_record_is_named(tmp_path, report, batch):
   (tmp_path / "report.json").write_text(report)
   (tmp_path / "batch_00000.npz").write_bytes(batch)

@@ -12,14 +12,17 @@ from tests.stub_model import StubModel, StubScorer, init, pair_batch
 
 def state_of(params, optimizer, ref_params=None):
   copy = lambda tree: jax.tree.map(jnp.array, tree)
-  return step.initial_state(
-    copy(params), copy(params if ref_params is None else ref_params), optimizer.init(params)
-  )
+  return step.initial_state(copy(params), copy(params if ref_params is None else ref_params), optimizer.init(params))
 
 
 def sgd(learning_rate=0.1, clip_norm=0.0):
   return optim.make_optimizer(
-    "sgd", optax.constant_schedule(learning_rate), b1=0.0, b2=0.0, eps=0.0, weight_decay=0.0,
+    "sgd",
+    optax.constant_schedule(learning_rate),
+    b1=0.0,
+    b2=0.0,
+    eps=0.0,
+    weight_decay=0.0,
     clip_norm=clip_norm,
   )
 

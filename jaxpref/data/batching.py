@@ -245,13 +245,10 @@ class _Captions:
 # ---- Order, sharding and workers ---------------------------------------------------------------------------------
 
 
-def _check_sizes(
-  what: str, num_records: int, batch_size: int, process_index: int, process_count: int
-) -> None:
+def _check_sizes(what: str, num_records: int, batch_size: int, process_index: int, process_count: int) -> None:
   if not 0 <= process_index < process_count:
     raise ValueError(
-      f"process_index is {process_index}; expected 0 to {process_count - 1}, for {process_count} "
-      "processes."
+      f"process_index is {process_index}; expected 0 to {process_count - 1}, for {process_count} processes."
     )
   if batch_size < 1 or batch_size % process_count:
     raise ValueError(

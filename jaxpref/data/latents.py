@@ -58,9 +58,7 @@ class DamagedFile(ValueError):
   def __init__(self, file: Path, problem: str, remedy: str = ""):
     super().__init__(
       f"{file} is damaged ({problem}); "
-      + (
-        remedy or "delete it and run the same python -m jaxpref.precompute again, which makes only what is missing."
-      )
+      + (remedy or "delete it and run the same python -m jaxpref.precompute again, which makes only what is missing.")
     )
 
 

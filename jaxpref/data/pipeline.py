@@ -38,9 +38,7 @@ class _PairRow:
   labels: np.ndarray
   weights: np.ndarray | None
 
-  def __call__(
-    self, position: int, dropped: bool, flipped: bool, place: records.Place | None = None
-  ) -> dict[str, Any]:
+  def __call__(self, position: int, dropped: bool, flipped: bool, place: records.Place | None = None) -> dict[str, Any]:
     record = self.reader.read(position, place)
     position = record["position"]
     row: dict[str, Any] = {
@@ -221,9 +219,7 @@ class _ImageRow:
   image_size: int
   with_captions: bool
 
-  def __call__(
-    self, position: int, dropped: bool, flipped: bool, place: records.Place | None = None
-  ) -> dict[str, Any]:
+  def __call__(self, position: int, dropped: bool, flipped: bool, place: records.Place | None = None) -> dict[str, Any]:
     record = self.reader.read(position, place)
     row: dict[str, Any] = {
       "record": np.int32(record["position"]),

@@ -140,8 +140,7 @@ def _squared_cosine_betas(num_train_timesteps: int, max_beta: float = 0.999) -> 
 
   steps = [i / num_train_timesteps for i in range(num_train_timesteps + 1)]
   pairs = zip(steps[:-1], steps[1:], strict=True)
-  return np.asarray([min(1 - alpha_bar(u1) / alpha_bar(u0), max_beta) for u0, u1 in pairs],
-                    np.float32)
+  return np.asarray([min(1 - alpha_bar(u1) / alpha_bar(u0), max_beta) for u0, u1 in pairs], np.float32)
 
 
 def _rescale_zero_terminal_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
@@ -223,9 +222,7 @@ def add_noise(schedule: Schedule, x0: jax.Array, noise: jax.Array, t: jax.Array)
   return arrays.expand(alpha, x0) * arrays.f32(x0) + arrays.expand(sigma, x0) * arrays.f32(noise)
 
 
-def training_target(
-  schedule: Schedule, x0: jax.Array, noise: jax.Array, t: jax.Array
-) -> jax.Array:
+def training_target(schedule: Schedule, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
   """What the network must predict: noise, x_0, or v = alpha_t noise - sigma_t x_0 (2202.00512).
 
   Args:

@@ -41,9 +41,7 @@ def sample_timesteps(
   if gamma <= 0:
     raise ValueError(f"gamma is {gamma}, expected a positive decay, e.g. 0.9, or 1 for uniform.")
   if not 1 <= num_bins <= num_train_timesteps:
-    raise ValueError(
-      f"num_bins is {num_bins}, expected between 1 and num_train_timesteps {num_train_timesteps}."
-    )
+    raise ValueError(f"num_bins is {num_bins}, expected between 1 and num_train_timesteps {num_train_timesteps}.")
   key_bin, key_inside = jax.random.split(key)
   logits = jnp.arange(num_bins, dtype=jnp.float32) * math.log(gamma)
   i = jax.random.categorical(key_bin, logits, shape=(batch,)).astype(jnp.float32)
@@ -52,9 +50,7 @@ def sample_timesteps(
   return num_train_timesteps - 1 - jnp.clip(steps_from_noise, 0, num_train_timesteps - 1)
 
 
-def timestep_reward_scale(
-  schedule: Schedule, t: jax.Array, *, min_snr: float = _STABLE_DIFFUSION_MIN_SNR
-) -> jax.Array:
+def timestep_reward_scale(schedule: Schedule, t: jax.Array, *, min_snr: float = _STABLE_DIFFUSION_MIN_SNR) -> jax.Array:
   """lambda(t) = 1 + minmax_t(1 / sqrt(SNR(t))), the reward scale of arXiv 2505.18736.
 
   The minimum and maximum are those of the whole schedule, so that lambda does not depend on the

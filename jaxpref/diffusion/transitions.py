@@ -30,9 +30,7 @@ def ddim_timesteps(schedule: Schedule, num_steps: int) -> np.ndarray:
   """
   total = schedule.num_train_timesteps
   if not 1 <= num_steps <= total:
-    raise ValueError(
-      f"num_steps is {num_steps}, expected between 1 and the schedule's {total} timesteps."
-    )
+    raise ValueError(f"num_steps is {num_steps}, expected between 1 and the schedule's {total} timesteps.")
   arrays.check_choice("timestep_spacing", schedule.timestep_spacing, TIMESTEP_SPACINGS)
   timesteps: np.ndarray
   if schedule.timestep_spacing == "linspace":
@@ -51,9 +49,7 @@ def ddim_timesteps(schedule: Schedule, num_steps: int) -> np.ndarray:
   return timesteps.astype(np.int32)
 
 
-def ddim_prev_timesteps(
-  schedule: Schedule, num_steps: int, *, clamp_last: bool = False
-) -> np.ndarray:
+def ddim_prev_timesteps(schedule: Schedule, num_steps: int, *, clamp_last: bool = False) -> np.ndarray:
   """Where each step of `ddim_timesteps` goes: t - T // num_steps, as diffusers has it.
 
   Args:
@@ -132,9 +128,7 @@ def ddim_mean_std(
   return mean, std
 
 
-def gaussian_log_prob(
-  x: jax.Array, mean: jax.Array, std: jax.Array, *, min_std: float = 1e-6
-) -> jax.Array:
+def gaussian_log_prob(x: jax.Array, mean: jax.Array, std: jax.Array, *, min_std: float = 1e-6) -> jax.Array:
   """log N(x; mean, std^2), averaged over everything but the batch, constants included.
 
   The mean (not the sum) over H, W, C is the convention of the step-wise losses: their clip range

@@ -149,7 +149,8 @@ def _warnings(results: Mapping[str, Any], summary: Mapping[str, Any]) -> list[st
       found.append(
         f"The pictures of {model} are less diverse than those of {baseline}: {change}, from "
         f"{score_text(summary['diversity'][baseline]['mean'])}."
-        + " Higher scores may come from drawing the same picture again and again." * rises
+        + " Higher scores may come from drawing the same picture again and again."
+        * rises
       )
   if baseline is not None and not summary["diversity"]:
     one = results["seeds_per_prompt"] == 1

@@ -75,9 +75,7 @@ def make_sampler(
       steps = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed + 1), i))(number)  # each row's own noise
       latents = samplers.ddim_sample(predict, model.schedule, noise, steps, num_steps=num_inference_steps, eta=eta)
     else:
-      latents = samplers.dpm_solver_sample(
-        predict, model.schedule, noise, num_steps=num_inference_steps, karras=karras
-      )
+      latents = samplers.dpm_solver_sample(predict, model.schedule, noise, num_steps=num_inference_steps, karras=karras)
     return to_uint8(model.decode(weights, latents))
 
   on_devices = sample if mesh is None else sharding.on_mesh(mesh, sample)

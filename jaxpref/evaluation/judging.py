@@ -84,9 +84,7 @@ def score(
   return {
     "style_log_prob": styles[:, column].reshape(prompts, seeds),
     "preferred": (np.argmax(styles, axis=1) == column).astype(np.float32).reshape(prompts, seeds),
-    "correct": caption_accuracy(
-      classes.reshape(prompts, seeds, -1), class_ids, candidates=candidates, seed=seed
-    ),
+    "correct": caption_accuracy(classes.reshape(prompts, seeds, -1), class_ids, candidates=candidates, seed=seed),
   }
 
 

@@ -104,9 +104,7 @@ def win_rate(new: Any, old: Any, *, samples: int = SAMPLES, seed: int = 0) -> di
   return {"win_rate": float(wins.mean()), "win_rate_interval": bounds}
 
 
-def difference(
-  new: Any, old: Any, *, samples: int = SAMPLES, seed: int = 0, tail: float = 2.5
-) -> dict[str, Any]:
+def difference(new: Any, old: Any, *, samples: int = SAMPLES, seed: int = 0, tail: float = 2.5) -> dict[str, Any]:
   """How much higher `new` scores than `old`.
 
   Args:
@@ -216,8 +214,6 @@ def change(new: Any, old: Any, *, samples: int = SAMPLES, seed: int = 0, tests: 
   Args:
     tests: how many such changes are looked at; the interval leaves out 5 % / tests (Bonferroni).
   """
-  values = difference(
-    np.asarray(new)[:, None], np.asarray(old)[:, None], samples=samples, seed=seed, tail=2.5 / tests
-  )
+  values = difference(np.asarray(new)[:, None], np.asarray(old)[:, None], samples=samples, seed=seed, tail=2.5 / tests)
   bounds = values["difference_interval"]
   return {"change": values["difference"], "change_interval": bounds, "falls": bounds is not None and bounds[1] < 0}

@@ -113,9 +113,7 @@ def tokenize(tokenizer: Any, captions: Sequence[str], *, length: int | None = No
       "max_position_embeddings."
     )
   captions = list(captions)
-  out = tokenizer(
-    captions, padding="max_length", max_length=limit, truncation=True, return_tensors="np"
-  )
+  out = tokenizer(captions, padding="max_length", max_length=limit, truncation=True, return_tensors="np")
   full = [c for c, mask in zip(captions, out["attention_mask"], strict=True) if mask.all()]
   # The texts beyond the limit; the last token is the end of the text.
   every = tokenizer(full, verbose=False)["input_ids"] if full else []
@@ -153,8 +151,7 @@ def load_tokenizer(folder: Path) -> Any:
   missing = [f for f in ("vocab.json", "merges.txt") if not (folder / f).is_file()]
   if missing and not (folder / "tokenizer.json").is_file():
     raise FileNotFoundError(
-      f"{folder} has no {' and no '.join(missing)}, expected a CLIP tokenizer; download the "
-      "folder again."
+      f"{folder} has no {' and no '.join(missing)}, expected a CLIP tokenizer; download the folder again."
     )
   return import_tokenizer("CLIPTokenizer").from_pretrained(str(folder))
 
@@ -175,9 +172,7 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
   try:
     return json.loads(file.read_text(encoding="utf-8"))
   except FileNotFoundError:
-    raise FileNotFoundError(
-      f"{file} is missing; point to a model folder in the layout of diffusers."
-    ) from None
+    raise FileNotFoundError(f"{file} is missing; point to a model folder in the layout of diffusers.") from None
   except (json.JSONDecodeError, UnicodeDecodeError) as e:
     raise ValueError(f"{file} is not valid JSON ({e}); download the folder again.") from e
 
@@ -202,8 +197,7 @@ def resolve_folder(name: Path, weights: str = "*.safetensors") -> pathlib.Path:
     return folder
   if folder.is_file():
     raise FileNotFoundError(
-      f"{name} is a file, expected a model folder in the layout of diffusers; unpack or convert "
-      "the checkpoint to one."
+      f"{name} is a file, expected a model folder in the layout of diffusers; unpack or convert the checkpoint to one."
     )
   if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(name)):
     raise FileNotFoundError(
@@ -286,15 +280,10 @@ def load_pipeline(
   scheduler_config = _read_json(folder / "scheduler" / "scheduler_config.json")
   schedule = schedule_from_config(scheduler_config)
   tokenizer = _load_tokenizer_of(folder, "", modules["text_encoder"])
-  tokenizer_2 = (
-    _load_tokenizer_of(folder, "_2", modules["text_encoder_2"]) if "text_encoder_2" in modules else None
-  )
+  tokenizer_2 = _load_tokenizer_of(folder, "_2", modules["text_encoder_2"]) if "text_encoder_2" in modules else None
   shardings = sharding(shapes) if callable(sharding) else dict.fromkeys(shapes, sharding)
   dtypes = param_dtype if isinstance(param_dtype, Mapping) else dict.fromkeys(shapes, param_dtype)
-  params = {
-    name: _load(modules[name], files[name], shapes[name], dtypes[name], shardings[name])
-    for name in shapes
-  }
+  params = {name: _load(modules[name], files[name], shapes[name], dtypes[name], shardings[name]) for name in shapes}
   return Pipeline(
     **modules,
     params=params,
@@ -307,9 +296,7 @@ def load_pipeline(
   )
 
 
-def _load(
-  module: nn.Module, files: Sequence[Path], shapes: Tree, param_dtype: Any, sharding: Any
-) -> Tree:
+def _load(module: nn.Module, files: Sequence[Path], shapes: Tree, param_dtype: Any, sharding: Any) -> Tree:
   """`load_tree`; if that fails, with the fields of config.json that do not fit."""
   try:
     return load_tree(files, shapes, param_dtype=param_dtype, sharding=sharding)
@@ -317,9 +304,7 @@ def _load(
     fields = contradicted_fields(getattr(module, "config", None), e.found)
     if not fields:
       raise
-    said = [
-      f"{name} is {right} in the tensors, {wrong} in it" for name, (wrong, right) in fields.items()
-    ]
+    said = [f"{name} is {right} in the tensors, {wrong} in it" for name, (wrong, right) in fields.items()]
     raise MisfitError(e.where, f"{', '.join(said)}; {e.problems}", e.found) from None
 
 
@@ -364,9 +349,7 @@ def random_pipeline(
     modules["text_encoder_2"] = CLIPTextModel(preset.text_encoder_2, True, dtype)
   keys = jax.random.split(jax.random.key(seed), len(modules))
   params = {
-    name: init(module, key)
-    for (name, module), key in zip(modules.items(), keys, strict=True)
-    if name in components
+    name: init(module, key) for (name, module), key in zip(modules.items(), keys, strict=True) if name in components
   }
   return Pipeline(
     **modules,
@@ -657,21 +640,15 @@ def load_judge(
   module = Judge(JudgeConfig.from_dict(_read_json(folder / "config.json")), dtype)
   shapes = presets.abstract_params(module)
   shardings = sharding(shapes) if callable(sharding) else sharding
-  return module, load_tree(
-    weight_files(folder), shapes, param_dtype=param_dtype, sharding=shardings
-  )
+  return module, load_tree(weight_files(folder), shapes, param_dtype=param_dtype, sharding=shardings)
 
 
-def save_judge(
-  folder: Path, module: Judge, params: Tree, *, dtype: Any = jnp.float32
-) -> pathlib.Path:
+def save_judge(folder: Path, module: Judge, params: Tree, *, dtype: Any = jnp.float32) -> pathlib.Path:
   """Writes config.json and model.safetensors, as `save_pipeline` does."""
   return _save_single(folder, "Judge", module, params, dtype)
 
 
-def _save_single(
-  folder: Path, architecture: str, module: nn.Module, params: Tree, dtype: Any
-) -> pathlib.Path:
+def _save_single(folder: Path, architecture: str, module: nn.Module, params: Tree, dtype: Any) -> pathlib.Path:
   with _replacing(folder, "config.json", ("config.json", "model.safetensors")) as target:
     config = {"architectures": [architecture], **module.config.to_dict()}
     _save_component(target, "model", config, params, dtype)

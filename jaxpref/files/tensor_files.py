@@ -155,8 +155,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
           missing = [shard for shard in shards if not (folder / shard).is_file()]
           if missing:
             raise FileNotFoundError(
-              f"{folder / index} names shards that are not there ({', '.join(missing)}); "
-              "download the folder again."
+              f"{folder / index} names shards that are not there ({', '.join(missing)}); download the folder again."
             )
           return [folder / shard for shard in shards]
   pickles = sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLES)
@@ -167,8 +166,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
       "refused: save the model again with safe_serialization=True."
     )
   raise FileNotFoundError(
-    f"{folder} has no weights, expected {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors; "
-    "download the folder again."
+    f"{folder} has no weights, expected {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors; download the folder again."
   )
 
 
@@ -220,9 +218,7 @@ def _open(files: Sequence[pathlib.Path]) -> Iterator[dict[str, _Stored]]:
         with safetensors.safe_open(file, framework="numpy"):
           pass  # the library has checked the header against the file
       except safetensors.SafetensorError as e:
-        raise ValueError(
-          f"{file} is not a readable safetensors file ({e}); download or write it again."
-        ) from e
+        raise ValueError(f"{file} is not a readable safetensors file ({e}); download or write it again.") from e
       handle = stack.enter_context(open(file, "rb"))
       start = 8 + int.from_bytes(handle.read(8), "little")
       for key, entry in json.loads(handle.read(start - 8)).items():
@@ -262,9 +258,7 @@ def _names(keys: Sequence[str]) -> str:
   return f"{len(keys)} ({', '.join(keys)})"
 
 
-def _match(
-  where: str, tensors: Mapping[str, _Stored], entries: Mapping[str, _Entry]
-) -> dict[str, _Stored]:
+def _match(where: str, tensors: Mapping[str, _Stored], entries: Mapping[str, _Entry]) -> dict[str, _Stored]:
   """{expected name: tensor}; raises one ValueError that lists all that does not fit."""
   found = {key: tensor.shape for key, tensor in tensors.items()}
   names, unexpected = {key: key for key in found if key in entries}, []
@@ -292,11 +286,7 @@ def _match(
   ]
   if problems:
     raise MisfitError(where, "; ".join(problems), found)
-  foreign = [
-    f"{name} {tensors[name].dtype}"
-    for name in names.values()
-    if tensors[name].dtype not in _DTYPES
-  ]
+  foreign = [f"{name} {tensors[name].dtype}" for name in names.values() if tensors[name].dtype not in _DTYPES]
   if foreign:
     raise ValueError(
       f"{where} holds numbers of other types than {', '.join(_DTYPES)}: {_names(foreign)}; take the "
@@ -406,10 +396,7 @@ def save_tree(
   file = pathlib.Path(file)
   dtype = np.dtype(dtype)
   if dtype.name not in _SAFETENSORS_DTYPES:
-    raise ValueError(
-      f"{file}: cannot be written as {dtype.name}, expected one of "
-      f"{', '.join(_SAFETENSORS_DTYPES)}."
-    )
+    raise ValueError(f"{file}: cannot be written as {dtype.name}, expected one of {', '.join(_SAFETENSORS_DTYPES)}.")
   entries = sorted(_entries(params).values(), key=lambda entry: entry.key)
   leaves = dict(_leaves(params))
   header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}

@@ -311,14 +311,10 @@ class CLIPEncoder(nn.Module):
   time_conditioned: bool = False
 
   @nn.compact
-  def __call__(
-    self, x: Array, mask: Array | None = None, time_cond: Array | None = None
-  ) -> tuple[Array, ...]:
+  def __call__(self, x: Array, mask: Array | None = None, time_cond: Array | None = None) -> tuple[Array, ...]:
     hidden_states = [x]
     for i in range(self.config.num_hidden_layers):
-      x = CLIPEncoderLayer(self.config, self.dtype, self.time_conditioned, name=f"layers.{i}")(
-        x, mask, time_cond
-      )
+      x = CLIPEncoderLayer(self.config, self.dtype, self.time_conditioned, name=f"layers.{i}")(x, mask, time_cond)
       hidden_states.append(x)
     return tuple(hidden_states)
 
@@ -407,9 +403,9 @@ class CLIPTextModel(nn.Module):
     out = CLIPTextTransformer(self.config, self.dtype, name="text_model")(input_ids)
     if self.with_projection:
       c = self.config
-      out["text_embeds"] = _dense(
-        c, c.projection_dim, self.dtype, "text_projection", use_bias=False
-      )(out["pooler_output"])
+      out["text_embeds"] = _dense(c, c.projection_dim, self.dtype, "text_projection", use_bias=False)(
+        out["pooler_output"]
+      )
     return out
 
 
@@ -442,9 +438,7 @@ class CLIPVisionEmbeddings(nn.Module):
     )(pixel_values.astype(self.dtype))
     x = x.reshape(batch, -1, c.hidden_size)
     class_embedding = self.param("class_embedding", _init(c, "class_embedding"), (c.hidden_size,))
-    token = jnp.broadcast_to(
-      class_embedding.astype(self.dtype)[None, None], (batch, 1, c.hidden_size)
-    )
+    token = jnp.broadcast_to(class_embedding.astype(self.dtype)[None, None], (batch, 1, c.hidden_size))
     x = jnp.concatenate([token, x], axis=1)
     positions = nn.Embed(
       x.shape[1],
@@ -468,9 +462,7 @@ class CLIPVisionTransformer(nn.Module):
     eps = self.config.layer_norm_eps
     x = CLIPVisionEmbeddings(self.config, self.dtype, name="embeddings")(pixel_values)
     x = layer_norm(eps, "pre_layrnorm")(x).astype(self.dtype)  # (sic) the name in every file
-    hidden_states = CLIPEncoder(self.config, self.dtype, self.time_conditioned, name="encoder")(
-      x, None, time_cond
-    )
+    hidden_states = CLIPEncoder(self.config, self.dtype, self.time_conditioned, name="encoder")(x, None, time_cond)
     last = hidden_states[-1]
     pooled = layer_norm(eps, "post_layernorm")(last[:, 0])
     if self.time_conditioned:
@@ -509,9 +501,9 @@ class CLIPVisionModel(nn.Module):
     out = CLIPVisionTransformer(self.config, self.dtype, name="vision_model")(pixel_values)
     if self.with_projection:
       c = self.config
-      out["image_embeds"] = _dense(
-        c, c.projection_dim, self.dtype, "visual_projection", use_bias=False
-      )(out["pooler_output"])
+      out["image_embeds"] = _dense(c, c.projection_dim, self.dtype, "visual_projection", use_bias=False)(
+        out["pooler_output"]
+      )
     return out
 
 
@@ -550,9 +542,7 @@ class CLIPModel(nn.Module):
       dtype=self.dtype,
       kernel_init=_init(c.vision_config, "visual_projection"),
     )
-    self.logit_scale = self.param(
-      "logit_scale", nn.initializers.constant(c.logit_scale_init_value), ()
-    )
+    self.logit_scale = self.param("logit_scale", nn.initializers.constant(c.logit_scale_init_value), ())
 
   def text_features(self, input_ids: Array) -> Array:
     """i32[B, L] -> [B, P], projected and not normalised."""

@@ -51,9 +51,7 @@ _FIELDS: dict[type, dict[str, tuple[str, int | None]]] = {
 }
 
 
-def contradicted_fields(
-  config: Any, shapes: Shapes, prefix: str = ""
-) -> dict[str, tuple[Any, Any]]:
+def contradicted_fields(config: Any, shapes: Shapes, prefix: str = "") -> dict[str, tuple[Any, Any]]:
   """The fields that tensors show to be different.
 
   Args:

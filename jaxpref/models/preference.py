@@ -177,9 +177,7 @@ class StepAwareCLIPModel(CLIPModel):
 
   def setup(self):
     super().setup()
-    self.t_embedder = TimestepEmbedder(
-      self.config.vision_config.hidden_size, self.config.frequency_embedding_size
-    )
+    self.t_embedder = TimestepEmbedder(self.config.vision_config.hidden_size, self.config.frequency_embedding_size)
 
   def image_embeds(self, pixel_values: Array, t: Array) -> Array:
     """Unit vectors f32[B, P] of images.
@@ -268,17 +266,13 @@ class JudgeConfig:
         "folder that save_judge wrote."
       )
     known = {f.name for f in dataclasses.fields(cls)}
-    fields: dict[str, Any] = {
-      k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known
-    }
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
     return cls(**fields)
 
   def to_dict(self) -> dict[str, Any]:
     """The dict for config.json."""
     fields = dataclasses.asdict(self)
-    return {"model_type": "judge"} | {
-      k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()
-    }
+    return {"model_type": "judge"} | {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
 
 class JudgeBlock(nn.Module):

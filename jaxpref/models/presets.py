@@ -183,9 +183,7 @@ def _tiny_clip(
 
 
 _STYLES = ("twemoji", "noto", "openmoji")
-_MINIATURE_JUDGE = JudgeConfig(
-  num_classes=1021, styles=_STYLES, image_size=16, channels=(8, 16), norm_num_groups=4
-)
+_MINIATURE_JUDGE = JudgeConfig(num_classes=1021, styles=_STYLES, image_size=16, channels=(8, 16), norm_num_groups=4)
 
 # Same block types and the same kinds of layers as SD1.5; three levels instead of four.
 SD15_MINIATURE = Preset(
@@ -339,10 +337,7 @@ def init_params(module: nn.Module, key: jax.Array) -> dict[str, Any]:
   """
   shapes = abstract_params(module)
   paths = [tuple(k.key for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
-  stds = [
-    _random_std(module, path, leaf)
-    for path, leaf in zip(paths, jax.tree.leaves(shapes), strict=True)
-  ]
+  stds = [_random_std(module, path, leaf) for path, leaf in zip(paths, jax.tree.leaves(shapes), strict=True)]
 
   def constants():  # what does not depend on the key; the rest is dead code to the compiler
     params = module.init(jax.random.key(0), *example_inputs(module))["params"]

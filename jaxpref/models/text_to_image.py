@@ -116,9 +116,7 @@ class TextToImage:
       cond["added_cond_kwargs"] = {**added, "text_embeds": jnp.zeros_like(added["text_embeds"])}
     return jax.tree.map(lambda c: jnp.broadcast_to(c, (batch_size, *c.shape[1:])), cond)
 
-  def _encode(
-    self, weights: Weights, input_ids: jax.Array, time_ids: jax.Array | None, clip_skip: int | None
-  ) -> Cond:
+  def _encode(self, weights: Weights, input_ids: jax.Array, time_ids: jax.Array | None, clip_skip: int | None) -> Cond:
     depths = [e.config.num_hidden_layers for e in (self.text_encoder, self.text_encoder_2) if e is not None]
     most = min(depths) - (0 if self.text_encoder_2 is None else 1)
     if clip_skip is not None and not 0 <= clip_skip <= most:
@@ -221,9 +219,7 @@ def guided(eps_fn: EpsFn, uncond: Cond, guidance_scale: float, *, guidance_resca
     return eps_fn
 
   def both(x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
-    rows = jax.tree.map(
-      lambda u, c: jnp.concatenate([jnp.broadcast_to(u, c.shape).astype(c.dtype), c]), uncond, cond
-    )
+    rows = jax.tree.map(lambda u, c: jnp.concatenate([jnp.broadcast_to(u, c.shape).astype(c.dtype), c]), uncond, cond)
     pred = eps_fn(jnp.concatenate([x, x]), jnp.concatenate([t, t]), rows)
     pred_uncond, pred_cond = jnp.split(pred, 2)
     pred = pred_uncond + guidance_scale * (pred_cond - pred_uncond)

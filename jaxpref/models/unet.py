@@ -102,18 +102,10 @@ class UNetConfig(ModelConfig):
       value = getattr(self, key)
       ok = isinstance(value, int) or isinstance(value, tuple) and len(value) == levels
       self._require(ok, key, f"a number or a list of {levels}, one per level")
-    self._require(
-      len(set(self.per_level("cross_attention_dim"))) == 1, "cross_attention_dim", "one width"
-    )
-    for channels, heads in zip(
-      self.block_out_channels, self.per_level("attention_head_dim"), strict=True
-    ):
-      self._require(
-        channels % heads == 0, "attention_head_dim", f"numbers of heads that divide {channels}"
-      )
-    self._require(
-      self.addition_embed_type in (None, "text_time"), "addition_embed_type", "null or text_time"
-    )
+    self._require(len(set(self.per_level("cross_attention_dim"))) == 1, "cross_attention_dim", "one width")
+    for channels, heads in zip(self.block_out_channels, self.per_level("attention_head_dim"), strict=True):
+      self._require(channels % heads == 0, "attention_head_dim", f"numbers of heads that divide {channels}")
+    self._require(self.addition_embed_type in (None, "text_time"), "addition_embed_type", "null or text_time")
 
   def per_level(self, key: str) -> tuple:
     """The field `key` as a tuple with an entry for each level, from the finest to the coarsest."""
@@ -121,9 +113,7 @@ class UNetConfig(ModelConfig):
     return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
 
-def timestep_embedding(
-  timesteps: jax.Array, width: int, *, flip_sin_to_cos: bool, freq_shift: float
-) -> jax.Array:
+def timestep_embedding(timesteps: jax.Array, width: int, *, flip_sin_to_cos: bool, freq_shift: float) -> jax.Array:
   """Sinusoidal embedding, sin and cos of t / 10000^(i / (width / 2 - freq_shift)).
 
   Args:
@@ -369,9 +359,7 @@ class UNet2DConditionModel(nn.Module):
       )
     text_embeds, time_ids = added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
     ids_emb = timestep_embedding(time_ids.reshape(-1), c.addition_time_embed_dim or 0, **sinusoid)
-    add = jnp.concatenate(
-      [text_embeds.astype(jnp.float32), ids_emb.reshape(time_ids.shape[0], -1)], axis=-1
-    )
+    add = jnp.concatenate([text_embeds.astype(jnp.float32), ids_emb.reshape(time_ids.shape[0], -1)], axis=-1)
     if add.shape[-1] != c.projection_class_embeddings_input_dim:
       raise ValueError(
         f"UNet2DConditionModel: text_embeds {text_embeds.shape} and {time_ids.shape[-1]} time_ids"

@@ -241,6 +241,5 @@ class AutoencoderKL(nn.Module):
   def _check_channels(self, what: str, x: jax.Array, channels: int) -> None:
     if x.ndim != 4 or x.shape[-1] != channels:
       raise ValueError(
-        f"AutoencoderKL: {what} of the shape {x.shape}, expected [B, height, width, {channels}]"
-        " (channels last)."
+        f"AutoencoderKL: {what} of the shape {x.shape}, expected [B, height, width, {channels}] (channels last)."
       )

@@ -34,9 +34,7 @@ def pair_loss(name: str, *, beta: float, label_smoothing: float = 0.0, ipo_facto
     ValueError: if the name is unknown.
   """
   known: dict[str, PairLoss] = {
-    "sigmoid": lambda w, l, weight: losses.dpo_loss(
-      w, l, beta=beta, weight=weight, label_smoothing=label_smoothing
-    ),
+    "sigmoid": lambda w, l, weight: losses.dpo_loss(w, l, beta=beta, weight=weight, label_smoothing=label_smoothing),
     "robust": lambda w, l, weight: losses.robust_dpo_loss(
       w, l, beta=beta, weight=weight, label_smoothing=label_smoothing
     ),
@@ -201,9 +199,7 @@ class DiffusionDPO(Offline):
     if self.reward_scale:
       weight = weight * diffusion.timestep_reward_scale(schedule, t)
     values = self.loss_fn(
-      DenoisedPair(
-        pred_w, pred_l, ref_pred_w, ref_pred_l, target_w, target_l, err_w, err_l, reward_w, reward_l, weight
-      )
+      DenoisedPair(pred_w, pred_l, ref_pred_w, ref_pred_l, target_w, target_l, err_w, err_l, reward_w, reward_l, weight)
     )
     margin = reward_w - reward_l
     bins = {"total": schedule.num_train_timesteps, "bins": REWARD_BINS}

@@ -178,9 +178,7 @@ def aesthetic_network(folder: pathlib.Path, dtype: Any, placement: Any) -> Netwo
     return head.apply({"params": params["head"]}, _image_embeds(module, params["clip"], pixels))
 
   prepare = lambda image: torchvision_image(image, config.vision_config.image_size)
-  return Network(
-    score, {"clip": params, "head": head_params}, prepare, None, [*head_files, *weight_files(clip_folder)]
-  )
+  return Network(score, {"clip": params, "head": head_params}, prepare, None, [*head_files, *weight_files(clip_folder)])
 
 
 def imagereward_network(folder: pathlib.Path, dtype: Any, placement: Any) -> Network:

@@ -456,9 +456,7 @@ def _saved_steps(folder: pathlib.Path) -> list[int]:
   return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
-def check_workdir(
-  workdir: str | os.PathLike, config: Mapping[str, Any], *, may_change: tuple[str, ...] = ()
-) -> None:
+def check_workdir(workdir: str | os.PathLike, config: Mapping[str, Any], *, may_change: tuple[str, ...] = ()) -> None:
   """Checks that a work folder is new or was made with the same config; writes nothing.
 
   Args:
@@ -478,9 +476,7 @@ def check_workdir(
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
       raise ValueError(f"{path} is not valid JSON ({error}); choose another --workdir.") from error
     differ = [
-      key
-      for key in sorted(old.keys() | new.keys())
-      if old.get(key) != new.get(key) and not key.startswith(may_change)
+      key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not key.startswith(may_change)
     ]
     if differ:
       key = differ[0]
@@ -521,9 +517,7 @@ def num_steps_before(workdir: str | os.PathLike) -> int | None:
   return found if isinstance(found, int) else None
 
 
-def claim_workdir(
-  workdir: str | os.PathLike, config: Mapping[str, Any], *, may_change: tuple[str, ...] = ()
-) -> None:
+def claim_workdir(workdir: str | os.PathLike, config: Mapping[str, Any], *, may_change: tuple[str, ...] = ()) -> None:
   """Writes `config.json` into a work folder that `check_workdir` finds new or its own; arguments as there."""
   check_workdir(workdir, config, may_change=may_change)
   path = pathlib.Path(workdir) / "config.json"

@@ -287,10 +287,7 @@ def main():
 
   drop = duplicates(tiles)
   for i, (j, style, distance) in sorted(drop.items()):
-    print(
-      f"dropped '{records[i]['caption']}': in {style} it is '{records[j]['caption']}' "
-      f"({distance:.2f})"
-    )
+    print(f"dropped '{records[i]['caption']}': in {style} it is '{records[j]['caption']}' ({distance:.2f})")
   captions: dict[str, int] = {}
   for i, record in enumerate(records):
     if i not in drop and captions.setdefault(record["caption"], i) != i:

@@ -80,9 +80,7 @@ def _merge(symbols: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
   return tuple(out)
 
 
-def write_tokenizer(
-  folder: str | pathlib.Path, captions: Iterable[str], *, vocab_size: int, max_length: int
-) -> None:
+def write_tokenizer(folder: str | pathlib.Path, captions: Iterable[str], *, vocab_size: int, max_length: int) -> None:
   """Learns and writes a tokenizer.
 
   Args:

@@ -75,7 +75,8 @@ _GRPO = {"grpo.num_inference_steps": 5, "grpo.minibatch": 10}
 OBJECTIVES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
   "dpo": ("dpo_tiny", None, {"batch_size": 4}),
   "spo": (
-    "spo_tiny", None,
+    "spo_tiny",
+    None,
     {"batch_size": 2, "spo.num_inference_steps": 8, "spo.warmup_steps": 2, "spo.minibatch": 6},
   ),  # fmt: skip
   "tdpo": ("tdpo_tiny", None, {"batch_size": 4, "reference.tau": 2}),
@@ -175,9 +176,7 @@ def offsets(
   return off
 
 
-def differences(
-  found: Sequence[Mapping[str, float]], expected: Sequence[Mapping[str, float]], rows: int
-) -> list[str]:
+def differences(found: Sequence[Mapping[str, float]], expected: Sequence[Mapping[str, float]], rows: int) -> list[str]:
   """Returns a sentence for each metric that is off by more than is allowed; arguments as of `offsets`."""
   wrong = []
   for (step, name), share in sorted(offsets(found, expected, rows).items()):

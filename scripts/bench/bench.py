@@ -398,9 +398,7 @@ def _sample(config: Any, mesh: Any, steps: int, found: Found, deadline: float) -
   from jaxpref.planning import flops
 
   everywhere = sharding.replicated(mesh)
-  pipe = loading.load_text_to_image(
-    config.model, dtype=config.dtype, param_dtype=config.dtype, sharding=everywhere
-  )
+  pipe = loading.load_text_to_image(config.model, dtype=config.dtype, param_dtype=config.dtype, sharding=everywhere)
   slicing = config.vae_slicing * sharding.batch_devices(mesh) or None
   model = loading.text_to_image(pipe, vae_slicing=slicing)
   weights = sharding.put_tree(mesh, dict(pipe.params) | {"empty_ids": pipe.tokenize([""])})

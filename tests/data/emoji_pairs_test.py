@@ -82,9 +82,7 @@ def test_pairs_feed_the_pipeline_with_the_pixels_of_the_tiles(data_dir):
     return {s for s in emoji.STYLES if np.abs(tiles[s] - image).mean((1, 2, 3)).min() < 1e-6}
 
   of_style = 0
-  for first, second, label in zip(
-    batch["pixels_0"], batch["pixels_1"], batch["label_0"], strict=True
-  ):
+  for first, second, label in zip(batch["pixels_0"], batch["pixels_1"], batch["label_0"], strict=True):
     found = styles(first), styles(second)
     assert found[0] and found[1]
     if found[0] != found[1]:

@@ -119,8 +119,7 @@ def test_processes_share_the_batches_of_a_single_one(processes):
   settings = dict(batch_size=6, caption_dropout=0.3, flip=True)
   whole = take(open_pairs(pairs(15), **settings), 7)
   parts = [
-    take(open_pairs(pairs(15), process_index=p, process_count=processes, **settings), 7)
-    for p in range(processes)
+    take(open_pairs(pairs(15), process_index=p, process_count=processes, **settings), 7) for p in range(processes)
   ]
   for i, batch in enumerate(whole):
     assert_same(batch, {k: np.concatenate([part[i][k] for part in parts]) for k in batch})
@@ -196,10 +195,7 @@ def test_captions_are_dropped_at_the_given_rate_and_anew_each_epoch():
   dropped = np.stack([batch["input_ids"][:, 0] == 0 for batch in take(batches, 20)])
   assert abs(dropped.mean() - 0.2) < 0.04
   assert not (open_pairs(pairs(8)).__next__()["input_ids"] == 0).any()
-  kept = [
-    set(numbers(b)) - {-1}
-    for b in take(open_pairs(pairs(100), batch_size=100, caption_dropout=0.2), 2)
-  ]
+  kept = [set(numbers(b)) - {-1} for b in take(open_pairs(pairs(100), batch_size=100, caption_dropout=0.2), 2)]
   assert kept[0] != kept[1]
 
 
@@ -218,9 +214,7 @@ def test_ties_are_dropped_on_request():
   stream = take(batches, 2)
   assert sorted(sum((numbers(b) for b in stream), [])) == [0, 1, 3, 4, 6, 7, 9, 10]
   labels = [r["label_0"] for r in pairs(12)]
-  for x, y in zip(
-    stream, take(open_pairs(pairs(12), drop_ties=True, labels=labels), 2), strict=True
-  ):
+  for x, y in zip(stream, take(open_pairs(pairs(12), drop_ties=True, labels=labels), 2), strict=True):
     assert_same(x, y)
 
 
@@ -360,9 +354,7 @@ def test_an_unreadable_image_is_skipped_counted_and_named(damage, caplog):
 
 def test_a_source_without_a_readable_image_is_an_error():
   source = [r | {"image_0": b"broken"} for r in pairs(12)]
-  with pytest.raises(
-    ValueError, match="none of 12 records in a row has readable images .*; check that"
-  ):
+  with pytest.raises(ValueError, match="none of 12 records in a row has readable images .*; check that"):
     next(open_pairs(source))
 
 
@@ -370,9 +362,7 @@ def test_a_source_without_a_readable_image_is_an_error():
 def test_an_unknown_label_is_an_error_that_names_the_record(label):
   source = pairs(8)
   source[6]["label_0"] = label
-  with pytest.raises(
-    ValueError, match="record 'pair-6' has label_0 = .*; expected 1 .*0 .*0.5 .*correct or remove"
-  ):
+  with pytest.raises(ValueError, match="record 'pair-6' has label_0 = .*; expected 1 .*0 .*0.5 .*correct or remove"):
     open_pairs(source)
 
 
@@ -404,9 +394,7 @@ def test_records_may_be_arrays_and_bytes_strings_as_tfds_gives_them():
     for i in range(8)
   ]
   batch = next(open_pairs(source))
-  np.testing.assert_allclose(
-    batch["pixels_0"][:, 0, 0, 0], np.array(numbers(batch))
-  )
+  np.testing.assert_allclose(batch["pixels_0"][:, 0, 0, 0], np.array(numbers(batch)))
   np.testing.assert_array_equal(batch["num_example_per_prompt"], 1)
 
 
@@ -463,8 +451,13 @@ def test_large_jpeg_files_are_decoded_smaller_and_look_the_same(height, width, r
 def test_crops_are_drawn_once_for_a_pair_and_said_in_time_ids():
   """Two images of one size are cropped at the same place; in the pixels stands which column it is."""
   source = [
-    {"id": f"pair-{i}", "caption": f"caption {i}", "label_0": 1.0,
-     "image_0": columns(SIZE, SIZE + 6), "image_1": columns(SIZE, SIZE + 6) + np.uint8(100)}
+    {
+      "id": f"pair-{i}",
+      "caption": f"caption {i}",
+      "label_0": 1.0,
+      "image_0": columns(SIZE, SIZE + 6),
+      "image_1": columns(SIZE, SIZE + 6) + np.uint8(100),
+    }
     for i in range(12)
   ]
   batches, places = open_pairs(source, batch_size=12, flip=True, random_crop=True), []
@@ -484,8 +477,9 @@ def test_crops_are_drawn_once_for_a_pair_and_said_in_time_ids():
   assert len(counts) == 7 and counts.min() > 240 / 7 / 2  # all places, about equally often
   again = take(open_pairs(source, batch_size=12, flip=True, random_crop=True, num_threads=0), 2)
   other = take(open_pairs(source, batch_size=12, flip=True, num_threads=0), 2)
-  for x, y, centred in zip(again, take(open_pairs(source, batch_size=12, flip=True, random_crop=True), 2), other,
-                           strict=True):
+  for x, y, centred in zip(
+    again, take(open_pairs(source, batch_size=12, flip=True, random_crop=True), 2), other, strict=True
+  ):
     assert_same(x, y)
     np.testing.assert_array_equal(x["input_ids"], centred["input_ids"])  # the order does not depend on it
     assert set(centred["time_ids_0"][:, 3]) == {3}
@@ -556,8 +550,14 @@ def columns(height, width):
 def shapes(n=8, **fields):
   """Pairs of a wide image and a tall one, neither in need of resizing."""
   return [
-    {"id": f"pair-{i}", "caption": f"caption {i}", "image_0": columns(SIZE, SIZE + 5), "label_0": 1.0,
-     "image_1": columns(SIZE + 3, SIZE)} | fields
+    {
+      "id": f"pair-{i}",
+      "caption": f"caption {i}",
+      "image_0": columns(SIZE, SIZE + 5),
+      "label_0": 1.0,
+      "image_1": columns(SIZE + 3, SIZE),
+    }
+    | fields
     for i in range(n)
   ]
 
@@ -624,9 +624,7 @@ def test_emoji_images_come_once_an_epoch_in_all_styles():
   def tokenize_captions(captions):
     return np.array([[len(c)] for c in captions], np.int32)
 
-  batches = pipeline.image_batches(
-    batch_size=31, image_size=16, tokenize=tokenize_captions, seed=0, split="validation"
-  )
+  batches = pipeline.image_batches(batch_size=31, image_size=16, tokenize=tokenize_captions, seed=0, split="validation")
   assert batches.num_records == 3 * 93
   seen, tiles = [], {s: emoji.load_tiles(s, 16) for s in emoji.STYLES}
   captions = emoji.captions()
@@ -664,9 +662,7 @@ def test_prompts_come_with_their_place():
     assert numbers(batch) == batch["record"].tolist()
   assert batches.num_skipped() == 0
   batches.close()
-  default = pipeline.prompt_batches(
-    batch_size=4, tokenize=lambda c: np.ones((len(c), 2), np.int32), seed=0
-  )
+  default = pipeline.prompt_batches(batch_size=4, tokenize=lambda c: np.ones((len(c), 2), np.int32), seed=0)
   assert default.num_records == 832
 
 

@@ -56,9 +56,7 @@ TREE = {
 
 
 def specs(mesh, tree=TREE, **kwargs):
-  shapes = jax.tree.map(
-    lambda s: jax.ShapeDtypeStruct(s, jnp.float32), tree, is_leaf=lambda s: isinstance(s, tuple)
-  )
+  shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), tree, is_leaf=lambda s: isinstance(s, tuple))
   found = sharding.tree_shardings(mesh, shapes, **kwargs)
   return {
     sharding.path_name(path).removeprefix("unet/down_blocks.0/"): s.spec

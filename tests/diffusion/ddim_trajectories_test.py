@@ -63,9 +63,7 @@ def normal(key, shape):
 @pytest.fixture
 def fixed_noise(monkeypatch):
   """All noise inside the samplers is one constant array, so that torch can be given the same."""
-  monkeypatch.setattr(
-    jax.random, "normal", lambda key, shape: jnp.asarray(np.resize(draw(5, *SHAPE), shape))
-  )
+  monkeypatch.setattr(jax.random, "normal", lambda key, shape: jnp.asarray(np.resize(draw(5, *SHAPE), shape)))
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])

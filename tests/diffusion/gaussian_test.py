@@ -209,9 +209,7 @@ def test_schedule_is_a_pytree_of_two_arrays_with_static_conventions():
   leaves, tree = jax.tree.flatten(schedule)
   assert [np.shape(leaf) for leaf in leaves] == [(1000,), ()]
   back = jax.tree.unflatten(tree, leaves)
-  assert (back.prediction_type, back.timestep_spacing, back.steps_offset) == (
-    "v_prediction", "trailing", 1
-  )
+  assert (back.prediction_type, back.timestep_spacing, back.steps_offset) == ("v_prediction", "trailing", 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -234,9 +232,7 @@ def test_add_noise_and_velocity_equal_diffusers(name):
 
 @pytest.mark.parametrize("prediction_type", TYPES)
 def test_training_target_is_what_the_network_predicts(prediction_type):
-  schedule = diffusion.schedule_from_config(
-    {**STABLE_DIFFUSION, "prediction_type": prediction_type}
-  )
+  schedule = diffusion.schedule_from_config({**STABLE_DIFFUSION, "prediction_type": prediction_type})
   x0, noise, t = draw(0), draw(1), np.array([0, 300, 700, 999], np.int32)
   abar = schedule.alphas_cumprod[t].astype(np.float64)[:, None, None, None]
   expected = {
@@ -244,9 +240,7 @@ def test_training_target_is_what_the_network_predicts(prediction_type):
     "sample": x0,
     "v_prediction": np.sqrt(abar) * noise - np.sqrt(1 - abar) * x0,
   }[prediction_type]
-  np.testing.assert_allclose(
-    diffusion.training_target(schedule, x0, noise, t), expected, atol=2e-6
-  )
+  np.testing.assert_allclose(diffusion.training_target(schedule, x0, noise, t), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("source", TYPES)
@@ -260,9 +254,7 @@ def test_every_conversion_of_the_truth_is_the_truth(source, target):
   alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
   truth = {"epsilon": noise, "sample": x0, "v_prediction": alpha * noise - sigma * x0}
   x_t = alpha * x0 + sigma * noise
-  out = diffusion.convert_prediction(
-    schedule, truth[source], x_t, jnp.asarray(t), source=source, target=target
-  )
+  out = diffusion.convert_prediction(schedule, truth[source], x_t, jnp.asarray(t), source=source, target=target)
   # The conversion divides by alpha or sigma, which magnifies rounding by up to 1 / 0.03.
   np.testing.assert_allclose(out, truth[target], atol=1e-4 if source != target else 1e-6)
 
@@ -295,9 +287,7 @@ def test_conversions_at_zero_terminal_snr():
   np.testing.assert_allclose(diffusion.to_epsilon(schedule, v, x_t, t), noise, atol=1e-6)
   for source in TYPES:
     for target in TYPES:
-      fn = functools.partial(
-        diffusion.convert_prediction, schedule, x_t=x_t, t=t, source=source, target=target
-      )
+      fn = functools.partial(diffusion.convert_prediction, schedule, x_t=x_t, t=t, source=source, target=target)
       value, grad = jax.value_and_grad(lambda p, f=fn: f(p).sum())(jnp.asarray(v))
       assert np.isfinite(value) and np.all(np.isfinite(grad)), (source, target)
 
@@ -305,9 +295,7 @@ def test_conversions_at_zero_terminal_snr():
 def test_snr_is_the_ratio_of_signal_to_noise():
   abar = schedule_of("stable_diffusion").alphas_cumprod.astype(np.float64)
   t = np.arange(0, 1000, 37)
-  np.testing.assert_allclose(
-    diffusion.snr(schedule_of("stable_diffusion"), t), (abar / (1 - abar))[t], rtol=1e-3
-  )
+  np.testing.assert_allclose(diffusion.snr(schedule_of("stable_diffusion"), t), (abar / (1 - abar))[t], rtol=1e-3)
   assert diffusion.snr(schedule_of("zero_snr"), np.array([999]))[0] == 0.0
 
 
@@ -318,9 +306,7 @@ def test_squared_error_is_the_mean_over_all_but_the_batch_in_float32():
   half = [jnp.asarray(x, jnp.bfloat16) for x in (pred, target)]
   out = diffusion.squared_error(*half)
   assert out.dtype == jnp.float32
-  np.testing.assert_array_equal(
-    out, diffusion.squared_error(*(x.astype(jnp.float32) for x in half))
-  )
+  np.testing.assert_array_equal(out, diffusion.squared_error(*(x.astype(jnp.float32) for x in half)))
   grad = jax.grad(lambda p: diffusion.squared_error(p, target).sum())(jnp.asarray(pred))
   np.testing.assert_allclose(grad, 2 * (pred - target) / np.prod(SHAPE[1:]), rtol=1e-5)
 
@@ -341,9 +327,14 @@ def test_ddim_step_equals_diffusers(name, eta):
   for i, (t, prev) in enumerate(zip(theirs.timesteps.tolist(), prevs, strict=True)):
     pred = 0.5 * draw(i + 1)
     expected = in_torch(
-      lambda p, s, n, t=t: theirs.step(p, t, s, eta=eta, variance_noise=n).prev_sample
-      if eta else theirs.step(p, t, s, eta=eta).prev_sample,
-      pred, x, noise,
+      lambda p, s, n, t=t: (
+        theirs.step(p, t, s, eta=eta, variance_noise=n).prev_sample
+        if eta
+        else theirs.step(p, t, s, eta=eta).prev_sample
+      ),
+      pred,
+      x,
+      noise,
     )
     ts, ps = (np.full(SHAPE[0], v, np.int32) for v in (t, prev))
     mean, std = mean_std(ours, pred, x, ts, ps, eta=eta)
@@ -365,10 +356,9 @@ def test_ancestral_ddim_over_all_steps_is_ddpm():
   for t in (999, 500, 3):
     noise = torch.randn(SHAPE[0], SHAPE[3], *SHAPE[1:3], generator=torch.Generator().manual_seed(t))
     expected = in_torch(
-      lambda p, s, t=t: ddpm.step(
-        p, t, s, generator=torch.Generator().manual_seed(t)
-      ).prev_sample,
-      pred, x,
+      lambda p, s, t=t: ddpm.step(p, t, s, generator=torch.Generator().manual_seed(t)).prev_sample,
+      pred,
+      x,
     )
     ts = np.full(SHAPE[0], t, np.int32)
     mean, std = mean_std(schedule, pred, x, ts, ts - 1, eta=1.0)
@@ -410,9 +400,7 @@ def test_clamping_the_last_step_keeps_its_density():
 @pytest.mark.parametrize("eta", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("prediction_type", TYPES)
 def test_ddim_is_finite_at_zero_terminal_snr_and_for_any_eta(eta, prediction_type):
-  schedule = diffusion.schedule_from_config(
-    {**CONFIGS["zero_snr"], "prediction_type": prediction_type}
-  )
+  schedule = diffusion.schedule_from_config({**CONFIGS["zero_snr"], "prediction_type": prediction_type})
   t, prev = np.array([999, 999, 999, 50], np.int32), np.array([949, 999, -1, -1], np.int32)
   x, pred = jnp.asarray(draw(0)), jnp.asarray(draw(1))
 
@@ -432,9 +420,7 @@ def test_ddim_is_finite_at_zero_terminal_snr_and_for_any_eta(eta, prediction_typ
 def test_gaussian_log_prob_equals_the_mean_log_density():
   torch = pytest.importorskip("torch")
   x, mean, std = draw(0), draw(1), np.array([0.01, 0.3, 1.0, 7.0], np.float32)
-  normal = torch.distributions.Normal(
-    torch.from_numpy(mean), torch.from_numpy(std)[:, None, None, None]
-  )
+  normal = torch.distributions.Normal(torch.from_numpy(mean), torch.from_numpy(std)[:, None, None, None])
   expected = normal.log_prob(torch.from_numpy(x)).mean(dim=(1, 2, 3))
   np.testing.assert_allclose(diffusion.gaussian_log_prob(x, mean, std), expected, rtol=1e-5)
   grad = jax.grad(lambda m: diffusion.gaussian_log_prob(x, m, std).sum())(jnp.asarray(mean))
@@ -449,9 +435,7 @@ def test_gaussian_log_prob_is_greatest_at_the_mean_and_finite_without_variance()
   away = diffusion.gaussian_log_prob(mean + 0.1, mean, std)
   assert np.all(np.isfinite(at_mean)) and np.all(np.isfinite(away))
   assert np.all(np.asarray(away) < np.asarray(at_mean))
-  grad = jax.grad(lambda m: diffusion.gaussian_log_prob(mean + 0.1, m, std).sum())(
-    jnp.asarray(mean)
-  )
+  grad = jax.grad(lambda m: diffusion.gaussian_log_prob(mean + 0.1, m, std).sum())(jnp.asarray(mean))
   assert np.all(np.isfinite(grad))
 
 
@@ -518,9 +502,7 @@ def test_bins_are_drawn_in_proportion_to_gamma_to_the_i_from_the_noisiest(gamma)
 
 
 def test_timesteps_depend_on_the_key_alone():
-  sample = functools.partial(
-    diffusion.sample_timesteps, batch=64, num_train_timesteps=1000, gamma=0.9
-  )
+  sample = functools.partial(diffusion.sample_timesteps, batch=64, num_train_timesteps=1000, gamma=0.9)
   np.testing.assert_array_equal(sample(jax.random.key(0)), sample(jax.random.key(0)))
   assert np.any(sample(jax.random.key(0)) != sample(jax.random.key(1)))
   for bad, message in (({"gamma": 0.0}, "gamma is 0.0"), ({"num_bins": 0}, "num_bins is 0")):

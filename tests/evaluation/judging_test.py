@@ -92,9 +92,7 @@ def test_scores_and_table():
   base_styles, styles = np.array([[1, 1], [0, 2], [0, 0]]), np.array([[1, 1], [1, 0], [1, 2]])
   captions = np.array([[3, 3], [5, 0], [7, 7]])
   scores = [
-    judging.score(
-      Judge(), {}, pictures(s, c), ids, style="shaded", candidates=4, seed=0
-    )
+    judging.score(Judge(), {}, pictures(s, c), ids, style="shaded", candidates=4, seed=0)
     for s, c in ((base_styles, captions), (styles, np.array([[3, 3], [0, 0], [7, 7]])))
   ]
   np.testing.assert_array_equal(scores[1]["preferred"], styles == 1)
@@ -139,9 +137,7 @@ def test_one_prompt_has_no_intervals():
 
 def test_a_style_that_the_judge_does_not_know_is_named():
   with pytest.raises(ValueError, match="knows the styles flat, shaded, outlined, not 'noto'"):
-    judging.score(
-      Judge(), {}, pictures(np.zeros((1, 1)), np.zeros((1, 1))), [0], style="noto", candidates=2, seed=0
-    )
+    judging.score(Judge(), {}, pictures(np.zeros((1, 1)), np.zeros((1, 1))), [0], style="noto", candidates=2, seed=0)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -71,9 +71,7 @@ class Both:
     """The same of torch diffusers, as it stands."""
     pipe, added = torch_pipe or self.torch_pipe, {}
     with torch.no_grad():
-      out = pipe.encode_prompt(
-        PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
-      )
+      out = pipe.encode_prompt(PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
       if len(out) == 4:
         added = {"text_embeds": out[2], "time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 2)}
       x = torch.from_numpy(LATENTS).permute(0, 3, 1, 2)
@@ -258,9 +256,7 @@ def test_text_encoders_are_merged(both, tmp_path):
   states = {name: trained_by_peft(getattr(pipe, name), list(TEXT_LAYERS)) for name in names}
   states["unet"] = trained_by_peft(pipe.unet, list(ATTENTION))
   theirs = both.theirs()
-  metadata = {
-    f"{name}_lora_adapter_metadata": getattr(pipe, name).peft_config["default"].to_dict() for name in states
-  }
+  metadata = {f"{name}_lora_adapter_metadata": getattr(pipe, name).peft_config["default"].to_dict() for name in states}
   pipe.unload_lora_weights()
   base = both.theirs()
   assert difference(theirs, base) > 0.01 and np.linalg.norm(theirs["text"] - base["text"]) > 0.1

@@ -116,9 +116,7 @@ def test_diffusers_opens_what_is_written_and_agrees(saved, torch_pipe):
   # Text.
   encoders = [pipe.text_encoder, pipe.text_encoder_2][: len(pairs)]
   names = ["text_encoder", "text_encoder_2"]
-  for encoder, key, (_, torch_encoder), part in zip(
-    encoders, names, pairs, torch_ids, strict=False
-  ):
+  for encoder, key, (_, torch_encoder), part in zip(encoders, names, pairs, torch_ids, strict=False):
     found = jax.jit(encoder.apply)({"params": pipe.params[key]}, part.numpy())
     expected = torch_encoder(part, output_hidden_states=True)
     assert _relative_error(found["last_hidden_state"], expected.last_hidden_state) <= 1e-4
@@ -201,8 +199,7 @@ def test_half_precision_files_and_parameters(sd15, tmp_path):
   _, pipe, folder = sd15
   pipelines.save_pipeline(tmp_path / "half", pipe, dtype=jnp.float16)
   size, full = (
-    (f / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
-    for f in (tmp_path / "half", folder)
+    (f / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size for f in (tmp_path / "half", folder)
   )
   assert 0.45 < size / full < 0.6
   found = pipelines.load_pipeline(tmp_path / "half")

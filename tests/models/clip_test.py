@@ -69,9 +69,7 @@ def _compare(torch_model, torch_outputs, module, outputs, inputs, constants):
   assert max(errors.values()) <= TOLERANCE, errors
 
 
-@pytest.mark.parametrize(
-  ("projection", "act", "eos"), [(False, "quick_gelu", 2), (True, "gelu", EOS)]
-)
+@pytest.mark.parametrize(("projection", "act", "eos"), [(False, "quick_gelu", 2), (True, "gelu", EOS)])
 def test_text_model_matches_transformers(projection, act, eos):
   settings = TEXT | {"hidden_act": act, "eos_token_id": eos}
   torch_config = transformers.CLIPTextConfig(**settings)

@@ -89,9 +89,7 @@ def test_factors_do_not_depend_on_what_else_is_adapted():
   both = lora.init_lora(KEY, PARAMS, rank=2)
   one = lora.init_lora(KEY, PARAMS, rank=2, targets=r"blocks\.1\.to_k$")
   assert lora.adapted_paths(one) == [("blocks.1", "to_k")]
-  np.testing.assert_array_equal(
-    one["blocks.1"]["to_k"]["lora_A"], both["blocks.1"]["to_k"]["lora_A"]
-  )
+  np.testing.assert_array_equal(one["blocks.1"]["to_k"]["lora_A"], both["blocks.1"]["to_k"]["lora_A"])
   assert (both["blocks.0"]["to_k"]["lora_A"] != both["blocks.1"]["to_k"]["lora_A"]).any()
 
 

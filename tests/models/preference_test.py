@@ -35,9 +35,7 @@ VISION = clip.CLIPVisionConfig(
   patch_size=4,
   projection_dim=12,
 )
-CONFIG = preference.StepAwareCLIPConfig(
-  TEXT, VISION, projection_dim=12, frequency_embedding_size=10
-)
+CONFIG = preference.StepAwareCLIPConfig(TEXT, VISION, projection_dim=12, frequency_embedding_size=10)
 MODULE = preference.StepAwareCLIPModel(CONFIG)
 IDS = np.array([[38, 5, 40, 40], [38, 7, 9, 40]], np.int32)
 PIXELS = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
@@ -59,9 +57,7 @@ def score_and_grad(params, t):
 @pytest.fixture(scope="module")
 def torch_clip():
   model = transformers.CLIPModel(
-    transformers.CLIPConfig(
-      text_config=TEXT.to_dict(), vision_config=VISION.to_dict(), projection_dim=12
-    )
+    transformers.CLIPConfig(text_config=TEXT.to_dict(), vision_config=VISION.to_dict(), projection_dim=12)
   )
   torch_parity.randomise(model)
   return model
@@ -127,9 +123,7 @@ def _torch_image_embeds(p, pixels, t):
     modulation = linear(functional.silu(time), f"{layer}.adaLN_modulation.1")[:, None]
     shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.chunk(6, -1)
     h = norm(x, f"{layer}.layer_norm1") * (1 + scale_1) + shift_1
-    q, k, v = (
-      linear(h, f"{layer}.self_attn.{n}_proj").reshape(2, 5, 4, 4).transpose(1, 2) for n in "qkv"
-    )
+    q, k, v = (linear(h, f"{layer}.self_attn.{n}_proj").reshape(2, 5, 4, 4).transpose(1, 2) for n in "qkv")
     h = ((q @ k.transpose(2, 3)) / 2).softmax(-1) @ v
     x = x + gate_1 * linear(h.transpose(1, 2).reshape(2, 5, 16), f"{layer}.self_attn.out_proj")
     h = norm(x, f"{layer}.layer_norm2") * (1 + scale_2) + shift_2
@@ -294,9 +288,7 @@ def test_configs_survive_json():
 
 
 def test_judge_classifies_pictures_of_any_size():
-  module = preference.Judge(
-    preference.JudgeConfig(num_classes=7, channels=(8, 16), norm_num_groups=4)
-  )
+  module = preference.Judge(preference.JudgeConfig(num_classes=7, channels=(8, 16), norm_num_groups=4))
   params = presets.init_params(module, jax.random.key(0))
   apply = lambda images: module.apply({"params": params}, images)  # noqa: E731
   images = np.random.default_rng(0).uniform(-1, 1, (4, 16, 16, 3)).astype(np.float32)

@@ -18,7 +18,8 @@ def normalised(x, groups, epsilon):
 
 @pytest.mark.parametrize(
   # Of one unit in the last place of the result, at 4 and above; float32's error grows with the mean.
-  ("dtype", "bound"), [(jnp.float32, 5e-5), (jnp.bfloat16, 2**-7 * 4), (jnp.float16, 2**-10 * 4)]
+  ("dtype", "bound"),
+  [(jnp.float32, 5e-5), (jnp.bfloat16, 2**-7 * 4), (jnp.float16, 2**-10 * 4)],
 )
 @pytest.mark.parametrize("mean", [0.0, 3.0, 100.0])
 def test_group_norm_is_that_of_its_rounded_input(dtype, bound, mean):

@@ -35,9 +35,7 @@ def to_flax(tensors: Mapping[str, np.ndarray], shapes: Any) -> dict[str, Any]:
     if "transformer_blocks" in modules:  # scanned: a leading axis of blocks
       at = modules.index("transformer_blocks")
       blocks = range(shape.shape[0])
-      array = np.stack(
-        [read([*modules[:at], f"{modules[at]}.{i}", *modules[at + 1 :]], leaf) for i in blocks]
-      )
+      array = np.stack([read([*modules[:at], f"{modules[at]}.{i}", *modules[at + 1 :]], leaf) for i in blocks])
     else:
       array = read(modules, leaf)
     assert array.shape == shape.shape, f"{path}: {array.shape} in torch, {shape.shape} in flax"

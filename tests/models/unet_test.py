@@ -108,9 +108,7 @@ def test_equals_diffusers(config, height, width):
 
   model = UNet2DConditionModel(config)
   inputs, constants = draw_inputs(config, height, width)
-  errors = torch_parity.compare(
-    original, torch_apply, flax_init(model), flax_apply(model), inputs, constants
-  )
+  errors = torch_parity.compare(original, torch_apply, flax_init(model), flax_apply(model), inputs, constants)
   print(errors)
   assert max(errors.values()) < TOLERANCE, errors
 
@@ -152,9 +150,7 @@ def test_defaults_and_implemented_values_are_those_of_diffusers():
   import inspect
 
   signature = inspect.signature(diffusers.UNet2DConditionModel.__init__)
-  expected = {
-    name: parameter.default for name, parameter in signature.parameters.items() if name != "self"
-  }
+  expected = {name: parameter.default for name, parameter in signature.parameters.items() if name != "self"}
   # What this project neither reads nor refuses: nothing.
   found = UNetConfig().to_dict() | {key: values[0] for key, values in UNetConfig.FIXED.items()}
   del found["_class_name"]
@@ -214,9 +210,7 @@ def by_remat():
   inputs, constants = draw_inputs(ONE_LEVEL, 16, 16)
   shapes = jax.eval_shape(lambda: flax_init(UNet2DConditionModel(ONE_LEVEL))(**inputs, **constants))
   rng = np.random.default_rng(0)
-  params = jax.tree.map(
-    lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), shapes["params"]
-  )
+  params = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), shapes["params"])
   found = {}
   for remat in ("none", "attention", "block", ("full",)):
     apply = flax_apply(UNet2DConditionModel(ONE_LEVEL, remat=remat))

@@ -29,9 +29,7 @@ BARE = VAEConfig(
 )
 
 
-@pytest.mark.parametrize(
-  ("config", "height", "width"), [(SD, 9, 12), (BARE, 6, 4)], ids=["sd-odd-size", "bare"]
-)
+@pytest.mark.parametrize(("config", "height", "width"), [(SD, 9, 12), (BARE, 6, 4)], ids=["sd-odd-size", "bare"])
 def test_equals_diffusers(config, height, width):
   diffusers = pytest.importorskip("diffusers")
   import torch

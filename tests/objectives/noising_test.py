@@ -102,7 +102,10 @@ def test_the_divergence_is_conditioned_on_the_preferred_images():
   batch = {"latents": draw(0, 4, *LATENT), "input_ids": batch["input_ids"][:4]}
   _, calls, _ = sized(
     lambda m: lambda *args: noising.divergence_of_samples(m, Weights.of({}, *args[:2], moves=True), *args[2:]),
-    OTHER, FROZEN, batch, KEY,
+    OTHER,
+    FROZEN,
+    batch,
+    KEY,
   )
   for call in calls:
     np.testing.assert_array_equal(call[2], np.tile(SQUARE, (4, 1)))

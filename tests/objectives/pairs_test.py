@@ -86,16 +86,18 @@ def test_dpo_accuracy_of_equal_errors_is_a_half():
   np.testing.assert_allclose(loss / count, math.log(2), rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-  ("gamma", "reward_scale"), [(1.0, False), (0.8, True)], ids=["dpo", "tdpo"]
-)
+@pytest.mark.parametrize(("gamma", "reward_scale"), [(1.0, False), (0.8, True)], ids=["dpo", "tdpo"])
 def test_dpo_equals_numpy_pair_by_pair(gamma, reward_scale):
   """From the noisy latents that the network was given: same t, noise and prompt for w and l."""
   size = 9
   batch = pair_batch(size)
   (loss, count, found), calls = recorded(
     lambda model: pairs.DiffusionDPO(model, SIGMOID, gamma=gamma, reward_scale=reward_scale),
-    NEAR, SAME, FROZEN, batch, KEY,
+    NEAR,
+    SAME,
+    FROZEN,
+    batch,
+    KEY,
   )
   (x, t, cond, pred), (ref_x, ref_t, ref_cond, ref_pred) = calls
 
@@ -144,7 +146,7 @@ def test_ties_weigh_nothing():
   tie = batch["label_0"] == 0.5
   changed = {k: v.copy() for k, v in batch.items()}
   for k in ("pixels_0", "pixels_1"):
-    changed[k][tie] = -batch[k][tie] ** 3
+    changed[k][tie] = -(batch[k][tie] ** 3)
   one, other = (DPO(NEAR, SAME, FROZEN, b, KEY) for b in (batch, changed))
   jax.tree.map(np.testing.assert_array_equal, one[1], other[1])
   assert one[0][0] == other[0][0] and one[0][1][0] == 6
@@ -269,9 +271,7 @@ def test_a_safeguard_scales_the_losers_gradient_alone():
     loss = pairs.safeguarded(loss, mu=0.3) if guarded else loss
 
     def total(scalars):
-      pair = pairs.DenoisedPair(
-        pred_w, pred_l, pred_w, pred_l, target_w, target_l, *scalars, weight=jnp.ones(5)
-      )
+      pair = pairs.DenoisedPair(pred_w, pred_l, pred_w, pred_l, target_w, target_l, *scalars, weight=jnp.ones(5))
       return jnp.sum(loss(pair))
 
     return jax.grad(total)(scalars)  # of err_w, err_l, reward_w, reward_l

@@ -222,8 +222,7 @@ def test_micro_batches_of_steps_make_the_same_updates():
   optimizer = sgd(clip_norm=1.0)
   options = {"minibatch": 10, "kl_coef": 0.1}
   (whole, found), (parts, found_parts) = (
-    jax.jit(grpo_step(optimizer, accumulation=n, **options))(state_of(PARAMS, optimizer), FROZEN, FEW)
-    for n in (1, 4)
+    jax.jit(grpo_step(optimizer, accumulation=n, **options))(state_of(PARAMS, optimizer), FROZEN, FEW) for n in (1, 4)
   )
   assert found["updates"] == 5 and not equal(whole.params, PARAMS)
   assert_close(parts.params, whole.params, 1e-5)

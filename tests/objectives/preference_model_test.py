@@ -131,7 +131,11 @@ def test_the_preference_model_sees_predictions_at_each_images_size(guidance_scal
   batch = sized_batch(7)
   _, (call,), encoded = sized(
     lambda m: loss_of(preference_model.PreferenceModel(m, SCORER, guidance_scale=guidance_scale)),
-    FROZEN, {}, FROZEN, batch, KEY,
+    FROZEN,
+    {},
+    FROZEN,
+    batch,
+    KEY,
   )
   assert encoded == [7, 1]  # the prompts, and the empty one
   rows = np.concatenate([batch["time_ids_0"], batch["time_ids_1"]])

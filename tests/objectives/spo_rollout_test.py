@@ -90,9 +90,7 @@ def test_number_of_calls(case):
   pooled = c["num_steps"] - single
   sizes = sorted(len(t) for t in calls)
   assert sizes == [PROMPTS] * single + [PROMPTS * c["pool_size"]] * pooled
-  expected = spo.pool_calls(
-    num_steps=c["num_steps"], warmup_steps=c["warmup_steps"], pool_size=c["pool_size"]
-  )
+  expected = spo.pool_calls(num_steps=c["num_steps"], warmup_steps=c["warmup_steps"], pool_size=c["pool_size"])
   assert sum(sizes) == PROMPTS * expected
   if case in ("sd15", "last"):
     assert expected == 65
@@ -140,10 +138,7 @@ def split_groups(result, case):
       parts.append((result.separate, later))
       later += 1
     chains.append(
-      {
-        side: [(getattr(p, f"x_{side}")[:, i], getattr(p, f"next_{side}")[:, i]) for p, i in parts]
-        for side in "wl"
-      }
+      {side: [(getattr(p, f"x_{side}")[:, i], getattr(p, f"next_{side}")[:, i]) for p, i in parts] for side in "wl"}
     )
   assert later == result.separate.t.shape[1]
   return groups, chains
@@ -195,9 +190,7 @@ def test_scores_winner_and_loser_are_those_of_the_pool(case):
       t = int(result.score_t[g])
       if g != last:  # the x0-prediction at the latent reached
         end = ddim_np(end, predict_np(end, t), t, t)[2]
-      np.testing.assert_allclose(
-        score_np(end, t), extreme(result.scores[:, g], axis=1), rtol=1e-3, atol=1e-3
-      )
+      np.testing.assert_allclose(score_np(end, t), extreme(result.scores[:, g], axis=1), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -308,9 +301,7 @@ def reference_rollout(x, key, *, num_steps, warmup_steps, pool_size, inner_steps
     x = pool.reshape(batch, k, *SHAPE)[np.arange(batch), chosen]
 
 
-@pytest.mark.parametrize(
-  ("case", "next_latent"), [*((c, "random") for c in CASES), ("short", "winner")]
-)
+@pytest.mark.parametrize(("case", "next_latent"), [*((c, "random") for c in CASES), ("short", "winner")])
 def test_equals_a_rollout_without_scans(case, next_latent):
   result, _ = run(case, next_latent)
   _, chains = split_groups(result, case)

@@ -35,14 +35,10 @@ def transitions(count, *, shared, seed=20):
   rows = jax.tree.map(lambda c: c[prompt], cond)
   ends = []
   for side, x in enumerate((x_w, x_l)):
-    mean, std = diffusion.ddim_mean_std(
-      SCHEDULE, predict(jnp.asarray(x), jnp.asarray(t), rows), x, t, prev_t, eta=1.0
-    )
+    mean, std = diffusion.ddim_mean_std(SCHEDULE, predict(jnp.asarray(x), jnp.asarray(t), rows), x, t, prev_t, eta=1.0)
     ends.append(mean + std[:, None, None, None] * draw(seed + 2 + side, count, *LATENT))
   valid = jnp.ones(count, bool)
-  steps = spo.Transitions(
-    *map(jnp.asarray, (x_w, x_l, *ends, t, prev_t)), valid
-  )
+  steps = spo.Transitions(*map(jnp.asarray, (x_w, x_l, *ends, t, prev_t)), valid)
   return (steps, jnp.asarray(prompt), jnp.ones(count)), cond, uncond
 
 
@@ -55,7 +51,14 @@ def nothing():
 def transition_loss(params, ref_params, shared, separate, cond, uncond):
   def total(params):
     loss, count, found = spo.transition_loss(
-      MODEL, SPO_LOSS, {**FROZEN, **params}, {**FROZEN, **ref_params}, shared, separate, cond, uncond,
+      MODEL,
+      SPO_LOSS,
+      {**FROZEN, **params},
+      {**FROZEN, **ref_params},
+      shared,
+      separate,
+      cond,
+      uncond,
       **OF_LOSS,
     )
     return loss, (count, found)
@@ -93,7 +96,8 @@ def test_a_shared_start_equals_two_separate_ones():
   np.testing.assert_allclose(one, two, rtol=1e-5)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(a).max()),
-    grads, grads_2,
+    grads,
+    grads_2,
   )
 
 
@@ -102,9 +106,7 @@ def test_transition_loss_equals_numpy():
   separate, _, _ = transitions(4, shared=False, seed=30)
   mask, mask_2 = [1, 0, 1, 1, 1, 0], [1, 1, 0, 1]
   far = NEAR  # some ratios are clipped here
-  (loss, (count, _)), _ = transition_loss(
-    far, SAME, with_mask(shared, mask), with_mask(separate, mask_2), cond, uncond
-  )
+  (loss, (count, _)), _ = transition_loss(far, SAME, with_mask(shared, mask), with_mask(separate, mask_2), cond, uncond)
 
   def log_prob(params, x, after, t, prev_t, text):
     w = jax.tree.map(np.float64, params["unet"])
@@ -148,8 +150,9 @@ def test_transition_gradient_equals_finite_differences():
   norm = math.sqrt(sum(float(jnp.sum(g * g)) for g in jax.tree.leaves(grads)))
   h = 2e-4
   up, down = (
-    transition_loss(jax.tree.map(lambda p, g, s=s: p + s * h * g / norm, SMALL, grads),
-        SAME, shared, separate, cond, uncond)[0][0]
+    transition_loss(
+      jax.tree.map(lambda p, g, s=s: p + s * h * g / norm, SMALL, grads), SAME, shared, separate, cond, uncond
+    )[0][0]
     for s in (1, -1)
   )
   np.testing.assert_allclose((up - down) / (2 * h), norm, rtol=2e-2)

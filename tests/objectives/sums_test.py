@@ -30,9 +30,7 @@ def test_masked_rows_may_hold_nan():
 def test_bins_hold_the_mean_of_their_timesteps():
   t = np.arange(0, 1000, 7)
   values, weights = draw(1, len(t)), (np.arange(len(t)) % 3 > 0).astype(np.float32)
-  totals, counts = sums.binned_mean(
-    jnp.asarray(values), jnp.asarray(weights), jnp.asarray(t), total=1000, bins=10
-  )
+  totals, counts = sums.binned_mean(jnp.asarray(values), jnp.asarray(weights), jnp.asarray(t), total=1000, bins=10)
   for b in range(10):
     inside = (t >= 100 * b) & (t < 100 * (b + 1)) & (weights > 0)
     assert counts[b] == inside.sum()

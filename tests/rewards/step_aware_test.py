@@ -29,7 +29,5 @@ def test_overshoot_is_clipped_after_the_resize():
 
 def test_prompts_of_two_tokenizers_are_read_by_the_first():
   ids = np.arange(10, dtype=np.int32).reshape(1, 10)
-  both, first = (
-    step_aware.embed_prompts(StubScorer(), init()["spm"], jnp.asarray(i)) for i in (ids, ids[:, :5])
-  )
+  both, first = (step_aware.embed_prompts(StubScorer(), init()["spm"], jnp.asarray(i)) for i in (ids, ids[:, :5]))
   np.testing.assert_array_equal(both, first)

@@ -35,9 +35,7 @@ def state_of(seed):
 
 def shardings_of(spec, state):
   mesh = sharding.make_mesh(8, 1, 1)
-  return jax.tree.map(
-    lambda x: NamedSharding(mesh, spec if x.ndim == 2 else PartitionSpec()), state
-  )
+  return jax.tree.map(lambda x: NamedSharding(mesh, spec if x.ndim == 2 else PartitionSpec()), state)
 
 
 @pytest.fixture(scope="module")

@@ -34,9 +34,7 @@ def raw(tmp_path_factory):
     for i, (e, n) in enumerate(zip(chosen, names, strict=True))
   ]
   (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-  rankings = [
-    {"prompt": e.caption, "image_path": n, "rank": [2, 1, 3]} for e, n in zip(chosen, names, strict=True)
-  ]
+  rankings = [{"prompt": e.caption, "image_path": n, "rank": [2, 1, 3]} for e, n in zip(chosen, names, strict=True)]
   (folder / "test.json").write_text(json.dumps(rankings))
   liked = [f"{json.dumps(e.caption)},{n[k]},{k}" for e, n in zip(chosen, names, strict=True) for k in (0, 1)]
   (folder / "images.csv").write_text("\n".join(["caption,image,label", *liked]))

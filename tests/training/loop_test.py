@@ -598,9 +598,7 @@ def command(shared, recipe, folder, **fields):
 
 def main(shared, recipe, folder, **fields):
   arguments, environment = command(shared, recipe, folder, **fields)
-  done = subprocess.run(
-    arguments, env=environment, cwd=shared, capture_output=True, text=True, timeout=570
-  )
+  done = subprocess.run(arguments, env=environment, cwd=shared, capture_output=True, text=True, timeout=570)
   assert done.returncode == 0, done.stderr[-3000:]
   return done.stderr
 
@@ -634,8 +632,15 @@ def test_a_run_leaves_everything_a_user_needs(whole):
   folder, said = whole
   names = {p.name for p in folder.iterdir()}
   assert names >= {
-    "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "export", "results.json",
-    "table.md", "before_after.png", "curves.png",
+    "config.json",
+    "metrics.jsonl",
+    "tensorboard",
+    "checkpoints",
+    "export",
+    "results.json",
+    "table.md",
+    "before_after.png",
+    "curves.png",
   }
   assert json.loads((folder / "config.json").read_text())["lora"]["rank"] == 2
   found = metrics.read(folder / "metrics.jsonl")
@@ -647,9 +652,7 @@ def test_a_run_leaves_everything_a_user_needs(whole):
   assert [r["step"] for r in found] == list(range(1, 11))
   assert abs(found[0]["loss"] - math.log(2)) < 1e-3  # policy and reference still agree
   assert found[-1]["loss"] != found[0]["loss"]
-  assert {"implicit_accuracy", "margin", "grad_norm", "valid_pairs", "images_per_second"} <= set(
-    found[0]
-  )
+  assert {"implicit_accuracy", "margin", "grad_norm", "valid_pairs", "images_per_second"} <= set(found[0])
   assert any(f.stat().st_size > 0 for f in (folder / "tensorboard").iterdir())
   assert sorted(states(folder)) == [8, 10]
   results = json.loads((folder / "results.json").read_text())
@@ -672,9 +675,7 @@ def test_the_exported_model_is_the_base_with_the_adapter_merged(whole):
   assert not all(map(np.array_equal, jax.tree.leaves(merged), untouched))  # it has learnt something
   assert found.unet.config == base.unet.config
   moved = {}
-  for (path, a), b in zip(
-    jax.tree_util.tree_leaves_with_path(base.params), jax.tree.leaves(found.params), strict=True
-  ):
+  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(base.params), jax.tree.leaves(found.params), strict=True):
     name = "/".join(k.key for k in path)
     moved[name] = float(np.abs(a - b).max() / np.abs(a).max().clip(1e-6))
   adapted = [n for n in moved if "to_q/kernel" in n]

@@ -20,9 +20,7 @@ def test_schedules():
     np.testing.assert_allclose(found[:5], [0.0, 0.5, 1.0, 1.5, 2.0], err_msg=name)
   np.testing.assert_allclose(values["constant"][5:], 2.0)
   np.testing.assert_allclose(values["linear"][5:], 2 - np.arange(1, 7) / 3, atol=1e-6)
-  np.testing.assert_allclose(
-    values["cosine"][5:], 1 + np.cos(np.pi * np.arange(1, 7) / 6), atol=1e-6
-  )
+  np.testing.assert_allclose(values["cosine"][5:], 1 + np.cos(np.pi * np.arange(1, 7) / 6), atol=1e-6)
   assert float(optim.learning_rate("cosine", 2.0, num_steps=10, warmup_steps=0)(0)) == 2.0
 
 
@@ -39,9 +37,7 @@ def test_schedules_that_cannot_be(name, warmup_steps, message):
 
 
 def test_clipping_acts_on_the_global_norm_at_every_step():
-  optimizer = optim.make_optimizer(
-    "sgd", optax.constant_schedule(1.0), **DEFAULTS | {"clip_norm": 0.5}
-  )
+  optimizer = optim.make_optimizer("sgd", optax.constant_schedule(1.0), **DEFAULTS | {"clip_norm": 0.5})
   params = {"a": jnp.zeros(3), "b": {"c": jnp.zeros(4)}}
   state = optimizer.init(params)
   for scale, norm in ((100.0, 0.5), (7.0, 0.5), (0.01, 0.01 * 7**0.5)):

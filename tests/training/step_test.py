@@ -51,9 +51,7 @@ def regression_batch(mask):
   return {"x": draw(1, 8, 3), "y": draw(2, 8), "mask": np.float32(mask)}
 
 
-@pytest.mark.parametrize(
-  "mask", [[1] * 8, [1, 0, 0, 0, 1, 1, 0, 1], [1, 0.25, 0, 0, 0.5, 0, 0, 0]], ids=str
-)
+@pytest.mark.parametrize("mask", [[1] * 8, [1, 0, 0, 0, 1, 1, 0, 1], [1, 0.25, 0, 0, 0.5, 0, 0, 0]], ids=str)
 @pytest.mark.parametrize("clip_norm", [0.0, 0.1])
 def test_accumulation_changes_nothing(mask, clip_norm):
   """Four micro-batches, some without a valid row: divided once, by the global count."""
@@ -246,9 +244,7 @@ def fake_rollout(valid, groups, separate):
   shared = part(groups, valid, 0)
   later = part(separate, valid[:, jnp.arange(separate) % groups], prompts * groups)
   scores = jnp.broadcast_to(jnp.arange(2.0)[None, None], (prompts, groups, 2))
-  return spo.PoolRollout(
-    shared, later, jnp.zeros((prompts, *LATENT)), scores, jnp.zeros(groups, jnp.int32)
-  )
+  return spo.PoolRollout(shared, later, jnp.zeros((prompts, *LATENT)), scores, jnp.zeros(groups, jnp.int32))
 
 
 @pytest.fixture
@@ -265,18 +261,14 @@ def counting(monkeypatch):
     for transitions, prompt, mask in (shared, separate):
       index = transitions.t
       total += jnp.sum(mask * weights["unet"]["uses"][index])
-      jax.debug.callback(
-        lambda *v: seen.append([np.array(x) for x in v]), index, prompt, mask, ordered=True
-      )
+      jax.debug.callback(lambda *v: seen.append([np.array(x) for x in v]), index, prompt, mask, ordered=True)
     return total, jnp.ones(()), {}  # a count of 1: no division
 
   monkeypatch.setattr(spo, "transition_loss", loss)
 
   def run(valid, groups, separate, minibatch, steps=1):
     total = valid.shape[0] * (groups + separate)
-    monkeypatch.setattr(
-      spo, "pool_rollout", lambda *a, **k: fake_rollout(jnp.asarray(valid), groups, separate)
-    )
+    monkeypatch.setattr(spo, "pool_rollout", lambda *a, **k: fake_rollout(jnp.asarray(valid), groups, separate))
     optimizer = sgd(learning_rate=1.0)
     frozen = init()
     params = {"unet": {"uses": jnp.zeros(total)}}
@@ -297,9 +289,7 @@ def counting(monkeypatch):
   ("prompts", "groups", "separate", "minibatch"),
   [(4, 15, 1, 20), (3, 4, 12, 5), (2, 4, 12, 100), (5, 3, 1, 1), (4, 16, 0, 20)],
 )
-def test_every_valid_transition_is_used_once_and_no_other(
-  counting, prompts, groups, separate, minibatch
-):
+def test_every_valid_transition_is_used_once_and_no_other(counting, prompts, groups, separate, minibatch):
   valid = np.random.default_rng(prompts * minibatch).random((prompts, groups)) < 0.6
   uses, found, (seen,) = counting(valid, groups, separate, minibatch)
   later = valid[:, np.arange(separate) % groups]

@@ -78,9 +78,7 @@ def load_index(subset: str = "all", split: str | None = None) -> list[Emoji]:
   _check("subset", subset, SUBSETS)
   if split is not None:
     _check("split", split, SPLITS)
-  return [
-    e for e in _index() if (subset == "all" or e.core) and (split is None or e.split == split)
-  ]
+  return [e for e in _index() if (subset == "all" or e.core) and (split is None or e.split == split)]
 
 
 def captions(split: str | None = None, subset: str = "all") -> list[str]:
@@ -109,9 +107,7 @@ def encoded_tile(style: str, class_id: int) -> bytes:
   return _encoded(style)[class_id]
 
 
-def load_tiles(
-  style: str, image_size: int = TILE_SIZE, *, class_ids: Sequence[int] | None = None
-) -> np.ndarray:
+def load_tiles(style: str, image_size: int = TILE_SIZE, *, class_ids: Sequence[int] | None = None) -> np.ndarray:
   """Decoded tiles of one style.
 
   Args:

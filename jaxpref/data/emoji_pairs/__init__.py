@@ -55,9 +55,7 @@ def records(
     ValueError: unknown style, subset or split.
   """
   if preferred_style not in emoji.STYLES:
-    raise ValueError(
-      f"preferred_style must be one of {', '.join(emoji.STYLES)}, not {preferred_style!r}."
-    )
+    raise ValueError(f"preferred_style must be one of {', '.join(emoji.STYLES)}, not {preferred_style!r}.")
   other, another = (s for s in emoji.STYLES if s != preferred_style)
   index = emoji.load_index(subset, split)
   for row, e in enumerate(index):

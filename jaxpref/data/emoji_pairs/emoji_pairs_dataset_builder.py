@@ -86,9 +86,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, split):
     config = self.builder_config
-    pairs = emoji_pairs.records(
-      preferred_style=config.preferred_style, subset=config.subset, split=split
-    )
+    pairs = emoji_pairs.records(preferred_style=config.preferred_style, subset=config.subset, split=split)
     for key, record in enumerate(pairs):
       images = {name: io.BytesIO(_png(record[name])) for name in ("image_0", "image_1")}
       yield key, record | images
