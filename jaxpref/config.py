@@ -31,7 +31,8 @@ class Facts(NamedTuple):
     data: what a row of its batches is: "pair"; "liked", an image that is or is not; "image", with its caption;
       "prompt"; or "tile", of the embedded emoji.
     online: whether it draws what it learns from, and makes several updates of it.
-    scorer: whether it has a preference model, `config.preference_model`.
+    scorer: whether it has a preference model, `config.preference_model`; online methods have rewards, of which it is
+      one.
     trains: "denoiser" (or its adapter), "scorer", or the network that is trained from nothing.
     losses: which losses `config.loss.name` may choose: "denoised", "pair" or "".
   """
@@ -73,6 +74,40 @@ SOURCES: dict[str, tuple[tuple[str, ...], str]] = {
   "prompts": (("prompt",), "a file of prompts (docs/evaluation.md)"),
   "precomputed": (("pair", "liked", "image"), "the folder that python -m jaxpref.precompute wrote"),
 }
+
+
+def reward_terms(config: ml_collections.ConfigDict) -> dict[str, float]:
+  """The weights of `config.reward` by what they are of: names, NAME=FOLDER, package.module:function.
+
+  Raises:
+    ValueError: not of that form, a name twice, or a weight that is not a finite number other than 0.
+
+  >>> config = default()
+  >>> config.reward = "pickscore:1, aesthetic=weights/aesthetic:0.1, mine:brightness"
+  >>> reward_terms(config)
+  {'pickscore': 1.0, 'aesthetic=weights/aesthetic': 0.1, 'mine:brightness': 1.0}
+  """
+  found: dict[str, float] = {}
+  for term in config.reward.split(",") if config.reward else ["preference_model"]:
+    spec, colon, last = term.strip().rpartition(":")
+    try:
+      weight = float(last) if colon else 1.0
+    except ValueError:  # of package.module:function without a weight
+      weight = 1.0
+      colon = ""
+    spec = spec if colon else term.strip()
+    if not spec or spec in found or not math.isfinite(weight) or not weight:
+      raise ValueError(
+        f"config.reward={config.reward!r}: {term.strip()!r}; expected NAME:WEIGHT with commas between them, such as "
+        "pickscore:1,aesthetic:0.1, each name once, and weights that are finite and not 0."
+      )
+    found[spec] = weight
+  return found
+
+
+def is_function(spec: str) -> bool:
+  """Whether a term of `config.reward` is package.module:function."""
+  return ":" in spec and "=" not in spec
 
 
 def load_named(spec: str, field: str, what: str) -> Any:
@@ -136,7 +171,11 @@ def default() -> ml_collections.ConfigDict:
       # "drawn:PRESET" (random, too: see jaxpref/files/loading.py).
       model="tiny-sd",
       vae_model=placeholder(str),  # a VAE's folder or hub name, in the place of the model's own
-      preference_model=placeholder(str),  # spo, grpo: the scorer; spm: what to start from
+      preference_model=placeholder(str),  # spo, grpo: a reward; spm: what to start from
+      # What spo and grpo are rewarded by: "" is preference_model, or a weighted sum of it and names of docs/rewards.md,
+      # such as "pickscore:1,aesthetic:0.1"; grpo also takes a function of your own, package.module:function.
+      reward="",
+      reward_timeout=600.0,  # seconds that such a function may take for the images of an iteration
       judge=placeholder(str),  # evaluation only
       mesh=dict(data=-1, fsdp=1, tensor=1),
       max_bad_steps=5,  # steps in a row whose loss or gradient is not finite, and whose update is left out; then stop
@@ -507,6 +546,19 @@ def check(config: ml_collections.ConfigDict) -> None:
   if config.data.source == "precomputed":
     require(not config.data.random_crop, "data.random_crop", "False: precomputed images are central squares")
     require(not config.train_text_encoder, "train_text_encoder", "False: the prompts of precomputed data are encoded")
+  require(of.online or not config.reward, "reward", f"nothing for {config.objective}: it is for spo and grpo")
+  require(0.0 < config.reward_timeout < math.inf, "reward_timeout", "a number of seconds above 0")
+  if of.online and of.scorer:
+    terms = reward_terms(config)
+    needs = (
+      "the folder of a step-aware preference model" if config.objective == "spo" else "the folder of a preference model"
+    )
+    require("preference_model" not in terms or bool(config.preference_model), "preference_model", needs)
+    unused = bool(config.preference_model) and "preference_model" not in terms
+    require(not unused, "preference_model", "None, as config.reward does not name preference_model")
+    on_host = [term for term in terms if is_function(term)]
+    spo = config.objective != "spo" or not on_host
+    require(spo, "reward", "rewards with a network: spo scores every step inside its program, a function scores images")
   if of.online:
     # A schedule counts updates, of which an iteration has many: with spo as many as it has valid pairs.
     require(config.optimizer.schedule == "constant", "optimizer.schedule", f"constant for {config.objective}")
@@ -530,7 +582,6 @@ def check(config: ml_collections.ConfigDict) -> None:
       f"a group length inner_steps + 1 that divides num_inference_steps - warmup_steps = {steps}",
     )
     require(group == 1 or not config.spo.pool_last_step, "spo.pool_last_step", "False, as spo.inner_steps is above 0")
-    require(bool(config.preference_model), "preference_model", "the folder of a step-aware preference model")
   if config.objective == "spm":
     require(bool(config.preference_model), "preference_model", "the folder of a CLIP or preference model to start from")
   if config.objective == "grpo":
@@ -545,7 +596,6 @@ def check(config: ml_collections.ConfigDict) -> None:
     require(g.minibatch >= 1, "grpo.minibatch", "at least 1 step")
     moves = config.reference.mode == "update"
     require(g.kl_coef > 0.0 or not moves, "reference.mode", "frozen, as grpo.kl_coef is 0 and nothing looks at it")
-    require(bool(config.preference_model), "preference_model", "the folder of a preference model")
 
 
 def _check_arguments(argv: list[str]) -> None:

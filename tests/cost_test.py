@@ -24,7 +24,7 @@ from jaxpref.planning import flops, hlo, plan
 from jaxpref.training import optim, step
 from scripts.study import study_plan
 from tests import mesh_run
-from tests.stub_model import StubModel, StubScorer, init, pair_batch
+from tests.stub_model import StubModel, init, pair_batch, stub_reward
 
 RECORDED = pathlib.Path(__file__).with_name("cost.json")
 SGD = optim.make_optimizer(
@@ -99,7 +99,7 @@ def test_an_iteration_of_spo_takes_what_the_readme_says(pool_size, inner_steps, 
   options = config.spo.to_dict()
 
   def make(model):
-    objective = spo.SPO(model, StubScorer(), pairs.pair_loss("sigmoid", beta=10.0), **options)
+    objective = spo.SPO(model, stub_reward(), pairs.pair_loss("sigmoid", beta=10.0), **options)
     return step.make_step(objective, SGD, seed=0, accumulation=accumulation)
 
   found = evaluations(make, {"input_ids": pair_batch(prompts)["input_ids"]}, trips=updates(config))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from jaxpref.diffusion import samplers
-from jaxpref.evaluation import drawing
 from jaxpref.files import loading, pipelines
 from jaxpref.models.text_to_image import guided
+from jaxpref.models.vae import to_uint8
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -39,7 +39,7 @@ def sampler(request):
       num_steps=STEPS,
       eta=0.0,
     )
-    return drawing.to_uint8(model.decode(params, clean))
+    return to_uint8(model.decode(params, clean))
 
   return request.param, pipe, sample
 

@@ -19,7 +19,7 @@ from scripts.bench import measure_linearity
 from scripts.bench import measure_optimizations as measured
 from scripts.study import study_plan
 from tests.cost_test import FROZEN, SGD, evaluations
-from tests.stub_model import StubModel, StubScorer, pair_batch
+from tests.stub_model import StubModel, pair_batch, stub_reward
 
 PROMPTS = 4
 OPTIONS = {"num_inference_steps": 12, "warmup_steps": 4, "pool_size": 2}
@@ -40,7 +40,7 @@ def config(monkeypatch):
 
 def make_step(config, model):
   loss = pairs.pair_loss("sigmoid", beta=10.0)
-  return step.make_step(spo.SPO(model, StubScorer(), loss, **config.spo.to_dict()), SGD, seed=0)
+  return step.make_step(spo.SPO(model, stub_reward(), loss, **config.spo.to_dict()), SGD, seed=0)
 
 
 @pytest.mark.parametrize("without", [measured.separate_passes, measured.one_candidate_at_a_time])

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpref import diffusion
+from jaxpref.rewards.base import Weighted
+from jaxpref.rewards.step_aware import StepAware
 
 LATENT = (4, 4, 2)
 IMAGE_SIZE = 8
@@ -125,3 +127,8 @@ class StubScorer:
   def score(self, params, image_embeds, text_embeds):
     del params
     return 3.0 * jnp.sum(image_embeds * text_embeds, axis=-1)
+
+
+def stub_reward(scorer=StubScorer()):  # noqa: B008
+  """What SPO and GRPO are given: the scorer as the one reward."""
+  return Weighted(((StepAware(scorer), 1.0),))

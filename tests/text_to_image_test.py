@@ -12,6 +12,7 @@ from jaxpref.diffusion import samplers
 from jaxpref.evaluation import drawing
 from jaxpref.files import loading, pipelines
 from jaxpref.models.text_to_image import guided
+from jaxpref.models.vae import to_uint8
 from jaxpref.planning import flops
 
 torch = pytest.importorskip("torch")
@@ -220,7 +221,7 @@ def test_sizes_and_crops_of_sdxl_draw_what_diffusers_draws(models):
     clean = samplers.ddim_sample(
       lambda x, t: eps(x, t, cond), model.schedule, latents, jax.random.key(0), num_steps=STEPS, eta=0.0
     )
-    return drawing.to_uint8(model.decode(params, clean))
+    return to_uint8(model.decode(params, clean))
 
   latents = noise(model.latent_shape)
   sizes = {"original_size": (48, 40), "crops_coords_top_left": (3, 5), "target_size": (20, 24)}

@@ -7,7 +7,7 @@ import optax
 
 from jaxpref.objectives import pairs, policy_gradient, spo
 from jaxpref.training import optim, step
-from tests.stub_model import StubModel, StubScorer, init, pair_batch
+from tests.stub_model import StubModel, init, pair_batch, stub_reward
 
 
 def state_of(params, optimizer, ref_params=None):
@@ -83,7 +83,7 @@ SPO_LOSS = pairs.pair_loss("sigmoid", beta=10.0)
 
 def spo_step(optimizer=ADAMW, *, model=StubModel(), loss=SPO_LOSS, **options):  # noqa: B008
   """The step of `spo.SPO` with OPTIONS; `options` are others, or of `step.make_step`."""
-  objective = spo.SPO(model, StubScorer(), loss, **OPTIONS | _rest(options))
+  objective = spo.SPO(model, stub_reward(), loss, **OPTIONS | _rest(options))
   return step.make_step(objective, optimizer, seed=SEED, **_of_step(options))
 
 
@@ -105,7 +105,7 @@ POLICY = {
 }
 
 
-def grpo_step(optimizer=ADAMW, *, scorer=StubScorer(), **options):  # noqa: B008
+def grpo_step(optimizer=ADAMW, *, reward=stub_reward(), **options):  # noqa: B008
   """The step of `policy_gradient.PolicyGradient` with POLICY; `options` are others, or of `step.make_step`."""
-  objective = policy_gradient.PolicyGradient(StubModel(), scorer, **POLICY | _rest(options))
+  objective = policy_gradient.PolicyGradient(StubModel(), reward, **POLICY | _rest(options))
   return step.make_step(objective, optimizer, seed=SEED, **_of_step(options))

@@ -60,6 +60,7 @@ class Batches(Iterator[Batch]):
     seed: int,
     load: Row,
     tokenize: Tokenize | None = None,
+    tokenizers: Mapping[str, Tokenize] | None = None,
     reader: records.Reader | None = None,
   ):
     """Args: `open_at(i)` is an iterator over the stacked rows of batch i and those after it, see `stack`."""
@@ -68,7 +69,8 @@ class Batches(Iterator[Batch]):
     weakref.finalize(self, _close, self._opened)  # also when the program ends
     self._next_batch = 0
     self._load = load
-    self._ids = None if tokenize is None else _Captions(tokenize)
+    every = {**({} if tokenize is None else {"input_ids": tokenize}), **(tokenizers or {})}
+    self._ids = {field: _Captions(of_field) for field, of_field in every.items()}
     self._reader = reader
     self._seed = seed
     self.num_records = num_records
@@ -103,8 +105,8 @@ class Batches(Iterator[Batch]):
     if self._reader is not None:
       for skip in skipped:
         self._reader.note(skip)
-    if self._ids is not None and captions is not None:
-      stacked["input_ids"] = self._ids(captions)
+    if captions is not None:
+      stacked |= {field: ids(captions) for field, ids in self._ids.items()}
     return stacked
 
   @property
@@ -329,6 +331,7 @@ def open_batches(
   num_threads: int,
   num_workers: int = 0,
   tokenize: Tokenize | None = None,
+  tokenizers: Mapping[str, Tokenize] | None = None,
   reader: records.Reader | None = None,
 ) -> Batches:
   """Order, what is random about a row, sharding, batching and prefetching.
@@ -340,7 +343,8 @@ def open_batches(
     caption_dropout, flip, random_crop: what is drawn for a row.
     batch_size: rows over all processes.
     num_threads, num_workers: that make rows ahead of time; processes do where there are any, else threads.
-    tokenize: captions of a batch -> i32[n, L].
+    tokenize: captions of a batch -> i32[n, L], its input_ids.
+    tokenizers: others by the field that they fill.
     reader: of the source; it knows what could not be read, and the names of records.
 
   Raises:
@@ -375,5 +379,12 @@ def open_batches(
     )
 
   return Batches(
-    open_at, num_records=num_records, batch_size=batch_size, seed=seed, load=load, tokenize=tokenize, reader=reader
+    open_at,
+    num_records=num_records,
+    batch_size=batch_size,
+    seed=seed,
+    load=load,
+    tokenize=tokenize,
+    tokenizers=tokenizers,
+    reader=reader,
   )

@@ -317,6 +317,7 @@ def prompt_batches(
   *,
   batch_size: int,
   tokenize: batching.Tokenize,
+  tokenizers: Mapping[str, batching.Tokenize] | None = None,
   seed: int,
   subset: str = "core",
   split: str | None = "train",
@@ -330,6 +331,7 @@ def prompt_batches(
     prompts: what to draw from; None: the captions of the embedded emoji.
     batch_size: prompts in a batch, over all processes.
     tokenize: prompts -> i32[n, L]; called for those of a batch that are not remembered.
+    tokenizers: others, by the field of the batch that they fill.
     seed: of the order.
     subset: of the emoji, "core" or "all".
     split: of the emoji; None: all three.
@@ -359,4 +361,5 @@ def prompt_batches(
     process_count=process_count,
     num_threads=num_threads,
     tokenize=tokenize,
+    tokenizers=tokenizers,
   )

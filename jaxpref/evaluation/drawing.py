@@ -12,6 +12,7 @@ from tqdm import tqdm
 from jaxpref.devices import chips, sharding
 from jaxpref.diffusion import samplers
 from jaxpref.models.text_to_image import TextToImage, guided
+from jaxpref.models.vae import to_uint8
 
 SAMPLERS = ("ddim", "dpmpp_2m")
 
@@ -144,8 +145,3 @@ def together(parts: Iterator[tuple[np.ndarray, np.ndarray]], seeds_per_prompt: i
   """What `draw` yields of all pictures as one array u8[P, S, H, W, 3], S = seeds_per_prompt."""
   flat = np.concatenate([images for _, images in parts])
   return flat.reshape(-1, seeds_per_prompt, *flat.shape[1:])
-
-
-def to_uint8(images: jax.Array) -> jax.Array:
-  """f32[..., 3] in [-1, 1] to u8, rounded and clipped as diffusers does."""
-  return jnp.round(jnp.clip(images * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)

@@ -343,6 +343,7 @@ def load_tree(
   """
   paths = [pathlib.Path(f) for f in ([files] if isinstance(files, str | os.PathLike) else files)]
   entries = _entries(shapes)
+  sharding = sharding(shapes) if callable(sharding) else sharding
   shardings = dict(_leaves(sharding)) if isinstance(sharding, Mapping) else None
   tree: Tree = {}
   with _open(paths) as found:

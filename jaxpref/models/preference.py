@@ -28,7 +28,7 @@ def _cubic(x: np.ndarray, a: float) -> np.ndarray:
   return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
 
 
-def _bicubic_matrix(size_in: int, size_out: int, *, antialias: bool) -> np.ndarray:
+def bicubic_matrix(size_in: int, size_out: int, *, antialias: bool) -> np.ndarray:
   """f32[size_out, size_in] of a bicubic resize with half-pixel centres.
 
   Without antialiasing it is torch's: a = -0.75, and the outermost pixels repeat. With it, PIL's:
@@ -92,7 +92,7 @@ def preprocess(
   def resize(images, equation, size_in, size_out):
     if size_in == size_out:
       return images
-    matrix = _bicubic_matrix(size_in, size_out, antialias=antialias)
+    matrix = bicubic_matrix(size_in, size_out, antialias=antialias)
     images = jnp.einsum(equation, matrix, images, precision=jax.lax.Precision.HIGHEST)
     if not antialias:
       return images

@@ -84,6 +84,11 @@ def to_float(images: jax.Array) -> jax.Array:
   return jnp.asarray(levels)[images.astype(jnp.int32)]
 
 
+def to_uint8(images: jax.Array) -> jax.Array:
+  """f32[..., 3] in [-1, 1] to u8, rounded and clipped as diffusers does."""
+  return jnp.round(jnp.clip(images * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+
+
 class _Block(nn.Module):
   """What the blocks share: how to make a residual block.
 

@@ -1,10 +1,10 @@
 """What the training step asks of a method: the interface `Objective`, and the plain values that pass through it.
 
 A method is one file of this folder, a dataclass whose fields are its hyper-parameters. Offline methods (`pairs`, `kto`,
-`preference_model`, `pretraining`) have a loss of a batch. Online ones (`spo`, `policy_gradient`) first make their
-experience of a batch of prompts, and have a loss of a minibatch of it. Losses draw timesteps and noise, call the
-network and a function of `losses.py`, which never draws. `training.step.make_step` turns any of them into a training
-step.
+`preference_model`, `pretraining`) have a loss of a batch. Online ones (`spo`, `policy_gradient`) first draw samples of
+a batch of prompts, make their experience of these and their scores, and have a loss of a minibatch of it. Losses draw
+timesteps and noise, call the network and a function of `losses.py`, which never draws. `training.step.make_step` turns
+any of them into a training step.
 """
 
 import zlib
@@ -84,6 +84,18 @@ class Experience(NamedTuple):
   latents: jax.Array | None = None
 
 
+class Drawn(NamedTuple):
+  """What an online method draws, before it is known how good it is.
+
+  Attributes:
+    data: its own.
+    images: u8[N,H,W,3] finished images for rewards on the host, prompt by prompt; None where there are none.
+  """
+
+  data: Any
+  images: jax.Array | None = None
+
+
 class Objective(Protocol):
   """A method. All of its functions are pure, and traced inside the jitted training step."""
 
@@ -92,8 +104,19 @@ class Objective(Protocol):
     """Of each kind of experience the name of the key that shuffles it; none offline: an update takes the batch."""
     ...
 
-  def experience(self, w: Weights, batch: Batch, key: jax.Array) -> tuple[Experience, dict[str, jax.Array]]:
-    """Online: what is learnt from a batch of prompts, and means for the metrics."""
+  def rollout(self, w: Weights, batch: Batch, key: jax.Array) -> Drawn:
+    """Online: samples of a batch of prompts, and what rewards in the graph say of them."""
+    ...
+
+  def experience(
+    self, drawn: Drawn, scores: Mapping[str, jax.Array], key: jax.Array
+  ) -> tuple[Experience, dict[str, jax.Array]]:
+    """Online: what is learnt from these samples, and means for the metrics.
+
+    Args:
+      scores: f32[N] of the images by each reward on the host, by name; none where there is none.
+      key: the same as of the rollout.
+    """
     ...
 
   def update_rows(self, rows: int) -> int:
@@ -135,7 +158,12 @@ class Offline:
 
   kinds: tuple[str, ...] = ()
 
-  def experience(self, w: Weights, batch: Batch, key: jax.Array) -> tuple[Experience, dict[str, jax.Array]]:
+  def rollout(self, w: Weights, batch: Batch, key: jax.Array) -> Drawn:
+    raise NotImplementedError("it learns from the batch itself")
+
+  def experience(
+    self, drawn: Drawn, scores: Mapping[str, jax.Array], key: jax.Array
+  ) -> tuple[Experience, dict[str, jax.Array]]:
     raise NotImplementedError("it learns from the batch itself")
 
   def update_rows(self, rows: int) -> int:

@@ -20,6 +20,9 @@ from jaxpref.objectives.policy_gradient import PolicyGradient, trained_steps
 from jaxpref.objectives.preference_model import PreferenceModel
 from jaxpref.objectives.pretraining import Denoising
 from jaxpref.objectives.spo import SPO, pool_groups
+from jaxpref.rewards.base import Weighted
+
+Scorer = Weighted | StepAwareCLIPModel | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +49,9 @@ class Method:
 
   Attributes:
     facts: what a recipe may set for it, and which data and models it needs.
-    make: the objective of (config, text-to-image model, preference model or None); None for those that train a network
-      from nothing (`training.build`).
+    make: the objective of (config, text-to-image model, scorer); None for those that train a network from nothing
+      (`training.build`). The scorer is the rewards of an online method, the network that is to become a preference
+      model, or None.
     options: the section of the config with its sampler and guidance, if it has one.
     reference: of a config: whether it compares with a reference model.
     images: of a config: those of one row of the batch, read or drawn.
@@ -55,7 +59,7 @@ class Method:
   """
 
   facts: Facts
-  make: Callable[[Config, TextToImage, StepAwareCLIPModel | None], Objective] | None = None
+  make: Callable[[Config, TextToImage, Scorer], Objective] | None = None
   options: str | None = None
   reference: Callable[[Config], bool] = lambda config: False
   images: Callable[[Config], int] = lambda config: 1
@@ -65,7 +69,7 @@ class Method:
 # ---- How a config makes them ------------------------------------------------------------------------------------
 
 
-def _dpo(config: Config, model: TextToImage, scorer: StepAwareCLIPModel | None) -> Objective:
+def _dpo(config: Config, model: TextToImage, scorer: Scorer) -> Objective:
   o, total = config.loss, model.schedule.num_train_timesteps
   if config.timesteps.num_bins > total:
     raise ValueError(f"config.timesteps.num_bins={config.timesteps.num_bins}; expected at most {total} timesteps.")
@@ -82,24 +86,24 @@ def _dpo(config: Config, model: TextToImage, scorer: StepAwareCLIPModel | None) 
   )
 
 
-def _kto(config: Config, model: TextToImage, scorer: StepAwareCLIPModel | None) -> Objective:
+def _kto(config: Config, model: TextToImage, scorer: Scorer) -> Objective:
   return DiffusionKTO(model, beta=config.loss.beta, **config.kto.to_dict())
 
 
-def _spo(config: Config, model: TextToImage, scorer: StepAwareCLIPModel | None) -> Objective:
-  assert scorer is not None
+def _spo(config: Config, model: TextToImage, scorer: Scorer) -> Objective:
+  assert isinstance(scorer, Weighted)
   o = config.loss
   loss = pairs.pair_loss(o.name, beta=o.beta, label_smoothing=o.label_smoothing)
   return SPO(model, scorer, loss, **config.spo.to_dict())
 
 
-def _grpo(config: Config, model: TextToImage, scorer: StepAwareCLIPModel | None) -> Objective:
-  assert scorer is not None
+def _grpo(config: Config, model: TextToImage, scorer: Scorer) -> Objective:
+  assert isinstance(scorer, Weighted)
   return PolicyGradient(model, scorer, **config.grpo.to_dict())
 
 
-def _spm(config: Config, model: TextToImage, scorer: StepAwareCLIPModel | None) -> Objective:
-  assert scorer is not None
+def _spm(config: Config, model: TextToImage, scorer: Scorer) -> Objective:
+  assert isinstance(scorer, StepAwareCLIPModel)
   return PreferenceModel(model, scorer, **config.spm.to_dict())
 
 
@@ -181,7 +185,7 @@ def method(config: Config) -> Method:
   return METHODS[config.objective]
 
 
-def make(config: Config, model: TextToImage, scorer: StepAwareCLIPModel | None = None) -> Any:
+def make(config: Config, model: TextToImage, scorer: Scorer = None) -> Any:
   """The objective of a config that trains a text-to-image model, or a preference model with its help."""
   found = method(config).make
   assert found is not None, config.objective

@@ -1,6 +1,7 @@
 """Online policy gradients on denoising steps: GRPO (arXiv 2402.03300, 2505.07818, 2505.05470), DDPO (2305.13301)."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,12 +9,13 @@ import jax.numpy as jnp
 
 from jaxpref import diffusion, losses
 from jaxpref.diffusion import samplers
-from jaxpref.models.preference import StepAwareCLIPModel
 from jaxpref.models.text_to_image import Cond, TextToImage, guided, repeat_cond
+from jaxpref.models.vae import to_uint8
 from jaxpref.objectives import noising
 from jaxpref.objectives.base import (
   REWARD_BINS,
   Batch,
+  Drawn,
   Experience,
   Rows,
   Weights,
@@ -21,7 +23,7 @@ from jaxpref.objectives.base import (
   rows_of_prompts,
 )
 from jaxpref.objectives.sums import Pairs, binned_mean, mean_of
-from jaxpref.rewards.step_aware import embed_prompts, score_images
+from jaxpref.rewards.base import Weighted
 
 
 class Steps(NamedTuple):
@@ -114,7 +116,7 @@ class PolicyGradient:
   are shuffled and spread evenly over ceil(steps / minibatch) updates; each is used once.
 
   Attributes:
-    scorer: a preference model, component `spm`.
+    reward: what scores the finished images, in the graph or on the host.
     eta: of DDIM, above 0; the three methods take 1, 0.3 and another sampler of about 0.7.
     group_size: samples of a prompt.
     advantage: "group", rewards less the mean of their prompt's samples, over their standard deviation (GRPO); "batch",
@@ -127,7 +129,7 @@ class PolicyGradient:
   """
 
   model: TextToImage
-  scorer: StepAwareCLIPModel
+  reward: Weighted
   num_inference_steps: int
   eta: float
   guidance_scale: float
@@ -140,14 +142,14 @@ class PolicyGradient:
   minibatch: int
   kinds = ("shuffle",)
 
-  def experience(self, w: Weights, batch: Batch, key: jax.Array) -> tuple[Experience, dict[str, jax.Array]]:
-    """The steps to train on, with their advantages."""
-    model, scorer, group_size = self.model, self.scorer, self.group_size
+  def rollout(self, w: Weights, batch: Batch, key: jax.Array) -> Drawn:
+    """Trajectories, what the rewards in the graph say of their ends, and the conditioning."""
+    model, group_size = self.model, self.group_size
     prompts = batch["input_ids"].shape[0]
     cond = model.encode_text(w.base, batch["input_ids"])
     uncond = model.encode_empty(w.base, 1)
-    text = embed_prompts(scorer, w.base["spm"], batch["input_ids"])
-    of_samples = repeat_cond({"cond": cond, "text": text}, group_size)
+    of_prompts = self.reward.prompts(w.base, batch)
+    of_samples = repeat_cond({"cond": cond, "reward": of_prompts}, group_size)
     eps = guided(lambda x, t, c: model.predict(w.policy, x, t, c), uncond, self.guidance_scale)
     noise = jax.random.normal(named_key(key, "x_T"), (prompts * group_size, *model.latent_shape))
     drawn = samplers.ddim_trajectories(
@@ -159,30 +161,41 @@ class PolicyGradient:
       eta=self.eta,
     )
     images = model.decode(w.base, drawn.x[:, -1])
-    reward = score_images(scorer, w.base["spm"], images, jnp.zeros(len(noise), jnp.int32), of_samples["text"])
-    of_group = group_size if self.advantage == "group" else len(noise)
+    scores = self.reward.score(w.base, images, jnp.zeros(len(noise), jnp.int32), of_samples["reward"])
+    return Drawn((drawn, scores, cond, uncond), to_uint8(images) if self.reward.host else None)
+
+  def experience(
+    self, drawn: Drawn, scores: Mapping[str, jax.Array], key: jax.Array
+  ) -> tuple[Experience, dict[str, jax.Array]]:
+    """The steps to train on, with their advantages."""
+    group_size = self.group_size
+    trajectories, in_graph, cond, uncond = drawn.data
+    reward, parts = self.reward.summed(scores, in_graph)
+    prompts = len(reward) // group_size
+    of_group = group_size if self.advantage == "group" else len(reward)
     advantages = losses.group_advantages(reward, group_size=of_group)
     advantages = jnp.clip(advantages, -self.advantage_clip, self.advantage_clip)
     # Of each sample the steps whose place in a random order of them is among the first.
-    place = jnp.argsort(jax.random.uniform(named_key(key, "timesteps"), drawn.log_prob.shape), axis=1)
-    every = lambda v, axis: jnp.broadcast_to(jnp.expand_dims(v, axis), drawn.log_prob.shape)  # noqa: E731
+    place = jnp.argsort(jax.random.uniform(named_key(key, "timesteps"), trajectories.log_prob.shape), axis=1)
+    every = lambda v, axis: jnp.broadcast_to(jnp.expand_dims(v, axis), trajectories.log_prob.shape)  # noqa: E731
     steps = Steps(
-      x=drawn.x[:, :-1],
-      next=drawn.x[:, 1:],
-      t=every(drawn.t, 0),
-      prev_t=every(drawn.prev_t, 0),
-      log_prob=drawn.log_prob,
+      x=trajectories.x[:, :-1],
+      next=trajectories.x[:, 1:],
+      t=every(trajectories.t, 0),
+      prev_t=every(trajectories.prev_t, 0),
+      log_prob=trajectories.log_prob,
       advantage=every(advantages, 1),
       valid=place < trained_steps(self.num_inference_steps, self.timestep_fraction),
     )
     of_prompts = jax.tree.map(lambda v: v.reshape(prompts, -1, *v.shape[2:]), steps)
     reward = reward.reshape(prompts, group_size)
-    latents = drawn.x[:, -1].reshape(prompts, group_size, *model.latent_shape)
+    latents = trajectories.x[:, -1].reshape(prompts, group_size, *trajectories.x.shape[2:])
     best = jax.vmap(lambda x, r: x[jnp.argmax(r)])(latents, reward)
     of_prompts, reward, best = jax.lax.stop_gradient((of_prompts, reward, best))
     return Experience((rows_of_prompts(of_prompts, of_prompts.valid),), (cond, uncond), best), {
       "reward": jnp.mean(reward),
       "score_gap": jnp.mean(jnp.max(reward, axis=1) - jnp.min(reward, axis=1)),
+      **{f"reward_{name}": jnp.mean(part) for name, part in parts.items()},
     }
 
   def update_rows(self, rows: int) -> int:

@@ -1,7 +1,7 @@
 """SPO, step-by-step preference optimisation (arXiv 2406.04314): its rollout, its loss, and what it costs."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jaxpref import diffusion, losses
 from jaxpref.diffusion import Schedule
 from jaxpref.diffusion.samplers import Predict, rows_at
-from jaxpref.models.preference import StepAwareCLIPModel
 from jaxpref.models.text_to_image import Cond, TextToImage, guided, repeat_cond
 from jaxpref.objectives import noising
 from jaxpref.objectives.base import (
   REWARD_BINS,
   Batch,
+  Drawn,
   Experience,
   Rows,
   Weights,
@@ -24,10 +24,10 @@ from jaxpref.objectives.base import (
 )
 from jaxpref.objectives.pairs import PairLoss
 from jaxpref.objectives.sums import Pairs, binned_mean, mean_of
-from jaxpref.rewards.step_aware import embed_prompts, score_images
+from jaxpref.rewards.base import Scores, Weighted
 
-# (x0 f32[B*m,h,w,C], t i32[B*m]) -> f32[B*m]: scores of predicted clean latents
-Score = Callable[[jax.Array, jax.Array], jax.Array]
+# (x0 f32[B*m,h,w,C], t i32[B*m]) -> scores of B*m predicted clean latents
+Score = Callable[[jax.Array, jax.Array], Scores]
 
 
 class Transitions(NamedTuple):
@@ -56,14 +56,14 @@ class PoolRollout(NamedTuple):
     shared: transitions whose winner and loser start from the same latent (x_w is x_l).
     separate: the later transitions of a group, which do not; none where all groups are single steps.
     latents: f32[B,h,w,C] the final latents of the path that was followed.
-    scores: f32[B,G,k] of all candidates, by group.
+    scores: f32[B,G,k] of all candidates, by group: their sum, and its parts.
     score_t: i32[G] the time condition of each group's scores.
   """
 
   shared: Transitions
   separate: Transitions
   latents: jax.Array
-  scores: jax.Array
+  scores: Scores
   score_t: jax.Array
 
 
@@ -155,6 +155,9 @@ def pool_rollout(
     """Of each pool the candidate at its index: [B*k,...] -> [B,...]; each device finds those of its own prompts."""
     return jax.vmap(lambda pool, i: pool[i])(values.reshape(batch, k, *shape), index)
 
+  def of_pools(scores):
+    return jax.tree.map(lambda v: v.reshape(batch, k), scores)
+
   def choose(x, path, scores, ts, prev_ts):
     """Transitions of best and worst: x [B,...] and path [j,B*k,...] -> fields [B,j,...]."""
     best, worst, valid = losses.select_pair(scores, threshold=threshold)
@@ -184,9 +187,9 @@ def pool_rollout(
     key_path, key_member = jax.random.split(key)
     path, end_pred = pool(x, pred, ts, prev_ts, key_path, prev_ts[-1])
     end_t = rows_at(prev_ts[-1], batch * k)
-    scores = score(diffusion.to_x0(schedule, end_pred, path[-1], end_t), end_t).reshape(batch, k)
-    pairs = choose(x, path, scores, ts, prev_ts)
-    carry = (member(path[-1], scores, key_member), member(end_pred, scores, key_member))
+    scores = of_pools(score(diffusion.to_x0(schedule, end_pred, path[-1], end_t), end_t))
+    pairs = choose(x, path, scores.total, ts, prev_ts)
+    carry = (member(path[-1], scores.total, key_member), member(end_pred, scores.total, key_member))
     return carry, (pairs, scores, prev_ts[-1])
 
   *groups, last_length = pool_groups(
@@ -205,9 +208,9 @@ def pool_rollout(
   members = draw(pred, x, ts[0], prev_ts[0], key_draw, repeats=k)
   xs, _, end = walk(members, ts[1:], prev_ts[1:], key_walk)
   path = jnp.concatenate([xs, end[None]])
-  last_scores = score(path[-1], rows_at(0, batch * k)).reshape(batch, k)
-  last_pairs = choose(x, path, last_scores, ts, prev_ts)
-  latents = member(path[-1], last_scores, key_member)
+  last_scores = of_pools(score(path[-1], rows_at(0, batch * k)))
+  last_pairs = choose(x, path, last_scores.total, ts, prev_ts)
+  latents = member(path[-1], last_scores.total, key_member)
 
   # Groups were stacked in front: [G,B,j,...] -> [B,G,j,...]; then the first step of each, and the others.
   pairs = jax.tree.map(lambda v: jnp.moveaxis(v, 0, 1), pairs)
@@ -223,7 +226,7 @@ def pool_rollout(
     shared=first,
     separate=rest,
     latents=latents,
-    scores=jnp.concatenate([jnp.moveaxis(scores, 0, 1), last_scores[:, None]], axis=1),
+    scores=jax.tree.map(lambda v, e: jnp.concatenate([jnp.moveaxis(v, 0, 1), e[:, None]], axis=1), scores, last_scores),
     score_t=jnp.concatenate([score_t, jnp.zeros((1,), jnp.int32)]),
   )
 
@@ -297,17 +300,17 @@ class SPO:
   cost nothing. Winner and loser transitions that start from one latent share one policy pass and one reference pass.
 
   Attributes:
-    scorer: the step-aware preference model, component `spm`.
+    reward: what scores the candidates' predictions; in the paper a step-aware preference model.
     pair_loss: on the log of the clipped ratios; the paper's is the sigmoid loss with beta 10.
-    step_aware: False tells the preference model time 0 at every step, as one that knows clean images only wants it.
-    decode_size: pixels a side at which predictions are decoded for the preference model, see `TextToImage.decode`;
+    step_aware: False tells the reward time 0 at every step, as one that knows clean images only wants it.
+    decode_size: pixels a side at which predictions are decoded for the reward, see `TextToImage.decode`;
       0: those of the images.
     minibatch: transitions with a shared start in one update; those without come in proportion.
     others: as of `pool_rollout` and `transition_loss`.
   """
 
   model: TextToImage
-  scorer: StepAwareCLIPModel
+  reward: Weighted
   pair_loss: PairLoss
   num_inference_steps: int
   eta: float
@@ -324,22 +327,22 @@ class SPO:
   decode_size: int = 0
   kinds = ("shuffle_shared", "shuffle_separate")
 
-  def experience(self, w: Weights, batch: Batch, key: jax.Array) -> tuple[Experience, dict[str, jax.Array]]:
-    """Pairs of transitions, of those that share their start and of the others."""
-    model, scorer = self.model, self.scorer
+  def rollout(self, w: Weights, batch: Batch, key: jax.Array) -> Drawn:
+    """`pool_rollout`, which scores as it goes, and the conditioning."""
+    model = self.model
     prompts = batch["input_ids"].shape[0]
     cond = model.encode_text(w.base, batch["input_ids"])
     uncond = model.encode_empty(w.base, 1)
-    text = embed_prompts(scorer, w.base["spm"], batch["input_ids"])
+    of_prompts = self.reward.prompts(w.base, batch)
     eps = guided(lambda x, t, c: model.predict(w.policy, x, t, c), uncond, self.guidance_scale)
 
     def predict(x, t):
       return eps(x, t, repeat_cond(cond, x.shape[0] // prompts))
 
     def score(x0, t):
-      rows = repeat_cond({"text": text}, x0.shape[0] // prompts)["text"]
+      rows = repeat_cond({"reward": of_prompts}, x0.shape[0] // prompts)["reward"]
       images = model.decode(w.base, x0, size=self.decode_size)
-      return score_images(scorer, w.base["spm"], images, t if self.step_aware else jnp.zeros_like(t), rows)
+      return self.reward.score(w.base, images, t if self.step_aware else jnp.zeros_like(t), rows)
 
     drawn = pool_rollout(
       predict,
@@ -356,14 +359,22 @@ class SPO:
       next_latent=self.next_latent,
       pool_last_step=self.pool_last_step,
     )
-    drawn = jax.lax.stop_gradient(drawn)
-    kinds = tuple(rows_of_prompts(t, t.valid) for t in (drawn.shared, drawn.separate))
-    ends = drawn.separate if drawn.separate.valid.shape[1] else drawn.shared
+    return Drawn((jax.lax.stop_gradient(drawn), cond, uncond))
+
+  def experience(
+    self, drawn: Drawn, scores: Mapping[str, jax.Array], key: jax.Array
+  ) -> tuple[Experience, dict[str, jax.Array]]:
+    """Pairs of transitions, of those that share their start and of the others."""
+    pools, cond, uncond = drawn.data
+    kinds = tuple(rows_of_prompts(t, t.valid) for t in (pools.shared, pools.separate))
+    ends = pools.separate if pools.separate.valid.shape[1] else pools.shared
+    total = pools.scores.total
     return Experience(kinds, (cond, uncond), ends.next_w[:, -1]), {
-      "valid_pairs": jnp.mean(drawn.shared.valid.astype(jnp.float32)),
-      "reward": jnp.mean(drawn.scores[:, -1]),
-      "reward_group": jnp.mean(drawn.scores, axis=(0, 2)),
-      "score_gap": jnp.mean(jnp.max(drawn.scores, axis=2) - jnp.min(drawn.scores, axis=2)),
+      "valid_pairs": jnp.mean(pools.shared.valid.astype(jnp.float32)),
+      "reward": jnp.mean(total[:, -1]),
+      "reward_group": jnp.mean(total, axis=(0, 2)),
+      "score_gap": jnp.mean(jnp.max(total, axis=2) - jnp.min(total, axis=2)),
+      **{f"reward_{name}": jnp.mean(part[:, -1]) for name, part in pools.scores.parts.items()},
     }
 
   def update_rows(self, rows: int) -> int:

@@ -31,6 +31,7 @@ LORA_RANK = 64  # of the adapter that `changes` propose in the place of full tra
 def without_weights(config: ConfigDict) -> ConfigDict:
   """The same recipe on shapes alone, and on the embedded data resized to the model's images.
 
+  Whatever the rewards are, one preference model of the preset stands for them.
   Of precomputed data, the folder of `data.path` is not looked at, and need not be there.
 
   Raises:
@@ -46,6 +47,7 @@ def without_weights(config: ConfigDict) -> ConfigDict:
   with config.unlocked():
     config.model = f"zeros:{preset}"
     config.vae_model = None
+    config.reward = ""
     config.preference_model = f"zeros:{preset}" if catalog.method(config).facts.scorer else None
     config.judge = None
     config.lora.init_from = None

@@ -18,7 +18,7 @@ from PIL import Image
 from jaxpref.data import records
 from jaxpref.files import loading, pipelines, tensor_files
 from jaxpref.models import blip, clip
-from jaxpref.models.preference import StepAwareCLIPModel, ask_judge
+from jaxpref.models.preference import StepAwareCLIPModel, ask_judge, bicubic_matrix
 
 Array = jax.Array
 CLIP_L = "openai/clip-vit-large-patch14"
@@ -70,6 +70,48 @@ def padded_image(image: np.ndarray, size: int) -> np.ndarray:
   return out
 
 
+def _resized(images: Array, height: int, width: int, *, rounded: bool = True) -> Array:
+  """PIL's bicubic resize of f32[B, H, W, C], 0 to 255, inside a jitted function.
+
+  Args:
+    rounded: to whole numbers and clipped after each direction, as PIL does with 8-bit images. Float32 and PIL's
+    integers
+      then differ by one level in few places, see `models.preference.preprocess`.
+  """
+  high = jax.lax.Precision.HIGHEST
+  for axis, equation, size in ((2, "ow,bhwc->bhoc", width), (1, "oh,bhwc->bowc", height)):
+    if images.shape[axis] != size:
+      images = jnp.einsum(equation, bicubic_matrix(images.shape[axis], size, antialias=True), images, precision=high)
+      images = jnp.clip(jnp.floor(images + 0.5), 0.0, 255.0) if rounded else images
+  return images
+
+
+def clip_pixels(images: Array, size: int) -> Array:
+  """`clip_image` of f32[B, H, W, 3], inside a jitted function."""
+  height, width = images.shape[1:3]
+  short = min(height, width)
+  images = _resized(images, size * height // short, size * width // short)
+  top, left = (images.shape[1] - size) // 2, (images.shape[2] - size) // 2
+  return images[:, top : top + size, left : left + size]
+
+
+def torchvision_pixels(images: Array, size: int) -> Array:
+  """`torchvision_image` of f32[B, H, W, 3], inside a jitted function."""
+  height, width = images.shape[1:3]
+  short = min(height, width)
+  images = _resized(images, size * height // short, size * width // short)
+  top, left = round((images.shape[1] - size) / 2), round((images.shape[2] - size) / 2)
+  return images[:, top : top + size, left : left + size]
+
+
+def padded_pixels(images: Array, size: int) -> Array:
+  """`padded_image` of f32[B, H, W, 3], inside a jitted function."""
+  height, width = (round(n * size / max(images.shape[1:3])) for n in images.shape[1:3])
+  images = _resized(images, height, width, rounded=False)
+  top, left = (size - height) // 2, (size - width) // 2
+  return jnp.pad(images, ((0, 0), (top, size - height - top), (left, size - width - left), (0, 0)))
+
+
 def _normalised(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
   """u8 or f32[B, S, S, 3] in [0, 255] -> f32, normalised."""
   mean_C, std_C = (np.asarray(v, np.float32)[None, None, None] for v in (mean, std))
@@ -79,22 +121,30 @@ def _normalised(images: Array, mean: Sequence[float], std: Sequence[float]) -> A
 # ---- Networks --------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Network:
   """What scoring takes. The functions below read one from a folder.
 
   Attributes:
-    apply: (params, token ids i32[B, L], images as prepared) -> f32[B], or embeddings f32[B, D].
+    score: (params, what `text` gives, images as prepared) -> f32[B], or embeddings f32[B, D].
     prepare: one image u8[H, W, 3] -> an array of the one shape that the network takes.
+    pixels: the same inside a jitted function, of images f32[B, H, W, 3] with whole values from 0 to 255.
     tokenize: prompts -> i32[B, L]; None where they do not count.
     files: of the weights.
+    text: (params, token ids i32[B, L]) -> what the score takes of prompts, [B, ...].
   """
 
-  apply: Callable[[Any, Array, Array], Array]
+  score: Callable[[Any, Array, Array], Array]
   params: Any
   prepare: Callable[[np.ndarray], np.ndarray]
+  pixels: Callable[[Array], Array]
   tokenize: Callable[[list[str]], np.ndarray] | None
   files: Sequence[pathlib.Path]
+  text: Callable[[Any, Array], Array] = lambda params, ids: ids
+
+  def apply(self, params: Any, ids: Array, images: Array) -> Array:
+    """Scores f32[B] of token ids i32[B, L] and images as prepared; or embeddings f32[B, D]."""
+    return self.score(params, self.text(params, ids), images)
 
 
 def _image_embeds(module: clip.CLIPModel, params: Any, pixels: Array) -> Array:
@@ -129,24 +179,26 @@ def clip_network(name: str, folder: pathlib.Path, dtype: Any, placement: Any, *,
   files = weight_files(folder)
   config: Any = module.config  # with image_mean and image_std
   size = config.vision_config.image_size
-  resize = padded_image if name.startswith("hpsv2") else clip_image
+  resize, pixels = (padded_image, padded_pixels) if name.startswith("hpsv2") else (clip_image, clip_pixels)
 
   def embed(params, images):
     return _image_embeds(module, params, _normalised(images, config.image_mean, config.image_std))
 
-  def score(params, ids, images):
-    cosine = jnp.sum(embed(params, images) * _text_embeds(module, params, ids), axis=-1)
+  def score(params, text, images):
+    cosine = jnp.sum(embed(params, images) * text, axis=-1)
     if name == "pickscore":
       return jnp.exp(params["logit_scale"].astype(jnp.float32)) * cosine
     return cosine if name.startswith("hpsv2") else 100.0 * cosine
 
-  prepare = lambda image: resize(image, size)
+  prepare, in_graph = lambda image: resize(image, size), lambda images: pixels(images, size)
   if embeddings:
-    return Network(lambda params, _, images: embed(params, images), params, prepare, None, files)
+    return Network(lambda params, _, images: embed(params, images), params, prepare, in_graph, None, files)
   tokenizer = pipelines.tiny_tokenizer() if name == "tiny-clip" else clip_tokenizer(name, folder)
   _check_vocabulary(name, tokenizer, config.text_config.vocab_size)
   length = config.text_config.max_position_embeddings
-  return Network(score, params, prepare, lambda texts: pipelines.tokenize(tokenizer, texts, length=length), files)
+  tokenize = lambda texts: pipelines.tokenize(tokenizer, texts, length=length)
+  text = lambda params, ids: _text_embeds(module, params, ids)
+  return Network(score, params, prepare, in_graph, tokenize, files, text)
 
 
 def aesthetic_clip(folder: pathlib.Path) -> pathlib.Path:
@@ -177,8 +229,10 @@ def aesthetic_network(folder: pathlib.Path, dtype: Any, placement: Any) -> Netwo
     pixels = _normalised(images, config.image_mean, config.image_std)
     return head.apply({"params": params["head"]}, _image_embeds(module, params["clip"], pixels))
 
-  prepare = lambda image: torchvision_image(image, config.vision_config.image_size)
-  return Network(score, {"clip": params, "head": head_params}, prepare, None, [*head_files, *weight_files(clip_folder)])
+  size = config.vision_config.image_size
+  prepare, pixels = lambda image: torchvision_image(image, size), lambda images: torchvision_pixels(images, size)
+  files = [*head_files, *weight_files(clip_folder)]
+  return Network(score, {"clip": params, "head": head_params}, prepare, pixels, None, files)
 
 
 def imagereward_network(folder: pathlib.Path, dtype: Any, placement: Any) -> Network:
@@ -199,7 +253,8 @@ def imagereward_network(folder: pathlib.Path, dtype: Any, placement: Any) -> Net
   def score(params, ids, images):
     return module.apply({"params": params}, ids, _normalised(images, config.image_mean, config.image_std))
 
-  return Network(score, params, lambda image: torchvision_image(image, size), tokenize, files)
+  prepare, pixels = lambda image: torchvision_image(image, size), lambda images: torchvision_pixels(images, size)
+  return Network(score, params, prepare, pixels, tokenize, files)
 
 
 def judge_network(folder: pathlib.Path, style: str, placement: Any) -> Network:
@@ -208,14 +263,16 @@ def judge_network(folder: pathlib.Path, style: str, placement: Any) -> Network:
   assert module is not None
   size, column = module.config.image_size, module.config.styles.index(style)
   if placement is not None:
-    params = jax.device_put(params, placement)
+    params = jax.device_put(params, placement(params) if callable(placement) else placement)
 
   def score(params, unused_ids, images):
     log_probs, _ = ask_judge(module, params, images.astype(jnp.float32) / 127.5 - 1.0)
     return log_probs[:, column]
 
   prepare = lambda image: image if image.shape[:2] == (size, size) else clip_image(image, size)
-  return Network(score, params, prepare, None, tensor_files.weight_files(folder))
+  return Network(
+    score, params, prepare, lambda images: clip_pixels(images, size), None, tensor_files.weight_files(folder)
+  )
 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 
 from jaxpref.devices import chips, sharding
 from jaxpref.files import pipelines, tensor_files
+from jaxpref.models.vae import to_uint8
 from jaxpref.rewards import networks
 
 Array = jax.Array
@@ -54,43 +55,51 @@ class _Published:
 
   Attributes:
     scale: of its scores.
+    logits: from its scores into the logits whose differences are log-odds of a preference; a constant, see PUBLISHED.
     repository: where its weights come from: on the Hugging Face hub, unless it says otherwise.
     file: of the repository, to be converted; None for folders that are read as they are.
     shipped: the folder in jaxpref/assets instead.
   """
 
   scale: str
+  logits: float = 1.0
   repository: str = ""
   file: str | None = None
   shipped: str | None = None
 
 
+# Logits: PickScore and the CLIPs are logits of a softmax over images or texts; HPSv2 was trained with a cosine times
+# exp(logit_scale) = 100; ImageReward with sigmoid(r_w - r_l) of the reward before it is standardised; the judge's are
+# logarithms of probabilities. A point of the aesthetic rating, which was no logit, counts as one.
 PUBLISHED = {
   "pickscore": _Published(
     "exp(logit_scale) x cosine (about 100 x cosine; papers print these numbers, 20 to 23)",
-    "yuvalkirstain/PickScore_v1",
+    repository="yuvalkirstain/PickScore_v1",
   ),
-  "clip_l": _Published("100 x cosine", networks.CLIP_L),
-  "clip_h": _Published("100 x cosine", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+  "clip_l": _Published("100 x cosine", repository=networks.CLIP_L),
+  "clip_h": _Published("100 x cosine", repository="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
   "hpsv2": _Published(
     "cosine (about 0.27, as the hpsv2 package returns it; papers often print 100 x)",
-    "xswu/HPSv2",
-    "HPS_v2_compressed.pt",
+    logits=100.0,
+    repository="xswu/HPSv2",
+    file="HPS_v2_compressed.pt",
   ),
   "hpsv2.1": _Published(
     "cosine (about 0.27, as the hpsv2 package returns it; papers often print 100 x)",
-    "xswu/HPSv2",
-    "HPS_v2.1_compressed.pt",
+    logits=100.0,
+    repository="xswu/HPSv2",
+    file="HPS_v2.1_compressed.pt",
   ),
   "aesthetic": _Published(
     "rating from 1 to 10",
-    "christophschuhmann/improved-aesthetic-predictor on GitHub",
-    "sac+logos+ava1-l14-linearMSE.pth",
+    repository="christophschuhmann/improved-aesthetic-predictor on GitHub",
+    file="sac+logos+ava1-l14-linearMSE.pth",
   ),
   "imagereward": _Published(
     "standardised reward ((r - 0.167) / 1.033, as the image-reward package returns it)",
-    "THUDM/ImageReward",
-    "ImageReward.pt",
+    logits=1.033,
+    repository="THUDM/ImageReward",
+    file="ImageReward.pt",
   ),
   "judge": _Published("log-probability of the preferred style", shipped="tiny-judge"),
   "tiny-clip": _Published("100 x cosine", shipped="tiny-clip"),
@@ -288,19 +297,65 @@ def load(
   if _is_function(spec):
     return _load_function(spec)
   name, place = _parse(spec)
-  folder = _find(name, place)
   placement = None if mesh is None else sharding.replicated(mesh)
-  if name == "aesthetic":
-    network = networks.aesthetic_network(folder, jnp.dtype(dtype), placement)
-  elif name == "imagereward":
-    network = networks.imagereward_network(folder, jnp.dtype(dtype), placement)
-  elif name == "judge":
-    network = networks.judge_network(folder, preferred_style, placement)
-  else:
-    network = networks.clip_network(name, folder, jnp.dtype(dtype), placement)
+  network = _network(name, _find(name, place), dtype, placement, preferred_style)
   scale = PUBLISHED[name].scale + (f" {preferred_style}" if name == "judge" else "")
   score = _checked(name, _batched(network, batch_size=batch_size, mesh=mesh))
   return Scorer(name, _version(name, place, network.files), scale, score)
+
+
+def _network(name: str, folder: pathlib.Path, dtype: str, placement: Any, preferred_style: str) -> networks.Network:
+  if name == "aesthetic":
+    return networks.aesthetic_network(folder, jnp.dtype(dtype), placement)
+  if name == "imagereward":
+    return networks.imagereward_network(folder, jnp.dtype(dtype), placement)
+  if name == "judge":
+    return networks.judge_network(folder, preferred_style, placement)
+  return networks.clip_network(name, folder, jnp.dtype(dtype), placement)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Published:
+  """The `Reward` of a scorer in the graph: its numbers are those of the scorer for pictures of 8 bits.
+
+  Attributes:
+    name: of PUBLISHED, also that of its component of the weights.
+    network: without its parameters.
+    scale: from its numbers into logits.
+  """
+
+  name: str
+  network: networks.Network
+  scale: float
+
+  @property
+  def tokenizers(self) -> dict[str, Callable[[list[str]], np.ndarray]]:
+    return {} if self.network.tokenize is None else {f"{self.name}_ids": self.network.tokenize}
+
+  def prompts(self, weights: Any, batch: Any) -> Any:
+    return None if self.network.tokenize is None else self.network.text(weights[self.name], batch[f"{self.name}_ids"])
+
+  def score(self, weights: Any, images: Array, t: Array, prompts: Any) -> Array:
+    """Scores f32[N] of f32[N,H,W,3] in [-1, 1], rounded to 8 bits; the time does not count."""
+    levels = to_uint8(images).astype(jnp.float32)
+    return self.network.score(weights[self.name], prompts, self.network.pixels(levels)).astype(jnp.float32)
+
+
+def load_reward(spec: str, *, dtype: str, placement: Any, preferred_style: str) -> tuple[Published, Any]:
+  """A scorer as a reward in the graph, and its parameters.
+
+  Args:
+    spec: NAME or NAME=FOLDER, as of `load`.
+    dtype: of the network and its parameters.
+    placement: where these go as they are read, see `pipelines.load_pipeline`.
+    preferred_style: of the judge.
+
+  Raises:
+    ValueError, FileNotFoundError: one sentence on what is missing or does not fit.
+  """
+  name, place = _parse(spec)
+  network = _network(name, _find(name, place), dtype, placement, preferred_style)
+  return Published(name, dataclasses.replace(network, params=None), PUBLISHED[name].logits), network.params
 
 
 def _version(name: str, place: str | None, files: Sequence[pathlib.Path]) -> str:

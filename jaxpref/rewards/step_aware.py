@@ -1,12 +1,14 @@
 """The step-aware preference model as a reward: images at any time of the process, scored against their prompts."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxpref.models.preference import StepAwareCLIPModel, preprocess
-from jaxpref.models.vae import to_float
+
+COMPONENT = "spm"  # of the weights
 
 
 def embed_prompts(scorer: StepAwareCLIPModel, params: Any, input_ids: jax.Array) -> jax.Array:
@@ -31,7 +33,24 @@ def score_images(
   return scorer.apply({"params": params}, image_embeds, text_embeds, method="score")
 
 
-def score_pictures(scorer: StepAwareCLIPModel, weights: Any, input_ids: jax.Array, images: jax.Array) -> jax.Array:
-  """Scores f32[N] of finished images u8[N,H,W,3], at time 0, by component `spm` of the weights."""
-  text = embed_prompts(scorer, weights["spm"], input_ids)
-  return score_images(scorer, weights["spm"], to_float(images), jnp.zeros(len(images), jnp.int32), text)
+@dataclasses.dataclass(frozen=True)
+class StepAware:
+  """The `Reward` of a step-aware preference model, component `spm`; it reads the tokens of the model.
+
+  Attributes:
+    scorer: its network.
+  """
+
+  scorer: StepAwareCLIPModel
+  name = "preference_model"
+  scale = 1.0
+
+  @property
+  def tokenizers(self) -> dict[str, Any]:
+    return {}
+
+  def prompts(self, weights: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    return embed_prompts(self.scorer, weights[COMPONENT], batch["input_ids"])
+
+  def score(self, weights: Any, images: jax.Array, t: jax.Array, prompts: jax.Array) -> jax.Array:
+    return score_images(self.scorer, weights[COMPONENT], images, t, prompts)

@@ -4,7 +4,6 @@ One function an objective family; with `inputs.py` and `train.py` the only place
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +22,8 @@ from jaxpref.models.text_to_image import TextToImage
 from jaxpref.models.unet import UNetConfig
 from jaxpref.models.vae import AutoencoderKL
 from jaxpref.objectives import base, catalog, pretraining
-from jaxpref.rewards import step_aware
+from jaxpref.rewards import terms
+from jaxpref.rewards.base import Weighted
 from jaxpref.training import inputs
 
 
@@ -44,7 +44,8 @@ class Experiment:
     model: the text-to-image model, if there is one.
     tokenize: captions to i32[n, L].
     judge, judge_params: for the evaluation only.
-    reward: of online objectives: scores f32[N] of finished pictures: (frozen, prompts i32[N, L], u8[N, H, W, 3]).
+    reward: of online objectives.
+    captions: the prompts of records of `batches`, for rewards on the host.
     held_out: opens the data that a preference model is measured on, as `batches`.
     report: numbers on held-out data for pre-training objectives, from the trained params on the host.
   """
@@ -62,7 +63,8 @@ class Experiment:
   tokenize: Callable[[list[str]], np.ndarray] | None = None
   judge: Judge | None = None
   judge_params: Any = None
-  reward: Callable[[Any, jax.Array, jax.Array], jax.Array] | None = None
+  reward: Weighted | None = None
+  captions: Callable[[], list[str]] = lambda: []
   held_out: Callable[[], Any] | None = None
   report: Callable[[Any], dict[str, Any]] = lambda params: {}
 
@@ -189,8 +191,11 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
     components: tuple[str, ...] = ()
   else:
     components = ("unet", "text_encoder") if config.train_text_encoder else ("unet",)
+  # What is wrong is said now, not after gigabytes were read.
   if config.data.source == "precomputed":
-    inputs.open_precomputed(config)  # what is wrong with it is said now, not after gigabytes were read
+    inputs.open_precomputed(config)
+  if catalog.method(config).facts.scorer:
+    terms.check(config)
   needed = networks(config)
   pipe = _load(config, sharding, trained=components, components=needed)
   pipe = dataclasses.replace(pipe, unet=pipe.unet.clone(remat=_remat(config.remat)))
@@ -242,20 +247,18 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
       )
     save_trained(folder, original, params, scale=scale, dtype=jnp.float16)
 
-  scorer, reward = None, None
+  reward = None
   if method.facts.scorer:
-    scorer, frozen["spm"] = loading.load_scorer(
-      config.preference_model, dtype=config.dtype, param_dtype=config.dtype, seed=config.seed, sharding=sharding
-    )
-    reward = functools.partial(step_aware.score_pictures, scorer)
-  objective = catalog.make(config, model, scorer)
+    reward, params_of_rewards = terms.load(config, sharding)
+    frozen |= params_of_rewards
+  objective = catalog.make(config, model, reward)
   # Of the methods of the table config.check knows it.
   if config.reference.mode == "update" and ":" in config.objective:
     if not method.reference(config) or getattr(type(objective), "divergence", None) in (None, base.Offline.divergence):
       what = f"{config.objective} has no reference, or no divergence of it"
       raise ValueError(f"config.reference.mode='update'; expected 'frozen', as {what}.")
   if method.facts.online:
-    batches = lambda: inputs.prompt_batches(config, tokenize)
+    batches = lambda: inputs.prompt_batches(config, tokenize, reward.tokenizers if reward else {})
   else:
     batches = lambda: inputs.offline_batches(config, model.image_size, tokenize)
   return Experiment(
@@ -273,6 +276,7 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
     judge=judge,
     judge_params=judge_params,
     reward=reward,
+    captions=lambda: inputs.prompts(config),
   )
 
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict as Config
 
 import jaxpref
 from jaxpref import config as config_lib
-from jaxpref.data import batching, latents, pipeline, sources
+from jaxpref.data import batching, emoji, latents, pipeline, sources
 from jaxpref.data import index as index_lib
 from jaxpref.devices import sharding
 from jaxpref.files import loading, pipelines, tensor_files
@@ -166,25 +166,31 @@ def image_batches(
   )
 
 
-def prompt_batches(config: Config, tokenize: Callable[[list[str]], np.ndarray]) -> batching.Batches:
-  """The prompts of an online objective; of a file those of `config.data.split`.
+def prompts(config: Config) -> list[str]:
+  """What an online objective draws pictures of: those of the emoji, or of a file, of `config.data.split`.
+
+  Raises:
+    ValueError: a split that the file has not.
+  """
+  d = config.data
+  if d.source != "prompts":
+    return emoji.prompts(_split(config), d.subset)
+  _check_split(config)
+  found = sources.read_prompts(d.path)
+  held_out = index_lib.in_validation(index_lib.prompt_ids(found), d.validation_share)
+  return [p for p, out in zip(found, held_out, strict=True) if out == (d.split == "validation")]
+
+
+def prompt_batches(
+  config: Config, tokenize: batching.Tokenize, tokenizers: Mapping[str, batching.Tokenize] | None = None
+) -> batching.Batches:
+  """Batches of `prompts`, with the tokens of the model, and of rewards by their fields.
 
   Raises:
     ValueError: a split that the file has not, or fewer prompts than a batch holds.
   """
-  d = config.data
-  prompts = None
-  if d.source == "prompts":
-    _check_split(config)
-    prompts = sources.read_prompts(d.path)
-    held_out = index_lib.in_validation(index_lib.prompt_ids(prompts), d.validation_share)
-    prompts = [p for p, out in zip(prompts, held_out, strict=True) if out == (d.split == "validation")]
   return pipeline.prompt_batches(
-    prompts,
-    tokenize=tokenize,
-    subset=config.data.subset,
-    split=_split(config),
-    **_shared_data_arguments(config),
+    prompts(config), tokenize=tokenize, tokenizers=tokenizers, **_shared_data_arguments(config)
   )
 
 

@@ -22,7 +22,7 @@ from jaxpref.data import batching, lease
 from jaxpref.devices import chips, distributed, sharding
 from jaxpref.models.attention import cuda_capability
 from jaxpref.objectives import catalog
-from jaxpref.training import build, checkpoint, monitor, optim, step, validation
+from jaxpref.training import build, checkpoint, host, monitor, optim, step, validation
 from jaxpref.training import metrics as metrics_lib
 
 # Fields that may differ when a run is continued: they do not change what is computed at a given step.
@@ -94,18 +94,18 @@ def state_initializer(
   return init_state
 
 
-def make_step(
+def make_halves(
   config: ml_collections.ConfigDict,
   experiment: build.Experiment,
   optimizer: optax.GradientTransformation,
   mesh: jax.sharding.Mesh,
-) -> step.StepFn:
-  """One training step, (state, frozen, batch) -> (state, metrics), not yet jitted."""
+) -> tuple[step.DrawFn, step.LearnFn]:
+  """`step.make_halves` of a config, not yet jitted."""
   moving = None
   if config.reference.mode == "update" and experiment.has_reference:
     moving = step.MovingReference(**{k: v for k, v in config.reference.to_dict().items() if k != "mode"})
   rows = sharding.batch_sharding(mesh)
-  step_fn = step.make_step(
+  return step.make_halves(
     experiment.objective,
     optimizer,
     seed=config.seed,
@@ -114,7 +114,41 @@ def make_step(
     constrain=lambda tree: jax.lax.with_sharding_constraint(tree, rows) if mesh.size > 1 else tree,
     row_multiple=sharding.batch_devices(mesh),
   )
-  return sharding.on_mesh(mesh, step_fn)
+
+
+def make_step(
+  config: ml_collections.ConfigDict,
+  experiment: build.Experiment,
+  optimizer: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+) -> step.StepFn:
+  """One training step, (state, frozen, batch) -> (state, metrics), not yet jitted."""
+  return sharding.on_mesh(mesh, step.joined(*make_halves(config, experiment, optimizer, mesh)))
+
+
+def compile_step(
+  config: ml_collections.ConfigDict,
+  experiment: build.Experiment,
+  optimizer: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+  shardings: Any,
+  arguments: tuple[Any, Any, Any],
+) -> step.StepFn:
+  """The step as one program, or as two with rewards on the host between them.
+
+  Args:
+    shardings: of the state, which is donated.
+    arguments: state, frozen parameters and a batch.
+  """
+  if experiment.reward is not None and experiment.reward.host:
+    halves = make_halves(config, experiment, optimizer, mesh)
+    return host.compile_iteration(halves, experiment.reward.host, experiment.captions(), mesh, shardings, arguments)
+  step_fn = make_step(config, experiment, optimizer, mesh)
+  # Metrics come back whole on every device.
+  jitted = jax.jit(
+    step_fn, donate_argnums=0, out_shardings=(shardings, None), compiler_options=chips.compiler_options()
+  )
+  return jitted.lower(*arguments).compile()
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
@@ -192,13 +226,6 @@ def _run(
   _say(
     f"{config.objective}: {num_params:,} trained parameters, {len(jax.devices())} x {jax.devices()[0].device_kind}, "
     f"mesh {dict(mesh.shape)}, batch {config.batch_size}, {config.num_steps} steps, folder {folder}"
-  )
-
-  # ---- Step --------------------------------------------------------------------------------------------------
-  step_fn = make_step(config, experiment, optimizer, mesh)
-  # The state is donated; metrics come back whole on every device.
-  train_step = jax.jit(
-    step_fn, donate_argnums=0, out_shardings=(shardings, None), compiler_options=chips.compiler_options()
   )
 
   # ---- Loop --------------------------------------------------------------------------------------------------
@@ -307,7 +334,7 @@ def _run(
           batch, data_state = next(prefetched)
         if done == first_step + 1:
           with goodput.phase("compile"), monitor.ticking(f"compiling the training step of {config.objective}"):
-            compiled = train_step.lower(state, frozen, batch).compile()
+            compiled = compile_step(config, experiment, optimizer, mesh, shardings, (state, frozen, batch))
           goodput.switch("step")
           since = time.perf_counter()
         if said := profiler.before_step(done, state):

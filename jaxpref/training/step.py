@@ -7,7 +7,7 @@ randomness is derived from (seed, step), so a restart replays nothing and skips 
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +16,14 @@ import optax
 
 from jaxpref import reference
 from jaxpref.objectives import sums
-from jaxpref.objectives.base import Experience, Objective, Rows, Weights, named_key
+from jaxpref.objectives.base import Drawn, Experience, Objective, Rows, Weights, named_key
 from jaxpref.reference import ReferenceStats
 
 Frozen = Any
 Metrics = dict[str, jax.Array]
 StepFn = Callable[["State", Frozen, Any], tuple["State", Metrics]]
+DrawFn = Callable[["State", Frozen, Any], Drawn]
+LearnFn = Callable[["State", Frozen, Any, Drawn, Mapping[str, jax.Array]], tuple["State", Metrics]]
 
 
 @jax.tree_util.register_dataclass
@@ -167,17 +169,55 @@ def make_step(
     constrain: pins the leading axis of an online method's minibatch to the devices.
     row_multiple: its micro-batches are filled up with masked rows to a multiple of it: the devices that share them.
   """
+  halves = make_halves(
+    objective,
+    optimizer,
+    seed=seed,
+    accumulation=accumulation,
+    moving=moving,
+    constrain=constrain,
+    row_multiple=row_multiple,
+  )
+  return joined(*halves)
 
-  def step(state: State, frozen: Frozen, batch: Any) -> tuple[State, Metrics]:
+
+def joined(draw: DrawFn, learn: LearnFn) -> StepFn:
+  """The halves as one function, where no reward is on the host."""
+  return lambda state, frozen, batch: learn(state, frozen, batch, draw(state, frozen, batch), {})
+
+
+def make_halves(
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  *,
+  seed: int,
+  accumulation: int = 1,
+  moving: MovingReference | None = None,
+  constrain: Callable[[Any], Any] = lambda tree: tree,
+  row_multiple: int = 1,
+) -> tuple[DrawFn, LearnFn]:
+  """`make_step` in two: what is drawn, and what is learnt of it and its scores by rewards on the host, by name.
+
+  Arguments as of `make_step`. Offline nothing is drawn.
+  """
+
+  def models_of(frozen: Frozen) -> Callable[[Any, State], Weights]:
+    return lambda params, state: Weights.of(params, state.ref_params, frozen, moves=moving is not None)
+
+  def draw(state: State, frozen: Frozen, batch: Any) -> Drawn:
+    if not objective.kinds:
+      return Drawn(None)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
+    return objective.rollout(models_of(frozen)(state.params, state), batch, key)
 
-    def models(params: Any, state: State) -> Weights:
-      return Weights.of(params, state.ref_params, frozen, moves=moving is not None)
-
+  def learn(
+    state: State, frozen: Frozen, batch: Any, drawn: Drawn, scores: Mapping[str, jax.Array]
+  ) -> tuple[State, Metrics]:
+    key, models = jax.random.fold_in(jax.random.key(seed), state.step), models_of(frozen)
     before = state
     of_rollout: Metrics = {}
     if objective.kinds:
-      experience, of_rollout = objective.experience(models(state.params, state), batch, key)
+      experience, of_rollout = objective.experience(drawn, scores, key)
       batch = {**batch, "latents": experience.latents}
       state, found = _updates_of_experience(
         objective,
@@ -200,7 +240,7 @@ def make_step(
     state, finished = _finish(before, state, move)
     return state, {**found, **of_rollout, **finished}
 
-  return step
+  return draw, learn
 
 
 def _update_of_batch(

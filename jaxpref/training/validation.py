@@ -1,7 +1,7 @@
 """What a run is told of itself: pictures while it trains; held-out data, and base against aligned, after it."""
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,9 +12,11 @@ from jaxpref import config as config_lib
 from jaxpref.data import emoji
 from jaxpref.devices import chips, sharding
 from jaxpref.evaluation import drawing, judging, report
+from jaxpref.models.vae import to_float
 from jaxpref.objectives import sums
 from jaxpref.objectives.base import Weights
-from jaxpref.training import build, metrics, step
+from jaxpref.rewards.base import Scores
+from jaxpref.training import build, host, metrics, step
 
 LOOK_COLUMNS = 16
 # What curves.png shows, of what there is.
@@ -71,10 +73,11 @@ class Drawer:
       seed=e.seed,
       mesh=mesh,
     )
-    self._reward: Callable[..., jax.Array] | None = None
+    self._reward = experiment.reward
     if experiment.reward is not None:
-      self._reward = jax.jit(
-        sharding.on_mesh(mesh, experiment.reward),
+      reward = experiment.reward
+      self._score = jax.jit(
+        sharding.on_mesh(mesh, lambda w, batch, images: reward.score_pictures(w, batch, to_float(images))),
         out_shardings=sharding.replicated(mesh),
         compiler_options=chips.compiler_options(),
       )
@@ -94,18 +97,24 @@ class Drawer:
     )
     return drawing.together(parts, seeds_per_prompt)
 
-  def reward(self, weights: Any, captions: list[str], images: np.ndarray) -> np.ndarray | None:
-    """Scores f32[P, S] of u8[P, S, H, W, 3] by the preference model trained against; None if there is none."""
+  def reward(self, weights: Any, captions: list[str], images: np.ndarray) -> Scores | None:
+    """Scores f32[P * S] of u8[P, S, H, W, 3] by the rewards that are trained on; None if there are none."""
     if self._reward is None:
       return None
-    ids = np.repeat(self.tokenize(captions), images.shape[1], axis=0)
+    captions = [c for c in captions for _ in range(images.shape[1])]
+    fields = {"input_ids": self.tokenize, **self._reward.tokenizers}
+    batch = {field: tokenize(captions) for field, tokenize in fields.items()}
     flat = images.reshape(-1, *images.shape[2:])
     size = min(self.batch_size, len(flat))
     found = []
     for start in range(0, len(flat), size):
       rows = np.resize(np.arange(start, min(start + size, len(flat))), size)  # one shape, so one compilation
-      found.append(np.asarray(self._reward(weights, ids[rows], flat[rows])))
-    return np.concatenate(found)[: len(flat)].reshape(images.shape[:2])
+      scores = self._score(weights, {field: ids[rows] for field, ids in batch.items()}, flat[rows])
+      found.append(jax.tree.map(np.asarray, scores))
+    in_graph = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(flat)], *found)
+    own = range(jax.process_index(), len(flat), jax.process_count())
+    on_host = host.score(self._reward.host, {i: flat[i] for i in own}, captions)
+    return jax.tree.map(np.asarray, self._reward.summed(on_host, in_graph))
 
 
 def _judge(
@@ -144,7 +153,8 @@ def look(
   images = drawer.draw(weights, captions, seeds_per_prompt=config.sample.seeds_per_prompt)
   means = {}
   if (scores := drawer.reward(weights, captions, images)) is not None:
-    means["validation_reward"] = float(scores.mean())
+    means["validation_reward"] = float(scores.total.mean())
+    means |= {f"validation_reward_{name}": float(part.mean()) for name, part in scores.parts.items()}
   if experiment.judge is not None:
     judged = _judge(config, experiment, images, chosen)
     means["validation_preferred_share"] = float(judged["preferred"].mean())

@@ -46,6 +46,7 @@ def candidate_scores(config: Any, sizes: Sequence[int], num_prompts: int) -> tup
   from jaxpref.models.text_to_image import guided, repeat_cond
   from jaxpref.objectives import spo
   from jaxpref.rewards import step_aware
+  from jaxpref.rewards.base import Scores
 
   pipe = loading.load_text_to_image(config.model, dtype=config.dtype, param_dtype=config.dtype)
   model = loading.text_to_image(pipe, vae_slicing=config.vae_slicing or None)
@@ -65,7 +66,7 @@ def candidate_scores(config: Any, sizes: Sequence[int], num_prompts: int) -> tup
 
     def score(x0, t):
       rows = repeat_cond({"text": text}, x0.shape[0] // BATCH)["text"]
-      return step_aware.score_images(scorer, weights["spm"], decode(weights, x0), t, rows)
+      return Scores(step_aware.score_images(scorer, weights["spm"], decode(weights, x0), t, rows), {})
 
     found = spo.pool_rollout(
       lambda x, t: eps(x, t, repeat_cond(cond, x.shape[0] // BATCH)),
@@ -82,7 +83,7 @@ def candidate_scores(config: Any, sizes: Sequence[int], num_prompts: int) -> tup
       next_latent="random",  # so that the candidates do not depend on the scores
       pool_last_step=s.pool_last_step,
     )
-    return found.scores
+    return found.scores.total
 
   def shrunk(size):
     def decode(weights, x0):

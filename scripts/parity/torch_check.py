@@ -155,7 +155,7 @@ def jax_outcome(case: str, size: str, folder: pathlib.Path, config: Any | None =
 
   def watched(*args, **kwargs):
     pairs = pool_rollout(*args, **kwargs)
-    jax.debug.callback(seen.append, (pairs.scores, pairs.shared.valid))
+    jax.debug.callback(seen.append, (pairs.scores.total, pairs.shared.valid))
     return pairs
 
   pool_rollout = spo.pool_rollout

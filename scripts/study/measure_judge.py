@@ -51,7 +51,7 @@ def redrawer(model: Any, *, start: int) -> Any:
   import jax.numpy as jnp
 
   from jaxpref import diffusion
-  from jaxpref.evaluation import drawing
+  from jaxpref.models.vae import to_uint8
 
   schedule = model.schedule
   steps = diffusion.ddim_timesteps(schedule, 20)
@@ -72,7 +72,7 @@ def redrawer(model: Any, *, start: int) -> Any:
         return diffusion.ddim_mean_std(schedule, model.predict(weights, x, t, cond), x, t, before, eta=0.0)[0], None
 
       x, _ = jax.lax.scan(step, x, jnp.stack([jnp.asarray(steps), jnp.asarray(prev)], axis=1))
-    return drawing.to_uint8(model.decode(weights, x))
+    return to_uint8(model.decode(weights, x))
 
   return redraw
 

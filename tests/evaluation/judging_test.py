@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxpref.evaluation import drawing, judging, report, statistics
+from jaxpref.models.vae import to_uint8
 from tests.stub_model import IMAGE_SIZE, StubModel, init
 
 
@@ -184,7 +185,7 @@ def test_pictures_follow_seed_and_weights():
 
 def test_pixels_are_rounded_and_clipped():
   values = jnp.asarray([-3.0, -1.0, 0.0, 0.999, 1.0, 2.0])
-  assert drawing.to_uint8(values).tolist() == [0, 0, 128, 255, 255, 255]
+  assert to_uint8(values).tolist() == [0, 0, 128, 255, 255, 255]
 
 
 def test_grid_places_rows_and_columns(tmp_path):

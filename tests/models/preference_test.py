@@ -242,7 +242,7 @@ def test_antialiased_kernel_is_that_of_torch(size_in, size_out):
   rows = torch.eye(size_in)[None, None]
   options = dict(mode="bicubic", antialias=True, align_corners=False)
   expected = torch.nn.functional.interpolate(rows, size=(size_in, size_out), **options)[0, 0].T
-  found = preference._bicubic_matrix(size_in, size_out, antialias=True)
+  found = preference.bicubic_matrix(size_in, size_out, antialias=True)
   np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

@@ -17,7 +17,7 @@ from jaxpref.objectives import policy_gradient
 from jaxpref.objectives.base import named_key
 from jaxpref.training import optim
 from tests import decisions
-from tests.stub_model import LATENT, StubModel, StubScorer
+from tests.stub_model import LATENT, StubModel, StubScorer, stub_reward
 from tests.updates import (
   ADAMW,
   FEW,
@@ -274,7 +274,7 @@ def test_the_reward_rises(options):
     "adamw", optax.constant_schedule(1e-2), b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0
   )
   many = {"group_size": 512, "minibatch": 4096}
-  run = jax.jit(grpo_step(optimizer, scorer=Brightness(), **many | options))
+  run = jax.jit(grpo_step(optimizer, reward=stub_reward(Brightness()), **many | options))
 
   def unseen(params):
     state = dataclasses.replace(state_of(params, optimizer), step=jnp.int32(1000))

@@ -10,6 +10,7 @@ import pytest
 
 from jaxpref.devices import sharding
 from jaxpref.objectives import spo
+from jaxpref.rewards.base import Scores
 from tests import decisions
 from tests.diffusion.ddim_trajectories_test import (
   SCHEDULE,
@@ -40,7 +41,7 @@ class Stub:
 
   def score(self, x0, t):
     jax.debug.callback(lambda t: self.scored.append(np.array(t)), t)
-    return jnp.sin(7.0 * jnp.mean(x0, axis=(1, 2, 3)) + t / 100.0) * 2.0
+    return Scores(jnp.sin(7.0 * jnp.mean(x0, axis=(1, 2, 3)) + t / 100.0) * 2.0, {})
 
 
 SD15 = {"num_steps": 20, "warmup_steps": 4, "pool_size": 4, "inner_steps": 0, "threshold": 0.3}
@@ -190,16 +191,16 @@ def test_scores_winner_and_loser_are_those_of_the_pool(case):
       t = int(result.score_t[g])
       if g != last:  # the x0-prediction at the latent reached
         end = ddim_np(end, predict_np(end, t), t, t)[2]
-      np.testing.assert_allclose(score_np(end, t), extreme(result.scores[:, g], axis=1), rtol=1e-3, atol=1e-3)
+      np.testing.assert_allclose(score_np(end, t), extreme(result.scores.total[:, g], axis=1), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_pairs_are_kept_above_the_threshold_only(case):
   result, _ = run(case)
   groups, _ = split_groups(result, case)
-  gap = result.scores.max(axis=2) - result.scores.min(axis=2)
-  best = np.exp(result.scores.max(axis=2))
-  share = best / (best + np.exp(result.scores.min(axis=2)))
+  gap = result.scores.total.max(axis=2) - result.scores.total.min(axis=2)
+  best = np.exp(result.scores.total.max(axis=2))
+  share = best / (best + np.exp(result.scores.total.min(axis=2)))
   valid = decisions.above(share - (1 - share), CASES[case]["threshold"], margin=1e-5)
   assert 0 < valid.mean() < 1, f"the case decides nothing: gaps {gap}"
   np.testing.assert_array_equal(result.shared.valid, valid)
@@ -311,7 +312,7 @@ def test_equals_a_rollout_without_scans(case, next_latent):
   groups = list(reference_rollout(x, jax.random.key(0), **options, next_latent=next_latent))
   rows = np.arange(PROMPTS)
   for g, (starts, ends, scores, _) in enumerate(groups):
-    np.testing.assert_allclose(result.scores[:, g], scores, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(result.scores.total[:, g], scores, rtol=2e-3, atol=2e-3)
     best, worst = (decisions.argmax(x, margin=1e-3) for x in (scores, -scores))
     for side, index in (("w", best), ("l", worst)):
       for n, (start, end) in enumerate(chains[g][side]):
@@ -333,7 +334,7 @@ def test_devices_choose_among_their_own_prompts():
       patch.setattr(jax.random, "normal", lambda key, shape: jnp.zeros(shape))
       return spo.pool_rollout(
         lambda x, t: jnp.sin(x),
-        lambda x0, t: jnp.mean(x0, axis=(1, 2, 3)),
+        lambda x0, t: Scores(jnp.mean(x0, axis=(1, 2, 3)), {}),
         SCHEDULE,
         x,
         key,

@@ -14,6 +14,7 @@ from jaxpref.models.text_to_image import guided
 from jaxpref.objectives import spo
 from jaxpref.objectives.pairs import pair_loss
 from jaxpref.rewards import step_aware
+from jaxpref.rewards.base import Scores
 from tests import decisions
 from tests.objectives.stubs import ABARS, FROZEN, MODEL, NEAR, OTHER, SAME, log_sigmoid
 from tests.stub_model import LATENT, SCHEDULE, StubModel, StubScorer, draw
@@ -194,7 +195,7 @@ def test_one_group_of_two_trajectories_is_d3po():
 
   def score(x0, t):
     of_rows = jnp.repeat(text, len(x0) // prompts, axis=0)
-    return step_aware.score_images(scorer, FROZEN["spm"], model.decode(FROZEN, x0), t, of_rows)
+    return Scores(step_aware.score_images(scorer, FROZEN["spm"], model.decode(FROZEN, x0), t, of_rows), {})
 
   start = jax.random.normal(jax.random.key(1), (prompts, *LATENT))
   draw = functools.partial(
@@ -204,10 +205,10 @@ def test_one_group_of_two_trajectories_is_d3po():
   pairs = jax.jit(draw)(start, jax.random.key(2))
   assert pairs.shared.t.shape == (prompts, 1) and pairs.separate.t.shape == (prompts, steps - 2)
   assert pairs.shared.valid.all() and pairs.score_t.tolist() == [0]
-  final = jax.jit(lambda x: score(x, jnp.zeros(prompts, jnp.int32)))
+  final = jax.jit(lambda x: score(x, jnp.zeros(prompts, jnp.int32)).total)
   for side, best in (("w", np.max), ("l", np.min)):
     end = getattr(pairs.separate, f"next_{side}")[:, -1]
-    np.testing.assert_allclose(final(end), best(pairs.scores[:, 0], axis=1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(final(end), best(pairs.scores.total[:, 0], axis=1), rtol=1e-5, atol=1e-5)
 
   policy = {**FROZEN, "unet": jax.tree.map(lambda k: k * 1.02, FROZEN["unet"])}
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.torch
@@ -373,6 +374,70 @@ def test_neither_the_batch_nor_the_devices_change_a_score(imagereward, tmp_path)
     expected = published.load(spec, batch_size=5).score(IMAGES, PROMPTS)
     found = published.load(spec, batch_size=3, mesh=mesh).score(IMAGES, PROMPTS)  # 4, on two devices
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+# ---- In the graph ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_images_are_prepared_in_the_graph_as_on_the_host(image):
+  """But for one level in few places, where float32 and PIL's integers round differently."""
+  batch = jnp.asarray(image, jnp.float32)[None]
+  pairs = (
+    (networks.clip_image, networks.clip_pixels),
+    (networks.torchvision_image, networks.torchvision_pixels),
+  )
+  for on_host, in_graph in pairs:
+    difference = np.abs(np.asarray(jax.jit(in_graph, static_argnums=1)(batch, SIZE))[0] - on_host(image, SIZE))
+    assert difference.max() <= 1 and np.mean(difference > 0) < 0.02
+  found = jax.jit(networks.padded_pixels, static_argnums=1)(batch, SIZE)[0]
+  np.testing.assert_allclose(found, networks.padded_image(image, SIZE), atol=2e-3)
+
+
+@pytest.fixture
+def every_network(imagereward, clip_folder, tmp_path):
+  """A spec of each kind of network."""
+  hps, head = tmp_path / "hps", tmp_path / "aesthetic"
+  hps.mkdir()
+  safetensors.torch.save_file(OpenCLIP(MINIATURE_CONFIG).state_dict(), hps / "open_clip_model.safetensors")
+  shutil.copytree(TINY / "tiny-sd" / "tokenizer", hps, dirs_exist_ok=True)
+  (hps / "config.json").unlink(missing_ok=True)
+  (hps / "open_clip_config.json").write_text(json.dumps(MINIATURE_CONFIG))
+  mlp = blip_test.head(12)
+  blip_test.randomise(mlp)
+  torch.save({f"layers.{k}": v for k, v in mlp.state_dict().items()}, tmp_path / "mlp.pth")
+  convert_scorer.convert("aesthetic", tmp_path / "mlp.pth", head, clip=str(clip_folder[0]))
+  clip = clip_folder[0]
+  return [
+    *(f"{name}={clip}" for name in ("pickscore", "clip_l", "clip_h")),
+    *(f"{name}={hps}" for name in ("hpsv2", "hpsv2.1")),
+    f"aesthetic={head}", f"imagereward={imagereward[0]}", "judge", "tiny-clip",
+  ]  # fmt: skip
+
+
+def test_every_scorer_gives_its_numbers_in_the_graph(every_network):
+  """Of images between the levels of 8 bits, of which two are of one prompt; and a scale into logits."""
+  assert {spec.partition("=")[0] for spec in every_network} == set(published.PUBLISHED)
+  images = np.stack([IMAGES[0], IMAGES[0][::-1], np.rot90(IMAGES[0])])
+  prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0]]
+  between = images / 127.5 - 1.0 + np.random.default_rng(0).uniform(-0.45, 0.45, images.shape) / 127.5
+  logits = {"hpsv2": 100.0, "hpsv2.1": 100.0, "imagereward": 1.033}
+  for spec in every_network:
+    reward, params = published.load_reward(spec, dtype="float32", placement=None, preferred_style="noto")
+    assert reward.scale == logits.get(reward.name, 1.0)
+    weights = {reward.name: params}
+    batch = {field: tokenize(prompts) for field, tokenize in reward.tokenizers.items()}
+    assert bool(batch) == (reward.name not in ("aesthetic", "judge"))
+
+    @jax.jit
+    def score(weights, batch, images, reward=reward):
+      return reward.score(weights, images, jnp.full(3, 500), reward.prompts(weights, batch))
+
+    found = score(weights, batch, np.float32(between))
+    expected = published.load(spec, preferred_style="noto").score(list(images), prompts)
+    assert np.ptp(expected) > 0
+    # A level of 255 in few places: see above.
+    np.testing.assert_allclose(found, expected, atol=2e-3 * max(1.0, np.ptp(expected)), err_msg=spec)
 
 
 # ---- Diversity -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from jaxpref import diffusion
 from jaxpref.devices import sharding
 from jaxpref.objectives import kto, pairs, spo
 from jaxpref.objectives.base import named_key
+from jaxpref.rewards.base import Scores
 from jaxpref.training import step
 from tests.stub_model import LATENT, StubModel, draw, init, pair_batch
 from tests.toy_objective import Toy
@@ -244,7 +245,7 @@ def fake_rollout(valid, groups, separate):
   shared = part(groups, valid, 0)
   later = part(separate, valid[:, jnp.arange(separate) % groups], prompts * groups)
   scores = jnp.broadcast_to(jnp.arange(2.0)[None, None], (prompts, groups, 2))
-  return spo.PoolRollout(shared, later, jnp.zeros((prompts, *LATENT)), scores, jnp.zeros(groups, jnp.int32))
+  return spo.PoolRollout(shared, later, jnp.zeros((prompts, *LATENT)), Scores(scores, {}), jnp.zeros(groups, jnp.int32))
 
 
 @pytest.fixture

@@ -1,0 +1,132 @@
+"""What scores samples: the interface `Reward`, and the weighted sum of several that a method is given.
+
+A reward is a function of images and prompts inside the jitted step, or (`rewards.python`) one of Python on the host,
+which runs between two programs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Batch = Mapping[str, jax.Array]
+Tokenize = Callable[[list[str]], np.ndarray]  # prompts -> i32[n, L]
+
+
+class Reward(Protocol):
+  """A scorer in the graph.
+
+  Attributes:
+    name: in metrics.
+    scale: constant, from its numbers into logits, of which SPO's threshold takes differences.
+  """
+
+  @property
+  def name(self) -> str: ...
+
+  @property
+  def scale(self) -> float: ...
+
+  @property
+  def tokenizers(self) -> Mapping[str, Tokenize]:
+    """By the field of a batch that each fills; none where it reads the model's own `input_ids`."""
+    ...
+
+  def prompts(self, weights: Any, batch: Batch) -> Any:
+    """What it computes of prompts alone, once a batch: a tree of arrays [B,...].
+
+    Args:
+      weights: all frozen parameters by component.
+      batch: `input_ids` i32[B,L] of the model, and the fields of `tokenizers`.
+    """
+    ...
+
+  def score(self, weights: Any, images: jax.Array, t: jax.Array, prompts: Any) -> jax.Array:
+    """f32[N] of images f32[N,H,W,3] in [-1, 1], decoded predictions of x0 at times t i32[N]; 0 for finished images.
+
+    Args:
+      prompts: rows [N,...] of what `prompts` gave.
+    """
+    ...
+
+
+class HostReward(Protocol):
+  """A scorer of finished images outside the graph; rows of each process are scored there.
+
+  Attributes: as of `Reward`.
+  """
+
+  @property
+  def name(self) -> str: ...
+
+  @property
+  def scale(self) -> float: ...
+
+  def score_images(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+    """f32[N] of u8[H,W,3] each; raises on whatever goes wrong."""
+    ...
+
+
+class Scores(NamedTuple):
+  """Of N samples.
+
+  Attributes:
+    total: f32[N] the weighted sum, in logits; what is learnt from.
+    parts: f32[N] by name: each by itself, in its own numbers; none where there is but one.
+  """
+
+  total: jax.Array
+  parts: dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+  """The sum of weight x scale x score over some rewards.
+
+  Attributes:
+    graph: those in the graph, each with its weight.
+    host: those on the host, likewise.
+  """
+
+  graph: tuple[tuple[Reward, float], ...]
+  host: tuple[tuple[HostReward, float], ...] = ()
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """Of all parts, those in the graph first; empty where there is but one."""
+    found = tuple(reward.name for reward, _ in (*self.graph, *self.host))
+    return found if len(found) > 1 else ()
+
+  @property
+  def tokenizers(self) -> Mapping[str, Tokenize]:
+    """Of all of them."""
+    return {field: of_field for reward, _ in self.graph for field, of_field in reward.tokenizers.items()}
+
+  def prompts(self, weights: Any, batch: Batch) -> tuple[Any, ...]:
+    """See `Reward.prompts`."""
+    return tuple(reward.prompts(weights, batch) for reward, _ in self.graph)
+
+  def score(self, weights: Any, images: jax.Array, t: jax.Array, prompts: tuple[Any, ...]) -> Scores:
+    """Of those in the graph, see `Reward.score`."""
+    if not self.graph:
+      return Scores(jnp.zeros(len(images)), {})
+    of_each = zip(self.graph, prompts, strict=True)
+    return self.summed({reward.name: reward.score(weights, images, t, rows) for (reward, _), rows in of_each})
+
+  def score_pictures(self, weights: Any, batch: Batch, images: jax.Array) -> Scores:
+    """Of finished pictures f32[N,H,W,3] in [-1, 1], whose prompts are the rows of the batch."""
+    times = jnp.zeros(len(images), jnp.int32)
+    return self.score(weights, images, times, self.prompts(weights, batch))
+
+  def summed(self, found: Mapping[str, jax.Array], before: Scores | None = None) -> Scores:
+    """The weighted sum of the scores f32[N] that there are, by name, and of those before."""
+    terms = [] if before is None else [before.total]
+    terms += [
+      weight * reward.scale * found[reward.name] for reward, weight in (*self.graph, *self.host) if reward.name in found
+    ]
+    parts = {} if before is None else before.parts
+    return Scores(functools.reduce(jnp.add, terms), parts | {name: found[name] for name in self.names if name in found})

@@ -1,0 +1,57 @@
+"""A Python function as a reward: it runs on the host, on the rows of each process, within a time limit."""
+
+import dataclasses
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxpref.rewards import published
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PythonReward:
+  """The `HostReward` of a function of one's own.
+
+  Attributes:
+    scorer: the function, with its inputs and outputs checked.
+    seconds: that a call may take.
+  """
+
+  scorer: published.Scorer
+  seconds: float
+  scale = 1.0
+
+  @property
+  def name(self) -> str:
+    return self.scorer.name
+
+  def score_images(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+    """f32[N] of u8[H,W,3] each and their prompts.
+
+    Raises:
+      ValueError: the function raised, gave something else than N finite numbers, or took too long; in one sentence.
+    """
+    found: list[np.ndarray] = []
+    raised: list[BaseException] = []
+
+    def work() -> None:
+      try:
+        found.append(self.scorer.score(images, captions))
+      except BaseException as error:  # whatever the user's function raises
+        raised.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)  # so that one that hangs does not keep the process
+    thread.start()
+    thread.join(self.seconds)
+    if raised:
+      error = raised[0]
+      if isinstance(error, ValueError) and str(error).startswith(f"scorer {self.name}"):
+        raise error
+      raise ValueError(f"reward {self.name} raised {type(error).__name__}: {error}") from error
+    if not found:
+      raise ValueError(
+        f"reward {self.name} took longer than {self.seconds:g} s for {len(images)} images; make it faster, or allow "
+        "more by config.reward_timeout."
+      )
+    return found[0]

@@ -1,0 +1,73 @@
+"""From `config.reward` to the rewards that it names, and their parameters."""
+
+from typing import Any
+
+from ml_collections import ConfigDict as Config
+
+from jaxpref.config import is_function, reward_terms
+from jaxpref.files import loading, pipelines
+from jaxpref.rewards import published
+from jaxpref.rewards.base import HostReward, Reward, Weighted
+from jaxpref.rewards.python import PythonReward
+from jaxpref.rewards.step_aware import COMPONENT, StepAware
+
+PREFERENCE_MODEL = "preference_model"
+
+
+def check(config: Config) -> None:
+  """Looks for all that `load` needs, without reading large weights; hub models are fetched.
+
+  Raises:
+    ValueError, FileNotFoundError: a reward is unknown, not there, or the evaluation's judge; in one sentence.
+  """
+  terms = reward_terms(config)
+  for spec in terms:
+    if spec == PREFERENCE_MODEL:
+      continue
+    if not is_function(spec) and spec.partition("=")[0] not in published.PUBLISHED:
+      names = ", ".join((PREFERENCE_MODEL, *published.PUBLISHED))
+      raise ValueError(
+        f"config.reward={config.reward!r}: {spec} is unknown, expected {names}, one of them as NAME=FOLDER, or a "
+        "function of your own as package.module:function."
+      )
+    published.check(spec, preferred_style=config.data.preferred_style)
+    if spec.partition("=")[0] == "judge" and config.judge:
+      own = loading.fingerprint(spec.partition("=")[2] or "tiny-judge")
+      if own == loading.fingerprint(config.judge):
+        raise ValueError(
+          f"config.reward={config.reward!r}: the judge of the evaluation, config.judge={config.judge}, cannot also be "
+          "trained on, as its numbers would say nothing then; choose another reward, preference_model say, or another "
+          "judge."
+        )
+  names = [spec.partition("=")[0] for spec in terms]
+  if twice := [name for name in names if names.count(name) > 1]:
+    raise ValueError(f"config.reward={config.reward!r}: {twice[0]} stands there twice; expected each name once.")
+
+
+def load(config: Config, sharding: pipelines.Sharding = None) -> tuple[Weighted, dict[str, Any]]:
+  """The rewards of a config, and the parameters of those in the graph by component, in the dtype of the computation.
+
+  Args:
+    sharding: where parameters go as they are read, see `pipelines.load_pipeline`.
+
+  Raises:
+    ValueError, FileNotFoundError: as `check`.
+  """
+  check(config)
+  graph: list[tuple[Reward, float]] = []
+  host: list[tuple[HostReward, float]] = []
+  params: dict[str, Any] = {}
+  for spec, weight in reward_terms(config).items():
+    if spec == PREFERENCE_MODEL:
+      scorer, params[COMPONENT] = loading.load_scorer(
+        config.preference_model, dtype=config.dtype, param_dtype=config.dtype, seed=config.seed, sharding=sharding
+      )
+      graph.append((StepAware(scorer), weight))
+    elif is_function(spec):
+      host.append((PythonReward(published.load(spec), config.reward_timeout), weight))
+    else:
+      style = config.data.preferred_style
+      reward, of_it = published.load_reward(spec, dtype=config.dtype, placement=sharding, preferred_style=style)
+      params[reward.name] = of_it
+      graph.append((reward, weight))
+  return Weighted(tuple(graph), tuple(host)), params
