@@ -31,9 +31,9 @@ def sampler(request):
   def sample(params, ids, latents):
     cond = model.encode_text(params, ids)
     eps = guided(lambda x, t, c: model.predict(params, x, t, c), model.encode_empty(params, 1), GUIDANCE)
-    clean = samplers.ddim_sample(
+    clean = samplers.sample(
       lambda x, t: eps(x, t, cond),
-      model.schedule,
+      model.process,
       latents,
       jax.random.key(0),
       num_steps=STEPS,

@@ -74,7 +74,7 @@ class StubModel:
     dtype: compute dtype of the network.
   """
 
-  schedule: diffusion.Schedule = SCHEDULE
+  process: diffusion.Process = diffusion.VariancePreserving(SCHEDULE)
   dtype: type = jnp.float32
   latent_shape: tuple[int, int, int] = LATENT
   image_size: int = IMAGE_SIZE

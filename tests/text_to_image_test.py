@@ -218,8 +218,8 @@ def test_sizes_and_crops_of_sdxl_draw_what_diffusers_draws(models):
     cond = model.encode_text(params, pipe.tokenize(PROMPTS), time_ids)
     uncond = model.encode_empty(params, 1, time_ids)
     eps = guided(lambda x, t, c: model.predict(params, x, t, c), uncond, GUIDANCE)
-    clean = samplers.ddim_sample(
-      lambda x, t: eps(x, t, cond), model.schedule, latents, jax.random.key(0), num_steps=STEPS, eta=0.0
+    clean = samplers.sample(
+      lambda x, t: eps(x, t, cond), model.process, latents, jax.random.key(0), num_steps=STEPS, eta=0.0
     )
     return to_uint8(model.decode(params, clean))
 

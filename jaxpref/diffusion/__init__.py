@@ -1,7 +1,8 @@
 """Noise processes as pure functions: `from jaxpref import diffusion`, then `diffusion.add_noise(schedule, ...)`.
 
 `gaussian` is the process of Stable Diffusion, `transitions` are steps back through it, `times` says which timesteps are
-trained on. `jaxpref.diffusion.samplers`, which goes all the steps, is imported by itself.
+trained on, and `process` has all of it behind the interface that methods use. `jaxpref.diffusion.samplers`, which goes
+all the steps, is imported by itself.
 """
 
 from jaxpref.diffusion.gaussian import (
@@ -21,6 +22,10 @@ from jaxpref.diffusion.gaussian import (
   to_x0,
   training_target,
 )
+from jaxpref.diffusion.process import (
+  Process,
+  VariancePreserving,
+)
 from jaxpref.diffusion.times import (
   sample_timesteps,
   timestep_reward_scale,
@@ -38,9 +43,11 @@ from jaxpref.diffusion.transitions import (
 __all__ = [
   "BETA_SCHEDULES",
   "PREDICTION_TYPES",
+  "Process",
   "Schedule",
   "SolverSteps",
   "TIMESTEP_SPACINGS",
+  "VariancePreserving",
   "add_noise",
   "alpha_sigma",
   "convert_prediction",

@@ -1,31 +1,32 @@
-"""Sampling as `lax.scan`s over a prediction function: DDIM, DPM-Solver++, and DDIM with all that it drew.
+"""Sampling as `lax.scan`s over a prediction function: a process's steps, also with all that was drawn; DPM-Solver++.
 
-None knows a network: `predict(x f32[N,h,w,C], t i32[N]) -> f32[N,h,w,C]` has prompts and guidance bound, and rows
+None knows a network: `predict(x f32[N,h,w,C], t [N]) -> f32[N,h,w,C]` has prompts and guidance bound, and rows
 are ordered prompt by prompt, so N may be any multiple of the number of prompts.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxpref.diffusion import transitions
 from jaxpref.diffusion.gaussian import Schedule
+from jaxpref.diffusion.process import Process
 
-# (x f32[B*m,h,w,C], t i32[B*m]) -> f32[B*m,h,w,C], rows of one prompt side by side
+# (x f32[B*m,h,w,C], t [B*m]) -> f32[B*m,h,w,C], rows of one prompt side by side
 Predict = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def rows_at(value: Any, count: int) -> jax.Array:
-  """i32[count] of one value: every row is at this timestep."""
-  return jnp.full((count,), value, jnp.int32)
+def rows_at(value: jax.Array, count: int) -> jax.Array:
+  """[count] of one value: every row is at this time."""
+  return jnp.full((count,), value, value.dtype)
 
 
-def ddim_sample(
-  predict: Predict, schedule: Schedule, x: jax.Array, key: jax.Array, *, num_steps: int, eta: float
+def sample(
+  predict: Predict, process: Process, x: jax.Array, key: jax.Array, *, num_steps: int, eta: float
 ) -> jax.Array:
-  """DDIM (arXiv 2010.02502, Eq. 12) from x_T to x_0: `num_steps` calls of `predict`.
+  """The steps of a process (DDIM's, arXiv 2010.02502, Eq. 12, say) from noise to x_0: `num_steps` calls of `predict`.
 
   Args:
     x: f32[B,h,w,C] standard normal latents.
@@ -34,8 +35,7 @@ def ddim_sample(
     f32[B,h,w,C] clean latents.
   """
   batch = x.shape[0]
-  t = jnp.asarray(transitions.ddim_timesteps(schedule, num_steps))
-  prev_t = jnp.asarray(transitions.ddim_prev_timesteps(schedule, num_steps))
+  t, prev_t = map(jnp.asarray, process.grid(num_steps))
 
   def normal(key):
     if key.ndim:
@@ -45,7 +45,7 @@ def ddim_sample(
   def step(x, inputs):
     t, prev_t, key = inputs
     pred = predict(x, rows_at(t, batch))
-    mean, std = transitions.ddim_mean_std(schedule, pred, x, rows_at(t, batch), rows_at(prev_t, batch), eta=eta)
+    mean, std = process.transition(pred, x, rows_at(t, batch), rows_at(prev_t, batch), eta=eta)
     if eta > 0.0:
       mean = mean + std[:, None, None, None] * normal(key)
     return mean, None
@@ -86,7 +86,7 @@ class Trajectories(NamedTuple):
 
   Attributes:
     x: f32[B,T+1,h,w,C] latents, from the noise to those of the image.
-    t, prev_t: i32[T] timesteps where each step starts and ends.
+    t, prev_t: [T] times where each step starts and ends.
     log_prob: f32[B,T] log-density of each step under the policy that drew it, mean over h, w, C.
   """
 
@@ -96,24 +96,23 @@ class Trajectories(NamedTuple):
   log_prob: jax.Array
 
 
-def ddim_trajectories(
-  predict: Predict, schedule: Schedule, x: jax.Array, key: jax.Array, *, num_steps: int, eta: float
+def trajectories(
+  predict: Predict, process: Process, x: jax.Array, key: jax.Array, *, num_steps: int, eta: float
 ) -> Trajectories:
-  """As `ddim_sample` with eta > 0, keeping every latent and density; the rollout of DDPO (arXiv 2305.13301) and GRPO.
+  """As `sample` with eta > 0, keeping every latent and density; the rollout of DDPO (arXiv 2305.13301) and GRPO.
 
-  The last step goes to abar_0 rather than to 1, so that it has a density, too: its std is positive, and `num_steps`
-  steps can be trained on, as in DDPO's reference implementation.
+  The last step has a density, too (DDIM's goes to abar_0 rather than to 1): its std is positive, and `num_steps` steps
+  can be trained on, as in DDPO's reference implementation.
 
   Args:
     x: f32[B,h,w,C] standard normal latents.
   """
-  t = jnp.asarray(transitions.ddim_timesteps(schedule, num_steps))
-  prev_t = jnp.asarray(transitions.ddim_prev_timesteps(schedule, num_steps, clamp_last=True))
+  t, prev_t = map(jnp.asarray, process.grid(num_steps, density=True))
 
   def step(x, inputs):
     t, prev_t, key = inputs
     t, prev_t = rows_at(t, x.shape[0]), rows_at(prev_t, x.shape[0])
-    mean, std = transitions.ddim_mean_std(schedule, predict(x, t), x, t, prev_t, eta=eta)
+    mean, std = process.transition(predict(x, t), x, t, prev_t, eta=eta)
     after = mean + std[:, None, None, None] * jax.random.normal(key, x.shape)
     return after, (after, transitions.gaussian_log_prob(after, mean, std))
 

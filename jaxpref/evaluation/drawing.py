@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxpref.devices import chips, sharding
-from jaxpref.diffusion import samplers
+from jaxpref.diffusion import VariancePreserving, samplers
 from jaxpref.models.text_to_image import TextToImage, guided
 from jaxpref.models.vae import to_uint8
 
@@ -74,9 +74,11 @@ def make_sampler(
     predict = lambda x, t: eps(x, t, cond)
     if sampler == "ddim":
       steps = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed + 1), i))(number)  # each row's own noise
-      latents = samplers.ddim_sample(predict, model.schedule, noise, steps, num_steps=num_inference_steps, eta=eta)
+      latents = samplers.sample(predict, model.process, noise, steps, num_steps=num_inference_steps, eta=eta)
     else:
-      latents = samplers.dpm_solver_sample(predict, model.schedule, noise, num_steps=num_inference_steps, karras=karras)
+      assert isinstance(model.process, VariancePreserving)
+      schedule = model.process.schedule
+      latents = samplers.dpm_solver_sample(predict, schedule, noise, num_steps=num_inference_steps, karras=karras)
     return to_uint8(model.decode(weights, latents))
 
   on_devices = sample if mesh is None else sharding.on_mesh(mesh, sample)

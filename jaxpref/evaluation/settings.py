@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxpref.data import prompt_sets
 from jaxpref.devices import sharding
+from jaxpref.diffusion import VariancePreserving
 from jaxpref.evaluation import drawing
 from jaxpref.files import loading, lora_files
 from jaxpref.models.text_to_image import TextToImage
@@ -60,7 +61,8 @@ def load(
   if args.scheduler == "dpmpp_2m":
     # Where the folder does not say, diffusers' DPMSolverMultistepScheduler has another default than its DDIMScheduler.
     spacing = pipe.scheduler_config.get("timestep_spacing", "linspace")
-    model = dataclasses.replace(model, schedule=dataclasses.replace(model.schedule, timestep_spacing=spacing))
+    schedule = dataclasses.replace(pipe.schedule, timestep_spacing=spacing)
+    model = dataclasses.replace(model, process=VariancePreserving(schedule))
   return model, jax.device_put(weights, everywhere), pipe.tokenize
 
 

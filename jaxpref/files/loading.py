@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpref.diffusion import VariancePreserving
 from jaxpref.files import pipelines, tensor_files
 from jaxpref.models import presets
 from jaxpref.models.preference import Judge, StepAwareCLIPModel
@@ -133,7 +134,7 @@ def text_to_image(pipe: pipelines.Pipeline, *, lora_scale: float = 1.0, vae_slic
     vae=pipe.vae,
     text_encoder=pipe.text_encoder,
     text_encoder_2=pipe.text_encoder_2,
-    schedule=pipe.schedule,
+    process=VariancePreserving(pipe.schedule),
     lora_scale=lora_scale,
     zero_empty_prompt=pipe.force_zeros_for_empty_prompt,
     vae_slicing=vae_slicing,

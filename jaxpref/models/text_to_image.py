@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpref.diffusion import Schedule
+from jaxpref.diffusion import Process
 from jaxpref.models import lora
 from jaxpref.models.clip import CLIPTextModel, layer_norm
 from jaxpref.models.unet import UNet2DConditionModel
@@ -43,7 +43,7 @@ class TextToImage:
   unet: UNet2DConditionModel
   vae: AutoencoderKL
   text_encoder: CLIPTextModel
-  schedule: Schedule
+  process: Process
   text_encoder_2: CLIPTextModel | None = None
   lora_scale: float = 1.0
   zero_empty_prompt: bool = False

@@ -70,7 +70,7 @@ class Method:
 
 
 def _dpo(config: Config, model: TextToImage, scorer: Scorer) -> Objective:
-  o, total = config.loss, model.schedule.num_train_timesteps
+  o, total = config.loss, model.process.num_train_timesteps
   if config.timesteps.num_bins > total:
     raise ValueError(f"config.timesteps.num_bins={config.timesteps.num_bins}; expected at most {total} timesteps.")
   loss = pairs.denoised_loss(

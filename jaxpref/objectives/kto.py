@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxpref import diffusion, losses
+from jaxpref import losses
 from jaxpref.models.text_to_image import TextToImage
 from jaxpref.objectives import noising
 from jaxpref.objectives.base import REWARD_BINS, Batch, Offline, Weights, named_key
@@ -39,8 +39,8 @@ class DiffusionKTO(Offline):
     x0 = noising.latents(model, w.base, batch, named_key(key, "posterior"))
     t = self.timesteps(key, x0.shape[0])
     noise = jax.random.normal(named_key(key, "noise"), x0.shape)
-    x_t = diffusion.add_noise(model.schedule, x0, noise, t)
-    target = diffusion.training_target(model.schedule, x0, noise, t)
+    x_t = model.process.add_noise(x0, noise, t)
+    target = model.process.target(x0, noise, t)
     cond = noising.with_time_ids(noising.text(model, w.base, batch), batch.get("time_ids"))
     err = noising.errors(model, w.policy, x_t, t, cond, target)
     ref_err = jax.lax.stop_gradient(noising.errors(model, w.reference, x_t, t, cond, target))
@@ -66,7 +66,7 @@ class DiffusionKTO(Offline):
       weight_undesirable=self.weight_undesirable,
     )
     ones = jnp.ones_like(values)
-    bins = {"total": self.model.schedule.num_train_timesteps, "bins": REWARD_BINS}
+    bins = {"total": self.model.process.num_train_timesteps, "bins": REWARD_BINS}
     metrics = {
       "reward_liked": mean_of(reward, liked.astype(jnp.float32)),
       "reward_disliked": mean_of(reward, 1.0 - liked),

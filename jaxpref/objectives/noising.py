@@ -43,9 +43,8 @@ def errors(model: TextToImage, weights: Any, x_t: jax.Array, t: jax.Array, cond:
 
 
 def uniform_timesteps(model: TextToImage, key: jax.Array, size: int) -> jax.Array:
-  """i32[size] uniform timesteps of the model's process, by the step's key."""
-  total = model.schedule.num_train_timesteps
-  return diffusion.sample_timesteps(named_key(key, "t"), size, num_train_timesteps=total)
+  """[size] uniform times of the model's process, by the step's key."""
+  return model.process.sample_times(named_key(key, "t"), size)
 
 
 MAX_SAMPLES = 8  # on which the divergence of a moving reference is measured in a step
@@ -82,8 +81,8 @@ def divergence(model: TextToImage, w: Weights, preferred: Preferred, key: jax.Ar
   x0 = preferred.x0
   t = uniform_timesteps(model, key, x0.shape[0])
   noise = jax.random.normal(named_key(key, "noise"), x0.shape)
-  x_t = diffusion.add_noise(model.schedule, x0, noise, t)
-  target = diffusion.training_target(model.schedule, x0, noise, t)
+  x_t = model.process.add_noise(x0, noise, t)
+  target = model.process.target(x0, noise, t)
   err_ref = errors(model, w.reference, x_t, t, preferred.cond, target)
   found = reference.divergence(err_ref, errors(model, w.base, x_t, t, preferred.cond, target), preferred.valid)
   return jnp.where(jnp.any(preferred.valid), found, jnp.nan)
@@ -116,4 +115,4 @@ def decode_prediction(
   cond = with_time_ids(jax.tree.map(lambda c: jnp.concatenate([c] * times), cond), time_ids)
   uncond = with_time_ids(model.encode_empty(weights, 1), time_ids)
   predict = guided(lambda x, t, c: model.predict(weights, x, t, c), uncond, guidance_scale)
-  return model.decode(weights, diffusion.to_x0(model.schedule, predict(x_t, t, cond), x_t, t), size=size)
+  return model.decode(weights, model.process.to_x0(predict(x_t, t, cond), x_t, t), size=size)

@@ -159,18 +159,12 @@ class DiffusionDPO(Offline):
   reward_scale: bool = False
 
   def timesteps(self, key: jax.Array, size: int) -> jax.Array:
-    return diffusion.sample_timesteps(
-      named_key(key, "t"),
-      size,
-      num_train_timesteps=self.model.schedule.num_train_timesteps,
-      gamma=self.gamma,
-      num_bins=self.num_bins,
-    )
+    return self.model.process.sample_times(named_key(key, "t"), size, gamma=self.gamma, num_bins=self.num_bins)
 
   def loss(
     self, w: Weights, e: Batch, key: jax.Array, statistics: Pairs | None = None
   ) -> tuple[jax.Array, jax.Array, Pairs]:
-    model, schedule = self.model, self.model.schedule
+    model = self.model
     pair = jax.tree.map(lambda w, l: jnp.concatenate([w, l]), *_split_pair(e))
     valid = (e["label_0"] != 0.5).astype(jnp.float32)
     x0 = noising.latents(model, w.base, pair, named_key(key, "posterior"))
@@ -178,8 +172,8 @@ class DiffusionDPO(Offline):
     t = self.timesteps(key, size)
     noise = jax.random.normal(named_key(key, "noise"), (size, *x0.shape[1:]))
     twice = lambda x: jnp.concatenate([x, x])  # noqa: E731
-    x_t = diffusion.add_noise(schedule, x0, twice(noise), twice(t))
-    target = diffusion.training_target(schedule, x0, twice(noise), twice(t))
+    x_t = model.process.add_noise(x0, twice(noise), twice(t))
+    target = model.process.target(x0, twice(noise), twice(t))
     cond = noising.with_time_ids(jax.tree.map(twice, noising.text(model, w.base, e)), pair.get("time_ids"))
 
     pred = model.predict(w.policy, x_t, twice(t), cond)
@@ -197,12 +191,12 @@ class DiffusionDPO(Offline):
     # A soft label, the probability p of the winner, makes the margin's factor 2 p - 1 (arXiv 2409.06691); a hard one 1.
     weight = jnp.abs(2.0 * e["label_0"] - 1.0)
     if self.reward_scale:
-      weight = weight * diffusion.timestep_reward_scale(schedule, t)
+      weight = weight * model.process.reward_scale(t)
     values = self.loss_fn(
       DenoisedPair(pred_w, pred_l, ref_pred_w, ref_pred_l, target_w, target_l, err_w, err_l, reward_w, reward_l, weight)
     )
     margin = reward_w - reward_l
-    bins = {"total": schedule.num_train_timesteps, "bins": REWARD_BINS}
+    bins = {"total": model.process.num_train_timesteps, "bins": REWARD_BINS}
     metrics = {
       "implicit_accuracy": mean_of(losses.implicit_accuracy(reward_w, reward_l), valid),
       "margin": mean_of(margin, valid),

@@ -31,7 +31,7 @@ class Steps(NamedTuple):
 
   Attributes:
     x, next: f32[B,G,h,w,C] where each starts and ends.
-    t, prev_t: i32[B,G] timesteps of start and end.
+    t, prev_t: [B,G] times of start and end.
     log_prob: f32[B,G] log-density under the policy that drew it, mean over h, w, C.
     advantage: f32[B,G] of the sample that it is a step of.
     valid: bool[B,G] whether it is trained on.
@@ -75,14 +75,14 @@ def policy_loss(
   Returns:
     (sum of losses, count, metric pairs).
   """
-  schedule = model.schedule
+  process = model.process
   rows, prompt, mask = steps
   of_rows = jax.tree.map(lambda c: c[prompt], cond)
 
   def mean_std(weights):
     predict = guided(lambda x, t, c: model.predict(weights, x, t, c), uncond, guidance_scale)
     pred = predict(rows.x, rows.t, of_rows)
-    return diffusion.ddim_mean_std(schedule, pred, rows.x, rows.t, rows.prev_t, eta=eta)
+    return process.transition(pred, rows.x, rows.t, rows.prev_t, eta=eta)
 
   mean, std = mean_std(weights)
   log_prob = diffusion.gaussian_log_prob(rows.next, mean, std)
@@ -97,7 +97,7 @@ def policy_loss(
     kl = diffusion.squared_error(mean, ref_mean) / (2.0 * jnp.square(jnp.maximum(std, 1e-6)))
     values = values + kl_coef * kl
     metrics["kl"] = mean_of(kl, mask)
-  metrics["loss_bin"] = binned_mean(values, mask, rows.t, total=schedule.num_train_timesteps, bins=REWARD_BINS)
+  metrics["loss_bin"] = binned_mean(values, mask, rows.t, total=process.num_train_timesteps, bins=REWARD_BINS)
   return jnp.sum(jnp.where(mask > 0, values, 0.0)), jnp.sum(mask), metrics
 
 
@@ -152,9 +152,9 @@ class PolicyGradient:
     of_samples = repeat_cond({"cond": cond, "reward": of_prompts}, group_size)
     eps = guided(lambda x, t, c: model.predict(w.policy, x, t, c), uncond, self.guidance_scale)
     noise = jax.random.normal(named_key(key, "x_T"), (prompts * group_size, *model.latent_shape))
-    drawn = samplers.ddim_trajectories(
+    drawn = samplers.trajectories(
       lambda x, t: eps(x, t, of_samples["cond"]),
-      model.schedule,
+      model.process,
       noise,
       named_key(key, "rollout"),
       num_steps=self.num_inference_steps,

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxpref import diffusion, losses
+from jaxpref import losses
 from jaxpref.models.preference import StepAwareCLIPModel
 from jaxpref.models.text_to_image import TextToImage
 from jaxpref.objectives import noising
@@ -44,7 +44,7 @@ class PreferenceModel(Offline):
     if not self.step_aware:
       return model.decode(w.base, x0, size=self.decode_size)
     noise = jax.random.normal(named_key(key, "noise"), (size, *x0.shape[1:]))
-    x_t = diffusion.add_noise(model.schedule, x0, jnp.concatenate([noise, noise]), t2)
+    x_t = model.process.add_noise(x0, jnp.concatenate([noise, noise]), t2)
     time_ids = jnp.concatenate([batch["time_ids_0"], batch["time_ids_1"]]) if "time_ids_0" in batch else None
     return noising.decode_prediction(
       model, w.base, x_t, t2, batch["input_ids"], self.guidance_scale, time_ids, size=self.decode_size
@@ -66,7 +66,7 @@ class PreferenceModel(Offline):
     weights = e["weight"] if "weight" in e else 1.0 / e["num_example_per_prompt"].astype(jnp.float32)
     decided = weights * (e["label_0"] != 0.5)
     correct = ((score_0 > score_1) == (e["label_0"] > 0.5)).astype(jnp.float32)
-    bins = {"total": self.model.schedule.num_train_timesteps, "bins": REWARD_BINS}
+    bins = {"total": self.model.process.num_train_timesteps, "bins": REWARD_BINS}
     metrics = {
       "accuracy": mean_of(correct, decided),
       "accuracy_bin": binned_mean(correct, decided, t, **bins),

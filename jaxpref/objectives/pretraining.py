@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxpref import diffusion, losses
+from jaxpref import losses
 from jaxpref.models.clip import CLIPModel
 from jaxpref.models.preference import Judge, preprocess
 from jaxpref.models.text_to_image import TextToImage
@@ -70,12 +70,12 @@ class Denoising(Offline):
     x0 = jax.lax.stop_gradient(noising.latents(model, w.policy, e, named_key(key, "posterior")))
     t = self.timesteps(key, x0.shape[0])
     noise = jax.random.normal(named_key(key, "noise"), x0.shape)
-    x_t = diffusion.add_noise(model.schedule, x0, noise, t)
-    target = diffusion.training_target(model.schedule, x0, noise, t)
+    x_t = model.process.add_noise(x0, noise, t)
+    target = model.process.target(x0, noise, t)
     cond = noising.with_time_ids(noising.text(model, w.policy, e), e.get("time_ids"))
     err = noising.errors(model, w.policy, x_t, t, cond, target)
     ones = jnp.ones_like(err)
-    metrics = {"loss_bin": binned_mean(err, ones, t, total=model.schedule.num_train_timesteps, bins=REWARD_BINS)}
+    metrics = {"loss_bin": binned_mean(err, ones, t, total=model.process.num_train_timesteps, bins=REWARD_BINS)}
     return jnp.sum(err), jnp.sum(ones), metrics
 
 

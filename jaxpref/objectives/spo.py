@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref import diffusion, losses
-from jaxpref.diffusion import Schedule
+from jaxpref.diffusion import Process
 from jaxpref.diffusion.samplers import Predict, rows_at
 from jaxpref.models.text_to_image import Cond, TextToImage, guided, repeat_cond
 from jaxpref.objectives import noising
@@ -26,7 +26,7 @@ from jaxpref.objectives.pairs import PairLoss
 from jaxpref.objectives.sums import Pairs, binned_mean, mean_of
 from jaxpref.rewards.base import Scores, Weighted
 
-# (x0 f32[B*m,h,w,C], t i32[B*m]) -> scores of B*m predicted clean latents
+# (x0 f32[B*m,h,w,C], t [B*m]) -> scores of B*m predicted clean latents
 Score = Callable[[jax.Array, jax.Array], Scores]
 
 
@@ -36,7 +36,7 @@ class Transitions(NamedTuple):
   Attributes:
     x_w, x_l: f32[B,G,h,w,C] where each transition starts.
     next_w, next_l: f32[B,G,h,w,C] where it ends.
-    t, prev_t: i32[B,G] timesteps of start and end.
+    t, prev_t: [B,G] times of start and end.
     valid: bool[B,G] whether the pair's gap is above the threshold.
   """
 
@@ -57,7 +57,7 @@ class PoolRollout(NamedTuple):
     separate: the later transitions of a group, which do not; none where all groups are single steps.
     latents: f32[B,h,w,C] the final latents of the path that was followed.
     scores: f32[B,G,k] of all candidates, by group: their sum, and its parts.
-    score_t: i32[G] the time condition of each group's scores.
+    score_t: [G] the time condition of each group's scores.
   """
 
   shared: Transitions
@@ -82,7 +82,7 @@ def pool_groups(*, num_steps: int, warmup_steps: int, inner_steps: int, pool_las
 def pool_rollout(
   predict: Predict,
   score: Score,
-  schedule: Schedule,
+  process: Process,
   x: jax.Array,
   key: jax.Array,
   *,
@@ -111,16 +111,16 @@ def pool_rollout(
       else the last two steps are one group, so that no image is chosen by its last noise alone. The calls are the same.
   """
   batch, shape, k, length = x.shape[0], x.shape[1:], pool_size, inner_steps + 1
-  t = jnp.asarray(diffusion.ddim_timesteps(schedule, num_steps))
-  # The last step goes to abar_0 rather than to 1, so that its std is positive, as in the reference implementation.
-  prev_t = jnp.append(t[1:], jnp.asarray(diffusion.ddim_prev_timesteps(schedule, num_steps, clamp_last=True))[-1])
+  # The last step has noise, too (to abar_0 rather than to 1), so that its std is positive, as in the reference code.
+  t, ends = map(jnp.asarray, process.grid(num_steps, density=True))
+  prev_t = jnp.append(t[1:], ends[-1])
 
   def call(x, t):  # x [B*m,h,w,C], t scalar
     return predict(x, rows_at(t, x.shape[0]))
 
   def draw(pred, x, t, prev_t, key, repeats=1):
     n = x.shape[0]
-    mean, std = diffusion.ddim_mean_std(schedule, pred, x, rows_at(t, n), rows_at(prev_t, n), eta=eta)
+    mean, std = process.transition(pred, x, rows_at(t, n), rows_at(prev_t, n), eta=eta)
     mean, std = jnp.repeat(mean, repeats, axis=0), jnp.repeat(std, repeats, axis=0)
     return mean + std[:, None, None, None] * jax.random.normal(key, mean.shape)
 
@@ -187,7 +187,7 @@ def pool_rollout(
     key_path, key_member = jax.random.split(key)
     path, end_pred = pool(x, pred, ts, prev_ts, key_path, prev_ts[-1])
     end_t = rows_at(prev_ts[-1], batch * k)
-    scores = of_pools(score(diffusion.to_x0(schedule, end_pred, path[-1], end_t), end_t))
+    scores = of_pools(score(process.to_x0(end_pred, path[-1], end_t), end_t))
     pairs = choose(x, path, scores.total, ts, prev_ts)
     carry = (member(path[-1], scores.total, key_member), member(end_pred, scores.total, key_member))
     return carry, (pairs, scores, prev_ts[-1])
@@ -208,7 +208,7 @@ def pool_rollout(
   members = draw(pred, x, ts[0], prev_ts[0], key_draw, repeats=k)
   xs, _, end = walk(members, ts[1:], prev_ts[1:], key_walk)
   path = jnp.concatenate([xs, end[None]])
-  last_scores = of_pools(score(path[-1], rows_at(0, batch * k)))
+  last_scores = of_pools(score(path[-1], rows_at(jnp.zeros((), t.dtype), batch * k)))
   last_pairs = choose(x, path, last_scores.total, ts, prev_ts)
   latents = member(path[-1], last_scores.total, key_member)
 
@@ -227,7 +227,7 @@ def pool_rollout(
     separate=rest,
     latents=latents,
     scores=jax.tree.map(lambda v, e: jnp.concatenate([jnp.moveaxis(v, 0, 1), e[:, None]], axis=1), scores, last_scores),
-    score_t=jnp.concatenate([score_t, jnp.zeros((1,), jnp.int32)]),
+    score_t=jnp.concatenate([score_t, jnp.zeros((1,), t.dtype)]),
   )
 
 
@@ -256,7 +256,7 @@ def transition_loss(
   Returns:
     (sum of losses, count, metric pairs).
   """
-  schedule = model.schedule
+  process = model.process
   first, first_prompt, first_mask = shared
   later, later_prompt, later_mask = separate
   n = first_mask.shape[0]
@@ -267,7 +267,7 @@ def transition_loss(
 
   def log_probs(weights):
     predict = guided(lambda x, t, c: model.predict(weights, x, t, c), uncond, guidance_scale)
-    mean, std = diffusion.ddim_mean_std(schedule, predict(x, t, rows), x, t, prev_t, eta=eta)
+    mean, std = process.transition(predict(x, t, rows), x, t, prev_t, eta=eta)
     # Rows: n shared, then the winners' and the losers' separate ones.
     m, s = (jnp.split(v, [n, n + later_mask.shape[0]]) for v in (mean, std))
     log_prob = diffusion.gaussian_log_prob
@@ -287,7 +287,7 @@ def transition_loss(
   metrics = {
     "implicit_accuracy": mean_of(losses.implicit_accuracy(reward_w, reward_l), mask),
     "margin": mean_of(margin, mask),
-    "loss_bin": binned_mean(values, mask, times, total=schedule.num_train_timesteps, bins=REWARD_BINS),
+    "loss_bin": binned_mean(values, mask, times, total=process.num_train_timesteps, bins=REWARD_BINS),
   }
   return jnp.sum(jnp.where(mask > 0, values, 0.0)), jnp.sum(mask), metrics
 
@@ -347,7 +347,7 @@ class SPO:
     drawn = pool_rollout(
       predict,
       score,
-      model.schedule,
+      model.process,
       jax.random.normal(named_key(key, "x_T"), (prompts, *model.latent_shape)),
       named_key(key, "rollout"),
       num_steps=self.num_inference_steps,

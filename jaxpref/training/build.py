@@ -215,7 +215,7 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
   model = loading.text_to_image(pipe, lora_scale=scale, vae_slicing=vae_slicing)
   method = catalog.method(config)
   for name in ("evaluation", method.options) if method.options else ("evaluation",):
-    count, total = config[name].num_inference_steps, model.schedule.num_train_timesteps
+    count, total = config[name].num_inference_steps, model.process.num_train_timesteps
     if count > total:
       raise ValueError(f"config.{name}.num_inference_steps={count}; expected at most {total}, as {config.model} has.")
   _check_decode_size(config, model)

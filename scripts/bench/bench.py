@@ -411,7 +411,7 @@ def _sample(config: Any, mesh: Any, steps: int, found: Found, deadline: float) -
     noise = jax.random.normal(jax.random.key(seed), (ids.shape[0], *model.latent_shape))
     keys = jax.random.split(jax.random.key(seed), ids.shape[0])
     run = lambda x, t: predict(x, t, cond)  # noqa: E731
-    latents = samplers.ddim_sample(run, model.schedule, noise, keys, num_steps=20, eta=0.0)
+    latents = samplers.sample(run, model.process, noise, keys, num_steps=20, eta=0.0)
     return model.decode(weights, latents)
 
   arguments = (weights, batch, jnp.int32(0))

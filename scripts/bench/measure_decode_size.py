@@ -71,7 +71,7 @@ def candidate_scores(config: Any, sizes: Sequence[int], num_prompts: int) -> tup
     found = spo.pool_rollout(
       lambda x, t: eps(x, t, repeat_cond(cond, x.shape[0] // BATCH)),
       score,
-      model.schedule,
+      model.process,
       jax.random.normal(jax.random.fold_in(key, 0), (BATCH, *model.latent_shape)),
       jax.random.fold_in(key, 1),
       num_steps=s.num_inference_steps,

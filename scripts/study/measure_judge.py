@@ -53,7 +53,7 @@ def redrawer(model: Any, *, start: int) -> Any:
   from jaxpref import diffusion
   from jaxpref.models.vae import to_uint8
 
-  schedule = model.schedule
+  schedule = model.process.schedule
   steps = diffusion.ddim_timesteps(schedule, 20)
   prev = np.asarray(diffusion.ddim_prev_timesteps(schedule, 20))[steps <= start]
   steps = steps[steps <= start]

@@ -75,9 +75,9 @@ def test_ddim_equals_diffusers(eta, prediction_type, spacing):
   diffusers = pytest.importorskip("diffusers")
   config = STABLE_DIFFUSION | {"prediction_type": prediction_type, "timestep_spacing": spacing}
   x = draw(0, 3, *SHAPE)
-  ours = samplers.ddim_sample(
+  ours = samplers.sample(
     lambda x, t: jnp.sin(x + t[:, None, None, None] / 300.0),
-    diffusion.schedule_from_config(config),
+    diffusion.VariancePreserving(diffusion.schedule_from_config(config)),
     jnp.asarray(x),
     jax.random.key(0),
     num_steps=7,
@@ -98,7 +98,7 @@ def test_ddim_noise_is_drawn_afresh_at_every_step_and_for_every_row():
 
   def sample(key, eta):
     predict = lambda x, t: jnp.zeros_like(x)
-    return samplers.ddim_sample(predict, SCHEDULE, x, key, num_steps=2, eta=eta)
+    return samplers.sample(predict, diffusion.VariancePreserving(SCHEDULE), x, key, num_steps=2, eta=eta)
 
   one, other = (np.asarray(sample(jax.random.key(i), 1.0)) for i in (0, 1))
   assert np.abs(one - other).min() > 0
@@ -114,7 +114,9 @@ def test_ddim_noise_is_drawn_afresh_at_every_step_and_for_every_row():
 def test_trajectories_equal_a_loop_that_keeps_everything(eta):
   """Latents, times and densities of every step, also of the last, whose std is positive."""
   steps, x, key = 7, draw(1, 3, *SHAPE), jax.random.key(3)
-  found = samplers.ddim_trajectories(predict, SCHEDULE, jnp.asarray(x), key, num_steps=steps, eta=eta)
+  found = samplers.trajectories(
+    predict, diffusion.VariancePreserving(SCHEDULE), jnp.asarray(x), key, num_steps=steps, eta=eta
+  )
   assert found.x.shape == (3, steps + 1, *SHAPE) and found.log_prob.shape == (3, steps)
   t, prev_t = timesteps(steps)
   assert found.t.tolist() == t and found.prev_t.tolist() == prev_t

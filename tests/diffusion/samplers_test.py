@@ -118,7 +118,8 @@ def test_dpm_solver_is_of_second_order():
     return jax.jit(lambda x: sampler(predict, schedule, x, num_steps=num_steps, **kwargs))(X)
 
   exact, coarse, fine = (np.asarray(sample(samplers.dpm_solver_sample, n)) for n in (500, 20, 50))
-  ddim = sample(samplers.ddim_sample, 20, key=jax.random.key(0), eta=0.0)
+  process = diffusion.VariancePreserving(schedule)
+  ddim = jax.jit(lambda x: samplers.sample(predict, process, x, jax.random.key(0), num_steps=20, eta=0.0))(X)
   assert error(coarse, exact) < 0.5 * error(ddim, exact)
   assert error(fine, exact) < 0.3 * error(coarse, exact)
 
@@ -139,7 +140,9 @@ def test_ddim_equals_diffusers(spacing, eta, num_steps, prediction_type):
   config = STABLE_DIFFUSION | {"timestep_spacing": spacing, "prediction_type": prediction_type}
   schedule, key = diffusion.schedule_from_config(config), jax.random.key(1)
   noises = [jax.random.normal(k, X.shape) for k in jax.random.split(key, num_steps)]
-  ours = jax.jit(lambda x: samplers.ddim_sample(predict, schedule, x, key, num_steps=num_steps, eta=eta))(X)
+  ours = jax.jit(
+    lambda x: samplers.sample(predict, diffusion.VariancePreserving(schedule), x, key, num_steps=num_steps, eta=eta)
+  )(X)
   theirs = by_diffusers(
     diffusers.DDIMScheduler.from_config(config),
     num_steps,

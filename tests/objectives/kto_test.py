@@ -42,7 +42,7 @@ def test_kto_equals_numpy_image_by_image():
   np.testing.assert_array_equal(x, ref_x)
   np.testing.assert_array_equal(t, ref_t)
   np.testing.assert_array_equal(cond, FROZEN["text_encoder"]["embedding"][batch["input_ids"]])
-  abar = np.asarray(MODEL.schedule.alphas_cumprod)[t][:, None, None, None]
+  abar = np.asarray(MODEL.process.schedule.alphas_cumprod)[t][:, None, None, None]
   noise = (x - np.sqrt(abar) * latents_np(batch["pixels"])) / np.sqrt(1 - abar)
   err, ref_err = (((p - noise) ** 2).mean((1, 2, 3)) for p in (pred, ref_pred))
   gain = ref_err - err

@@ -58,7 +58,7 @@ def counting_steps(monkeypatch):
     return samplers.Trajectories(jnp.concatenate([latents, x[:, None]], axis=1), t, t, number)
 
   monkeypatch.setattr(policy_gradient, "policy_loss", loss)
-  monkeypatch.setattr(samplers, "ddim_trajectories", trajectories)
+  monkeypatch.setattr(samplers, "trajectories", trajectories)
 
   def run(**options):
     samples, steps = len(FEW["input_ids"]) * GROUP, POLICY["num_inference_steps"]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpref import diffusion
 from jaxpref.devices import sharding
 from jaxpref.objectives import spo
 from jaxpref.rewards.base import Scores
@@ -60,7 +61,7 @@ def compiled(case, next_latent):
 
   @jax.jit
   def go(x, key):
-    return spo.pool_rollout(stub.predict, stub.score, SCHEDULE, x, key, **arguments)
+    return spo.pool_rollout(stub.predict, stub.score, diffusion.VariancePreserving(SCHEDULE), x, key, **arguments)
 
   return (lambda seed: go(x, jax.random.key(seed))), stub
 
@@ -335,7 +336,7 @@ def test_devices_choose_among_their_own_prompts():
       return spo.pool_rollout(
         lambda x, t: jnp.sin(x),
         lambda x0, t: Scores(jnp.mean(x0, axis=(1, 2, 3)), {}),
-        SCHEDULE,
+        diffusion.VariancePreserving(SCHEDULE),
         x,
         key,
         num_steps=6,

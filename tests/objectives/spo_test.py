@@ -199,7 +199,7 @@ def test_one_group_of_two_trajectories_is_d3po():
 
   start = jax.random.normal(jax.random.key(1), (prompts, *LATENT))
   draw = functools.partial(
-    spo.pool_rollout, predict, score, model.schedule, num_steps=steps, eta=1.0, warmup_steps=1, pool_size=2,
+    spo.pool_rollout, predict, score, model.process, num_steps=steps, eta=1.0, warmup_steps=1, pool_size=2,
     inner_steps=steps - 2, threshold=0.0,
   )  # fmt: skip
   pairs = jax.jit(draw)(start, jax.random.key(2))
@@ -226,7 +226,7 @@ def test_one_group_of_two_trajectories_is_d3po():
   def log_prob(weights, part, i, side):
     x, after = getattr(part, f"x_{side}")[:, i], getattr(part, f"next_{side}")[:, i]
     pred = model.predict(weights, x, part.t[:, i], cond)
-    mean, std = diffusion.ddim_mean_std(model.schedule, pred, x, part.t[:, i], part.prev_t[:, i], eta=1.0)
+    mean, std = diffusion.ddim_mean_std(SCHEDULE, pred, x, part.t[:, i], part.prev_t[:, i], eta=1.0)
     return diffusion.gaussian_log_prob(after, mean, std)
 
   @jax.jit

@@ -187,7 +187,7 @@ def test_the_baseline_of_kto_is_that_of_the_whole_batch_under_accumulation(sign)
       x0 = model.encode_images(frozen, part["pixels"], None)
       t = diffusion.sample_timesteps(named_key(k, "t"), len(x0), num_train_timesteps=1000)
       noise = jax.random.normal(named_key(k, "noise"), x0.shape)
-      abar = jnp.asarray(model.schedule.alphas_cumprod)[t][:, None, None, None]
+      abar = jnp.asarray(model.process.schedule.alphas_cumprod)[t][:, None, None, None]
       x_t, cond = jnp.sqrt(abar) * x0 + jnp.sqrt(1 - abar) * noise, model.encode_text(frozen, part["input_ids"])
       err_ref, err = ((model.predict({**frozen, **p}, x_t, t, cond) - noise) ** 2 for p in (ref_params, params))
       rows.append(jnp.mean(err_ref - err, axis=(1, 2, 3)))

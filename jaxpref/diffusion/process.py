@@ -1,0 +1,95 @@
+"""The interface `Process`: what methods and samplers ask of a noise process; and that of Stable Diffusion behind it."""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from jaxpref.diffusion import gaussian, times, transitions
+
+
+class Process(Protocol):
+  """How samples become noise, and one step back.
+
+  Times are numbers from 0, the sample, to `num_train_timesteps`, noise, of the dtype that the process says. A step is
+  its two ends, `t` and `prev_t`, as `grid` gives them; at the ends of the grid they may mean something special
+  (`prev_t` below 0, say) to the `transition` of the same process.
+  """
+
+  @property
+  def num_train_timesteps(self) -> int: ...
+
+  def sample_times(self, key: jax.Array, batch: int, *, gamma: float = 1.0, num_bins: int = 20) -> jax.Array:
+    """[batch] times to train at. With gamma below 1 noisy ones are drawn more often (arXiv 2505.18736), in num_bins."""
+    ...
+
+  def reward_scale(self, t: jax.Array) -> jax.Array:
+    """f32[B], 1 to 2: what a reward at these times is multiplied by (arXiv 2505.18736)."""
+    ...
+
+  def add_noise(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+    """f32[B,...] x_t of x0 and noise [B,...] at t [B]."""
+    ...
+
+  def target(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+    """f32[B,...] what the network is to predict."""
+    ...
+
+  def to_x0(self, pred: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
+    """f32[B,...] x0 by the network's prediction."""
+    ...
+
+  def grid(self, num_steps: int, *, density: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """`t` and `prev_t` [num_steps] of the steps from noise to the sample.
+
+    Args:
+      density: the last step, too, is to have noise and so a density, as methods that learn from it need.
+    Raises:
+      ValueError: the process cannot do so many, or none with a density.
+    """
+    ...
+
+  def transition(
+    self, pred: jax.Array, x_t: jax.Array, t: jax.Array, prev_t: jax.Array, *, eta: float
+  ) -> tuple[jax.Array, jax.Array]:
+    """Mean f32[B,...] and standard deviation f32[B] of a step from t to prev_t [B]; eta 0 is without noise."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class VariancePreserving:
+  """The `Process` of `gaussian`: discrete-time Gaussian diffusion, with DDIM's steps; times are i32 timesteps."""
+
+  schedule: gaussian.Schedule
+
+  @property
+  def num_train_timesteps(self) -> int:
+    return self.schedule.num_train_timesteps
+
+  def sample_times(self, key: jax.Array, batch: int, *, gamma: float = 1.0, num_bins: int = 20) -> jax.Array:
+    return times.sample_timesteps(
+      key, batch, num_train_timesteps=self.num_train_timesteps, gamma=gamma, num_bins=num_bins
+    )
+
+  def reward_scale(self, t: jax.Array) -> jax.Array:
+    return times.timestep_reward_scale(self.schedule, t)
+
+  def add_noise(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+    return gaussian.add_noise(self.schedule, x0, noise, t)
+
+  def target(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+    return gaussian.training_target(self.schedule, x0, noise, t)
+
+  def to_x0(self, pred: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
+    return gaussian.to_x0(self.schedule, pred, x_t, t)
+
+  def grid(self, num_steps: int, *, density: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """DDIM's timesteps. The last goes to abar_0 rather than to `final_alpha_cumprod` where it is to have a density."""
+    t = transitions.ddim_timesteps(self.schedule, num_steps)
+    return t, transitions.ddim_prev_timesteps(self.schedule, num_steps, clamp_last=density)
+
+  def transition(
+    self, pred: jax.Array, x_t: jax.Array, t: jax.Array, prev_t: jax.Array, *, eta: float
+  ) -> tuple[jax.Array, jax.Array]:
+    return transitions.ddim_mean_std(self.schedule, pred, x_t, t, prev_t, eta=eta)
