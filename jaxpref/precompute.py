@@ -34,7 +34,7 @@ from jaxpref import config as config_lib
 from jaxpref.data import batching, latents, lease, paths
 from jaxpref.devices import chips, distributed, sharding
 from jaxpref.files import loading
-from jaxpref.models.text_to_image import TextToImage
+from jaxpref.models.base import Model
 from jaxpref.training import inputs
 
 GIB = 2.0**30
@@ -234,7 +234,7 @@ def _unfinished(folder: Any, names: Sequence[str], *, wait: bool) -> list[str]:
   return missing
 
 
-def _open_data(config: ConfigDict, model: TextToImage, tokenize: batching.Tokenize) -> batching.Batches:
+def _open_data(config: ConfigDict, model: Model, tokenize: batching.Tokenize) -> batching.Batches:
   """The recipe's data, of which the rows are read one by one."""
   config = config.copy_and_resolve_references()
   with config.unlocked():

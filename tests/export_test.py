@@ -7,7 +7,7 @@ import pytest
 
 from jaxpref.diffusion import samplers
 from jaxpref.files import loading, pipelines
-from jaxpref.models.text_to_image import guided
+from jaxpref.models.base import guided
 from jaxpref.models.vae import to_uint8
 
 torch = pytest.importorskip("torch")

@@ -17,6 +17,7 @@ from jaxpref.data import latents, lease, pipeline, sources
 from jaxpref.devices import sharding
 from jaxpref.files import loading, pipelines
 from jaxpref.models import presets
+from jaxpref.models.stable_diffusion import StableDiffusion
 from jaxpref.objectives import kto, pairs, pretraining
 from jaxpref.objectives.base import Weights
 from jaxpref.training import build, inputs, loop, optim
@@ -160,9 +161,9 @@ def test_sdxl_takes_the_same_steps_at_each_images_size(tmp_path):
   c = recipe("sdxl-miniature", objective="tdpo", data__ties="keep", data__flip=False, timesteps__reward_scale=True)
   assert precompute.run(c, tmp_path / "xl", **OPTIONS)
   batch, expected = next(build.build(trained_on(c, tmp_path / "xl")).batches()), next(build.build(c).batches())
-  for name in ("time_ids_0", "time_ids_1", "label_0", "num_example_per_prompt"):
+  for name in ("sizes_0", "sizes_1", "label_0", "num_example_per_prompt"):
     np.testing.assert_array_equal(batch[name], expected[name], strict=True)
-  assert len(np.unique(batch["time_ids_0"], axis=0)) > 1
+  assert len(np.unique(batch["sizes_0"], axis=0)) > 1
   assert {v.dtype for k, v in batch.items() if k.startswith(("moments", "enc", "text"))} == {np.dtype("float16")}
   losses, first, last = steps(c, 3)
   found, _, found_last = steps(trained_on(c, tmp_path / "xl"), 3)
@@ -451,8 +452,8 @@ def test_another_vae_is_told_by_its_weights(model):
 
 
 def test_numbers_beyond_float16_are_refused(tmp_path, monkeypatch):
-  encode = build.TextToImage.encode_moments
-  monkeypatch.setattr(build.TextToImage, "encode_moments", lambda *args: jax.tree.map(lambda x: x * 1e9, encode(*args)))
+  encode = StableDiffusion.encode_moments
+  monkeypatch.setattr(StableDiffusion, "encode_moments", lambda *args: jax.tree.map(lambda x: x * 1e9, encode(*args)))
   with pytest.raises(ValueError, match=r"row 0 of the data: the VAE gives pixels_0 no finite float16 latents; set"):
     precompute.run(recipe(), tmp_path / "data", **OPTIONS)
 

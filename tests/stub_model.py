@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpref import diffusion
+from jaxpref.models.stable_diffusion import StableDiffusion
 from jaxpref.rewards.base import Weighted
 from jaxpref.rewards.step_aware import StepAware
 
@@ -68,7 +69,7 @@ def pair_batch(size, seed=10):
 
 @dataclasses.dataclass(frozen=True)
 class StubModel:
-  """What `TextToImage` offers. The encoder draws nothing: its latents can be recomputed.
+  """What `models.base.Model` asks for. The encoder draws nothing: its latents can be recomputed.
 
   Attributes:
     dtype: compute dtype of the network.
@@ -78,6 +79,10 @@ class StubModel:
   dtype: type = jnp.float32
   latent_shape: tuple[int, int, int] = LATENT
   image_size: int = IMAGE_SIZE
+
+  sized = StableDiffusion.sized
+  stored_text = StableDiffusion.stored_text
+  restored_text = StableDiffusion.restored_text
 
   def predict(self, weights, x, t, cond):
     w = jax.tree.map(lambda k: k.astype(self.dtype), weights["unet"])

@@ -11,7 +11,7 @@ import pytest
 from jaxpref.diffusion import samplers
 from jaxpref.evaluation import drawing
 from jaxpref.files import loading, pipelines
-from jaxpref.models.text_to_image import guided
+from jaxpref.models.base import guided
 from jaxpref.models.vae import to_uint8
 from jaxpref.planning import flops
 

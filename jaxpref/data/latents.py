@@ -14,8 +14,8 @@ slower). Each of their records is a safetensors file in memory, that is arrays b
 
   row     moments f16[h, w, 2C], or moments_0 and moments_1: mean and log variance of the VAE's posterior side by side,
           before any draw and not scaled; prompt i64[], the key of its prompt; the fields of the data's batches as they
-          are, such as label_0 f32[] and time_ids_0 f32[6]; and, if the plan says flip, all of them once more for the
-          mirrored images as flipped/moments_0 and so on
+          are, such as label_0 f32[], and sizes_0 f32[6] as time_ids_0; and, if the plan says flip, all of them once
+          more for the mirrored images as flipped/moments_0 and so on
   prompt  encoder_hidden_states f16[L, D] of the text encoders, text_embeds f16[E] (SDXL), and its key, prompt i64[]
 
 The last record of a file of rows is no row: it has input_ids i32[n, L], the different prompts of the file.
@@ -45,6 +45,7 @@ FORMAT = 1
 PLAN, MANIFEST, PROMPTS = "plan.json", "manifest.json", "prompts.safetensors"
 DTYPE = np.float16  # of moments and of encoded prompts
 FLIPPED = "flipped/"
+SIZES = ("sizes", "time_ids")  # a field of batches, and what it is called in the files
 # ArrayRecord files that a process keeps open. Opening one again takes 0.05 ms, reading a row of SDXL's 0.12 ms.
 MAX_OPEN_FILES = 64
 
@@ -172,7 +173,7 @@ def write_file(
     with paths.cannot_be_written(part):
       writer = array_record_module.ArrayRecordWriter(str(part), "group_size:1,uncompressed")
     for record in records:
-      encoded = safetensors.numpy.save({k: np.asarray(v, order="C") for k, v in record.items()})
+      encoded = safetensors.numpy.save({k.replace(*SIZES): np.asarray(v, order="C") for k, v in record.items()})
       with paths.cannot_be_written(part):
         writer.write(encoded)
       count += 1
@@ -354,7 +355,8 @@ class Precomputed:
     """
     record = self.rows[index]
     prefix = FLIPPED if flipped else ""
-    row = {k.removeprefix(prefix): v for k, v in record.items() if k.startswith(FLIPPED) == flipped}
+    of_side = {k.removeprefix(prefix): v for k, v in record.items() if k.startswith(FLIPPED) == flipped}
+    row = {k.replace(*reversed(SIZES)): v for k, v in of_side.items()}
     key = int(row.pop("prompt"))
     return row | self.prompt(self.manifest["empty_prompt"] if dropped else key)
 

@@ -52,7 +52,7 @@ class _PairRow:
     for n in ("0", "1"):
       framing = record["framing"][f"image_{n}"]
       row[f"pixels_{n}"] = _pixels(record[f"image_{n}"], flipped)
-      row[f"time_ids_{n}"] = records.time_ids(framing, self.image_size, flip=flipped)
+      row[f"sizes_{n}"] = records.sizes(framing, self.image_size, flip=flipped)
     return row
 
 
@@ -121,8 +121,8 @@ def pair_batches(
     num_workers: processes that prepare batches ahead, in place of the threads; 0: none. The source is pickled for them.
 
   Returns:
-    Batches of input_ids i32[B, L], pixels_0 and pixels_1 u8[B, S, S, 3], time_ids_0 and time_ids_1 f32[B, 6] (of each
-    image, see `records.time_ids`), label_0 f32[B], num_example_per_prompt i32[B], weight f32[B], which is
+    Batches of input_ids i32[B, L], pixels_0 and pixels_1 u8[B, S, S, 3], sizes_0 and sizes_1 f32[B, 6] (of each
+    image, see `records.sizes`), label_0 f32[B], num_example_per_prompt i32[B], weight f32[B], which is
     1 / num_example_per_prompt where nothing else is given, and record i32[B], the place of the pair in the source.
     B = batch_size / process_count.
 
@@ -224,7 +224,7 @@ class _ImageRow:
     row: dict[str, Any] = {
       "record": np.int32(record["position"]),
       "pixels": _pixels(record["image"], flipped),
-      "time_ids": records.time_ids(record["framing"]["image"], self.image_size, flip=flipped),
+      "sizes": records.sizes(record["framing"]["image"], self.image_size, flip=flipped),
       "style": np.int32(record["style"]),
       "class_id": np.int32(record["class_id"]),
       "skipped": record["skipped"],
@@ -274,7 +274,7 @@ def image_batches(
     num_workers: processes that do, in place of the threads; 0: none.
 
   Returns:
-    Batches of pixels u8[B, S, S, 3], time_ids f32[B, 6] (see `records.time_ids`), style i32[B] and class_id i32[B] (-1
+    Batches of pixels u8[B, S, S, 3], sizes f32[B, 6] (see `records.sizes`), style i32[B] and class_id i32[B] (-1
     where the source has none), label f32[B] where the source has it, input_ids i32[B, L], and record i32[B], the place
     of the image in the source.
 

@@ -197,7 +197,7 @@ def framing_of(height: int, width: int, image_size: int, place: Place | None = N
   return Framing(height, width, round(top * scale), round(left * scale), round((width - side - left) * scale))
 
 
-def time_ids(framing: Framing, image_size: int, *, flip: bool = False) -> np.ndarray:
+def sizes(framing: Framing, image_size: int, *, flip: bool = False) -> np.ndarray:
   """SDXL's f32[6]: original height, width, crop top, left, target height, width, in the order of diffusers.
 
   As in diffusers' train_text_to_image_sdxl.py, original height and width are those before the resize, and the crop is

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from jaxpref.devices import chips, sharding
 from jaxpref.diffusion import VariancePreserving, samplers
-from jaxpref.models.text_to_image import TextToImage, guided
+from jaxpref.models.base import Model, guided
 from jaxpref.models.vae import to_uint8
 
 SAMPLERS = ("ddim", "dpmpp_2m")
@@ -22,7 +22,7 @@ Sample = Callable[[Any, np.ndarray, np.ndarray], jax.Array]
 
 
 def make_sampler(
-  model: TextToImage,
+  model: Model,
   *,
   num_inference_steps: int,
   guidance_scale: float,
@@ -41,7 +41,7 @@ def make_sampler(
     eta: of DDIM: 0 is deterministic, 1 ancestral sampling.
     seed: of the noise, which follows from it and the number of the picture alone.
     negative_ids: i32[1, L] of a negative prompt; None for none.
-    guidance_rescale: as of `text_to_image.guided`.
+    guidance_rescale: as of `models.base.guided`.
     sampler: "ddim", or "dpmpp_2m" for DPM-Solver++ 2M.
     karras: noise levels of "dpmpp_2m", as of `samplers.dpm_solver_sample`.
     size: height and width in pixels; the model's own by default.
@@ -52,9 +52,7 @@ def make_sampler(
   if sampler not in SAMPLERS:
     raise ValueError(f"sampler={sampler!r}, expected one of {', '.join(SAMPLERS)}.")
   latent_shape = model.latent_shape if size is None else model.latent_shape_for(*size)
-  sized = {}  # SDXL is told the size
-  if size is not None and model.text_encoder_2 is not None:
-    sized["time_ids"] = jnp.asarray([[*size, 0.0, 0.0, *size]], jnp.float32)
+  sizes = None if size is None else jnp.asarray([[*size, 0.0, 0.0, *size]], jnp.float32)  # the model is told
   base = jax.random.key(seed)
   whole, split = (None, None) if mesh is None else (sharding.replicated(mesh), sharding.batch_sharding(mesh))
 
@@ -63,11 +61,12 @@ def make_sampler(
       ids, number = jax.lax.with_sharding_constraint((ids, number), split)
     keys = jax.vmap(lambda i: jax.random.fold_in(base, i))(number)
     noise = jax.vmap(lambda k: jax.random.normal(k, latent_shape))(keys)
-    cond = model.encode_text(weights, ids, **sized)
+    cond = model.sized(model.encode_text(weights, ids), sizes)
     if negative_ids is None:
-      uncond = model.encode_empty(weights, 1, **sized)
+      uncond = model.encode_empty(weights, 1)
     else:
-      uncond = model.encode_negative(weights, jnp.asarray(negative_ids), **sized)
+      uncond = model.encode_negative(weights, jnp.asarray(negative_ids))
+    uncond = model.sized(uncond, sizes)
     eps = guided(
       lambda x, t, c: model.predict(weights, x, t, c), uncond, guidance_scale, guidance_rescale=guidance_rescale
     )
@@ -128,7 +127,7 @@ _BY_BATCH = ("seeds_per_prompt", "batch_size", "progress", "numbers")
 
 
 def draw(
-  model: TextToImage, weights: Any, input_ids: np.ndarray, *, mesh: Mesh | None = None, **arguments: Any
+  model: Model, weights: Any, input_ids: np.ndarray, *, mesh: Mesh | None = None, **arguments: Any
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """`draw_by` a sampler of the model: arguments are those of both functions."""
   by_batch = {name: arguments.pop(name) for name in _BY_BATCH if name in arguments}
@@ -137,7 +136,7 @@ def draw(
 
 
 def generate(
-  model: TextToImage, weights: Any, input_ids: np.ndarray, *, seeds_per_prompt: int, **arguments: Any
+  model: Model, weights: Any, input_ids: np.ndarray, *, seeds_per_prompt: int, **arguments: Any
 ) -> np.ndarray:
   """All that `draw`, whose arguments these are, yields: u8[P, S, H, W, 3], S = seeds_per_prompt."""
   return together(draw(model, weights, input_ids, seeds_per_prompt=seeds_per_prompt, **arguments), seeds_per_prompt)

@@ -16,7 +16,7 @@ from jaxpref.devices import sharding
 from jaxpref.diffusion import VariancePreserving
 from jaxpref.evaluation import drawing
 from jaxpref.files import loading, lora_files
-from jaxpref.models.text_to_image import TextToImage
+from jaxpref.models.base import Model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load(
   name: str, loras: Sequence[lora_files.LoraFile], args: argparse.Namespace, mesh: Mesh
-) -> tuple[TextToImage, dict[str, Any], Callable[[list[str]], np.ndarray]]:
+) -> tuple[Model, dict[str, Any], Callable[[list[str]], np.ndarray]]:
   """A model with its parameters on all devices of a mesh, and its tokenizer.
 
   Args:
@@ -66,9 +66,7 @@ def load(
   return model, jax.device_put(weights, everywhere), pipe.tokenize
 
 
-def of_draw(
-  args: argparse.Namespace, model: TextToImage, tokenize: Callable[[list[str]], np.ndarray]
-) -> dict[str, Any]:
+def of_draw(args: argparse.Namespace, model: Model, tokenize: Callable[[list[str]], np.ndarray]) -> dict[str, Any]:
   """The arguments of `drawing.draw` that follow from those of the command."""
   size = (args.height or model.image_size, args.width or model.image_size) if args.height or args.width else None
   return dict(

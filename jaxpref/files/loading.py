@@ -20,7 +20,7 @@ from jaxpref.diffusion import VariancePreserving
 from jaxpref.files import pipelines, tensor_files
 from jaxpref.models import presets
 from jaxpref.models.preference import Judge, StepAwareCLIPModel
-from jaxpref.models.text_to_image import TextToImage
+from jaxpref.models.stable_diffusion import StableDiffusion
 from jaxpref.models.unet import UNetConfig
 
 _ASSETS = pathlib.Path(__file__).parents[1] / "assets"
@@ -127,9 +127,11 @@ def unet_config(name: str) -> UNetConfig:
   return UNetConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-def text_to_image(pipe: pipelines.Pipeline, *, lora_scale: float = 1.0, vae_slicing: int | None = None) -> TextToImage:
+def text_to_image(
+  pipe: pipelines.Pipeline, *, lora_scale: float = 1.0, vae_slicing: int | None = None
+) -> StableDiffusion:
   """The pure functions of a loaded pipeline."""
-  return TextToImage(
+  return StableDiffusion(
     unet=pipe.unet,
     vae=pipe.vae,
     text_encoder=pipe.text_encoder,

@@ -10,8 +10,8 @@ from typing import Any
 from ml_collections import ConfigDict as Config
 
 from jaxpref.config import FACTS, Facts, facts, load_named
+from jaxpref.models.base import Model
 from jaxpref.models.preference import StepAwareCLIPModel
-from jaxpref.models.text_to_image import TextToImage
 from jaxpref.objectives import pairs
 from jaxpref.objectives.base import Objective
 from jaxpref.objectives.kto import DiffusionKTO
@@ -59,7 +59,7 @@ class Method:
   """
 
   facts: Facts
-  make: Callable[[Config, TextToImage, Scorer], Objective] | None = None
+  make: Callable[[Config, Model, Scorer], Objective] | None = None
   options: str | None = None
   reference: Callable[[Config], bool] = lambda config: False
   images: Callable[[Config], int] = lambda config: 1
@@ -69,7 +69,7 @@ class Method:
 # ---- How a config makes them ------------------------------------------------------------------------------------
 
 
-def _dpo(config: Config, model: TextToImage, scorer: Scorer) -> Objective:
+def _dpo(config: Config, model: Model, scorer: Scorer) -> Objective:
   o, total = config.loss, model.process.num_train_timesteps
   if config.timesteps.num_bins > total:
     raise ValueError(f"config.timesteps.num_bins={config.timesteps.num_bins}; expected at most {total} timesteps.")
@@ -86,23 +86,23 @@ def _dpo(config: Config, model: TextToImage, scorer: Scorer) -> Objective:
   )
 
 
-def _kto(config: Config, model: TextToImage, scorer: Scorer) -> Objective:
+def _kto(config: Config, model: Model, scorer: Scorer) -> Objective:
   return DiffusionKTO(model, beta=config.loss.beta, **config.kto.to_dict())
 
 
-def _spo(config: Config, model: TextToImage, scorer: Scorer) -> Objective:
+def _spo(config: Config, model: Model, scorer: Scorer) -> Objective:
   assert isinstance(scorer, Weighted)
   o = config.loss
   loss = pairs.pair_loss(o.name, beta=o.beta, label_smoothing=o.label_smoothing)
   return SPO(model, scorer, loss, **config.spo.to_dict())
 
 
-def _grpo(config: Config, model: TextToImage, scorer: Scorer) -> Objective:
+def _grpo(config: Config, model: Model, scorer: Scorer) -> Objective:
   assert isinstance(scorer, Weighted)
   return PolicyGradient(model, scorer, **config.grpo.to_dict())
 
 
-def _spm(config: Config, model: TextToImage, scorer: Scorer) -> Objective:
+def _spm(config: Config, model: Model, scorer: Scorer) -> Objective:
   assert isinstance(scorer, StepAwareCLIPModel)
   return PreferenceModel(model, scorer, **config.spm.to_dict())
 
@@ -185,7 +185,7 @@ def method(config: Config) -> Method:
   return METHODS[config.objective]
 
 
-def make(config: Config, model: TextToImage, scorer: Scorer = None) -> Any:
+def make(config: Config, model: Model, scorer: Scorer = None) -> Any:
   """The objective of a config that trains a text-to-image model, or a preference model with its help."""
   found = method(config).make
   assert found is not None, config.objective

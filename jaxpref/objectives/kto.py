@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref import losses
-from jaxpref.models.text_to_image import TextToImage
+from jaxpref.models.base import Model
 from jaxpref.objectives import noising
 from jaxpref.objectives.base import REWARD_BINS, Batch, Offline, Weights, named_key
 from jaxpref.objectives.sums import Pairs, binned_mean, divide, mean_of
@@ -25,7 +25,7 @@ class DiffusionKTO(Offline):
     weight_desirable, weight_undesirable: lam of liked images and of others.
   """
 
-  model: TextToImage
+  model: Model
   beta: float
   weight_desirable: float = 1.0
   weight_undesirable: float = 1.0
@@ -41,7 +41,7 @@ class DiffusionKTO(Offline):
     noise = jax.random.normal(named_key(key, "noise"), x0.shape)
     x_t = model.process.add_noise(x0, noise, t)
     target = model.process.target(x0, noise, t)
-    cond = noising.with_time_ids(noising.text(model, w.base, batch), batch.get("time_ids"))
+    cond = model.sized(noising.text(model, w.base, batch), batch.get("sizes"))
     err = noising.errors(model, w.policy, x_t, t, cond, target)
     ref_err = jax.lax.stop_gradient(noising.errors(model, w.reference, x_t, t, cond, target))
     return losses.implicit_reward(err, ref_err), t
@@ -81,5 +81,5 @@ class DiffusionKTO(Offline):
     order = jnp.argsort(-batch["label"])
     few = noising.first_samples({k: v[order] for k, v in batch.items()})
     x0 = noising.latents(self.model, w.base, few, named_key(key, "posterior"))
-    cond = noising.with_time_ids(noising.text(self.model, w.base, few), few.get("time_ids"))
+    cond = self.model.sized(noising.text(self.model, w.base, few), few.get("sizes"))
     return noising.divergence(self.model, w, noising.Preferred(x0, cond, few["label"] >= 0.5), key)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxpref import diffusion, losses
 from jaxpref.config import load_named
-from jaxpref.models.text_to_image import TextToImage
+from jaxpref.models.base import Model
 from jaxpref.objectives import noising
 from jaxpref.objectives.base import REWARD_BINS, Batch, Offline, Weights, named_key
 from jaxpref.objectives.sums import Pairs, binned_mean, mean_of
@@ -126,9 +126,9 @@ def denoised_loss(
 
 
 def _split_pair(batch: Batch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-  """The winners' and the losers' `pixels` or `moments`, and `time_ids`; a tie, which has neither, keeps its order."""
+  """The winners' and the losers' `pixels` or `moments`, and `sizes`; a tie, which has neither, keeps its order."""
   winners, losers = {}, {}
-  for name in ("pixels", "moments", "time_ids"):
+  for name in ("pixels", "moments", "sizes"):
     if f"{name}_0" in batch:
       of_0, of_1 = batch[f"{name}_0"], batch[f"{name}_1"]
       first = jnp.expand_dims(batch["label_0"] >= 0.5, tuple(range(1, of_0.ndim)))
@@ -142,7 +142,7 @@ class DiffusionDPO(Offline):
 
   `label_0` is the probability that image_0 is preferred; 1/2 is a tie, which does not count. Four UNet forward passes
   and two backward passes a pair, two forward passes less without a reference. Winner and loser share t, noise and
-  prompt; SDXL's time_ids are each image's own. Accuracy 0.5 where policy and reference agree, and DPO's loss is log 2.
+  prompt; sizes are each image's own. Accuracy 0.5 where policy and reference agree, and DPO's loss is log 2.
 
   Attributes:
     loss_fn: a loss on denoised pairs, see `denoised_loss`.
@@ -151,7 +151,7 @@ class DiffusionDPO(Offline):
     reward_scale: multiply the margin by lambda(t) in [1, 2].
   """
 
-  model: TextToImage
+  model: Model
   loss_fn: DenoisedLoss
   reference_free: bool = False
   gamma: float = 1.0
@@ -174,7 +174,7 @@ class DiffusionDPO(Offline):
     twice = lambda x: jnp.concatenate([x, x])  # noqa: E731
     x_t = model.process.add_noise(x0, twice(noise), twice(t))
     target = model.process.target(x0, twice(noise), twice(t))
-    cond = noising.with_time_ids(jax.tree.map(twice, noising.text(model, w.base, e)), pair.get("time_ids"))
+    cond = model.sized(jax.tree.map(twice, noising.text(model, w.base, e)), pair.get("sizes"))
 
     pred = model.predict(w.policy, x_t, twice(t), cond)
     err = diffusion.squared_error(pred, target)
@@ -215,5 +215,5 @@ class DiffusionDPO(Offline):
     few = noising.first_samples(batch)
     winners, _ = _split_pair(few)
     x0 = noising.latents(self.model, w.base, winners, named_key(key, "posterior"))
-    cond = noising.with_time_ids(noising.text(self.model, w.base, few), winners.get("time_ids"))
+    cond = self.model.sized(noising.text(self.model, w.base, few), winners.get("sizes"))
     return noising.divergence(self.model, w, noising.Preferred(x0, cond, few["label_0"] != 0.5), key)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxpref import diffusion, losses
 from jaxpref.diffusion import samplers
-from jaxpref.models.text_to_image import Cond, TextToImage, guided, repeat_cond
+from jaxpref.models.base import Cond, Model, guided, repeat_cond
 from jaxpref.models.vae import to_uint8
 from jaxpref.objectives import noising
 from jaxpref.objectives.base import (
@@ -47,7 +47,7 @@ class Steps(NamedTuple):
 
 
 def policy_loss(
-  model: TextToImage,
+  model: Model,
   weights: Any,
   ref_weights: Any,
   steps: Rows,
@@ -128,7 +128,7 @@ class PolicyGradient:
     minibatch: steps of one update.
   """
 
-  model: TextToImage
+  model: Model
   reward: Weighted
   num_inference_steps: int
   eta: float

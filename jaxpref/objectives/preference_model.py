@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref import losses
+from jaxpref.models.base import Model
 from jaxpref.models.preference import StepAwareCLIPModel
-from jaxpref.models.text_to_image import TextToImage
 from jaxpref.objectives import noising
 from jaxpref.objectives.base import REWARD_BINS, Batch, Offline, Weights, named_key
 from jaxpref.objectives.sums import Pairs, binned_mean, mean_of
@@ -25,10 +25,10 @@ class PreferenceModel(Offline):
   Attributes:
     step_aware: False trains on the images alone, at time 0 and as the VAE gives them back: an ordinary preference
       model, to compare with.
-    decode_size: pixels a side that predictions are decoded at, see `TextToImage.decode`; 0: those of the images.
+    decode_size: pixels a side that predictions are decoded at, see `Model.decode`; 0: those of the images.
   """
 
-  model: TextToImage
+  model: Model
   scorer: StepAwareCLIPModel
   guidance_scale: float
   step_aware: bool = True
@@ -45,9 +45,9 @@ class PreferenceModel(Offline):
       return model.decode(w.base, x0, size=self.decode_size)
     noise = jax.random.normal(named_key(key, "noise"), (size, *x0.shape[1:]))
     x_t = model.process.add_noise(x0, jnp.concatenate([noise, noise]), t2)
-    time_ids = jnp.concatenate([batch["time_ids_0"], batch["time_ids_1"]]) if "time_ids_0" in batch else None
+    sizes = jnp.concatenate([batch["sizes_0"], batch["sizes_1"]]) if "sizes_0" in batch else None
     return noising.decode_prediction(
-      model, w.base, x_t, t2, batch["input_ids"], self.guidance_scale, time_ids, size=self.decode_size
+      model, w.base, x_t, t2, batch["input_ids"], self.guidance_scale, sizes, size=self.decode_size
     )
 
   def loss(

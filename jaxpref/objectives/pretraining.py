@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref import losses
+from jaxpref.models.base import Model
 from jaxpref.models.clip import CLIPModel
 from jaxpref.models.preference import Judge, preprocess
-from jaxpref.models.text_to_image import TextToImage
 from jaxpref.models.vae import AutoencoderKL, to_float
 from jaxpref.objectives import noising
 from jaxpref.objectives.base import REWARD_BINS, Batch, Offline, Weights, named_key
@@ -49,16 +49,16 @@ def augment(images: jax.Array, key: jax.Array, *, clean: float = 0.0) -> jax.Arr
 class Denoising(Offline):
   """Denoising score matching (arXiv 2006.11239, Eq. 14) on `pixels` and `input_ids`: pre-training, or SFT.
 
-  In their place a batch may hold what the frozen networks make of them, `moments` and `encoder_hidden_states`
+  In their place a batch may hold what the frozen networks make of them, `moments` and the stored text
   (data/latents.py). So may those of `DiffusionDPO` and `DiffusionKTO`.
 
-  SDXL is conditioned on the `time_ids` of each image where the batch has them, on uncropped images of its own size
-  otherwise. So are those two, on the `time_ids_0` and `time_ids_1` of a pair.
+  SDXL is conditioned on the `sizes` of each image where the batch has them, on uncropped images of its own size
+  otherwise. So are those two, on the `sizes_0` and `sizes_1` of a pair.
 
   Trains whatever components are trained: `unet`, and `text_encoder` if it is among them.
   """
 
-  model: TextToImage
+  model: Model
 
   def timesteps(self, key: jax.Array, size: int) -> jax.Array:
     return noising.uniform_timesteps(self.model, key, size)
@@ -72,7 +72,7 @@ class Denoising(Offline):
     noise = jax.random.normal(named_key(key, "noise"), x0.shape)
     x_t = model.process.add_noise(x0, noise, t)
     target = model.process.target(x0, noise, t)
-    cond = noising.with_time_ids(noising.text(model, w.policy, e), e.get("time_ids"))
+    cond = model.sized(noising.text(model, w.policy, e), e.get("sizes"))
     err = noising.errors(model, w.policy, x_t, t, cond, target)
     ones = jnp.ones_like(err)
     metrics = {"loss_bin": binned_mean(err, ones, t, total=model.process.num_train_timesteps, bins=REWARD_BINS)}

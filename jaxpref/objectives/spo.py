@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxpref import diffusion, losses
 from jaxpref.diffusion import Process
 from jaxpref.diffusion.samplers import Predict, rows_at
-from jaxpref.models.text_to_image import Cond, TextToImage, guided, repeat_cond
+from jaxpref.models.base import Cond, Model, guided, repeat_cond
 from jaxpref.objectives import noising
 from jaxpref.objectives.base import (
   REWARD_BINS,
@@ -232,7 +232,7 @@ def pool_rollout(
 
 
 def transition_loss(
-  model: TextToImage,
+  model: Model,
   loss_fn: PairLoss,
   weights: Any,
   ref_weights: Any,
@@ -303,13 +303,13 @@ class SPO:
     reward: what scores the candidates' predictions; in the paper a step-aware preference model.
     pair_loss: on the log of the clipped ratios; the paper's is the sigmoid loss with beta 10.
     step_aware: False tells the reward time 0 at every step, as one that knows clean images only wants it.
-    decode_size: pixels a side at which predictions are decoded for the reward, see `TextToImage.decode`;
+    decode_size: pixels a side at which predictions are decoded for the reward, see `Model.decode`;
       0: those of the images.
     minibatch: transitions with a shared start in one update; those without come in proportion.
     others: as of `pool_rollout` and `transition_loss`.
   """
 
-  model: TextToImage
+  model: Model
   reward: Weighted
   pair_loss: PairLoss
   num_inference_steps: int

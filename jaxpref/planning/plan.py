@@ -16,7 +16,7 @@ from jaxpref import config as config_lib
 from jaxpref.devices import sharding
 from jaxpref.files import pipelines
 from jaxpref.models import presets
-from jaxpref.models.text_to_image import is_guided
+from jaxpref.models.base import is_guided
 from jaxpref.objectives import catalog
 from jaxpref.training import build, inputs, loop
 

@@ -17,8 +17,8 @@ from jaxpref.data import emoji, pipeline
 from jaxpref.evaluation import judging
 from jaxpref.files import loading, lora_files, pipelines
 from jaxpref.models import lora, presets
+from jaxpref.models.base import Model
 from jaxpref.models.preference import Judge
-from jaxpref.models.text_to_image import TextToImage
 from jaxpref.models.unet import UNetConfig
 from jaxpref.models.vae import AutoencoderKL
 from jaxpref.objectives import base, catalog, pretraining
@@ -59,7 +59,7 @@ class Experiment:
   read_base: Callable[[], Any] | None = None
   images_per_step: int = 0
   evaluable: bool = False
-  model: TextToImage | None = None
+  model: Model | None = None
   tokenize: Callable[[list[str]], np.ndarray] | None = None
   judge: Judge | None = None
   judge_params: Any = None
@@ -95,12 +95,12 @@ def _remat(text: str) -> str | tuple[str, ...]:
   return names[0] if len(names) == 1 else names
 
 
-def _check_decode_size(config: Config, model: TextToImage) -> None:
+def _check_decode_size(config: Config, model: Model) -> None:
   """Refuses sizes that the objective's predictions cannot be decoded at."""
   section = catalog.method(config).options
   if section is None or "decode_size" not in config[section]:
     return
-  size, unit = config[section].decode_size, model.vae.config.downscale
+  size, unit = config[section].decode_size, model.unit
   if size % unit or not 0 <= size <= model.image_size:
     raise ValueError(
       f"config.{section}.decode_size={size}; expected 0 (the images' own size) or a multiple of {unit} up to "

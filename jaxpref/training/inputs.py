@@ -17,7 +17,7 @@ from jaxpref.data import batching, emoji, latents, pipeline, sources
 from jaxpref.data import index as index_lib
 from jaxpref.devices import sharding
 from jaxpref.files import loading, pipelines, tensor_files
-from jaxpref.models.text_to_image import TextToImage
+from jaxpref.models.base import Model
 from jaxpref.objectives import catalog
 
 logger = logging.getLogger(__name__)
@@ -302,15 +302,12 @@ def _precomputed_batches(config: Config, image_size: int) -> batching.Batches:
   )
 
 
-def stored_moments(model: TextToImage, params: Any, images: jax.Array) -> jax.Array:
+def stored_moments(model: Model, params: Any, images: jax.Array) -> jax.Array:
   """f16[B, h, w, 2C] of images u8[B, H, W, 3], as they are stored."""
   return jnp.concatenate(model.encode_moments(params, images), axis=-1).astype(latents.DTYPE)
 
 
-def stored_text(model: TextToImage, params: Any, input_ids: jax.Array) -> dict[str, jax.Array]:
-  """encoder_hidden_states f16[B, L, D] and, of SDXL, text_embeds f16[B, E] of prompts i32[B, L], as they are stored."""
-  cond = model.encode_text(params, input_ids)
-  fields = {"encoder_hidden_states": cond["encoder_hidden_states"]}
-  if "added_cond_kwargs" in cond:
-    fields["text_embeds"] = cond["added_cond_kwargs"]["text_embeds"]
+def stored_text(model: Model, params: Any, input_ids: jax.Array) -> dict[str, jax.Array]:
+  """What `Model.stored_text` gives of prompts i32[B, L], f16[B, ...] as they are stored."""
+  fields = model.stored_text(model.encode_text(params, input_ids))
   return jax.tree.map(lambda x: x.astype(latents.DTYPE), fields)

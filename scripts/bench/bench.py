@@ -394,7 +394,7 @@ def _sample(config: Any, mesh: Any, steps: int, found: Found, deadline: float) -
   from jaxpref.diffusion import samplers
   from jaxpref.files import loading
   from jaxpref.models import attention
-  from jaxpref.models.text_to_image import guided
+  from jaxpref.models.base import guided
   from jaxpref.planning import flops
 
   everywhere = sharding.replicated(mesh)

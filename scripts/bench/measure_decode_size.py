@@ -43,7 +43,7 @@ def candidate_scores(config: Any, sizes: Sequence[int], num_prompts: int) -> tup
   from jaxpref.data import pipeline
   from jaxpref.devices import chips
   from jaxpref.files import loading
-  from jaxpref.models.text_to_image import guided, repeat_cond
+  from jaxpref.models.base import guided, repeat_cond
   from jaxpref.objectives import spo
   from jaxpref.rewards import step_aware
   from jaxpref.rewards.base import Scores

@@ -91,7 +91,7 @@ def one_candidate_at_a_time() -> Iterator[None]:
   """The denoiser on one candidate of each pool after the other, and without and with the prompt one after the other."""
   import jax
 
-  from jaxpref.models import text_to_image
+  from jaxpref.models import base
   from jaxpref.objectives import spo
 
   def guided(predict, uncond, scale):
@@ -102,7 +102,7 @@ def one_candidate_at_a_time() -> Iterator[None]:
 
       def of_piece(piece):
         x, t, cond = piece
-        without = predict(x, t, text_to_image.repeat_cond(uncond, x.shape[0]))
+        without = predict(x, t, base.repeat_cond(uncond, x.shape[0]))
         return without + scale * (predict(x, t, cond) - without)
 
       eps = jax.lax.map(of_piece, jax.tree.map(cut, (x, jax.numpy.broadcast_to(t, x.shape[:1]), cond)))
@@ -110,13 +110,13 @@ def one_candidate_at_a_time() -> Iterator[None]:
 
     return apply
 
-  original = spo.SPO.experience
+  original = spo.SPO.rollout
 
-  def experience(self, *args):
+  def rollout(self, *args):
     with mock.patch.object(spo, "guided", guided):  # in the rollout alone
       return original(self, *args)
 
-  with mock.patch.object(spo.SPO, "experience", experience):
+  with mock.patch.object(spo.SPO, "rollout", rollout):
     yield
 
 

@@ -72,7 +72,7 @@ def check_batch(config: Any, experiment: Any) -> dict[str, np.ndarray]:
     for i in (0, 1):
       batch[f"pixels_{i}"] = rng.integers(0, 256, (size, side, side, 3), np.uint8)
       if experiment.model.text_encoder_2 is not None:
-        batch[f"time_ids_{i}"] = rng.integers(0, 1024, (size, 6)).astype(np.float32)
+        batch[f"sizes_{i}"] = rng.integers(0, 1024, (size, 6)).astype(np.float32)
     batch["label_0"] = np.arange(size, dtype=np.float32) % 2
   return batch
 

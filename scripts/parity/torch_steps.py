@@ -590,7 +590,7 @@ def load_batch(file: pathlib.Path, device: str) -> tuple[dict[str, Tensor], np.n
   batch = {"input_ids": torch.from_numpy(found["input_ids"]).to(device, torch.long)}
   if "label_0" in found:
     first = torch.from_numpy(found["label_0"] >= 0.5).to(device)
-    for name, field in (("", "pixels"), ("_time_ids", "time_ids")):
+    for name, field in (("", "pixels"), ("_time_ids", "sizes")):
       if f"{field}_0" not in found:
         continue
       both = [found[f"{field}_{i}"] for i in (0, 1)]

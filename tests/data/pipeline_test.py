@@ -78,8 +78,8 @@ def test_a_pair_batch_holds_what_the_records_say():
     "input_ids": ((4, 4), "int32"),
     "pixels_0": ((4, SIZE, SIZE, 3), "uint8"),
     "pixels_1": ((4, SIZE, SIZE, 3), "uint8"),
-    "time_ids_0": ((4, 6), "float32"),
-    "time_ids_1": ((4, 6), "float32"),
+    "sizes_0": ((4, 6), "float32"),
+    "sizes_1": ((4, 6), "float32"),
     "label_0": ((4,), "float32"),
     "num_example_per_prompt": ((4,), "int32"),
     "weight": ((4,), "float32"),
@@ -92,7 +92,7 @@ def test_a_pair_batch_holds_what_the_records_say():
     np.testing.assert_allclose(batch["pixels_0"][row, 0, -1], 10 + i)
     np.testing.assert_allclose(batch["pixels_1"][row, 0, -1], 120 + i)
     np.testing.assert_array_equal(batch["pixels_0"][row, 0, 0], 0)
-    for key in ("time_ids_0", "time_ids_1"):
+    for key in ("sizes_0", "sizes_1"):
       np.testing.assert_array_equal(batch[key][row], [SIZE, SIZE, 0, 0, SIZE, SIZE])
 
 
@@ -305,7 +305,7 @@ def test_captions_are_tokenized_when_they_are_needed_and_a_limited_number_is_rem
   for batch in take(batches, 8):
     for row, i in enumerate(numbers(batch)):
       assert batch["pixels_0"][row, 0, -1, 0] == 10 + i
-  assert len(seen) > 80 and len(batches._ids._ids) == 20
+  assert len(seen) > 80 and len(batches._ids["input_ids"]._ids) == 20
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
@@ -448,7 +448,7 @@ def test_large_jpeg_files_are_decoded_smaller_and_look_the_same(height, width, r
 # ---- Crops -------------------------------------------------------------------------------------------------------
 
 
-def test_crops_are_drawn_once_for_a_pair_and_said_in_time_ids():
+def test_crops_are_drawn_once_for_a_pair_and_said_in_sizes():
   """Two images of one size are cropped at the same place; in the pixels stands which column it is."""
   source = [
     {
@@ -470,8 +470,8 @@ def test_crops_are_drawn_once_for_a_pair_and_said_in_time_ids():
     # In the mirrored original the same pixels begin at this column.
     left = np.where(mirrored, SIZE + 5 - first, first)
     expected = [[SIZE, SIZE + 6, 0, x, SIZE, SIZE] for x in left]
-    np.testing.assert_array_equal(batch["time_ids_0"], expected)
-    np.testing.assert_array_equal(batch["time_ids_1"], expected)
+    np.testing.assert_array_equal(batch["sizes_0"], expected)
+    np.testing.assert_array_equal(batch["sizes_1"], expected)
     places += np.minimum(first, last).tolist()
   counts = np.bincount(places, minlength=7)
   assert len(counts) == 7 and counts.min() > 240 / 7 / 2  # all places, about equally often
@@ -482,13 +482,13 @@ def test_crops_are_drawn_once_for_a_pair_and_said_in_time_ids():
   ):
     assert_same(x, y)
     np.testing.assert_array_equal(x["input_ids"], centred["input_ids"])  # the order does not depend on it
-    assert set(centred["time_ids_0"][:, 3]) == {3}
+    assert set(centred["sizes_0"][:, 3]) == {3}
 
 
 def test_a_crop_lies_in_the_same_share_of_images_of_different_sizes():
   source = shapes(8, image_0=columns(SIZE, SIZE + 4), image_1=columns(SIZE, SIZE + 9))
   for batch in take(open_pairs(source, batch_size=8, random_crop=True), 5):
-    a, b = (batch[f"time_ids_{n}"][:, 3] for n in "01")
+    a, b = (batch[f"sizes_{n}"][:, 3] for n in "01")
     assert (np.abs(a / 5 - b / 10) < 0.2).all()
 
 
@@ -496,7 +496,7 @@ def test_images_are_cropped_at_random_places_too():
   source = [{"image": columns(SIZE + 6, SIZE)} for _ in range(12)]
   batch = next(pipeline.image_batches(source, batch_size=12, image_size=SIZE, seed=0, random_crop=True))
   top = batch["pixels"][:, 0, 0, 0]
-  np.testing.assert_array_equal(batch["time_ids"][:, 2], top)
+  np.testing.assert_array_equal(batch["sizes"][:, 2], top)
   assert len(set(top.tolist())) > 3
 
 
@@ -520,7 +520,7 @@ def test_framings_of_hand_worked_sizes(height, width, image_size, expected):
   assert framing == (height, width, *expected)
   top, left, right = expected
   for flip, side in ((False, left), (True, right)):
-    found = records.time_ids(framing, image_size, flip=flip)
+    found = records.sizes(framing, image_size, flip=flip)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, [height, width, top, side, image_size, image_size])
 
@@ -562,14 +562,14 @@ def shapes(n=8, **fields):
   ]
 
 
-def test_time_ids_say_where_the_pixels_come_from_mirrored_or_not():
+def test_sizes_say_where_the_pixels_come_from_mirrored_or_not():
   batch = next(open_pairs(shapes(), batch_size=8, flip=True))
   wide, tall = (batch[k][:, 0, 0, 0].astype(float) for k in ("pixels_0", "pixels_1"))
   mirrored = wide == SIZE + 1  # the last of columns 2 to 9, the first in the mirrored image
   assert mirrored.any() and not mirrored.all() and (wide[~mirrored] == 2).all() and (tall == 1).all()
   expected = np.array([[SIZE, SIZE + 5, 0, 3 if m else 2, SIZE, SIZE] for m in mirrored])
-  np.testing.assert_array_equal(batch["time_ids_0"], expected)
-  np.testing.assert_array_equal(batch["time_ids_1"], [[SIZE + 3, SIZE, 1, 0, SIZE, SIZE]] * 8)
+  np.testing.assert_array_equal(batch["sizes_0"], expected)
+  np.testing.assert_array_equal(batch["sizes_1"], [[SIZE + 3, SIZE, 1, 0, SIZE, SIZE]] * 8)
   # In the mirrored original the same pixels begin at the given column.
   original = columns(SIZE, SIZE + 5)[:, ::-1]
   np.testing.assert_array_equal(original[0, 3 : 3 + SIZE, 0][:1], wide[mirrored][:1])
@@ -577,14 +577,14 @@ def test_time_ids_say_where_the_pixels_come_from_mirrored_or_not():
 
 def test_the_size_before_an_image_was_stored_comes_from_its_own_field():
   batch = next(open_pairs(shapes(original_size_1=np.array([1100, 800]))))
-  np.testing.assert_array_equal(batch["time_ids_0"], [[SIZE, SIZE + 5, 0, 2, SIZE, SIZE]] * 4)
-  np.testing.assert_array_equal(batch["time_ids_1"], [[1100, 800, 1, 0, SIZE, SIZE]] * 4)
+  np.testing.assert_array_equal(batch["sizes_0"], [[SIZE, SIZE + 5, 0, 2, SIZE, SIZE]] * 4)
+  np.testing.assert_array_equal(batch["sizes_1"], [[1100, 800, 1, 0, SIZE, SIZE]] * 4)
   batch = next(open_pairs(shapes(original_size_0=(480, 640), original_size_1=None)))
-  np.testing.assert_array_equal(batch["time_ids_0"], [[480, 640, 0, 2, SIZE, SIZE]] * 4)
-  np.testing.assert_array_equal(batch["time_ids_1"], [[SIZE + 3, SIZE, 1, 0, SIZE, SIZE]] * 4)
+  np.testing.assert_array_equal(batch["sizes_0"], [[480, 640, 0, 2, SIZE, SIZE]] * 4)
+  np.testing.assert_array_equal(batch["sizes_1"], [[SIZE + 3, SIZE, 1, 0, SIZE, SIZE]] * 4)
   images = [{"image": png(i, size=16), "original_size": [320, 320]} for i in range(4)]
   batch = next(pipeline.image_batches(images, batch_size=4, image_size=SIZE, seed=0))
-  np.testing.assert_array_equal(batch["time_ids"], [[320, 320, 0, 0, SIZE, SIZE]] * 4)
+  np.testing.assert_array_equal(batch["sizes"], [[320, 320, 0, 0, SIZE, SIZE]] * 4)
 
 
 @pytest.mark.parametrize("value", [512, [512], [512, 0], [-1, 512], [512, 512, 3], "x", [float("nan"), 1], [1, np.inf]])
@@ -650,7 +650,7 @@ def test_images_may_have_labels():
 def test_images_need_neither_captions_nor_classes_of_a_source_of_ones_own():
   source = [{"image": png(i)} for i in range(6)]
   batch = next(pipeline.image_batches(source, batch_size=6, image_size=SIZE, seed=0))
-  assert batch.keys() == {"record", "pixels", "time_ids", "style", "class_id"}
+  assert batch.keys() == {"record", "pixels", "sizes", "style", "class_id"}
   np.testing.assert_array_equal(batch["class_id"], -1)
 
 

@@ -79,8 +79,8 @@ def spm_of(model):
 
 
 def test_without_sizes_the_model_keeps_its_own():
-  batch = sized_batch(6) | {k: np.tile(SQUARE, (6, 1)) for k in ("time_ids_0", "time_ids_1")}
-  bare = {k: v for k, v in batch.items() if not k.startswith("time_ids")}
+  batch = sized_batch(6) | {k: np.tile(SQUARE, (6, 1)) for k in ("sizes_0", "sizes_1")}
+  bare = {k: v for k, v in batch.items() if not k.startswith("sizes")}
   for make in (lambda m: pairs.DiffusionDPO(m, SIGMOID), spm_of):
     build = lambda m, make=make: loss_of(make(m))
     with_sizes, without = (sized(build, FROZEN, FROZEN, FROZEN, b, KEY) for b in (batch, bare))
@@ -95,7 +95,7 @@ def test_the_divergence_is_conditioned_on_the_preferred_images():
   _, calls, encoded = sized(lambda m: divergence_of(pairs.DiffusionDPO(m, SIGMOID)), OTHER, FROZEN, batch, KEY)
   assert encoded == [8]
   first = batch["label_0"][:, None] >= 0.5
-  preferred = np.where(first, batch["time_ids_0"], batch["time_ids_1"])[:8]
+  preferred = np.where(first, batch["sizes_0"], batch["sizes_1"])[:8]
   for call in calls:
     np.testing.assert_array_equal(call[2], preferred)
   # SPO's samples are the model's own.
@@ -114,7 +114,7 @@ def test_the_divergence_is_conditioned_on_the_preferred_images():
 def test_a_model_without_size_conditioning_is_not_changed_by_sizes():
   """Stable Diffusion 1.x: bit for bit."""
   batch = sized_batch(9)
-  bare = {k: v for k, v in batch.items() if not k.startswith("time_ids")}
+  bare = {k: v for k, v in batch.items() if not k.startswith("sizes")}
   equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
   dpo = compiled_loss(DPO)
   equal(*(dpo(NEAR, SAME, FROZEN, b, KEY) for b in (batch, bare)))
@@ -123,4 +123,4 @@ def test_a_model_without_size_conditioning_is_not_changed_by_sizes():
   equal(*(spm({"spm": FROZEN["spm"]}, {}, FROZEN, b, KEY) for b in (batch, bare)))
   images = {"pixels": batch["pixels_0"], "input_ids": batch["input_ids"]}
   denoise = compiled_loss(pretraining.Denoising(MODEL))
-  equal(*(denoise(SAME, {}, FROZEN, b, KEY) for b in (images | {"time_ids": batch["time_ids_0"]}, images)))
+  equal(*(denoise(SAME, {}, FROZEN, b, KEY) for b in (images | {"sizes": batch["sizes_0"]}, images)))

@@ -12,7 +12,7 @@ import pytest
 from jaxpref import diffusion, losses
 from jaxpref.files.loading import text_to_image
 from jaxpref.files.pipelines import random_pipeline
-from jaxpref.models.text_to_image import TextToImage
+from jaxpref.models.stable_diffusion import StableDiffusion
 from jaxpref.objectives import pairs
 from jaxpref.objectives.base import Weights, named_key
 from tests import decisions
@@ -322,21 +322,21 @@ def test_winner_and_loser_are_conditioned_on_their_own_sizes():
   (loss, _, _), calls, encoded = sized(dpo_of, NEAR, SAME, FROZEN, batch, KEY)
   assert encoded == [9]  # one row a prompt, once
   lost = batch["label_0"] == 0
-  winners, losers = (batch[k].copy() for k in ("time_ids_0", "time_ids_1"))
-  winners[lost], losers[lost] = batch["time_ids_1"][lost], batch["time_ids_0"][lost]
+  winners, losers = (batch[k].copy() for k in ("sizes_0", "sizes_1"))
+  winners[lost], losers[lost] = batch["sizes_1"][lost], batch["sizes_0"][lost]
   assert not np.array_equal(winners, losers)
   for _, _, time_ids, _ in calls:  # policy and reference
     np.testing.assert_array_equal(time_ids, np.concatenate([winners, losers]))
-  swapped = {k[:-1] + "10"[int(k[-1])]: v for k, v in batch.items() if k.startswith(("pixels", "time_ids"))}
+  swapped = {k[:-1] + "10"[int(k[-1])]: v for k, v in batch.items() if k.startswith(("pixels", "sizes"))}
   swapped = batch | swapped | {"label_0": 1 - batch["label_0"]}
   (same, _, _), _, _ = sized(dpo_of, NEAR, SAME, FROZEN, swapped, KEY)
   np.testing.assert_allclose(same, loss, rtol=1e-6)
-  other = batch | {"time_ids_0": batch["time_ids_1"], "time_ids_1": batch["time_ids_0"]}
+  other = batch | {"sizes_0": batch["sizes_1"], "sizes_1": batch["sizes_0"]}
   (other, _, _), _, _ = sized(dpo_of, NEAR, SAME, FROZEN, other, KEY)
   assert abs(other - loss) > 1e-3 * loss
 
 
-class PooledImages(TextToImage):
+class PooledImages(StableDiffusion):
   """The real networks, but for the autoencoder, which costs the most to compile."""
 
   def encode_images(self, weights, images, key):
@@ -361,8 +361,8 @@ def test_sdxl_loss_of_wide_and_tall_images_equals_a_computation_by_hand():
     "pixels_1": pixels[1],
     "label_0": np.float32([1, 0]),
     "input_ids": pipe.tokenize(["red apple", "grinning cat"]),
-    "time_ids_0": np.stack([wide, tall]),
-    "time_ids_1": np.stack([tall, wide / 2]),
+    "sizes_0": np.stack([wide, tall]),
+    "sizes_1": np.stack([tall, wide / 2]),
   }
   run = jax.jit(lambda *args: dpo_of(model)(*args)[0])
   loss = float(run(params, ref_params, frozen, batch, KEY))
@@ -389,5 +389,5 @@ def test_sdxl_loss_of_wide_and_tall_images_equals_a_computation_by_hand():
   assert abs(expected - 2 * math.log(2)) > 1e-3, "the case is undecided"
   np.testing.assert_allclose(loss, expected, rtol=4e-4)  # other sizes make 1e-3
   square = np.tile(np.float32([side, side, 0, 0, side, side]), (size, 1))
-  other = float(run(params, ref_params, frozen, batch | {"time_ids_0": square, "time_ids_1": square}, KEY))
+  other = float(run(params, ref_params, frozen, batch | {"sizes_0": square, "sizes_1": square}, KEY))
   assert abs(other - loss) > 1e-3

@@ -138,5 +138,5 @@ def test_the_preference_model_sees_predictions_at_each_images_size(guidance_scal
     KEY,
   )
   assert encoded == [7, 1]  # the prompts, and the empty one
-  rows = np.concatenate([batch["time_ids_0"], batch["time_ids_1"]])
+  rows = np.concatenate([batch["sizes_0"], batch["sizes_1"]])
   np.testing.assert_array_equal(call[2], rows if guidance_scale <= 1.0 else np.concatenate([rows, rows]))

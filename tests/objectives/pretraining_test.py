@@ -134,15 +134,15 @@ def test_denoise_is_the_mean_squared_error():
 
 def test_denoising_is_conditioned_on_each_image():
   batch = pair_batch(5)
-  images = {"pixels": batch["pixels_0"], "input_ids": batch["input_ids"], "time_ids": sizes(5)}
+  images = {"pixels": batch["pixels_0"], "input_ids": batch["input_ids"], "sizes": sizes(5)}
   (loss, _, _), ((x, t, time_ids, pred),), encoded = sized(
     lambda m: loss_of(pretraining.Denoising(m)), SAME, {}, FROZEN, images, KEY
   )
   assert encoded == [5]
-  np.testing.assert_array_equal(time_ids, images["time_ids"])
+  np.testing.assert_array_equal(time_ids, images["sizes"])
   alpha, sigma = (np.sqrt(v)[t, None, None, None] for v in (ABARS, 1 - ABARS))
   noise = (x - alpha * latents_np(images["pixels"])) / sigma
   np.testing.assert_allclose(loss, np.mean((pred - noise) ** 2, axis=(1, 2, 3)).sum(), rtol=1e-3)
-  del images["time_ids"]
+  del images["sizes"]
   _, ((_, _, time_ids, _),), _ = sized(lambda m: loss_of(pretraining.Denoising(m)), SAME, {}, FROZEN, images, KEY)
   np.testing.assert_array_equal(time_ids, np.tile(SQUARE, (5, 1)))

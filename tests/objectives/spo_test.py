@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxpref import diffusion, losses
-from jaxpref.models.text_to_image import guided
+from jaxpref.models.base import guided
 from jaxpref.objectives import spo
 from jaxpref.objectives.pairs import pair_loss
 from jaxpref.rewards import step_aware

@@ -94,8 +94,7 @@ class SizedModel(StubModel):
     self.calls.append((x, t, time_ids, out))
     return out
 
-  def encode_text(self, weights, input_ids, time_ids=None):
-    assert time_ids is None, "time_ids are put beside the encoded text, which is encoded once"
+  def encode_text(self, weights, input_ids):
     self.encoded.append(input_ids.shape[0])
     cond = super().encode_text(weights, input_ids)
     size = float(self.image_size)
@@ -118,7 +117,7 @@ def sized(build, *args):
 
 
 def sizes(rows, seed=0):
-  """time_ids f32[rows, 6] as of images of many shapes."""
+  """f32[rows, 6] as of images of many shapes."""
   rng = np.random.default_rng(seed)
   height, width = rng.integers(8, 64, (2, rows))
   shorter = np.minimum(height, width)
@@ -127,7 +126,7 @@ def sizes(rows, seed=0):
 
 
 def sized_batch(rows, seed=10):
-  return pair_batch(rows, seed) | {"time_ids_0": sizes(rows, 1), "time_ids_1": sizes(rows, 2)}
+  return pair_batch(rows, seed) | {"sizes_0": sizes(rows, 1), "sizes_1": sizes(rows, 2)}
 
 
 SQUARE = np.float32([8, 8, 0, 0, 8, 8])

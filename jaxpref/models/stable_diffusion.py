@@ -1,15 +1,12 @@
-"""A text-to-image model as the few pure functions that objectives and rollouts need.
+"""Stable Diffusion 1.x, 2.x and SDXL behind the interface `models.base.Model`.
 
-Every function takes `weights`, a dict of parameter trees by component: `unet`, `vae`, `text_encoder`,
-`text_encoder_2`, and `unet_lora` where an adapter is trained. The trainer passes `{**frozen, **params}` for
-the policy, `{**frozen, **ref_params}` for the reference and `frozen` for the pre-trained model, so one set
-of functions serves all three.
+Their components are `unet`, `vae`, `text_encoder`, `text_encoder_2`, and `unet_lora` where an adapter is trained.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,18 +14,14 @@ import jax.numpy as jnp
 
 from jaxpref.diffusion import Process
 from jaxpref.models import lora
+from jaxpref.models.base import Cond, Weights
 from jaxpref.models.clip import CLIPTextModel, layer_norm
 from jaxpref.models.unet import UNet2DConditionModel
 from jaxpref.models.vae import AutoencoderKL, scale_latents, to_float, unscale_latents
 
-Weights = Mapping[str, Any]
-Cond = dict[str, Any]
-# (x f32[B,h,w,C], t i32[B], cond) -> the network's prediction f32[B,h,w,C]
-EpsFn = Callable[[jax.Array, jax.Array, Cond], jax.Array]
-
 
 @dataclasses.dataclass(frozen=True)
-class TextToImage:
+class StableDiffusion:
   """Stable Diffusion 1.x / 2.x or SDXL, as modules without parameters.
 
   Attributes:
@@ -49,11 +42,17 @@ class TextToImage:
   zero_empty_prompt: bool = False
   clip_skip: int | None = None
   vae_slicing: int | None = None
+  denoiser = "unet"
+
+  @property
+  def unit(self) -> int:
+    """Pixels a side that one latent stands for."""
+    return self.vae.config.downscale
 
   @property
   def image_size(self) -> int:
     """Height and width of the images in pixels, from the UNet's `sample_size`."""
-    return self._latent_size * self.vae.config.downscale
+    return self._latent_size * self.unit
 
   @property
   def _latent_size(self) -> int:
@@ -69,7 +68,7 @@ class TextToImage:
 
   def latent_shape_for(self, height: int, width: int) -> tuple[int, int, int]:
     """(h, w, C) of the latents of images of a size in pixels, another than the model's own."""
-    unit = self.vae.config.downscale
+    unit = self.unit
     if height < unit or width < unit or height % unit or width % unit:
       raise ValueError(f"images of {height} x {width} pixels, expected multiples of {unit} (what the VAE halves).")
     return (height // unit, width // unit, self.unet.config.in_channels)
@@ -147,6 +146,33 @@ class TextToImage:
       },
     }
 
+  def sized(self, cond: Cond, sizes: jax.Array | None) -> Cond:
+    """SDXL's conditioning at `time_ids` of one's own; that of Stable Diffusion 1.x and 2.x, which know none, as it is.
+
+    The text encoders know nothing of them, so that images of any size share one encoding of their prompt.
+    """
+    if sizes is None or "added_cond_kwargs" not in cond:
+      return cond
+    rows = len(cond["encoder_hidden_states"])
+    added = {**cond["added_cond_kwargs"], "time_ids": sizes if len(sizes) > 1 else jnp.broadcast_to(sizes, (rows, 6))}
+    return {**cond, "added_cond_kwargs": added}
+
+  def stored_text(self, cond: Cond) -> dict[str, jax.Array]:
+    """encoder_hidden_states [B, L, D] and, of SDXL, text_embeds [B, E]."""
+    fields = {"encoder_hidden_states": cond["encoder_hidden_states"]}
+    if "added_cond_kwargs" in cond:
+      fields["text_embeds"] = cond["added_cond_kwargs"]["text_embeds"]
+    return fields
+
+  def restored_text(self, batch: Mapping[str, jax.Array]) -> Cond | None:
+    """The conditioning of fields that `stored_text` made; None of a batch without them."""
+    if "encoder_hidden_states" not in batch:
+      return None
+    cond: Cond = {"encoder_hidden_states": batch["encoder_hidden_states"]}
+    if "text_embeds" in batch:
+      cond["added_cond_kwargs"] = {"text_embeds": batch["text_embeds"]}
+    return cond
+
   def encode_images(self, weights: Weights, images: jax.Array, key: jax.Array) -> jax.Array:
     """Scaled latents f32[B,h,w,C] drawn from the VAE's posterior of images [B,H,W,3], u8 or f32 in [-1, 1]."""
     return self.draw_latents(*self.encode_moments(weights, images), key)
@@ -184,48 +210,3 @@ class TextToImage:
     slices = x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1)
     back = lambda y: y.swapaxes(0, 1).reshape(x.shape[0], *y.shape[2:])
     return jax.tree.map(back, jax.lax.map(apply, slices))
-
-
-def repeat_cond(cond: Cond, times: int) -> Cond:
-  """Repeats each row `times` times: [B, ...] -> [B * times, ...], rows of one prompt side by side."""
-  return jax.tree.map(lambda c: jnp.repeat(c, times, axis=0), cond)
-
-
-def is_guided(guidance_scale: float) -> bool:
-  """Returns whether a scale guides at all: above 1. Up to 1 the prediction is the prompt's alone, as in diffusers.
-
-  Raises:
-    ValueError: the scale is below 0, infinite or no number.
-  """
-  if not 0.0 <= guidance_scale < math.inf:
-    raise ValueError(f"guidance_scale={guidance_scale}; expected a number of at least 0 (up to 1: no guidance).")
-  return guidance_scale > 1.0
-
-
-def guided(eps_fn: EpsFn, uncond: Cond, guidance_scale: float, *, guidance_rescale: float = 0.0) -> EpsFn:
-  """Classifier-free guidance, uncond + scale (cond - uncond), as one call on a doubled batch.
-
-  Args:
-    eps_fn: the unguided prediction.
-    uncond: conditioning on the empty or a negative prompt: one row [1, ...], or as many as there are of cond.
-    guidance_scale: 1 and below switch guidance off and save half of the work.
-    guidance_rescale: in [0, 1], how far each sample's standard deviation is brought back to that of the prediction
-      without guidance, against overexposure (arXiv 2305.08891, Section 3.4, Eq. 15 and 16; 0.7 there).
-
-  Raises:
-    ValueError: as of `is_guided`.
-  """
-  if not is_guided(guidance_scale):
-    return eps_fn
-
-  def both(x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
-    rows = jax.tree.map(lambda u, c: jnp.concatenate([jnp.broadcast_to(u, c.shape).astype(c.dtype), c]), uncond, cond)
-    pred = eps_fn(jnp.concatenate([x, x]), jnp.concatenate([t, t]), rows)
-    pred_uncond, pred_cond = jnp.split(pred, 2)
-    pred = pred_uncond + guidance_scale * (pred_cond - pred_uncond)
-    if guidance_rescale > 0.0:
-      std_cond, std = (jnp.std(p, axis=(1, 2, 3), keepdims=True) for p in (pred_cond, pred))
-      pred = pred * (1.0 - guidance_rescale + guidance_rescale * std_cond / std)
-    return pred
-
-  return both
