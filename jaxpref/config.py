@@ -167,6 +167,7 @@ def default() -> ml_collections.ConfigDict:
       dtype="float32",  # of computation and of what is not trained: float32 or bfloat16; what is trained is float32
       remat="none",  # what the UNet's backward pass recomputes: none, attention, block or full; or "none,block,..."
       vae_slicing=0,  # images that the VAE encodes or decodes at a time on each device; 0: all of a batch
+      family="stable_diffusion",  # of the model: Stable Diffusion 1.x, 2.x, SDXL; or package.module:NAME of your own
       # What is loaded. Each is a folder, a hub name, "tiny-sd" (shipped), "random:PRESET", or
       # "drawn:PRESET" (random, too: see jaxpref/files/loading.py).
       model="tiny-sd",

@@ -31,7 +31,8 @@ from jaxpref.data import emoji, lease, paths, prompt_sets
 from jaxpref.devices import distributed, sharding
 from jaxpref.evaluation import comparison, drawing, settings
 from jaxpref.evaluation import folder as evaluation_folder
-from jaxpref.files import loading, lora_files
+from jaxpref.files import family as families
+from jaxpref.files import lora_files
 from jaxpref.rewards import published
 
 Model = tuple[str, tuple[lora_files.LoraFile, ...]]  # as of --model and --lora of jaxpref.sample
@@ -152,7 +153,7 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Model], list[prompt_sets.
 def evaluate(args: argparse.Namespace) -> None:
   """Draws, scores, writes, and prints the table. Several processes of JAX share the work."""
   models, prompts = check(args)
-  sizes = check_sizes(models, height=args.height, width=args.width)
+  sizes = check_sizes(models, height=args.height, width=args.width, family=args.family)
   if args.geneval_layout:
     prompt_sets.check_geneval(prompts)
   if args.out.exists() and not args.out.is_dir():
@@ -283,7 +284,9 @@ def read_prompts(name: str, *, kind: str | None = None, count: int | None = None
   return prompts
 
 
-def check_sizes(models: dict[str, Model], *, height: int | None, width: int | None) -> dict[str, list[int]]:
+def check_sizes(
+  models: dict[str, Model], *, height: int | None, width: int | None, family: str = "stable_diffusion"
+) -> dict[str, list[int]]:
   """Height and width of each model's pictures, from its configs alone.
 
   Raises:
@@ -292,8 +295,8 @@ def check_sizes(models: dict[str, Model], *, height: int | None, width: int | No
   """
   found = {}
   for name, (source, _) in models.items():
-    pipe = loading.load_text_to_image(settings.model_folder(source), dtype="float32", components=())
-    model = loading.text_to_image(pipe)
+    of = families.get(families.of_run(source, family), "--family")
+    model = of.model(of.load(settings.model_folder(source), dtype="float32", components=()))
     found[name] = [height or model.image_size, width or model.image_size]
   first = next(iter(found))
   for name, size in found.items():

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 
 from jaxpref import arguments
 from jaxpref import config as config_lib
-from jaxpref.files import loading, lora_files, pipelines
+from jaxpref.files import family as families
+from jaxpref.files import lora_files
 from jaxpref.training import build, checkpoint
 
 TEXT_TO_IMAGE = tuple(name for name, facts in config_lib.FACTS.items() if facts.trains == "denoiser")
@@ -71,25 +72,21 @@ def export(
   params, step = checkpoint.load_params(run, step)
   end = "" if step == config.num_steps else f"; it is not the end of the run, which is step {config.num_steps}"
   print(f"exporting step {step} of {run}{end}", file=sys.stderr)
-  adapter = params.get("unet_lora")
+  of = families.get(config.family)
+  adapter = params.get(f"{of.denoiser}_lora")
   if adapter is None and form != "pipeline":
     raise ValueError(
       f"{run} trained all weights (config.lora.rank=0), so there is no adapter to write; use --format=pipeline."
     )
   scale = 1.0 if adapter is None else build.adapter_scale(config, lora_files.adapter_rank(adapter))
   if form == "pipeline":
-    kept = [name for name in pipelines.NETWORKS if name not in params]
-    pipe = loading.load_text_to_image(
-      config.model, dtype=config.dtype, seed=config.seed, vae_model=config.vae_model, components=kept
-    )
-    build.save_trained(out, pipe, params, scale=scale, dtype=jnp.dtype(dtype or "float16"))
+    kept = [name for name in of.networks if name not in params]
+    pipe = of.load(config.model, dtype=config.dtype, seed=config.seed, vae_model=config.vae_model, components=kept)
+    of_files = jnp.dtype(dtype or "float16")
+    families.save_trained(of, out, pipe, params, scale=scale, name=config.model, dtype=of_files)
     return out
   file.parent.mkdir(parents=True, exist_ok=True)
-  if form == "lora":
-    lora_files.save_diffusers(file, adapter, scale, dtype=jnp.dtype(dtype or "float32"))
-  else:
-    unet = loading.unet_config(config.model)
-    lora_files.save_kohya(file, adapter, scale, unet, dtype=jnp.dtype(dtype or "float32"))
+  of.save_adapter(file, adapter, scale, name=config.model, form=form, dtype=jnp.dtype(dtype or "float32"))
   return file
 
 

@@ -33,12 +33,11 @@ import jaxpref
 from jaxpref import config as config_lib
 from jaxpref.data import batching, latents, lease, paths
 from jaxpref.devices import chips, distributed, sharding
-from jaxpref.files import loading
+from jaxpref.files import family as families
 from jaxpref.models.base import Model
 from jaxpref.training import inputs
 
 GIB = 2.0**30
-ENCODERS = ("vae", "text_encoder", "text_encoder_2")
 WAIT_SECONDS = 5.0  # between two looks at the files of other processes
 # What is not finite is refused; float16 ends at 65504.
 REMEDY = "set config.dtype=float32, or config.vae_model to a VAE that is made for half precision"
@@ -112,16 +111,17 @@ def _run(
   # ---- Networks and data -------------------------------------------------------------------------------------
   mesh = sharding.make_mesh(devices=jax.local_devices())
   everywhere = sharding.replicated(mesh)
-  pipe = loading.load_text_to_image(
+  of = families.get(config.family)
+  pipe = of.load(
     config.model,
     dtype=config.dtype,
     seed=config.seed,
     param_dtype=config.dtype,
     sharding=everywhere,
     vae_model=config.vae_model,
-    components=ENCODERS,
+    components=[name for name in of.networks if name != of.denoiser],
   )
-  model = loading.text_to_image(pipe, vae_slicing=config.vae_slicing * mesh.size or None)
+  model = of.model(pipe, vae_slicing=config.vae_slicing * mesh.size or None)
   data = _open_data(config, model, pipe.tokenize)
   empty = pipe.tokenize([""])[0]
   plan |= {

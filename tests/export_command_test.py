@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from jaxpref import config, export
+from jaxpref.files import family as families
 from jaxpref.files import loading, lora_files, pipelines
 from jaxpref.models import lora
 from jaxpref.training import build, checkpoint, step
@@ -163,7 +164,8 @@ def test_a_half_precision_base_does_not_swallow_the_change(base, tmp_path):
   pipe = dataclasses.replace(base, params={**base.params, "unet": half})
   fresh = lora.init_lora(jax.random.key(0), half, rank=RANK)
   small = jax.tree.map(lambda x: x * 1e-2, trained(fresh, 1))
-  build.save_trained(tmp_path / "out", pipe, {"unet_lora": small}, scale=1.0, dtype=jnp.float32)
+  of = families.get("stable_diffusion")
+  families.save_trained(of, tmp_path / "out", pipe, {"unet_lora": small}, scale=1.0, name="", dtype=jnp.float32)
   found = pipelines.load_pipeline(tmp_path / "out").params["unet"]
   expected = lora.merge_lora(jax.tree.map(lambda x: x.astype(jnp.float32), half), small, 1.0)
   equal(found, expected)

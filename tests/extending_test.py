@@ -1,20 +1,28 @@
 """docs/extending.md: what it shows trains as it says, from a folder of the user's own."""
 
+import os
 import pathlib
 import re
+import socket
+import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from jaxpref import compile, export, precompute, sample
 from jaxpref import config as config_lib
+from jaxpref.devices import sharding
+from jaxpref.files import lora_files
 from jaxpref.objectives import catalog, pairs
 from jaxpref.planning import plan
-from jaxpref.training import loop, metrics
+from jaxpref.training import build, loop, metrics
 from tests.stub_model import draw
 
-PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "extending.md").read_text()
 TINY = {
   "model": "random:one-level", "judge": None, "num_steps": 2, "batch_size": 8, "logging.every": 1,
   "sample.every": 0, "evaluation.num_prompts": 0, "accumulation": 1,
@@ -28,11 +36,12 @@ def mine(tmp_path_factory):
   for name, code in re.findall(r"```python\n# (\w+)\.py[^\n]*\n(.*?)```", PAGE, re.DOTALL):
     with (folder / f"{name}.py").open("a") as file:
       file.write(code)
-  assert {p.name for p in folder.iterdir()} == {"mine.py", "winners.py"}
+  names = {"mine", "winners", "pixels", "pixels_dpo"}
+  assert {p.stem for p in folder.iterdir()} == names
   sys.path.insert(0, str(folder))
   yield folder
   sys.path.remove(str(folder))
-  for name in ("mine", "winners"):
+  for name in names:
     sys.modules.pop(name, None)
 
 
@@ -64,6 +73,146 @@ def test_a_method_of_ones_own(mine, tmp_path):
     np.testing.assert_allclose(row["loss"], 2.0 * row["error"], rtol=1e-4)
   assert (tmp_path / "run" / "export" / "model_index.json").is_file()
   assert "images_per_second" in rows[-1] and jax.process_count() == 1
+
+
+GRPO = [
+  "--config.num_steps=2", "--config.batch_size=4", "--config.grpo.group_size=2", "--config.grpo.num_inference_steps=2",
+  "--config.grpo.minibatch=8", "--config.model=random:one-level", "--config.preference_model=", "--config.judge=",
+  "--config.sample.every=2", "--config.evaluation.num_prompts=0", "--config.logging.every=1",
+  "--config.sample.num_prompts=2", "--config.evaluation.num_inference_steps=2",
+]  # fmt: skip
+
+
+def processes(folder, port, *arguments):
+  """Two of jaxpref.main with a reward of the page: (exit codes, what they said)."""
+  command = [sys.executable, "-m", "jaxpref.main", "--config=configs/grpo_tiny.py", *GRPO, *arguments]
+  command += [f"--coordinator_address=localhost:{port}", "--num_processes=2"]
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": f"{folder}:{ROOT}",
+  }  # fmt: skip
+  options = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  running = [
+    subprocess.Popen([*command, f"--process_id={i}"], env=environment | {"NUMBER": str(i)}, **options) for i in (0, 1)
+  ]
+  said = [process.communicate(timeout=400)[0] for process in running]
+  return [process.returncode for process in running], said
+
+
+def free_port():
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    return free.getsockname()[1]
+
+
+def test_a_reward_of_ones_own_on_two_processes(mine, tmp_path):
+  """Each scores the pictures that lie there; and if it fails in one, both end with its sentence."""
+  codes, said = processes(mine, free_port(), "--config.reward=mine:colours:0.05", f"--workdir={tmp_path / 'run'}")
+  assert codes == [0, 0], said
+  rows = metrics.read(tmp_path / "run" / "metrics.jsonl")
+  trained = [row for row in rows if "reward" in row]
+  assert len(trained) == 2 and all(np.isfinite(row["loss"]) and 0 < row["reward"] < 13 for row in trained)
+  assert all(row["score_gap"] > 0 for row in trained)
+  assert [0 < row["validation_reward"] < 13 for row in rows if "validation_reward" in row] == [True, True]
+
+  (mine / "failing.py").write_text(FAILING)
+  codes, said = processes(mine, free_port(), "--config.reward=failing:reward", f"--workdir={tmp_path / 'failed'}")
+  (mine / "failing.py").unlink()
+  assert 0 not in codes, said
+  assert all("reward failing:reward raised ZeroDivisionError" in text for text in said), said
+  assert not [text for text in said if "Traceback" in text], said
+
+
+FAILING = """
+import os
+
+def reward(images, prompts):
+  return [1 / int(os.environ["NUMBER"]) for _ in images]
+"""
+
+
+@pytest.fixture(scope="module")
+def pixels(mine, tmp_path_factory):
+  """Work folder of the recipe for a family of one's own, trained with LoRA, and its config."""
+  import pixels_dpo
+
+  config = pixels_dpo.get_config()
+  tiny = TINY | {"model": "random", "num_steps": 3, "lora.rank": 4, "lora.alpha": 8.0}
+  config.update_from_flattened_dict(tiny)
+  folder = tmp_path_factory.mktemp("pixels") / "run"
+  loop.run(config, str(folder))
+  return folder, config
+
+
+def test_a_family_of_ones_own_trains_and_opens_its_folder(pixels):
+  import pixels as module
+
+  folder, config = pixels
+  rows = metrics.read(folder / "metrics.jsonl")
+  np.testing.assert_allclose(rows[0]["loss"], np.log(2), rtol=1e-5)
+  assert rows[-1]["loss"] != rows[0]["loss"] and np.isfinite(rows[-1]["loss_bin_09"])
+  before = module.PIXELS.load("random", dtype="float32", seed=config.seed)
+  after = module.PIXELS.load(folder / "export", dtype="float32")
+  adapter, scale = module.PIXELS.load_adapter(folder / "export" / lora_files.DIFFUSERS_FILE, after)
+  assert scale == 2.0 and set(adapter) == {"to_in", "to_out"}
+  for layer in ("to_in", "to_out"):
+    change = after.params["network"][layer]["kernel"] - before.params["network"][layer]["kernel"]
+    np.testing.assert_allclose(change, 2.0 * adapter[layer]["lora_A"] @ adapter[layer]["lora_B"], atol=2e-3)
+  assert np.abs(adapter["to_out"]["lora_B"]).max() > 0
+
+
+def test_a_family_of_ones_own_draws_exports_and_goes_on(pixels, tmp_path):
+  folder, config = pixels
+  common = ["--prompt", "red heart", "--steps", "4", "--seeds", "2", "--guidance_scale", "2"]
+  sample.main([*common, "--model", str(folder), "--out", str(tmp_path / "merged")])
+  export.main([str(folder), "--format=lora", f"--out={tmp_path / 'mine.safetensors'}"])
+  of = ["--family=pixels:PIXELS", "--model=random", f"--lora={tmp_path / 'mine.safetensors'}"]
+  sample.main([*common, *of, "--out", str(tmp_path / "adapter")])
+  pictures = [
+    [np.asarray(Image.open(p), np.int32) for p in sorted((tmp_path / name).glob("0*.png"))]
+    for name in ("merged", "adapter")
+  ]
+  assert len(pictures[0]) == 2 and pictures[0][0].shape == (16, 16, 3)
+  assert np.abs(np.stack(pictures[0]) - np.stack(pictures[1])).max() <= 2  # the folder is in half precision
+  again = config_lib.default()
+  again.update(config.to_dict())
+  again.update(num_steps=1)
+  again.lora.init_from = str(tmp_path / "mine.safetensors")
+  loop.run(again, str(tmp_path / "again"))
+
+
+def test_a_family_of_ones_own_precomputes(pixels, tmp_path):
+  _, config = pixels
+  whole = config_lib.default()
+  whole.update(config.to_dict())
+  whole.update(num_steps=1)
+  loop.run(whole, str(tmp_path / "from_images"))
+  precompute.run(whole, tmp_path / "data")
+  whole.data.update(source="precomputed", path=str(tmp_path / "data"))
+  loop.run(whole, str(tmp_path / "from_data"))
+  losses = [metrics.read(tmp_path / name / "metrics.jsonl")[-1] for name in ("from_images", "from_data")]
+  np.testing.assert_allclose(losses[0]["grad_norm"], losses[1]["grad_norm"], rtol=2e-2)
+
+
+def test_a_family_of_ones_own_compiles_on_shapes_alone(pixels):
+  """For devices that are not there; here for some that are."""
+  _, config = pixels
+  report = compile.compile_step(plan.without_weights(config), sharding.make_mesh(devices=jax.devices()[:2]))
+  assert report["flop"] > 0 and report["arguments"]["trained"] > 0
+
+
+@pytest.mark.parametrize(
+  ("family", "sentence"),
+  [
+    ("sd3", "config.family='sd3'; expected one of stable_diffusion, or package.module:NAME"),
+    ("pixels:PIXEL", "config.family=pixels:PIXEL: the module pixels has no PIXEL .did you mean PIXELS"),
+    ("mine:WINNERS", "config.family=mine:WINNERS: it has no load, model, .*; expected a jaxpref.files.family.Family"),
+  ],
+)
+def test_a_family_that_is_not_there_is_refused(mine, family, sentence):
+  config = config_lib.default()
+  config.update(family=family, model="random:one-level")
+  with pytest.raises(ValueError, match=sentence):
+    build.build(config)
 
 
 @pytest.mark.parametrize(

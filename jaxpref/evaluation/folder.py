@@ -17,7 +17,8 @@ from PIL import Image
 import jaxpref
 from jaxpref.data import lease, paths, prompt_sets
 from jaxpref.evaluation.settings import model_folder
-from jaxpref.files import loading, lora_files, pipelines, tensor_files
+from jaxpref.files import family as families
+from jaxpref.files import lora_files, pipelines, tensor_files
 
 PACKAGES = ("jax", "flax", "numpy", "transformers", "pillow")
 # Of the arguments: what decides the pictures, and so has to stay the same in a folder.
@@ -53,7 +54,7 @@ def make_manifest(
     name: {
       "model": source,
       "lora": " + ".join(map(str, loras)) or None,
-      "weights": fingerprint(source, loras),
+      "weights": fingerprint(source, loras, args.family),
       "versions": versions,
     }
     for name, (source, loras) in models.items()
@@ -176,15 +177,14 @@ def forget_scores(folder: pathlib.Path, model: str) -> None:
       file.unlink(missing_ok=True)
 
 
-def fingerprint(source: str, loras: Sequence[lora_files.LoraFile]) -> str:
+def fingerprint(source: str, loras: Sequence[lora_files.LoraFile], family: str = "stable_diffusion") -> str:
   """Returns a hash of the weights that a model of `parse_models` has."""
   plain = all(strength == 1.0 for _, strength in loras)
   strengths = "" if plain else "".join(f":{strength:g}" for _, strength in loras)
   if source.partition(":")[0] in ("random", "zeros"):
     return source + "".join(f"+{_fingerprint([file])}" for file, _ in loras) + strengths
-  folder = pipelines.resolve_folder(loading.folder_of(model_folder(source)), "*/*.safetensors")
-  parts = [folder / name for name in pipelines.NETWORKS if (folder / name).is_dir()]
-  files = [f for part in parts for f in tensor_files.weight_files(part)]
+  of = families.get(families.of_run(source, family), "--family")
+  files = [f for of_part in of.weight_files(model_folder(source)).values() for f in of_part]
   return _fingerprint([*files, *(file for file, _ in loras)]) + strengths
 
 

@@ -1,7 +1,6 @@
 """How pictures are drawn, as the command line of `sample` and `evaluate` says it: arguments, checks, and the model."""
 
 import argparse
-import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -13,9 +12,9 @@ from jax.sharding import Mesh
 
 from jaxpref.data import prompt_sets
 from jaxpref.devices import sharding
-from jaxpref.diffusion import VariancePreserving
 from jaxpref.evaluation import drawing
-from jaxpref.files import loading, lora_files
+from jaxpref.files import family as families
+from jaxpref.files import lora_files
 from jaxpref.models.base import Model
 
 
@@ -35,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--height", type=int, help="pixels (default: the model's size)")
   add("--width", type=int, help="pixels (default: the model's size)")
   add("--batch_size", type=int, default=8, help="pictures at a time, of each process (default: %(default)s)")
+  add(
+    "--family",
+    default="stable_diffusion",
+    help="of the model: %(default)s, package.module:NAME of your own; a run says which",
+  )
   add("--vae_model", help="a VAE's folder or hub name, in the place of the model's own")
   add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of computation and stored weights")
 
@@ -49,20 +53,16 @@ def load(
     loras: as of --lora.
   """
   everywhere = sharding.replicated(mesh)
-  pipe = loading.load_text_to_image(
+  of = families.get(families.of_run(name, args.family), "--family")
+  pipe = of.load(
     model_folder(name), dtype=args.dtype, param_dtype=args.dtype, sharding=everywhere, vae_model=args.vae_model
   )
   weights = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
   scale = 1.0
   if loras:
-    adapter, scale, text_encoders = lora_files.load_pipeline_loras(loras, pipe.unet.config, pipe.params)
-    weights = lora_files.merge_text_encoders(weights, text_encoders) | {"unet_lora": adapter}
-  model = dataclasses.replace(loading.text_to_image(pipe, lora_scale=scale), clip_skip=args.clip_skip)
-  if args.scheduler == "dpmpp_2m":
-    # Where the folder does not say, diffusers' DPMSolverMultistepScheduler has another default than its DDIMScheduler.
-    spacing = pipe.scheduler_config.get("timestep_spacing", "linspace")
-    schedule = dataclasses.replace(pipe.schedule, timestep_spacing=spacing)
-    model = dataclasses.replace(model, process=VariancePreserving(schedule))
+    adapted, scale = of.with_adapters(pipe, loras)
+    weights |= adapted
+  model = of.model(pipe, lora_scale=scale, clip_skip=args.clip_skip, sampler=args.scheduler)
   return model, jax.device_put(weights, everywhere), pipe.tokenize
 
 

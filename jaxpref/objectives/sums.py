@@ -16,11 +16,12 @@ def mean_of(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 def binned_mean(values: jax.Array, weights: jax.Array, t: jax.Array, *, total: int, bins: int):
-  """As `mean_of`, in `bins` equal ranges of the timestep t i32[B] in [0, total): a pair of f32[bins].
+  """As `mean_of`, in `bins` equal ranges of the time t [B] in [0, total]: a pair of f32[bins].
 
   A value that is not finite spoils the mean of its own bin alone.
   """
-  counts = jax.nn.one_hot(t * bins // total, bins) * weights[:, None]
+  place = jnp.minimum((t * bins // total).astype(jnp.int32), bins - 1)
+  counts = jax.nn.one_hot(place, bins) * weights[:, None]
   return jnp.sum(jnp.where(counts > 0, values[:, None] * counts, 0.0), axis=0), jnp.sum(counts, axis=0)
 
 

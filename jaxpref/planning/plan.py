@@ -14,17 +14,12 @@ from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
 from jaxpref.devices import sharding
-from jaxpref.files import pipelines
+from jaxpref.files import family as families
 from jaxpref.models import presets
 from jaxpref.models.base import is_guided
 from jaxpref.objectives import catalog
 from jaxpref.training import build, inputs, loop
 
-# Published models whose shapes are known without their files.
-PUBLISHED = {
-  "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
-  "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
-}
 LORA_RANK = 64  # of the adapter that `changes` propose in the place of full training
 
 
@@ -38,17 +33,13 @@ def without_weights(config: ConfigDict) -> ConfigDict:
     ValueError: a model whose shapes are not known.
   """
   config = config.copy_and_resolve_references()
-  preset = PUBLISHED.get(config.model, config.model.partition(":")[2])
-  if preset not in presets.PRESETS:
-    raise ValueError(
-      f"config.model={config.model}: its shapes are not known here; expected random:PRESET with one of "
-      f"{', '.join(presets.PRESETS)}, or one of {', '.join(PUBLISHED)}."
-    )
+  model = families.get(config.family).without_values(config.model)
+  preset = model.partition(":")[2]
   with config.unlocked():
-    config.model = f"zeros:{preset}"
+    config.model = model
     config.vae_model = None
-    config.reward = ""
-    config.preference_model = f"zeros:{preset}" if catalog.method(config).facts.scorer else None
+    config.reward, scored = "", catalog.method(config).facts.scorer
+    config.preference_model = f"zeros:{preset if preset in presets.PRESETS else 'sd15'}" if scored else None
     config.judge = None
     config.lora.init_from = None
     precomputed = config.data.source == "precomputed"
@@ -71,7 +62,7 @@ def _build(config: ConfigDict, batch_devices: int) -> tuple[build.Experiment, An
     return built[0].params, built[0].frozen
 
   params, frozen = jax.eval_shape(shapes)
-  unused = set(pipelines.NETWORKS) - set(build.networks(config))
+  unused = set(families.get(config.family).networks) - set(build.networks(config))
   return built[0], params, {name: tree for name, tree in frozen.items() if name not in unused}
 
 
@@ -149,7 +140,7 @@ def device_bytes(tree: Any) -> int:
 # ---- Sizes of updates -------------------------------------------------------------------------------------------
 
 
-def unet_rows(config: ConfigDict, devices: int) -> int:
+def denoiser_rows(config: ConfigDict, devices: int) -> int:
   """Rows that the UNet has on one device in a micro-batch of an update.
 
   Args:
@@ -252,9 +243,9 @@ def estimates(config: ConfigDict, devices: Sequence[Any], report: Mapping[str, A
     for remat in {config.remat, change.remat} - set(kept) if change.remat != config.remat else ():
       policy = config.copy_and_resolve_references()
       policy.remat = remat
-      kept[remat] = kept_bytes(policy, unet_rows(config, rows))
+      kept[remat] = kept_bytes(policy, denoiser_rows(config, rows))
     saved = kept[config.remat] - kept[change.remat] if change.remat != config.remat else 0
-    share = unet_rows(new, rows) / unet_rows(config, rows)
+    share = denoiser_rows(new, rows) / denoiser_rows(config, rows)
     yield (
       change,
       sum(arguments[key].values()) + copies(new) * arguments[key]["trained"] + max(activations - saved, 0) * share,

@@ -15,11 +15,11 @@ from ml_collections import ConfigDict as Config
 
 from jaxpref.data import emoji, pipeline
 from jaxpref.evaluation import judging
+from jaxpref.files import family as families
 from jaxpref.files import loading, lora_files, pipelines
 from jaxpref.models import lora, presets
 from jaxpref.models.base import Model
 from jaxpref.models.preference import Judge
-from jaxpref.models.unet import UNetConfig
 from jaxpref.models.vae import AutoencoderKL
 from jaxpref.objectives import base, catalog, pretraining
 from jaxpref.rewards import terms
@@ -89,12 +89,6 @@ def build(config: Config, sharding: pipelines.Sharding = None, *, batch_devices:
   return _text_to_image(config, sharding, vae_slicing)
 
 
-def _remat(text: str) -> str | tuple[str, ...]:
-  """The UNet's `remat` from config.remat: one name, or one for each level, separated by commas."""
-  names = tuple(name.strip() for name in text.split(","))
-  return names[0] if len(names) == 1 else names
-
-
 def _check_decode_size(config: Config, model: Model) -> None:
   """Refuses sizes that the objective's predictions cannot be decoded at."""
   section = catalog.method(config).options
@@ -116,49 +110,27 @@ def adapter_scale(config: Config, rank: int) -> float:
   return 1.0 if config.lora.alpha is None else config.lora.alpha / rank
 
 
-def initial_adapter(config: Config, unet: UNetConfig, params: Any) -> Any:
+def initial_adapter(config: Config, pipe: Any) -> Any:
   """The adapter that training starts from: fresh, or what a file does, at the config's alpha.
 
   Args:
-    unet: the network's config.
-    params: its parameters.
+    pipe: with the parameters of the denoiser.
   Returns:
     None for full training.
   Raises:
     ValueError, FileNotFoundError: the file is missing, is for another network, or has another rank than the config.
   """
-  c = config.lora
+  c, of = config.lora, families.get(config.family)
   if c.init_from:
-    adapter, scale = lora_files.load_lora(c.init_from, unet, params)
+    adapter, scale = of.load_adapter(c.init_from, pipe)
     rank = lora_files.adapter_rank(adapter)
     if c.rank not in (0, rank):
       raise ValueError(f"config.lora.rank={c.rank}, but {c.init_from} has rank {rank}; leave out one of them.")
     return lora_files.rescale(adapter, scale, adapter_scale(config, rank))
   if c.rank:
-    return lora.init_lora(jax.random.key(config.seed), params, rank=c.rank, targets=c.targets, init=c.init)
+    key = jax.random.key(config.seed)
+    return lora.init_lora(key, pipe.params[of.denoiser], rank=c.rank, targets=c.targets, init=c.init)
   return None
-
-
-def save_trained(folder: pathlib.Path, pipe: pipelines.Pipeline, params: Any, *, scale: float, dtype: Any) -> None:
-  """Writes a diffusers folder: a pipeline with trained parameters in the place of its own.
-
-  Args:
-    folder: to write.
-    pipe: the pipeline that was trained.
-    params: trained parameters by component; an adapter `unet_lora` is merged, and also written by itself beside the
-      components (in float32, to be continued from).
-    scale: alpha / rank of the adapter.
-    dtype: of the folder's files.
-  """
-  trained = dict(pipe.params) | params
-  adapter = trained.pop("unet_lora", None)
-  if adapter is not None:
-    # A bfloat16 base would swallow most of a small change, so it takes the precision of the file first.
-    base = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.bfloat16 else x, trained["unet"])
-    trained["unet"] = lora.merge_lora(base, adapter, scale)
-  pipelines.save_pipeline(folder, dataclasses.replace(pipe, params=trained), dtype=dtype)
-  if adapter is not None:
-    lora_files.save_diffusers(folder / lora_files.DIFFUSERS_FILE, adapter, scale)
 
 
 def _load(
@@ -166,14 +138,15 @@ def _load(
   sharding: pipelines.Sharding,
   *,
   trained: tuple[str, ...] = (),
-  components: Sequence[str] = pipelines.NETWORKS,
-) -> pipelines.Pipeline:
+  components: Sequence[str] | None = None,
+) -> Any:
   """The config's pipeline: parameters float32 where trained, else in the dtype of the computation."""
-  return loading.load_text_to_image(
+  of = families.get(config.family)
+  return of.load(
     config.model,
     dtype=config.dtype,
     seed=config.seed,
-    param_dtype={name: "float32" if name in trained else config.dtype for name in pipelines.NETWORKS},
+    param_dtype={name: "float32" if name in trained else config.dtype for name in of.networks},
     sharding=sharding,
     vae_model=config.vae_model,
     components=components,
@@ -181,16 +154,19 @@ def _load(
 
 
 def networks(config: Config) -> tuple[str, ...]:
-  """Those that a run of `_text_to_image` needs: with precomputed data only the UNet, unless it draws pictures."""
+  """Those that a run of `_text_to_image` needs: with precomputed data the denoiser alone, unless it draws pictures."""
   draws = config.sample.every or (config.judge and config.evaluation.num_prompts)
-  return pipelines.NETWORKS if config.data.source != "precomputed" or draws else ("unet",)
+  of = families.get(config.family)
+  return of.networks if config.data.source != "precomputed" or draws else (of.denoiser,)
 
 
 def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: int | None) -> Experiment:
+  of = families.get(config.family)
+  adapter_name = f"{of.denoiser}_lora"
   if config.lora.rank or config.lora.init_from:
     components: tuple[str, ...] = ()
   else:
-    components = ("unet", "text_encoder") if config.train_text_encoder else ("unet",)
+    components = (of.denoiser, "text_encoder") if config.train_text_encoder else (of.denoiser,)
   # What is wrong is said now, not after gigabytes were read.
   if config.data.source == "precomputed":
     inputs.open_precomputed(config)
@@ -198,21 +174,20 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
     terms.check(config)
   needed = networks(config)
   pipe = _load(config, sharding, trained=components, components=needed)
-  pipe = dataclasses.replace(pipe, unet=pipe.unet.clone(remat=_remat(config.remat)))
   frozen = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
-  adapter = initial_adapter(config, pipe.unet.config, frozen["unet"])
+  adapter = initial_adapter(config, pipe)
   scale = 1.0
   if adapter is not None:
     scale = adapter_scale(config, lora_files.adapter_rank(adapter))
-    params = {"unet_lora": adapter}
+    params = {adapter_name: adapter}
     if config.lora.init_from:  # then the model without an adapter is not what training starts from
-      frozen["unet_lora"] = adapter
+      frozen[adapter_name] = adapter
   else:
     params = {name: frozen[name] for name in components}
   # What the functions below hold on to stays in memory: not the parameters that training replaces.
   pipe = dataclasses.replace(pipe, params={k: v for k, v in pipe.params.items() if k not in components})
   tokenize = pipe.tokenize
-  model = loading.text_to_image(pipe, lora_scale=scale, vae_slicing=vae_slicing)
+  model = of.model(pipe, remat=config.remat, lora_scale=scale, vae_slicing=vae_slicing)
   method = catalog.method(config)
   for name in ("evaluation", method.options) if method.options else ("evaluation",):
     count, total = config[name].num_inference_steps, model.process.num_train_timesteps
@@ -229,23 +204,23 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
   def read_base() -> Any:
     if components:
       return _load(config, sharding, trained=components, components=components).params
-    return {"unet_lora": initial_adapter(config, pipe.unet.config, pipe.params["unet"])}
+    return {adapter_name: initial_adapter(config, pipe)}
 
   def export(params: Any, folder: pathlib.Path) -> None:
     original = pipe
-    if config.dtype != "float32" or needed != pipelines.NETWORKS or jax.process_count() > 1:
+    if config.dtype != "float32" or needed != of.networks or jax.process_count() > 1:
       # What was not trained is written as it was read, not rounded to bfloat16. Of several processes one writes, and it
       # cannot compute by itself with arrays that are spread over all.
       param_dtype = "float32" if config.dtype == "float32" else "float16"
-      original = loading.load_text_to_image(
+      original = of.load(
         config.model,
         dtype=config.dtype,
         seed=config.seed,
         param_dtype=param_dtype,
         vae_model=config.vae_model,
-        components=[name for name in pipelines.NETWORKS if name not in params],
+        components=[name for name in of.networks if name not in params],
       )
-    save_trained(folder, original, params, scale=scale, dtype=jnp.float16)
+    families.save_trained(of, folder, original, params, scale=scale, name=config.model, dtype=jnp.float16)
 
   reward = None
   if method.facts.scorer:
@@ -287,7 +262,7 @@ def _preference_model(
   config: Config, sharding: pipelines.Sharding, vae_slicing: int | None, batch_devices: int
 ) -> Experiment:
   pipe = _load(config, sharding)
-  model, tokenize = loading.text_to_image(pipe, vae_slicing=vae_slicing), pipe.tokenize
+  model, tokenize = families.get(config.family).model(pipe, vae_slicing=vae_slicing), pipe.tokenize
   _check_decode_size(config, model)
   scorer, params = loading.load_scorer(config.preference_model, dtype=config.dtype, seed=config.seed, sharding=sharding)
   frozen = dict(pipe.params) | {"empty_ids": tokenize([""])}

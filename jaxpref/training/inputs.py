@@ -2,7 +2,6 @@
 
 import json
 import logging
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from jaxpref import config as config_lib
 from jaxpref.data import batching, emoji, latents, pipeline, sources
 from jaxpref.data import index as index_lib
 from jaxpref.devices import sharding
+from jaxpref.files import family as families
 from jaxpref.files import loading, pipelines, tensor_files
 from jaxpref.models.base import Model
 from jaxpref.objectives import catalog
@@ -238,11 +238,9 @@ def data_fingerprint(config: Config) -> str:
 
 def encoder_fingerprints(config: Config) -> dict[str, str]:
   """Of the weights whose results are precomputed, by component; none of random ones: their name and seed say it all."""
-  files: dict[str, list[pathlib.Path]] = {}
-  if loading.preset_of(config.model) is None:
-    folder = pipelines.resolve_folder(loading.folder_of(config.model), "*/*.safetensors")
-    names = [n for n in pipelines.NETWORKS if n != "unet" and (folder / n).is_dir()]
-    files = {n: tensor_files.weight_files(folder / n) for n in names if n != "vae" or not config.vae_model}
+  of = families.get(config.family)
+  files = dict(of.weight_files(config.model))
+  files.pop(of.denoiser, None)
   if config.vae_model:
     folder = pipelines.resolve_folder(config.vae_model, "diffusion_pytorch_model*.safetensors")
     files["vae"] = tensor_files.weight_files(folder)

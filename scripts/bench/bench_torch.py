@@ -64,7 +64,7 @@ def save_models(folder: pathlib.Path, config: Any, pipe: Any, scorer: Any = None
     pipelines.save_pipeline(folder / "pipeline", pipe)
   trained = folder / torch_steps.policy_file(config)
   if config.lora.rank:
-    adapter = policy["unet_lora"] if policy else build.initial_adapter(config, pipe.unet.config, pipe.params["unet"])
+    adapter = policy["unet_lora"] if policy else build.initial_adapter(config, pipe)
     lora_files.save_diffusers(trained, adapter, build.adapter_scale(config, config.lora.rank))
   elif policy:
     tensor_files.save_tree(trained, policy["unet"])

@@ -11,9 +11,9 @@ import pytest
 import safetensors
 from safetensors.numpy import load_file, save_file
 
+from jaxpref.files import family as families
 from jaxpref.files import loading, lora_files, pipelines
 from jaxpref.models import lora, presets
-from jaxpref.training import build
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -130,7 +130,8 @@ def test_diffusers_computes_the_same_from_every_file(both, tmp_path):
   unet = both.pipe.unet.config
   lora_files.save_diffusers(tmp_path / lora_files.DIFFUSERS_FILE, both.adapter, SCALE)
   lora_files.save_kohya(tmp_path / "kohya.safetensors", both.adapter, SCALE, unet)
-  build.save_trained(tmp_path / "merged", both.pipe, {"unet_lora": both.adapter}, scale=SCALE, dtype=jnp.float32)
+  of, trained = families.get("stable_diffusion"), {"unet_lora": both.adapter}
+  families.save_trained(of, tmp_path / "merged", both.pipe, trained, scale=SCALE, name="", dtype=jnp.float32)
   merged = type(both.torch_pipe).from_pretrained(tmp_path / "merged", dtype=torch.float32)
   outputs = {
     "merged": both.theirs(merged),

@@ -108,23 +108,23 @@ def test_sizes_of_spo_are_the_published_ones():
   sd15, sdxl = spo_sd15.get_config(), spo_sdxl.get_config()
   assert transitions(sd15) == (16, 0) and minibatch(sd15) == (40, 0)
   assert transitions(sdxl) == (4, 12) and minibatch(sdxl) == (4, 12)
-  assert updates(sd15) == 16 and plan.unet_rows(sd15, 4) == 2 * 10
+  assert updates(sd15) == 16 and plan.denoiser_rows(sd15, 4) == 2 * 10
   sd15.spo.update(pool_last_step=False, minibatch=37)
   assert transitions(sd15) == (15, 1) and minibatch(sd15) == (37, 3)
   assert updates(sd15) == 17  # 600 shared in pieces of 37, and 40 others in pieces of 3 are 14
   assert updates(sdxl) == 8
-  assert plan.unet_rows(sdxl, 4) == 2 * (1 + 2 * 2)  # guided: one shared, winner and loser of two others
+  assert plan.denoiser_rows(sdxl, 4) == 2 * (1 + 2 * 2)  # guided: one shared, winner and loser of two others
   dpo = dpo_sdxl.get_config()
-  assert plan.unet_rows(dpo, 16) == 2
+  assert plan.denoiser_rows(dpo, 16) == 2
 
 
 def test_sizes_of_grpo():
   """4 prompts x 6 samples x 20 steps, of which a share is trained on, 120 at a time."""
   config = grpo_tiny.get_config()
-  assert updates(config) == 4 and plan.unet_rows(config, 1) == 2 * 120
+  assert updates(config) == 4 and plan.denoiser_rows(config, 1) == 2 * 120
   config.update(accumulation=2)
   config.grpo.update(timestep_fraction=0.6, guidance_scale=0.0)  # as 1: no guidance
-  assert updates(config) == 3 and plan.unet_rows(config, 4) == 15
+  assert updates(config) == 3 and plan.denoiser_rows(config, 4) == 15
   config.grpo.minibatch = 1000
   assert updates(config) == 1 and minibatch(config) == (288, 0)
   assert updates(spo_sdxl.get_config()) == 8 and updates(dpo_sdxl.get_config()) == 1

@@ -80,13 +80,13 @@ def test_a_loss_without_a_reference_is_compared_with_the_base_model_all_the_same
   c.update(objective="dpo", model="random:sd15-miniature")
   c.reference.mode = "update"
   moving = []
-  monkeypatch.setattr(step, "make_step", lambda *args, **options: moving.append(options["moving"]))
+  monkeypatch.setattr(step, "make_halves", lambda *args, **options: moving.append(options["moving"]))
   c.loss.update(name="mapo", beta=0.1)
   for rank in (0, 2):
     c.lora.rank = rank
     experiment = build.build(c)
     assert not experiment.has_reference and experiment.read_base is not None  # no copy of it in memory meanwhile
-    loop.make_step(c, experiment, None, loop.sharding.make_mesh(devices=jax.devices()[:1]))
+    loop.make_halves(c, experiment, None, loop.sharding.make_mesh(devices=jax.devices()[:1]))
     assert moving.pop() is None  # nothing moves, whatever the config says
     jax.tree.map(np.testing.assert_array_equal, experiment.read_base(), experiment.params)
 

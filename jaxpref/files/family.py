@@ -1,0 +1,283 @@
+"""Families of text-to-image models: how the files of one become a `Model`, and what is trained of it its files again.
+
+A family is an object with the functions of `Family`; `config.family` names one of the table, or of one's own as
+package.module:NAME (docs/extending.md).
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpref.config import load_named
+from jaxpref.diffusion import VariancePreserving
+from jaxpref.files import loading, lora_files, pipelines, tensor_files
+from jaxpref.models import lora, presets
+from jaxpref.models.base import Model
+from jaxpref.models.stable_diffusion import StableDiffusion
+
+Tree = Any
+
+
+class Pipeline(Protocol):
+  """A model as it was loaded; a dataclass, so that `dataclasses.replace` gives it other parameters.
+
+  Attributes:
+    params: parameters by component, of those that were asked for.
+  """
+
+  params: dict[str, Tree]
+
+  def tokenize(self, captions: list[str]) -> np.ndarray:
+    """i32[n, L]."""
+    ...
+
+
+class Family(Protocol):
+  """What a family knows that others do not.
+
+  Attributes:
+    networks: the components that have parameters.
+    denoiser: that of them which is trained; an adapter of it is the component `DENOISER_lora`.
+  """
+
+  networks: tuple[str, ...]
+  denoiser: str
+
+  def load(
+    self,
+    name: str,
+    *,
+    dtype: str,
+    seed: int = 0,
+    param_dtype: str | Mapping[str, str] = "float32",
+    sharding: pipelines.Sharding = None,
+    vae_model: str | None = None,
+    components: Sequence[str] | None = None,
+  ) -> Pipeline:
+    """Opens a model by what `config.model` may be.
+
+    Args:
+      dtype: of computation.
+      seed: of random weights.
+      param_dtype: of parameters, also by component.
+      sharding: where arrays go as they are read: None, one Sharding, or a function of shapes by component.
+      vae_model: an autoencoder in the place of the model's own.
+      components: the networks whose parameters are read; None: all.
+
+    Raises:
+      FileNotFoundError, ValueError: one sentence on what is missing or does not fit.
+    """
+    ...
+
+  def model(
+    self,
+    pipe: Any,
+    *,
+    remat: str = "none",
+    lora_scale: float = 1.0,
+    vae_slicing: int | None = None,
+    clip_skip: int | None = None,
+    sampler: str = "ddim",
+  ) -> Model:
+    """The pure functions of what was loaded.
+
+    Args:
+      remat: as `config.remat`.
+      lora_scale: alpha / rank of an adapter.
+      vae_slicing: images that the autoencoder computes at a time; None: all.
+      clip_skip: layers of the text encoder to leave out.
+      sampler: of `evaluation.drawing`, if one asks for something of its own.
+
+    Raises:
+      ValueError: something that the family does not have.
+    """
+    ...
+
+  def save(self, folder: pathlib.Path, pipe: Any, *, dtype: Any) -> None:
+    """Writes a folder that `load` opens, in the precision `dtype`."""
+    ...
+
+  def load_adapter(self, file: str, pipe: Any) -> tuple[Tree, float]:
+    """An adapter of the denoiser to train on from, f32, and its scale alpha / rank; ValueError if it does not fit."""
+    ...
+
+  def save_adapter(
+    self, file: pathlib.Path, adapter: Tree, scale: float, *, name: str, form: str = "lora", dtype: Any = jnp.float32
+  ) -> None:
+    """Writes an adapter by itself: as `load_adapter` reads it (form "lora"), or in another form that it knows.
+
+    Args:
+      name: of the model.
+    """
+    ...
+
+  def with_adapters(self, pipe: Any, loras: Sequence[tuple[pathlib.Path, float]]) -> tuple[dict[str, Tree], float]:
+    """The parameters with several adapters, each with its strength, and the scale of their sum in `DENOISER_lora`."""
+    ...
+
+  def without_values(self, name: str) -> str:
+    """The name of a model of the same shapes which takes no weights to make: of planning.
+
+    Raises:
+      ValueError: its shapes are not known here.
+    """
+    ...
+
+  def weight_files(self, name: str) -> dict[str, list[pathlib.Path]]:
+    """The files of weights by component; none of random ones, of which name and seed say it all."""
+    ...
+
+
+class StableDiffusionFamily:
+  """Stable Diffusion 1.x and 2.x, and SDXL, in diffusers' folders. See `Family`."""
+
+  networks = pipelines.NETWORKS
+  denoiser = "unet"
+  # Published models whose shapes are known without their files.
+  published: Mapping[str, str] = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+  }
+
+  def load(
+    self,
+    name: str,
+    *,
+    dtype: str,
+    seed: int = 0,
+    param_dtype: str | Mapping[str, str] = "float32",
+    sharding: pipelines.Sharding = None,
+    vae_model: str | None = None,
+    components: Sequence[str] | None = None,
+  ) -> pipelines.Pipeline:
+    return loading.load_text_to_image(
+      name,
+      dtype=dtype,
+      seed=seed,
+      param_dtype=param_dtype,
+      sharding=sharding,
+      vae_model=vae_model,
+      components=self.networks if components is None else components,
+    )
+
+  def model(
+    self,
+    pipe: pipelines.Pipeline,
+    *,
+    remat: str = "none",
+    lora_scale: float = 1.0,
+    vae_slicing: int | None = None,
+    clip_skip: int | None = None,
+    sampler: str = "ddim",
+  ) -> StableDiffusion:
+    levels = tuple(level.strip() for level in remat.split(","))
+    if remat != "none":
+      pipe = dataclasses.replace(pipe, unet=pipe.unet.clone(remat=levels[0] if len(levels) == 1 else levels))
+    model = loading.text_to_image(pipe, lora_scale=lora_scale, vae_slicing=vae_slicing)
+    if sampler == "dpmpp_2m":
+      # Where the folder does not say, diffusers' DPMSolverMultistepScheduler has another default than DDIMScheduler.
+      spacing = pipe.scheduler_config.get("timestep_spacing", "linspace")
+      schedule = dataclasses.replace(pipe.schedule, timestep_spacing=spacing)
+      model = dataclasses.replace(model, process=VariancePreserving(schedule))
+    return dataclasses.replace(model, clip_skip=clip_skip)
+
+  def save(self, folder: pathlib.Path, pipe: pipelines.Pipeline, *, dtype: Any) -> None:
+    pipelines.save_pipeline(folder, pipe, dtype=dtype)
+
+  def load_adapter(self, file: str, pipe: pipelines.Pipeline) -> tuple[Tree, float]:
+    return lora_files.load_lora(pathlib.Path(file), pipe.unet.config, pipe.params["unet"])
+
+  def save_adapter(
+    self, file: pathlib.Path, adapter: Tree, scale: float, *, name: str, form: str = "lora", dtype: Any = jnp.float32
+  ) -> None:
+    if form == "kohya":
+      lora_files.save_kohya(file, adapter, scale, loading.unet_config(name), dtype=dtype)
+    else:
+      lora_files.save_diffusers(file, adapter, scale, dtype=dtype)
+
+  def with_adapters(
+    self, pipe: pipelines.Pipeline, loras: Sequence[tuple[pathlib.Path, float]]
+  ) -> tuple[dict[str, Tree], float]:
+    adapter, scale, text_encoders = lora_files.load_pipeline_loras(loras, pipe.unet.config, pipe.params)
+    return lora_files.merge_text_encoders(dict(pipe.params), text_encoders) | {"unet_lora": adapter}, scale
+
+  def without_values(self, name: str) -> str:
+    preset = self.published.get(name, name.partition(":")[2])
+    if preset not in presets.PRESETS:
+      raise ValueError(
+        f"config.model={name}: its shapes are not known here; expected random:PRESET with one of "
+        f"{', '.join(presets.PRESETS)}, or one of {', '.join(self.published)}."
+      )
+    return f"zeros:{preset}"
+
+  def weight_files(self, name: str) -> dict[str, list[pathlib.Path]]:
+    if loading.preset_of(name) is not None:
+      return {}
+    folder = pipelines.resolve_folder(loading.folder_of(name), "*/*.safetensors")
+    return {n: tensor_files.weight_files(folder / n) for n in self.networks if (folder / n).is_dir()}
+
+
+FAMILIES: dict[str, Family] = {"stable_diffusion": StableDiffusionFamily()}
+
+
+def get(name: str, field: str = "config.family") -> Family:
+  """The family of a name: of the table, or package.module:NAME of one's own.
+
+  Raises:
+    ValueError: it names none.
+  """
+  if ":" not in name:
+    if name not in FAMILIES:
+      raise ValueError(
+        f"{field}={name!r}; expected one of {', '.join(FAMILIES)}, or package.module:NAME of a family of your own."
+      )
+    return FAMILIES[name]
+  found = load_named(name, field, "NAME")
+  wanted = [what for what in vars(Family) if not what.startswith("_")] + ["networks", "denoiser"]
+  if missing := [what for what in dict.fromkeys(wanted) if not hasattr(found, what)]:
+    raise ValueError(f"{field}={name}: it has no {', '.join(missing)}; expected a jaxpref.files.family.Family.")
+  return found
+
+
+def save_trained(
+  family: Family, folder: pathlib.Path, pipe: Any, params: Mapping[str, Tree], *, scale: float, name: str, dtype: Any
+) -> None:
+  """Writes a folder: a pipeline with trained parameters in the place of its own.
+
+  Args:
+    folder: to write.
+    pipe: the pipeline that was trained.
+    params: trained parameters by component; an adapter is merged, and also written by itself beside the components (in
+      float32, to be continued from).
+    scale: alpha / rank of the adapter.
+    name: of the model.
+    dtype: of the folder's files.
+  """
+  trained = dict(pipe.params) | dict(params)
+  adapter = trained.pop(f"{family.denoiser}_lora", None)
+  if adapter is not None:
+    # A bfloat16 base would swallow most of a small change, so it takes the precision of the file first.
+    widened = lambda x: x.astype(dtype) if x.dtype == jnp.bfloat16 else x
+    base = jax.tree.map(widened, trained[family.denoiser])
+    trained[family.denoiser] = lora.merge_lora(base, adapter, scale)
+  family.save(folder, dataclasses.replace(pipe, params=trained), dtype=dtype)
+  if adapter is not None:
+    family.save_adapter(folder / lora_files.DIFFUSERS_FILE, adapter, scale, name=name)
+
+
+def of_run(name: str, given: str) -> str:
+  """The family of --model: the one given, or that of the run whose work folder or export it is."""
+  folder = pathlib.Path(name)
+  for place in (folder / "config.json", folder.parent / "config.json"):
+    if given == "stable_diffusion" and place.is_file():
+      try:
+        return json.loads(place.read_text(encoding="utf-8")).get("family", given)
+      except (ValueError, AttributeError):
+        return given
+  return given
