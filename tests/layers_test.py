@@ -31,7 +31,7 @@ PLUMBING = [
   "training.monitor", "planning.flops", "planning.hlo", "evaluation.statistics", "evaluation.comparison",
   "evaluation.page", "evaluation.report",
 ]  # fmt: skip
-SLOW = {"torch", "transformers", "diffusers", "tensorflow_datasets", "matplotlib", "tensorflow"}
+SLOW = {"torch", "transformers", "diffusers", "tensorflow_datasets", "matplotlib", "tensorflow", "scipy", "jinja2"}
 
 
 def module_name(path):
