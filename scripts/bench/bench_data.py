@@ -1,6 +1,6 @@
 """Times the data loader against PyTorch's on the same cores: pairs a second, and milliseconds of CPU a pair.
 
-    python scripts/bench/bench_data.py --out docs/data_loading
+    python scripts/bench/bench_data.py --out docs/results/data_loading
     python scripts/bench/bench_data.py --cases jpeg:768 --workers 8 --rounds 9
 
 Both decode the same bytes, crop, resize (Lanczos), mirror half of the pairs and tokenize with the same tokenizer. Three

@@ -1,6 +1,6 @@
 """What SPO loses and saves where the preference model's pictures are decoded smaller: `config.spo.decode_size`.
 
-    python scripts/bench/measure_decode_size.py --out docs/decode_size
+    python scripts/bench/measure_decode_size.py --out docs/results/decode_size
     python scripts/bench/measure_decode_size.py --config my_recipe.py --sizes 512 256 224 --prompts 32
 
 writes OUT.json and OUT.md, of two tables. The first is of rollouts on validation captions of the emoji, with the models

@@ -1,6 +1,6 @@
 """Compares the networks with their torch originals at full size: the published architectures, random weights.
 
-    python scripts/parity/full_size_parity.py --out docs/full_size_parity
+    python scripts/parity/full_size_parity.py --out docs/results/full_size_parity
     python scripts/parity/full_size_parity.py --models sd15-text sd15-vae --dtypes float32
     python scripts/parity/full_size_parity.py --tiny
 
@@ -630,7 +630,9 @@ def main(arguments: list[str] | None = None) -> None:
     "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help=", ".join(MODELS)
   )
   parser.add_argument("--dtypes", nargs="+", choices=BOUNDS, default=list(BOUNDS))
-  parser.add_argument("--out", type=pathlib.Path, help="default docs/full_size_parity; with --tiny runs/tiny_parity")
+  parser.add_argument(
+    "--out", type=pathlib.Path, help="default docs/results/full_size_parity; with --tiny runs/tiny_parity"
+  )
   parser.add_argument("--tiny", action="store_true", help="miniatures instead of the published sizes")
   parser.add_argument("--no-gradient", action="store_true", help="for machines with less memory")
   parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -638,7 +640,7 @@ def main(arguments: list[str] | None = None) -> None:
   if args.child:
     _run_child(json.loads(args.child))
     return
-  out = args.out or pathlib.Path("runs/tiny_parity" if args.tiny else "docs/full_size_parity")
+  out = args.out or pathlib.Path("runs/tiny_parity" if args.tiny else "docs/results/full_size_parity")
   file = out.with_suffix(".json")
   rows = json.loads(file.read_text()) if file.is_file() else []
   gradient = not args.no_gradient

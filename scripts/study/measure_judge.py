@@ -1,8 +1,9 @@
 """Measures the judge: whether it knows captions equally well in every style, and whether eyes agree with it on style.
 
-    python scripts/study/measure_judge.py captions --out docs/judge
+    python scripts/study/measure_judge.py captions --out docs/results/judge
     python scripts/study/measure_judge.py draw --models tiny-sd runs/spo_tiny --out runs/sheet
-    python scripts/study/measure_judge.py sort --drawn runs/sheet --by_eye docs/judge_by_eye.txt --out docs/judge_sheet
+    python scripts/study/measure_judge.py sort --drawn runs/sheet --by_eye docs/results/judge_by_eye.txt \\
+      --out docs/results/judge_sheet
 
 `captions` takes the tiles of the validation and the test split in each style, adds noise up to timestep t and lets
 tiny-sd denoise them with DDIM and no caption, so that they are no longer the tiles but pictures of the model whose
@@ -35,8 +36,8 @@ far the styles are apart at most, with its 95 % interval over emoji; `python scr
 {table}
 Style, by eye: pictures of test prompts, by the base model and by one that SPO aligned, mixed and sorted by eye before
 the judge was asked (`python scripts/study/measure_judge.py draw` and `sort`). First come the outlined ones, then the
-others, then those that are hard to say, mostly dark things. docs/judge_sheet.json says on how many of the first two the
-judge agrees.
+others, then those that are hard to say, mostly dark things. docs/results/judge_sheet.json says on how many of
+the first two the judge agrees.
 
 ![Pictures sorted by eye](judge_sheet.png)
 """
