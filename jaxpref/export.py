@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from jaxpref import arguments
 from jaxpref import config as config_lib
-from jaxpref.files import loading, lora_files, pipelines
+from jaxpref.files import adapters, loading, pipelines
 from jaxpref.training import build, checkpoint
 
 TEXT_TO_IMAGE = tuple(name for name, facts in config_lib.FACTS.items() if facts.trains == "denoiser")
@@ -64,7 +64,7 @@ def export(
   if form != "pipeline" and out.suffix != ".safetensors":
     if form == "kohya":
       raise ValueError(f"--out={out}; expected a file name that ends in .safetensors for --format=kohya.")
-    file = out / lora_files.DIFFUSERS_FILE
+    file = out / adapters.DIFFUSERS_FILE
   if any(out.iterdir()) if out.is_dir() else out.exists():
     raise FileExistsError(f"--out={out} exists and is not empty; choose another, or delete it.")
 
@@ -76,7 +76,7 @@ def export(
     raise ValueError(
       f"{run} trained all weights (config.lora.rank=0), so there is no adapter to write; use --format=pipeline."
     )
-  scale = 1.0 if adapter is None else build.adapter_scale(config, lora_files.adapter_rank(adapter))
+  scale = 1.0 if adapter is None else build.adapter_scale(config, adapters.adapter_rank(adapter))
   if form == "pipeline":
     kept = [name for name in pipelines.NETWORKS if name not in params]
     pipe = loading.load_text_to_image(
@@ -86,10 +86,10 @@ def export(
     return out
   file.parent.mkdir(parents=True, exist_ok=True)
   if form == "lora":
-    lora_files.save_diffusers(file, adapter, scale, dtype=jnp.dtype(dtype or "float32"))
+    adapters.save_diffusers(file, adapter, scale, dtype=jnp.dtype(dtype or "float32"))
   else:
     unet = loading.unet_config(config.model)
-    lora_files.save_kohya(file, adapter, scale, unet, dtype=jnp.dtype(dtype or "float32"))
+    adapters.save_kohya(file, adapter, scale, unet, dtype=jnp.dtype(dtype or "float32"))
   return file
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxpref.evaluation import report
+from jaxpref.evaluation.pictures import cut, grid
 from jaxpref.files import loading
 from scripts.study import measure_judge, tiny_results
 
@@ -18,7 +18,7 @@ RESULTS = pathlib.Path(__file__).resolve().parents[1] / "docs" / "results"
 def test_a_grid_can_be_cut_again():
   tiles = np.random.default_rng(0).integers(0, 256, (2, 5, 8, 8, 3)).astype(np.uint8)
   for scale in (1, 3):
-    np.testing.assert_array_equal(report.cut(report.grid(tiles, scale=scale), columns=5, side=8, scale=scale), tiles)
+    np.testing.assert_array_equal(cut(grid(tiles, scale=scale), columns=5, side=8, scale=scale), tiles)
 
 
 def test_looks_are_the_rows_that_measured_validation_prompts(tmp_path):
@@ -69,7 +69,7 @@ def test_the_recipes_have_what_was_chosen_on_the_validation_prompts():
 def test_the_judge_agrees_with_eyes_on_style():
   recorded = json.loads((RESULTS / "judge_sheet.json").read_text())
   sheet = np.asarray(Image.open(RESULTS / "judge_sheet.png").convert("RGB"))
-  tiles = report.cut(sheet, columns=measure_judge.COLUMNS, side=32, scale=1)
+  tiles = cut(sheet, columns=measure_judge.COLUMNS, side=32, scale=1)
   pictures = tiles.reshape(-1, 32, 32, 3)[: recorded["pictures"]]
   found = measure_judge.agreement(pictures, recorded["outlined_by_eye"], "tiny-judge")
   assert found["outlined_by_eye"] > 40 and found["pictures"] - found["outlined_by_eye"] > 40

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxpref.data import prompt_sets
 from jaxpref.devices import sharding
 from jaxpref.evaluation import drawing
-from jaxpref.files import loading, lora_files
+from jaxpref.files import adapters, loading
 from jaxpref.models.text_to_image import TextToImage
 
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load(
-  name: str, loras: Sequence[lora_files.LoraFile], args: argparse.Namespace, mesh: Mesh
+  name: str, loras: Sequence[adapters.LoraFile], args: argparse.Namespace, mesh: Mesh
 ) -> tuple[TextToImage, dict[str, Any], Callable[[list[str]], np.ndarray]]:
   """A model with its parameters on all devices of a mesh, and its tokenizer.
 
@@ -54,8 +54,8 @@ def load(
   weights = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
   scale = 1.0
   if loras:
-    adapter, scale, text_encoders = lora_files.load_pipeline_loras(loras, pipe.unet.config, pipe.params)
-    weights = lora_files.merge_text_encoders(weights, text_encoders) | {"unet_lora": adapter}
+    adapter, scale, text_encoders = adapters.load_pipeline_loras(loras, pipe.unet.config, pipe.params)
+    weights = adapters.merge_text_encoders(weights, text_encoders) | {"unet_lora": adapter}
   model = dataclasses.replace(loading.text_to_image(pipe, lora_scale=scale), clip_skip=args.clip_skip)
   if args.scheduler == "dpmpp_2m":
     # Where the folder does not say, diffusers' DPMSolverMultistepScheduler has another default than its DDIMScheduler.

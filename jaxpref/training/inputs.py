@@ -16,7 +16,7 @@ from jaxpref import config as config_lib
 from jaxpref.data import batching, latents, pipeline, sources
 from jaxpref.data import index as index_lib
 from jaxpref.devices import sharding
-from jaxpref.files import loading, pipelines, tensor_files
+from jaxpref.files import folders, loading, pipelines, tensors
 from jaxpref.models.text_to_image import TextToImage
 from jaxpref.objectives import catalog
 
@@ -234,13 +234,13 @@ def encoder_fingerprints(config: Config) -> dict[str, str]:
   """Of the weights whose results are precomputed, by component; none of random ones: their name and seed say it all."""
   files: dict[str, list[pathlib.Path]] = {}
   if loading.preset_of(config.model) is None:
-    folder = pipelines.resolve_folder(loading.folder_of(config.model), "*/*.safetensors")
+    folder = folders.resolve_folder(loading.folder_of(config.model), "*/*.safetensors")
     names = [n for n in pipelines.NETWORKS if n != "unet" and (folder / n).is_dir()]
-    files = {n: tensor_files.weight_files(folder / n) for n in names if n != "vae" or not config.vae_model}
+    files = {n: tensors.weight_files(folder / n) for n in names if n != "vae" or not config.vae_model}
   if config.vae_model:
-    folder = pipelines.resolve_folder(config.vae_model, "diffusion_pytorch_model*.safetensors")
-    files["vae"] = tensor_files.weight_files(folder)
-  return {name: tensor_files.fingerprint(of_network) for name, of_network in files.items()}
+    folder = folders.resolve_folder(config.vae_model, "diffusion_pytorch_model*.safetensors")
+    files["vae"] = tensors.weight_files(folder)
+  return {name: tensors.fingerprint(of_network) for name, of_network in files.items()}
 
 
 def open_precomputed(config: Config) -> latents.Precomputed:

@@ -403,11 +403,12 @@ def run_torch(name: str, folder: pathlib.Path, *, tiny: bool, dtypes: tuple[str,
 
 def _load_flax(kind: str, folder: pathlib.Path, dtype: Any) -> tuple[Any, Any]:
   """Network and parameters, by the functions that `pipelines.load_pipeline` and the trainer go through."""
-  from jaxpref.files import pipelines, tensor_files
+  from jaxpref.files.tensors import load_tree, weight_files
   from jaxpref.models import clip, presets, unet, vae
+  from jaxpref.rewards.loading import load_preference_model
 
   if kind == "clip":  # with the time condition at its identity, as training starts from it
-    return pipelines.load_preference_model(folder, dtype=dtype, param_dtype=dtype)
+    return load_preference_model(folder, dtype=dtype, param_dtype=dtype)
   config = json.loads((folder / "config.json").read_text())
   module: Any
   if kind == "unet":
@@ -416,8 +417,8 @@ def _load_flax(kind: str, folder: pathlib.Path, dtype: Any) -> tuple[Any, Any]:
     module = vae.AutoencoderKL(vae.VAEConfig.from_dict(config), dtype)
   else:
     module = clip.CLIPTextModel(clip.CLIPTextConfig.from_dict(config), kind == "text_with_projection", dtype)
-  files = tensor_files.weight_files(folder)
-  return module, tensor_files.load_tree(files, presets.abstract_params(module), param_dtype=dtype)
+  files = weight_files(folder)
+  return module, load_tree(files, presets.abstract_params(module), param_dtype=dtype)
 
 
 def _count(kind: str, module: Any) -> int:
