@@ -17,8 +17,8 @@ Hardware of the paper: 16 x A100; the launcher says about 30 hours for 200 steps
 `accumulation` 128 leaves 16 pairs at a time, one a device on 16 devices; with fewer devices it can stay, with more
 lower it. Policy and reference are 2.6 billion float32 parameters each: `mesh.fsdp` splits them over the devices. The
 pixels of one batch are 13 GB, in the memory of hosts and of devices together. With --config.lora.rank=64
---config.optimizer.name=adamw a pair at a time takes 9.8 GiB of one device (docs/benchmarks.md). To expect, by the table
-of SPO's paper (arXiv 2406.04314): PickScore 22.64, from 21.95. This recipe has not been run at full size.
+--config.optimizer.name=adamw a pair at a time takes 9.8 GiB of one device (docs/results/benchmarks.md). To expect, by
+the table of SPO's paper (arXiv 2406.04314): PickScore 22.64, from 21.95. This recipe has not been run at full size.
 """
 
 from jaxpref.config import default, smoke

@@ -16,8 +16,8 @@ epochs over 4,000 prompts, 2 prompts a GPU on 4 GPUs: 5,000 rollouts of 8 prompt
 GPU x accumulation 2, 16 in all: 4 that share their start, and the 12 of the inner steps, which do not and come in
 proportion. bfloat16, there float16.
 
-With 2 prompts a device a step takes 16.4 GiB of a GPU (docs/benchmarks.md): 4 cards of 24 GB will do, or one with
---config.batch_size=2 --config.spo.minibatch=1 and a fourth of the updates' size.
+With 2 prompts a device a step takes 16.4 GiB of a GPU (docs/results/benchmarks.md): 4 cards of 24 GB will do, or one
+with --config.batch_size=2 --config.spo.minibatch=1 and a fourth of the updates' size.
 
 Hardware of the paper: 4 x A100 (80 GB), 234 A100 hours with the preference model's training. To expect: PickScore
 23.06, from 21.95. This recipe has not been run at full size.

@@ -20,7 +20,8 @@ def get_config():
   config.update(num_steps=25, batch_size=8)
   config.loss.beta = 10.0
   config.optimizer.update(learning_rate=2e-5, weight_decay=1e-4)
-  # The pools begin half way, where it is settled what is drawn: earlier ones cost captions (docs/tiny_tuning.json).
+  # The pools begin half way, where it is settled what is drawn: earlier ones cost captions
+  # (docs/results/tiny_tuning.json).
   config.spo.update(num_inference_steps=20, guidance_scale=3.5, warmup_steps=10, pool_size=4, threshold=0.1)
   config.spo.minibatch = 20
   config.logging.every = 1

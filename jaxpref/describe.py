@@ -24,7 +24,7 @@ from jaxpref import arguments
 from jaxpref.data import index as index_lib
 from jaxpref.data import records, sources
 from jaxpref.data.files import PROGRESS_AFTER
-from jaxpref.evaluation import report
+from jaxpref.evaluation import pictures
 
 SIDE, FRAME, GAP, COLUMNS = 128, 4, 12, 3  # of the picture: an image, its frame and the space, in pixels; records a row
 CAPTION_HEIGHT = 44
@@ -81,7 +81,7 @@ def describe(args: argparse.Namespace) -> str:
       captions = [records.text(record["caption"]) for record in sample]
       if args.out is not None and args.pictures:
         file = args.out / f"{_file_name(name)}.png"
-        report.save_image(file, contact_sheet(sample[:: max(1, len(sample) // args.pictures)][: args.pictures]))
+        pictures.save_image(file, contact_sheet(sample[:: max(1, len(sample) // args.pictures)][: args.pictures]))
     if count_tokens is not None:
       stats[name]["caption_tokens"] = token_stats(captions, count_tokens)
   shared = common_prompts({name: _prompts(kind, source) for name, (kind, source) in opened.items()})

@@ -31,11 +31,11 @@ from jaxpref.data import emoji, lease, paths, prompt_sets
 from jaxpref.devices import distributed, sharding
 from jaxpref.evaluation import comparison, drawing, settings
 from jaxpref.evaluation import folder as evaluation_folder
+from jaxpref.files import adapters
 from jaxpref.files import family as families
-from jaxpref.files import lora_files
 from jaxpref.rewards import published
 
-Model = tuple[str, tuple[lora_files.LoraFile, ...]]  # as of --model and --lora of jaxpref.sample
+Model = tuple[str, tuple[adapters.LoraFile, ...]]  # as of --model and --lora of jaxpref.sample
 IMAGES_AT_A_TIME = 256  # read for scoring
 WAIT_SECONDS = 24 * 3600.0  # for the pictures of other processes
 
@@ -258,10 +258,10 @@ def parse_models(specs: Sequence[str]) -> dict[str, Model]:
       raise ValueError(f"--models {spec!r}: the name becomes a folder's; use letters, digits, dots, dashes.")
     if name in found:
       raise ValueError(f"--models names {name!r} twice; give each model its own name.")
-    loras: list[lora_files.LoraFile] = []
+    loras: list[adapters.LoraFile] = []
     while part := re.fullmatch(r"(.+)\+([^+]*\.safetensors(?::[^+/]*)?)", source):
       source = part[1]
-      loras.insert(0, lora_files.parse_lora_file(part[2]))
+      loras.insert(0, adapters.parse_lora_file(part[2]))
       if not loras[0].path.is_file():
         raise FileNotFoundError(
           f"--models {spec!r}: there is no file {loras[0].path}; give a LoRA of diffusers, PEFT or kohya."

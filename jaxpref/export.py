@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 
 from jaxpref import arguments
 from jaxpref import config as config_lib
+from jaxpref.files import adapters
 from jaxpref.files import family as families
-from jaxpref.files import lora_files
 from jaxpref.training import build, checkpoint
 
 TEXT_TO_IMAGE = tuple(name for name, facts in config_lib.FACTS.items() if facts.trains == "denoiser")
@@ -65,7 +65,7 @@ def export(
   if form != "pipeline" and out.suffix != ".safetensors":
     if form == "kohya":
       raise ValueError(f"--out={out}; expected a file name that ends in .safetensors for --format=kohya.")
-    file = out / lora_files.DIFFUSERS_FILE
+    file = out / adapters.DIFFUSERS_FILE
   if any(out.iterdir()) if out.is_dir() else out.exists():
     raise FileExistsError(f"--out={out} exists and is not empty; choose another, or delete it.")
 
@@ -78,7 +78,7 @@ def export(
     raise ValueError(
       f"{run} trained all weights (config.lora.rank=0), so there is no adapter to write; use --format=pipeline."
     )
-  scale = 1.0 if adapter is None else build.adapter_scale(config, lora_files.adapter_rank(adapter))
+  scale = 1.0 if adapter is None else build.adapter_scale(config, adapters.adapter_rank(adapter))
   if form == "pipeline":
     kept = [name for name in of.networks if name not in params]
     pipe = of.load(config.model, dtype=config.dtype, seed=config.seed, vae_model=config.vae_model, components=kept)

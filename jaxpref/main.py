@@ -101,7 +101,7 @@ def start_with_huge_pages() -> None:
   """Starts this process anew, under its pid, so that glibc asks for huge pages, which it can be told at a start only.
 
   A step on a CPU allocates its temporaries anew each time. In pages of 4 kB that takes a few hundredths of a
-  step of tiny-sd (docs/benchmarks.md). GLIBC_TUNABLES in the environment, of whatever value, prevents it.
+  step of tiny-sd (docs/results/benchmarks.md). GLIBC_TUNABLES in the environment, of whatever value, prevents it.
   """
   if multiprocessing.parent_process() is not None:
     return  # its command line is not that of this program

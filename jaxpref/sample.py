@@ -16,8 +16,8 @@ import numpy as np
 from jaxpref import arguments
 from jaxpref.data import prompt_sets
 from jaxpref.devices import sharding
-from jaxpref.evaluation import drawing, report, settings
-from jaxpref.files import lora_files
+from jaxpref.evaluation import drawing, pictures, settings
+from jaxpref.files import adapters
 
 TABLE_ROWS = 24  # prompts in a folder's grid.png
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 def draw(args: argparse.Namespace) -> None:
   """A folder with each picture, their table and the settings; or the table alone, a row a prompt."""
   check(args)
-  loras = [lora_files.parse_lora_file(text) for text in args.lora]
+  loras = [adapters.parse_lora_file(text) for text in args.lora]
   only_table = args.out.suffix.lower() == ".png"
   if args.prompt is not None:
     prompts = [prompt_sets.check_prompt(args.prompt, option="--prompt")]
@@ -75,18 +75,18 @@ def draw(args: argparse.Namespace) -> None:
       start_folder(args, prompts, names)
     for number, image in zip(numbers, images, strict=True):
       if not only_table:
-        report.save_image(args.out / names[number], image)
+        pictures.save_image(args.out / names[number], image)
       if number < len(shown) * args.seeds:
         table.append(image)
   columns = {"": np.stack(table).reshape(len(shown), args.seeds, *table[0].shape)}
-  report.picture_table(args.out if only_table else args.out / "grid.png", columns, shown)
+  pictures.picture_table(args.out if only_table else args.out / "grid.png", columns, shown)
   print(args.out)
 
 
 def check(args: argparse.Namespace) -> None:
   """Refuses what cannot work before anything is loaded."""
   settings.check(args)
-  for file, _ in map(lora_files.parse_lora_file, args.lora):
+  for file, _ in map(adapters.parse_lora_file, args.lora):
     if not file.is_file():
       raise FileNotFoundError(f"--lora: there is no file {file}; give a LoRA of diffusers, PEFT or kohya.")
   if args.out.suffix.lower() == ".png":

@@ -29,10 +29,11 @@ from jaxpref import config as config_lib
 from jaxpref.data import index as index_lib
 from jaxpref.data import lease, records, sources
 from jaxpref.devices import sharding
-from jaxpref.files import loading, pipelines
+from jaxpref.files import loading, tokenizers
 from jaxpref.models.preference import StepAwareCLIPModel
 from jaxpref.models.vae import to_float
 from jaxpref.rewards import networks
+from jaxpref.rewards.loading import load_scorer, scorer_fingerprint
 from jaxpref.training import inputs
 
 SAVE_SECONDS = 60  # between two writes of what is scored so far
@@ -123,14 +124,12 @@ def _score(config: ConfigDict, held: lease.Held, *, model: str, out: pathlib.Pat
   source = inputs.open_pairs(config)
   fingerprint = sources.content_fingerprint(source)
   scores = np.full((len(source), 2), np.nan, np.float32)
-  by = f"{loading.fingerprint(model)} in {config.dtype}"
+  by = f"{scorer_fingerprint(model)} in {config.dtype}"
   if out.is_file():
     begun = index_lib.load(out, num_records=len(source), fingerprint=fingerprint, scored_by=by)
     scores = np.stack(begun.scores(), axis=1)
   mesh = sharding.make_mesh()
-  module, params = loading.load_scorer(
-    model, dtype=config.dtype, param_dtype=config.dtype, sharding=sharding.replicated(mesh)
-  )
+  module, params = load_scorer(model, dtype=config.dtype, param_dtype=config.dtype, sharding=sharding.replicated(mesh))
   params = jax.device_put(params, sharding.replicated(mesh))
   tokenizer = loading.load_tokenizer(model, config.model)
   length = module.config.text_config.max_position_embeddings
@@ -145,7 +144,7 @@ def _score(config: ConfigDict, held: lease.Held, *, model: str, out: pathlib.Pat
   for _ in score_pairs(
     module,
     params,
-    lambda captions: pipelines.tokenize(tokenizer, captions, length=length),
+    lambda captions: tokenizers.tokenize(tokenizer, captions, length=length),
     source,
     scores=scores,
     batch_size=batch_size,

@@ -225,7 +225,7 @@ def test_all_parts_together_have_a_limit(tmp_path):
 # ---- A rehearsal -----------------------------------------------------------------------------------------------------
 
 # By the names that are imported: packages of the machine, with what other versions of them need, and those that
-# docs/benchmarks.md says to carry.
+# docs/results/benchmarks.md says to carry.
 THERE = """
   absl accelerate aiofiles annotated_types anyio attr attrs certifi charset_normalizer chex click cloudpickle
   contourpy cycler dateutil einops etils filelock flatbuffers flax fontTools fsspec google grpc h11 hf_xet httpcore

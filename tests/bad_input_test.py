@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from jaxpref import config
 from jaxpref.data import emoji_pairs
-from jaxpref.files import pipelines
+from jaxpref.files import pipelines, tokenizers
 from jaxpref.training import loop, step
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -351,7 +351,7 @@ def test_a_folder_with_other_tensors(refused, folder, edit, sentence):
 
 
 def test_a_folder_with_the_tokenizer_of_another_model(refused, folder):
-  tokenizer = pipelines.load_tokenizer(folder / "tokenizer")
+  tokenizer = tokenizers.load_tokenizer(folder / "tokenizer")
   tokenizer.add_tokens(["<my-style>"])
   tokenizer.save_pretrained(folder / "tokenizer")
   said = refused(settings(model=str(folder)))

@@ -17,6 +17,7 @@ from jaxpref.data import emoji_pairs, records
 from jaxpref.devices import sharding
 from jaxpref.files import loading, pipelines
 from jaxpref.models import presets
+from jaxpref.rewards.loading import load_preference_model
 from jaxpref.training import build, inputs, loop, metrics
 
 CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -201,7 +202,7 @@ def test_the_smoke_variant_runs_end_to_end(name, tmp_path):
     assert np.isfinite(rows[-1]["divergence"]) and rows[-1]["reference_updates"] in (0, 1)
   export = tmp_path / "run" / "export"
   if c.objective == "spm":
-    assert pipelines.load_preference_model(export)[0].config == presets.get_preset(preset).preference
+    assert load_preference_model(export)[0].config == presets.get_preset(preset).preference
   else:
     assert (export / "model_index.json").is_file() and (export / "unet" / "config.json").is_file()
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from jaxpref.files import pipelines
 from jaxpref.models import clip, preference
+from jaxpref.rewards.loading import load_preference_model
 from scripts.assets import convert_spm
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -232,7 +232,7 @@ def test_a_converted_checkpoint_scores_as_the_reference_does(reference, folder, 
   imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
   assert "safetensors" in imported and "torch" not in imported
 
-  module, params = pipelines.load_preference_model(tmp_path / "spm")
+  module, params = load_preference_model(tmp_path / "spm")
   score = jax.jit(lambda pixels, ids, t: module.apply({"params": params}, ids, pixels, t))
   rng = np.random.default_rng(0)
   ids = rng.integers(1, 58, (4, LENGTH))

@@ -22,7 +22,7 @@ from configs import dpo_tiny
 from jaxpref import evaluate, main
 from jaxpref.data import emoji, lease
 from jaxpref.evaluation import folder as evaluation_folder
-from jaxpref.files import loading, lora_files, pipelines
+from jaxpref.files import adapters, loading, pipelines
 from jaxpref.models import lora, presets
 from jaxpref.rewards import published
 from tests.occupied import occupied
@@ -61,7 +61,7 @@ def models(tmp_path_factory):
   pipelines.save_pipeline(folder / "large", pipelines.random_pipeline(dataclasses.replace(preset, unet=large)))
   adapter = lora.init_lora(jax.random.key(1), pipe.params["unet"], rank=2)
   adapter = jax.tree.map(lambda x: 0.5 * jax.random.normal(jax.random.key(x.size), x.shape), adapter)
-  lora_files.save_diffusers(folder / "lora.safetensors", adapter, 1.0)
+  adapters.save_diffusers(folder / "lora.safetensors", adapter, 1.0)
   (folder / "prompts.txt").write_text("\n".join(PROMPTS))
   return folder
 

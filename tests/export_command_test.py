@@ -10,8 +10,8 @@ import optax
 import pytest
 
 from jaxpref import config, export
+from jaxpref.files import adapters, loading, pipelines
 from jaxpref.files import family as families
-from jaxpref.files import loading, lora_files, pipelines
 from jaxpref.models import lora
 from jaxpref.training import build, checkpoint, step
 
@@ -86,12 +86,12 @@ def test_the_adapter_alone(lora_run, base, tmp_path, capsys):
   for form, out in {"lora": "new/folder", "kohya": "new/k.safetensors"}.items():
     export.main([str(run), f"--format={form}", f"--out={tmp_path / out}"])
     file = capsys.readouterr().out.strip()
-    adapter, scale = lora_files.load_lora(file, unet, base_params)
+    adapter, scale = adapters.load_lora(file, unet, base_params)
     assert scale == ALPHA / RANK
     equal(adapter, last)
   assert (tmp_path / "new" / "folder" / "pytorch_lora_weights.safetensors").is_file()
   export.main([str(run), "--format=lora", f"--out={tmp_path / 'x.safetensors'}", "--step=1", "--dtype=float16"])
-  adapter, _ = lora_files.load_lora(tmp_path / "x.safetensors", unet, base_params)
+  adapter, _ = adapters.load_lora(tmp_path / "x.safetensors", unet, base_params)
   first = trained(params, 1)["unet_lora"]
   equal(adapter, jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), first))
 

@@ -15,7 +15,7 @@ from PIL import Image
 from jaxpref import compile, export, precompute, sample
 from jaxpref import config as config_lib
 from jaxpref.devices import sharding
-from jaxpref.files import lora_files
+from jaxpref.files import adapters
 from jaxpref.objectives import catalog, pairs
 from jaxpref.planning import plan
 from jaxpref.training import build, loop, metrics
@@ -152,7 +152,7 @@ def test_a_family_of_ones_own_trains_and_opens_its_folder(pixels):
   assert rows[-1]["loss"] != rows[0]["loss"] and np.isfinite(rows[-1]["loss_bin_09"])
   before = module.PIXELS.load("random", dtype="float32", seed=config.seed)
   after = module.PIXELS.load(folder / "export", dtype="float32")
-  adapter, scale = module.PIXELS.load_adapter(folder / "export" / lora_files.DIFFUSERS_FILE, after)
+  adapter, scale = module.PIXELS.load_adapter(folder / "export" / adapters.DIFFUSERS_FILE, after)
   assert scale == 2.0 and set(adapter) == {"to_in", "to_out"}
   for layer in ("to_in", "to_out"):
     change = after.params["network"][layer]["kernel"] - before.params["network"][layer]["kernel"]

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from safetensors import safe_open
 
-from jaxpref.files import pipelines
+from jaxpref.files import tokenizers
 from scripts.assets import install_assets
 from scripts.assets.install_assets import ASSETS, install
 
@@ -42,8 +42,8 @@ def test_installs_all_models(runs, tmp_path, capsys):
   assert json.loads((assets / "tiny-clip" / "config.json").read_text())["model_type"] == "clip"
   assert json.loads((assets / "tiny-judge" / "metrics.json").read_text())["held_out_style_accuracy"] == 1.0
   captions = ["red apple"]
-  tokenizer = pipelines.load_tokenizer(assets / "tiny-sd" / "tokenizer")
-  ids = [pipelines.tokenize(t, captions, length=16).tolist() for t in (tokenizer, pipelines.tiny_tokenizer())]
+  tokenizer = tokenizers.load_tokenizer(assets / "tiny-sd" / "tokenizer")
+  ids = [tokenizers.tokenize(t, captions, length=16).tolist() for t in (tokenizer, tokenizers.tiny_tokenizer())]
   assert ids[0] == ids[1]
   assert "in all" in capsys.readouterr().out
 

@@ -29,9 +29,9 @@ PURE = ["losses", "diffusion", "reference"]
 PLUMBING = [
   "config", "arguments", "devices", "data", "training.optim", "training.checkpoint", "training.metrics",
   "training.monitor", "planning.flops", "planning.hlo", "evaluation.statistics", "evaluation.comparison",
-  "evaluation.page", "evaluation.report",
+  "evaluation.page", "evaluation.pictures",
 ]  # fmt: skip
-SLOW = {"torch", "transformers", "diffusers", "tensorflow_datasets", "matplotlib", "tensorflow"}
+SLOW = {"torch", "transformers", "diffusers", "tensorflow_datasets", "matplotlib", "tensorflow", "scipy", "jinja2"}
 
 
 def module_name(path):

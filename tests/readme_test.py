@@ -34,6 +34,37 @@ def test_files_exist():
   assert not [file for file in files if not (ROOT / file).is_file()]
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def slug(heading):
+  """The anchor of a heading, as GitHub makes it."""
+  return re.sub(r"[^\w -]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page):
+  for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+    path, _, anchor = link.partition("#")
+    if "://" in path:
+      continue
+    target = page.parent / path if path else page
+    assert target.is_file(), f"{page.name} links to {link}, which does not exist"
+    if anchor:
+      headings = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE)
+      assert anchor in {slug(heading) for heading in headings}, f"{page.name}: {path or page.name} has no #{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_results_that_are_named_exist(page):
+  named = re.findall(r"\bdocs/[\w/]*\w\.(?:json|md|png|txt)\b", page.read_text())
+  assert not [file for file in named if not (ROOT / file).is_file()]
+
+
+def test_measurements_lie_beside_their_pages():
+  assert not [file.name for file in (ROOT / "docs").iterdir() if file.is_file() and file.suffix != ".md"]
+
+
 def test_fields_exist():
   fields = re.findall(r"--config\.([\w.]+\w)", README)
   assert fields and set(fields) - {"model"} <= set(config.names())

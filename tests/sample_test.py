@@ -15,8 +15,9 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from jaxpref import sample
-from jaxpref.evaluation import drawing, report, settings
-from jaxpref.files import loading, lora_files, pipelines
+from jaxpref.evaluation import drawing, settings
+from jaxpref.evaluation.pictures import picture_table
+from jaxpref.files import adapters, loading, pipelines
 from jaxpref.models import lora, presets
 from tests import QUICK_FLAGS
 
@@ -106,7 +107,7 @@ def test_a_table_alone_with_a_lora_file_and_another_seed(drawn, few, pipe, tmp_p
   """The table that the model with the adapter merged into it draws; of a file that adapts the text encoder, too."""
   adapter = lora.init_lora(jax.random.key(1), pipe.params["unet"], rank=2)
   adapter = jax.tree.map(lambda x: 0.5 * jax.random.normal(jax.random.key(x.size), x.shape), adapter)
-  lora_files.save_kohya(tmp_path / "a.safetensors", adapter, 0.5, pipe.unet.config)
+  adapters.save_kohya(tmp_path / "a.safetensors", adapter, 0.5, pipe.unet.config)
   down, up = (np.random.default_rng(i).standard_normal(s).astype(np.float32) for i, s in enumerate(((2, 24), (24, 2))))
   factors = {"lora_A": down.T, "lora_B": up.T}
   text_encoder = {"text_model": {"encoder": {"layers.0": {"self_attn": {"v_proj": factors}}}}}
@@ -130,7 +131,7 @@ def test_a_table_alone_with_a_lora_file_and_another_seed(drawn, few, pipe, tmp_p
     seed=7,
     batch_size=4,
   )
-  report.picture_table(tmp_path / "expected.png", {"": images}, PROMPTS)
+  picture_table(tmp_path / "expected.png", {"": images}, PROMPTS)
   found, expected, other = (pixels(p) for p in (tmp_path / "table.PNG", tmp_path / "expected.png", drawn / "grid.png"))
   assert np.abs(found - expected).max() <= 1
   assert found.shape == other.shape and np.abs(found - other).max() > 10

@@ -15,8 +15,9 @@ from configs import spm_tiny
 from jaxpref import score
 from jaxpref.data import emoji, records, sources
 from jaxpref.data import index as index_lib
-from jaxpref.files import loading, pipelines
+from jaxpref.files import tokenizers
 from jaxpref.rewards import networks
+from jaxpref.rewards.loading import load_scorer, scorer_fingerprint
 from jaxpref.training import build, inputs
 from tests import decisions
 from tests.occupied import occupied
@@ -56,14 +57,14 @@ def test_scores_are_the_models(config, scored):
   _, index = scored
   source = inputs.open_pairs(config)
   assert len(index) == len(source)
-  module, params = loading.load_scorer("tiny-spm", dtype="float32")
-  tokenizer = pipelines.tiny_tokenizer()
+  module, params = load_scorer("tiny-spm", dtype="float32")
+  tokenizer = tokenizers.tiny_tokenizer()
   some = [0, 7, len(source) - 1]
   size = module.config.vision_config.image_size
   mean, std = np.asarray(module.config.image_mean), np.asarray(module.config.image_std)
   for i in some:
     record = source[i]
-    ids = pipelines.tokenize(tokenizer, [records.text(record["caption"])], length=16)
+    ids = tokenizers.tokenize(tokenizer, [records.text(record["caption"])], length=16)
     for side, found in enumerate(index.scores()):
       pixels = (networks.clip_image(record[f"image_{side}"], size)[None] / 255 - mean) / std
       expected = module.apply({"params": params}, ids, pixels.astype(np.float32), np.zeros(1, np.int32))
@@ -78,7 +79,7 @@ def test_an_interrupted_run_continues(config, scored, tmp_path):
   begun = np.stack(index.scores(), 1).copy()
   begun[5:] = np.nan
   partial = dataclasses.replace(index, score_0=begun[:, 0] + 100, score_1=begun[:, 1])
-  file, by = tmp_path / "scores.npz", f"{loading.fingerprint('tiny-spm')} in float32"
+  file, by = tmp_path / "scores.npz", f"{scorer_fingerprint('tiny-spm')} in float32"
   fingerprint = sources.content_fingerprint(inputs.open_pairs(config))
   index_lib.save(partial, file, fingerprint=fingerprint, scored_by=by)
   # Training does not take what is missing for ties, and another model does not go on with it.

@@ -10,7 +10,7 @@ import pytest
 
 from jaxpref.diffusion import samplers
 from jaxpref.evaluation import drawing
-from jaxpref.files import loading, pipelines
+from jaxpref.files import loading, pipelines, tokenizers
 from jaxpref.models.base import guided
 from jaxpref.models.vae import to_uint8
 from jaxpref.planning import flops
@@ -274,22 +274,22 @@ def test_sizes_that_the_vae_cannot_halve_are_refused(models):
 
 
 def test_what_is_cut_from_long_prompts_is_shown_once(monkeypatch):
-  monkeypatch.setattr(pipelines, "_cut_warnings", set())
-  tokenizer = pipelines.tiny_tokenizer()
+  monkeypatch.setattr(tokenizers, "_cut_warnings", set())
+  tokenizer = tokenizers.tiny_tokenizer()
   limit = tokenizer.model_max_length
   fits = "cat " * (limit - 2)
   with warnings.catch_warnings(record=True) as found:
     warnings.simplefilter("always")
-    assert pipelines.tokenize(tokenizer, [fits, "cat", ""]).shape == (3, limit)
+    assert tokenizers.tokenize(tokenizer, [fits, "cat", ""]).shape == (3, limit)
   assert not found  # the longest that fits is not cut
   with pytest.warns(UserWarning, match="cut from a prompt: 'red apple' \\(and the ends of 1 others\\)") as found:
-    ids = pipelines.tokenize(tokenizer, ["cat", fits + "red apple", fits + "cat"])
+    ids = tokenizers.tokenize(tokenizer, ["cat", fits + "red apple", fits + "cat"])
   assert len(found) == 1 and ids.shape == (3, limit)
   np.testing.assert_array_equal(ids[1], ids[2])
   with pytest.warns(UserWarning, match="reads 6 tokens, .* cut from a prompt: 'cat cat'; shorten it"):
-    assert pipelines.tokenize(tokenizer, ["cat " * 6], length=6).shape == (1, 6)
+    assert tokenizers.tokenize(tokenizer, ["cat " * 6], length=6).shape == (1, 6)
 
 
 def test_a_folder_without_tokenizer_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match="tokenizer has no vocab.json and no merges.txt, expected a CLIP token"):
-    pipelines.load_tokenizer(tmp_path / "tokenizer")
+    tokenizers.load_tokenizer(tmp_path / "tokenizer")

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxpref.evaluation import report
+from jaxpref.evaluation.pictures import cut, grid
 from jaxpref.files import loading
 from scripts.study import measure_judge, tiny_results
 
-DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
+RESULTS = pathlib.Path(__file__).resolve().parents[1] / "docs" / "results"
 
 
 def test_a_grid_can_be_cut_again():
   tiles = np.random.default_rng(0).integers(0, 256, (2, 5, 8, 8, 3)).astype(np.uint8)
   for scale in (1, 3):
-    np.testing.assert_array_equal(report.cut(report.grid(tiles, scale=scale), columns=5, side=8, scale=scale), tiles)
+    np.testing.assert_array_equal(cut(grid(tiles, scale=scale), columns=5, side=8, scale=scale), tiles)
 
 
 def test_looks_are_the_rows_that_measured_validation_prompts(tmp_path):
@@ -38,7 +38,7 @@ def test_looks_are_the_rows_that_measured_validation_prompts(tmp_path):
 
 def test_the_first_runs_show_the_preference():
   """And captions are mostly kept: README says by how much SPO misses 80 % at a loss of 5 points."""
-  rows = json.loads((DOCS / "tiny_results.json").read_text())
+  rows = json.loads((RESULTS / "tiny_results.json").read_text())
   assert {(row["name"], row["seed"]) for row in rows} >= {(n, s) for n in tiny_results.NAMES for s in range(3)}
   for row in rows:
     assert row["protocol"]["preferred_style"] == "openmoji" and row["protocol"]["split"] == "test"
@@ -51,7 +51,7 @@ def test_the_first_runs_show_the_preference():
 
 def test_the_recipes_have_what_was_chosen_on_the_validation_prompts():
   """And that is what the rule takes of the measured points."""
-  found = json.loads((DOCS / "tiny_tuning.json").read_text())
+  found = json.loads((RESULTS / "tiny_tuning.json").read_text())
   assert set(found["chosen"]) == set(tiny_results.NAMES)
   for name, chosen in found["chosen"].items():
     allowed = []
@@ -67,9 +67,9 @@ def test_the_recipes_have_what_was_chosen_on_the_validation_prompts():
 
 
 def test_the_judge_agrees_with_eyes_on_style():
-  recorded = json.loads((DOCS / "judge_sheet.json").read_text())
-  sheet = np.asarray(Image.open(DOCS / "judge_sheet.png").convert("RGB"))
-  tiles = report.cut(sheet, columns=measure_judge.COLUMNS, side=32, scale=1)
+  recorded = json.loads((RESULTS / "judge_sheet.json").read_text())
+  sheet = np.asarray(Image.open(RESULTS / "judge_sheet.png").convert("RGB"))
+  tiles = cut(sheet, columns=measure_judge.COLUMNS, side=32, scale=1)
   pictures = tiles.reshape(-1, 32, 32, 3)[: recorded["pictures"]]
   found = measure_judge.agreement(pictures, recorded["outlined_by_eye"], "tiny-judge")
   assert found["outlined_by_eye"] > 40 and found["pictures"] - found["outlined_by_eye"] > 40
@@ -80,6 +80,6 @@ def test_the_judge_agrees_with_eyes_on_style():
 def test_the_judge_names_the_outlined_style_and_knows_captions_in_all():
   metrics = json.loads((loading.folder_of("tiny-judge") / "metrics.json").read_text())
   assert metrics["openmoji_told"] >= 0.97 and metrics["openmoji_named"] >= 0.97
-  rows = json.loads((DOCS / "judge.json").read_text())
+  rows = json.loads((RESULTS / "judge.json").read_text())
   assert [row["t"] for row in rows] == list(measure_judge.TIMESTEPS)
   assert all(row["largest_difference"] <= 0.03 for row in rows)

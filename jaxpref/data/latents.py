@@ -173,7 +173,9 @@ def write_file(
     with paths.cannot_be_written(part):
       writer = array_record_module.ArrayRecordWriter(str(part), "group_size:1,uncompressed")
     for record in records:
-      encoded = safetensors.numpy.save({k.replace(*SIZES): np.asarray(v, order="C") for k, v in record.items()})
+      encoded = safetensors.numpy.save(
+        {k.replace(SIZES[0], SIZES[1]): np.asarray(v, order="C") for k, v in record.items()}
+      )
       with paths.cannot_be_written(part):
         writer.write(encoded)
       count += 1
@@ -356,7 +358,7 @@ class Precomputed:
     record = self.rows[index]
     prefix = FLIPPED if flipped else ""
     of_side = {k.removeprefix(prefix): v for k, v in record.items() if k.startswith(FLIPPED) == flipped}
-    row = {k.replace(*reversed(SIZES)): v for k, v in of_side.items()}
+    row = {k.replace(SIZES[1], SIZES[0]): v for k, v in of_side.items()}
     key = int(row.pop("prompt"))
     return row | self.prompt(self.manifest["empty_prompt"] if dropped else key)
 

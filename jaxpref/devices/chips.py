@@ -149,8 +149,9 @@ def bound(seconds: Mapping[str, Any]) -> str:
 def compiler_options() -> dict[str, Any] | None:
   """For `jax.jit` of networks on this machine's devices; None, XLA's own choice, but on CPUs.
 
-  There without YNNPACK, whose convolutions and matrix products are slower here than XLA's others (docs/benchmarks.md)
-  and which prepares each of them anew at every start; where the compiler has no such option, None, too.
+  There without YNNPACK, whose convolutions and matrix products are slower here than XLA's others
+  (docs/results/benchmarks.md) and which prepares each of them anew at every start; where the compiler has no such
+  option, None, too.
   """
   import jax
 

@@ -17,8 +17,8 @@ from PIL import Image
 import jaxpref
 from jaxpref.data import lease, paths, prompt_sets
 from jaxpref.evaluation.settings import model_folder
+from jaxpref.files import adapters, folders, tensors
 from jaxpref.files import family as families
-from jaxpref.files import lora_files, pipelines, tensor_files
 
 PACKAGES = ("jax", "flax", "numpy", "transformers", "pillow")
 # Of the arguments: what decides the pictures, and so has to stay the same in a folder.
@@ -35,7 +35,7 @@ def image_file(folder: pathlib.Path, model: str, prompt: int, seed: int) -> path
 
 def make_manifest(
   args: argparse.Namespace,
-  models: Mapping[str, tuple[str, Sequence[lora_files.LoraFile]]],
+  models: Mapping[str, tuple[str, Sequence[adapters.LoraFile]]],
   prompts: Sequence[prompt_sets.Prompt],
   sizes: dict[str, list[int]],
 ) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def forget_scores(folder: pathlib.Path, model: str) -> None:
       file.unlink(missing_ok=True)
 
 
-def fingerprint(source: str, loras: Sequence[lora_files.LoraFile], family: str = "stable_diffusion") -> str:
+def fingerprint(source: str, loras: Sequence[adapters.LoraFile], family: str = "stable_diffusion") -> str:
   """Returns a hash of the weights that a model of `parse_models` has."""
   plain = all(strength == 1.0 for _, strength in loras)
   strengths = "" if plain else "".join(f":{strength:g}" for _, strength in loras)
@@ -192,9 +192,9 @@ def fingerprint_of_vae(source: str) -> str:
   """Of the weights of a VAE by itself, a folder or a hub name."""
   if source.partition(":")[0] in ("random", "zeros"):
     return source
-  folder = pipelines.resolve_folder(source, "diffusion_pytorch_model*.safetensors")
-  return _fingerprint(tensor_files.weight_files(folder))
+  folder = folders.resolve_folder(source, "diffusion_pytorch_model*.safetensors")
+  return _fingerprint(tensors.weight_files(folder))
 
 
 def _fingerprint(files: Sequence[pathlib.Path]) -> str:
-  return hashlib.sha256(" ".join(tensor_files.fingerprint([file]) for file in files).encode()).hexdigest()[:16]
+  return hashlib.sha256(" ".join(tensors.fingerprint([file]) for file in files).encode()).hexdigest()[:16]

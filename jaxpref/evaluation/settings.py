@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from jaxpref.data import prompt_sets
 from jaxpref.devices import sharding
 from jaxpref.evaluation import drawing
+from jaxpref.files import adapters
 from jaxpref.files import family as families
-from jaxpref.files import lora_files
 from jaxpref.models.base import Model
 
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load(
-  name: str, loras: Sequence[lora_files.LoraFile], args: argparse.Namespace, mesh: Mesh
+  name: str, loras: Sequence[adapters.LoraFile], args: argparse.Namespace, mesh: Mesh
 ) -> tuple[Model, dict[str, Any], Callable[[list[str]], np.ndarray]]:
   """A model with its parameters on all devices of a mesh, and its tokenizer.
 

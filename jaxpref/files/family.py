@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxpref.config import load_named
 from jaxpref.diffusion import VariancePreserving
-from jaxpref.files import loading, lora_files, pipelines, tensor_files
+from jaxpref.files import adapters, folders, loading, pipelines, tensors
 from jaxpref.models import lora, presets
 from jaxpref.models.base import Model
 from jaxpref.models.stable_diffusion import StableDiffusion
@@ -31,7 +31,8 @@ class Pipeline(Protocol):
     params: parameters by component, of those that were asked for.
   """
 
-  params: dict[str, Tree]
+  @property
+  def params(self) -> dict[str, Tree]: ...
 
   def tokenize(self, captions: list[str]) -> np.ndarray:
     """i32[n, L]."""
@@ -46,8 +47,11 @@ class Family(Protocol):
     denoiser: that of them which is trained; an adapter of it is the component `DENOISER_lora`.
   """
 
-  networks: tuple[str, ...]
-  denoiser: str
+  @property
+  def networks(self) -> tuple[str, ...]: ...
+
+  @property
+  def denoiser(self) -> str: ...
 
   def load(
     self,
@@ -117,7 +121,7 @@ class Family(Protocol):
     """
     ...
 
-  def with_adapters(self, pipe: Any, loras: Sequence[tuple[pathlib.Path, float]]) -> tuple[dict[str, Tree], float]:
+  def with_adapters(self, pipe: Any, loras: Sequence[adapters.LoraFile]) -> tuple[dict[str, Tree], float]:
     """The parameters with several adapters, each with its strength, and the scale of their sum in `DENOISER_lora`."""
     ...
 
@@ -191,21 +195,21 @@ class StableDiffusionFamily:
     pipelines.save_pipeline(folder, pipe, dtype=dtype)
 
   def load_adapter(self, file: str, pipe: pipelines.Pipeline) -> tuple[Tree, float]:
-    return lora_files.load_lora(pathlib.Path(file), pipe.unet.config, pipe.params["unet"])
+    return adapters.load_lora(pathlib.Path(file), pipe.unet.config, pipe.params["unet"])
 
   def save_adapter(
     self, file: pathlib.Path, adapter: Tree, scale: float, *, name: str, form: str = "lora", dtype: Any = jnp.float32
   ) -> None:
     if form == "kohya":
-      lora_files.save_kohya(file, adapter, scale, loading.unet_config(name), dtype=dtype)
+      adapters.save_kohya(file, adapter, scale, loading.unet_config(name), dtype=dtype)
     else:
-      lora_files.save_diffusers(file, adapter, scale, dtype=dtype)
+      adapters.save_diffusers(file, adapter, scale, dtype=dtype)
 
   def with_adapters(
-    self, pipe: pipelines.Pipeline, loras: Sequence[tuple[pathlib.Path, float]]
+    self, pipe: pipelines.Pipeline, loras: Sequence[adapters.LoraFile]
   ) -> tuple[dict[str, Tree], float]:
-    adapter, scale, text_encoders = lora_files.load_pipeline_loras(loras, pipe.unet.config, pipe.params)
-    return lora_files.merge_text_encoders(dict(pipe.params), text_encoders) | {"unet_lora": adapter}, scale
+    adapter, scale, text_encoders = adapters.load_pipeline_loras(loras, pipe.unet.config, pipe.params)
+    return adapters.merge_text_encoders(dict(pipe.params), text_encoders) | {"unet_lora": adapter}, scale
 
   def without_values(self, name: str) -> str:
     preset = self.published.get(name, name.partition(":")[2])
@@ -219,8 +223,8 @@ class StableDiffusionFamily:
   def weight_files(self, name: str) -> dict[str, list[pathlib.Path]]:
     if loading.preset_of(name) is not None:
       return {}
-    folder = pipelines.resolve_folder(loading.folder_of(name), "*/*.safetensors")
-    return {n: tensor_files.weight_files(folder / n) for n in self.networks if (folder / n).is_dir()}
+    folder = folders.resolve_folder(loading.folder_of(name), "*/*.safetensors")
+    return {n: tensors.weight_files(folder / n) for n in self.networks if (folder / n).is_dir()}
 
 
 FAMILIES: dict[str, Family] = {"stable_diffusion": StableDiffusionFamily()}
@@ -239,8 +243,7 @@ def get(name: str, field: str = "config.family") -> Family:
       )
     return FAMILIES[name]
   found = load_named(name, field, "NAME")
-  wanted = [what for what in vars(Family) if not what.startswith("_")] + ["networks", "denoiser"]
-  if missing := [what for what in dict.fromkeys(wanted) if not hasattr(found, what)]:
+  if missing := [what for what in vars(Family) if not what.startswith("_") and not hasattr(found, what)]:
     raise ValueError(f"{field}={name}: it has no {', '.join(missing)}; expected a jaxpref.files.family.Family.")
   return found
 
@@ -268,7 +271,7 @@ def save_trained(
     trained[family.denoiser] = lora.merge_lora(base, adapter, scale)
   family.save(folder, dataclasses.replace(pipe, params=trained), dtype=dtype)
   if adapter is not None:
-    family.save_adapter(folder / lora_files.DIFFUSERS_FILE, adapter, scale, name=name)
+    family.save_adapter(folder / adapters.DIFFUSERS_FILE, adapter, scale, name=name)
 
 
 def of_run(name: str, given: str) -> str:

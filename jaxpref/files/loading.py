@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpref.diffusion import VariancePreserving
-from jaxpref.files import pipelines, tensor_files
+from jaxpref.files import folders, pipelines, tokenizers
 from jaxpref.models import presets
-from jaxpref.models.preference import Judge, StepAwareCLIPModel
 from jaxpref.models.stable_diffusion import StableDiffusion
 from jaxpref.models.unet import UNetConfig
 
@@ -43,7 +42,8 @@ def without_values(name: str) -> str:
   return name if preset_of(name) is None else f"zeros:{name.partition(':')[2]}"
 
 
-def _initialiser(name: str) -> Callable[[Any, jax.Array], Any]:
+def initialiser(name: str) -> Callable[[Any, jax.Array], Any]:
+  """Returns what makes the parameters of a network of random:PRESET or zeros:PRESET from it and a key."""
   return presets.zero_params if name.startswith("zeros:") else presets.init_params
 
 
@@ -108,7 +108,7 @@ def load_text_to_image(
         components=components,
       )
     preset = name.partition(":")[2]
-    pipe = pipelines.random_pipeline(preset, seed, dtype=jnp.dtype(dtype), init=_initialiser(name))
+    pipe = pipelines.random_pipeline(preset, seed, dtype=jnp.dtype(dtype), init=initialiser(name))
     chosen = {k: v for k, v in pipe.params.items() if k in components}
     params = {k: jax.tree.map(lambda x, k=k: x.astype(param_dtypes[k]), v) for k, v in chosen.items()}
     if sharding is not None:
@@ -123,7 +123,7 @@ def unet_config(name: str) -> UNetConfig:
   """Of a pipeline, without reading its weights; name as for `load_text_to_image`."""
   if (preset := preset_of(name)) is not None:
     return preset.unet
-  file = pipelines.resolve_folder(folder_of(name), "*/*.safetensors") / "unet" / "config.json"
+  file = folders.resolve_folder(folder_of(name), "*/*.safetensors") / "unet" / "config.json"
   return UNetConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
 
 
@@ -144,30 +144,7 @@ def text_to_image(
 
 
 def tiny_tokenize(captions: list[str]) -> np.ndarray:
-  return pipelines.tokenize(pipelines.tiny_tokenizer(), captions, length=presets.TINY_LENGTH)
-
-
-def load_scorer(
-  name: str, *, dtype: str, param_dtype: str = "float32", seed: int = 0, sharding: pipelines.Sharding = None
-) -> tuple[StepAwareCLIPModel, Any]:
-  """A step-aware preference model by folder, hub name, shipped name, or `random:PRESET`."""
-  if (preset := preset_of(name)) is not None:
-    module = StepAwareCLIPModel(preset.preference, jnp.dtype(dtype))
-    if name.startswith("drawn:"):
-      return module, presets.draw_params(module, seed, dtype=jnp.dtype(param_dtype), sharding=sharding)
-    params = _initialiser(name)(module, jax.random.key(seed))
-    return module, jax.tree.map(lambda x: x.astype(param_dtype), params)
-  return pipelines.load_preference_model(
-    folder_of(name), dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), sharding=sharding
-  )
-
-
-def fingerprint(name: str) -> str:
-  """Of the weights that `load_scorer` reads; of random ones their name."""
-  if preset_of(name) is not None:
-    return name
-  folder = pipelines.resolve_folder(folder_of(name), "model*.safetensors")
-  return tensor_files.fingerprint(tensor_files.weight_files(folder))
+  return tokenizers.tokenize(tokenizers.tiny_tokenizer(), captions, length=presets.TINY_LENGTH)
 
 
 def load_tokenizer(*models: str) -> Any:
@@ -178,35 +155,9 @@ def load_tokenizer(*models: str) -> Any:
   """
   for name in models:
     if preset_of(name) is not None:
-      return pipelines.tiny_tokenizer()
-    folder = pipelines.resolve_folder(folder_of(name), "tokenizer/*.safetensors")  # no weights
+      return tokenizers.tiny_tokenizer()
+    folder = folders.resolve_folder(folder_of(name), "tokenizer/*.safetensors")  # no weights
     for place in (folder / "tokenizer", folder):
       with contextlib.suppress(FileNotFoundError):
-        return pipelines.load_tokenizer(place)
+        return tokenizers.load_tokenizer(place)
   raise FileNotFoundError(f"none of {', '.join(models)} has a CLIP tokenizer; expected vocab.json and merges.txt.")
-
-
-def load_judge(name: str | None, *, style: str, num_classes: int) -> tuple[Judge | None, Any]:
-  """A judge by folder, shipped name, or `random:PRESET`; None, or "" on the command line, for none.
-
-  Raises:
-    ValueError: the judge cannot tell the preferred style, or knows fewer than `num_classes` captions.
-  """
-  if not name:
-    return None, None
-  if name.startswith("random:"):
-    module = Judge(presets.get_preset(name.removeprefix("random:")).judge)
-    params = presets.init_params(module, jax.random.key(1))
-  else:
-    module, params = pipelines.load_judge(folder_of(name))
-  if style not in module.config.styles:
-    raise ValueError(
-      f"judge {name} knows the styles {', '.join(module.config.styles) or '(none)'}, not "
-      f"config.data.preferred_style={style!r}; choose one of them or another judge."
-    )
-  if num_classes > module.config.num_classes:
-    raise ValueError(
-      f"judge {name} knows {module.config.num_classes} captions, the data (config.data.subset) or "
-      f"config.evaluation.candidates ask for {num_classes}; choose fewer or another judge."
-    )
-  return module, params

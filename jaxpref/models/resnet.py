@@ -19,8 +19,9 @@ class GroupNorm(nn.Module):
   array is ever reshaped to [..., groups, channels / groups]: several times faster on a CPU.
 
   Of inputs in half precision the variance is E[x^2] - E[x]^2, from one pass over them: a GPU then reads x twice and
-  writes the result, where it otherwise also writes x - E[x] in float32 and reads that twice (docs/benchmarks.md). What
-  cancels in it is less than what the rounding of x to half precision has lost already.
+  writes the result, where it otherwise also writes x - E[x] in float32 and reads that twice
+  (docs/results/benchmarks.md). What cancels in it is less than what the rounding of x to half precision has lost
+  already.
   """
 
   num_groups: int

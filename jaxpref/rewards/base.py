@@ -96,10 +96,10 @@ class Weighted:
   host: tuple[tuple[HostReward, float], ...] = ()
 
   @property
-  def names(self) -> tuple[str, ...]:
-    """Of all parts, those in the graph first; empty where there is but one."""
-    found = tuple(reward.name for reward, _ in (*self.graph, *self.host))
-    return found if len(found) > 1 else ()
+  def scales(self) -> dict[str, float]:
+    """weight x scale of each, by name; those in the graph first."""
+    of_graph = {reward.name: weight * reward.scale for reward, weight in self.graph}
+    return of_graph | {reward.name: weight * reward.scale for reward, weight in self.host}
 
   @property
   def tokenizers(self) -> Mapping[str, Tokenize]:
@@ -124,9 +124,11 @@ class Weighted:
 
   def summed(self, found: Mapping[str, jax.Array], before: Scores | None = None) -> Scores:
     """The weighted sum of the scores f32[N] that there are, by name, and of those before."""
+    scales = self.scales
     terms = [] if before is None else [before.total]
-    terms += [
-      weight * reward.scale * found[reward.name] for reward, weight in (*self.graph, *self.host) if reward.name in found
-    ]
+    terms += [scale * found[name] for name, scale in scales.items() if name in found]
     parts = {} if before is None else before.parts
-    return Scores(functools.reduce(jnp.add, terms), parts | {name: found[name] for name in self.names if name in found})
+    return Scores(
+      functools.reduce(jnp.add, terms),
+      parts | ({name: found[name] for name in scales if name in found} if len(scales) > 1 else {}),
+    )

@@ -16,9 +16,10 @@ import numpy as np
 from PIL import Image
 
 from jaxpref.data import records
-from jaxpref.files import loading, pipelines, tensor_files
+from jaxpref.files import folders, loading, tensors, tokenizers
 from jaxpref.models import blip, clip
 from jaxpref.models.preference import StepAwareCLIPModel, ask_judge, bicubic_matrix
+from jaxpref.rewards.loading import load_clip, load_judge, load_preference_model
 
 Array = jax.Array
 CLIP_L = "openai/clip-vit-large-patch14"
@@ -161,7 +162,7 @@ def _text_embeds(module: clip.CLIPModel, params: Any, ids: Array) -> Array:
 def weight_files(folder: pathlib.Path) -> Sequence[pathlib.Path]:
   """Of a folder in any of the layouts."""
   file = folder / "open_clip_model.safetensors"  # beside transformers' files it is a copy
-  return [file] if file.is_file() and not (folder / "config.json").is_file() else tensor_files.weight_files(folder)
+  return [file] if file.is_file() and not (folder / "config.json").is_file() else tensors.weight_files(folder)
 
 
 def _read_clip(folder: pathlib.Path, dtype: Any, placement: Any) -> tuple[clip.CLIPModel, Any]:
@@ -169,8 +170,8 @@ def _read_clip(folder: pathlib.Path, dtype: Any, placement: Any) -> tuple[clip.C
   file = folder / "config.json"
   arguments = dict(dtype=dtype, param_dtype=dtype, sharding=placement)
   if file.is_file() and '"step_aware_clip"' in file.read_text(encoding="utf-8"):
-    return pipelines.load_preference_model(folder, **arguments)
-  return pipelines.load_clip(folder, **arguments)
+    return load_preference_model(folder, **arguments)
+  return load_clip(folder, **arguments)
 
 
 def clip_network(name: str, folder: pathlib.Path, dtype: Any, placement: Any, *, embeddings: bool = False) -> Network:
@@ -193,10 +194,10 @@ def clip_network(name: str, folder: pathlib.Path, dtype: Any, placement: Any, *,
   prepare, in_graph = lambda image: resize(image, size), lambda images: pixels(images, size)
   if embeddings:
     return Network(lambda params, _, images: embed(params, images), params, prepare, in_graph, None, files)
-  tokenizer = pipelines.tiny_tokenizer() if name == "tiny-clip" else clip_tokenizer(name, folder)
+  tokenizer = tokenizers.tiny_tokenizer() if name == "tiny-clip" else clip_tokenizer(name, folder)
   _check_vocabulary(name, tokenizer, config.text_config.vocab_size)
   length = config.text_config.max_position_embeddings
-  tokenize = lambda texts: pipelines.tokenize(tokenizer, texts, length=length)
+  tokenize = lambda texts: tokenizers.tokenize(tokenizer, texts, length=length)
   text = lambda params, ids: _text_embeds(module, params, ids)
   return Network(score, params, prepare, in_graph, tokenize, files, text)
 
@@ -206,7 +207,7 @@ def aesthetic_clip(folder: pathlib.Path) -> pathlib.Path:
   place = folder / "clip" if (folder / "clip").is_dir() else _read_config(folder).get("clip", "")
   place = place or CLIP_L
   try:
-    return pipelines.resolve_folder(place, "model*.safetensors")
+    return folders.resolve_folder(place, "model*.safetensors")
   except FileNotFoundError as error:
     raise FileNotFoundError(
       f"scorer aesthetic: its CLIP {place} is neither a folder here nor could it be fetched; connect to the network, "
@@ -222,8 +223,8 @@ def aesthetic_network(folder: pathlib.Path, dtype: Any, placement: Any) -> Netwo
   head = blip.RewardHead()
   width = jnp.zeros((1, config.projection_dim))
   shapes = jax.eval_shape(head.init, jax.random.key(0), width)["params"]
-  head_files = tensor_files.weight_files(folder)
-  head_params = pipelines.load_tree(head_files, shapes, sharding=placement)
+  head_files = tensors.weight_files(folder)
+  head_params = tensors.load_tree(head_files, shapes, sharding=placement)
 
   def score(params, unused_ids, images):
     pixels = _normalised(images, config.image_mean, config.image_std)
@@ -238,11 +239,11 @@ def aesthetic_network(folder: pathlib.Path, dtype: Any, placement: Any) -> Netwo
 def imagereward_network(folder: pathlib.Path, dtype: Any, placement: Any) -> Network:
   """ImageReward, from a folder that scripts/assets/convert_scorer.py wrote."""
   config = blip.ImageRewardConfig.from_dict(_read_config(folder))
-  module, files = blip.ImageReward(config, dtype), tensor_files.weight_files(folder)
+  module, files = blip.ImageReward(config, dtype), tensors.weight_files(folder)
   size, length = config.vision_config.image_size, config.text_length
   example = jnp.zeros((1, length), jnp.int32), jnp.zeros((1, size, size, 3))
   shapes = jax.eval_shape(module.init, jax.random.key(0), *example)["params"]
-  params = pipelines.load_tree(files, shapes, param_dtype=dtype, sharding=placement)
+  params = tensors.load_tree(files, shapes, param_dtype=dtype, sharding=placement)
   tokenizer = bert_tokenizer(folder)
   _check_vocabulary("imagereward", tokenizer, config.text_config.vocab_size)
 
@@ -259,7 +260,7 @@ def imagereward_network(folder: pathlib.Path, dtype: Any, placement: Any) -> Net
 
 def judge_network(folder: pathlib.Path, style: str, placement: Any) -> Network:
   """The log-probability that the judge gives to a style."""
-  module, params = loading.load_judge(str(folder), style=style, num_classes=1)
+  module, params = load_judge(str(folder), style=style, num_classes=1)
   assert module is not None
   size, column = module.config.image_size, module.config.styles.index(style)
   if placement is not None:
@@ -270,9 +271,7 @@ def judge_network(folder: pathlib.Path, style: str, placement: Any) -> Network:
     return log_probs[:, column]
 
   prepare = lambda image: image if image.shape[:2] == (size, size) else clip_image(image, size)
-  return Network(
-    score, params, prepare, lambda images: clip_pixels(images, size), None, tensor_files.weight_files(folder)
-  )
+  return Network(score, params, prepare, lambda images: clip_pixels(images, size), None, tensors.weight_files(folder))
 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -306,13 +305,13 @@ def bert_tokenizer(folder: pathlib.Path) -> Any:
   place = next((p for p in (folder / "tokenizer", folder) if (p / "vocab.txt").is_file()), None)
   if place is None:
     try:
-      place = pipelines.resolve_folder(other, "tokenizer/*.safetensors")  # no weights
+      place = folders.resolve_folder(other, "tokenizer/*.safetensors")  # no weights
     except FileNotFoundError as error:
       raise FileNotFoundError(
         f"scorer imagereward: {folder} has no vocab.txt and the Hugging Face repository {other} could not be reached; "
         f"copy vocab.txt of that repository into {folder}."
       ) from error
-  tokenizer = pipelines.import_tokenizer("BertTokenizer")(vocab=str(place / "vocab.txt"), do_lower_case=True)
+  tokenizer = tokenizers.import_tokenizer("BertTokenizer")(vocab=str(place / "vocab.txt"), do_lower_case=True)
   tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP's own, should a prompt hold them
   return tokenizer
 

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxpref.devices import chips, sharding
-from jaxpref.files import pipelines, tensor_files
+from jaxpref.files import folders, tensors
 from jaxpref.models.vae import to_uint8
 from jaxpref.rewards import networks
 
@@ -136,7 +136,7 @@ def _find(name: str, folder: str | None) -> pathlib.Path:
       "checkout of jaxpref's repository."
     )
   try:
-    return pipelines.resolve_folder(folder or published.repository, "model*.safetensors")
+    return folders.resolve_folder(folder or published.repository, "model*.safetensors")
   except FileNotFoundError as error:
     if folder is not None or not published.repository:
       raise FileNotFoundError(f"scorer {name} has no weights: {error}") from error
@@ -362,7 +362,7 @@ def _version(name: str, place: str | None, files: Sequence[pathlib.Path]) -> str
   published = PUBLISHED[name]
   source = published.shipped or (published.file or published.repository.rpartition("/")[2])
   title = pathlib.Path(place).name if place is not None else source.removesuffix(".pt").removesuffix(".pth")
-  return f"{title} {tensor_files.fingerprint(files)[:8]}"
+  return f"{title} {tensors.fingerprint(files)[:8]}"
 
 
 # ---- Diversity -------------------------------------------------------------------------------------------------------

@@ -5,9 +5,10 @@ from typing import Any
 from ml_collections import ConfigDict as Config
 
 from jaxpref.config import is_function, reward_terms
-from jaxpref.files import loading, pipelines
+from jaxpref.files import pipelines
 from jaxpref.rewards import published
 from jaxpref.rewards.base import HostReward, Reward, Weighted
+from jaxpref.rewards.loading import load_scorer, scorer_fingerprint
 from jaxpref.rewards.python import PythonReward
 from jaxpref.rewards.step_aware import COMPONENT, StepAware
 
@@ -32,15 +33,15 @@ def check(config: Config) -> None:
       )
     published.check(spec, preferred_style=config.data.preferred_style)
     if spec.partition("=")[0] == "judge" and config.judge:
-      own = loading.fingerprint(spec.partition("=")[2] or "tiny-judge")
-      if own == loading.fingerprint(config.judge):
+      own = scorer_fingerprint(spec.partition("=")[2] or "tiny-judge")
+      if own == scorer_fingerprint(config.judge):
         raise ValueError(
           f"config.reward={config.reward!r}: the judge of the evaluation, config.judge={config.judge}, cannot also be "
           "trained on, as its numbers would say nothing then; choose another reward, preference_model say, or another "
           "judge."
         )
-  names = [spec.partition("=")[0] for spec in terms]
-  if twice := [name for name in names if names.count(name) > 1]:
+  found = [spec.partition("=")[0] for spec in terms]
+  if twice := [name for name in found if found.count(name) > 1]:
     raise ValueError(f"config.reward={config.reward!r}: {twice[0]} stands there twice; expected each name once.")
 
 
@@ -59,7 +60,7 @@ def load(config: Config, sharding: pipelines.Sharding = None) -> tuple[Weighted,
   params: dict[str, Any] = {}
   for spec, weight in reward_terms(config).items():
     if spec == PREFERENCE_MODEL:
-      scorer, params[COMPONENT] = loading.load_scorer(
+      scorer, params[COMPONENT] = load_scorer(
         config.preference_model, dtype=config.dtype, param_dtype=config.dtype, seed=config.seed, sharding=sharding
       )
       graph.append((StepAware(scorer), weight))

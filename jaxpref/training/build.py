@@ -15,8 +15,8 @@ from ml_collections import ConfigDict as Config
 
 from jaxpref.data import emoji, pipeline
 from jaxpref.evaluation import judging
+from jaxpref.files import adapters, loading, pipelines
 from jaxpref.files import family as families
-from jaxpref.files import loading, lora_files, pipelines
 from jaxpref.models import lora, presets
 from jaxpref.models.base import Model
 from jaxpref.models.preference import Judge
@@ -24,6 +24,7 @@ from jaxpref.models.vae import AutoencoderKL
 from jaxpref.objectives import base, catalog, pretraining
 from jaxpref.rewards import terms
 from jaxpref.rewards.base import Weighted
+from jaxpref.rewards.loading import load_judge, load_scorer, save_judge, save_preference_model
 from jaxpref.training import inputs
 
 
@@ -123,10 +124,10 @@ def initial_adapter(config: Config, pipe: Any) -> Any:
   c, of = config.lora, families.get(config.family)
   if c.init_from:
     adapter, scale = of.load_adapter(c.init_from, pipe)
-    rank = lora_files.adapter_rank(adapter)
+    rank = adapters.adapter_rank(adapter)
     if c.rank not in (0, rank):
       raise ValueError(f"config.lora.rank={c.rank}, but {c.init_from} has rank {rank}; leave out one of them.")
-    return lora_files.rescale(adapter, scale, adapter_scale(config, rank))
+    return adapters.rescale(adapter, scale, adapter_scale(config, rank))
   if c.rank:
     key = jax.random.key(config.seed)
     return lora.init_lora(key, pipe.params[of.denoiser], rank=c.rank, targets=c.targets, init=c.init)
@@ -178,7 +179,7 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
   adapter = initial_adapter(config, pipe)
   scale = 1.0
   if adapter is not None:
-    scale = adapter_scale(config, lora_files.adapter_rank(adapter))
+    scale = adapter_scale(config, adapters.adapter_rank(adapter))
     params = {adapter_name: adapter}
     if config.lora.init_from:  # then the model without an adapter is not what training starts from
       frozen[adapter_name] = adapter
@@ -195,7 +196,7 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
       raise ValueError(f"config.{name}.num_inference_steps={count}; expected at most {total}, as {config.model} has.")
   _check_decode_size(config, model)
   num_classes = max(emoji.num_classes(config.data.subset), config.evaluation.candidates)
-  judge, judge_params = loading.load_judge(config.judge, style=config.data.preferred_style, num_classes=num_classes)
+  judge, judge_params = load_judge(config.judge, style=config.data.preferred_style, num_classes=num_classes)
   if config.reference.mode == "frozen":  # Only a moving reference needs the pre-trained weights beside it.
     frozen = {k: v for k, v in frozen.items() if k not in params}
 
@@ -264,7 +265,7 @@ def _preference_model(
   pipe = _load(config, sharding)
   model, tokenize = families.get(config.family).model(pipe, vae_slicing=vae_slicing), pipe.tokenize
   _check_decode_size(config, model)
-  scorer, params = loading.load_scorer(config.preference_model, dtype=config.dtype, seed=config.seed, sharding=sharding)
+  scorer, params = load_scorer(config.preference_model, dtype=config.dtype, seed=config.seed, sharding=sharding)
   frozen = dict(pipe.params) | {"empty_ids": tokenize([""])}
   held_out = config.copy_and_resolve_references()
   held_out.unlock()
@@ -287,7 +288,7 @@ def _preference_model(
     frozen=frozen,
     objective=catalog.make(config, model, scorer),
     batches=lambda: inputs.pair_batches(config, model.image_size, tokenize),
-    export=lambda params, folder: pipelines.save_preference_model(folder, scorer, params["spm"], dtype=jnp.float16),
+    export=lambda params, folder: save_preference_model(folder, scorer, params["spm"], dtype=jnp.float16),
     images_per_step=config.batch_size * catalog.method(config).images(config),
     held_out=open_held_out if config.evaluation.num_prompts else None,
   )
@@ -328,7 +329,7 @@ def _contrastive(config: Config) -> Experiment:
     frozen={},
     objective=pretraining.Contrastive(clip),
     batches=lambda: inputs.image_batches(config, clip.config.vision_config.image_size, loading.tiny_tokenize),
-    export=lambda params, folder: pipelines.save_preference_model(folder, clip, params["clip"], dtype=jnp.float16),
+    export=lambda params, folder: save_preference_model(folder, clip, params["clip"], dtype=jnp.float16),
     images_per_step=config.batch_size,
   )
 
@@ -355,7 +356,7 @@ def _classify(config: Config) -> Experiment:
     frozen={},
     objective=pretraining.Classification(judge),
     batches=lambda: inputs.image_batches(config, preset.image_size, None, source=source),
-    export=lambda params, folder: pipelines.save_judge(folder, judge, params["judge"], dtype=jnp.float16),
+    export=lambda params, folder: save_judge(folder, judge, params["judge"], dtype=jnp.float16),
     images_per_step=config.batch_size,
     report=report,
   )

@@ -74,9 +74,11 @@ class Iteration:
         first = shard.index[0].start or 0
         images |= {first + i: image for i, image in enumerate(np.asarray(shard.data))}
     found = score(self.rewards, images, captions)
-    whole = sharding.replicated(self.mesh)
-    scores = {k: jax.make_array_from_callback(v.shape, whole, lambda index, v=v: v[index]) for k, v in found.items()}
+    scores = {name: self._everywhere(values) for name, values in found.items()}
     return self.learn(state, frozen, batch, drawn._replace(images=None), scores)
+
+  def _everywhere(self, values: np.ndarray) -> jax.Array:
+    return jax.make_array_from_callback(values.shape, sharding.replicated(self.mesh), lambda index: values[index])
 
 
 def compile_iteration(
@@ -114,7 +116,7 @@ def compile_halves(
   def draw_with_records(state, frozen, batch):
     return draw(state, frozen, batch), batch["record"]
 
-  places = (step.Drawn(None, rows), whole)
+  places: Any = (step.Drawn(None, rows), whole)  # type: ignore[arg-type]
   drawing = jax.jit(draw_with_records, out_shardings=places, compiler_options=options).lower(*arguments).compile()
   # As the first program leaves it on the devices.
   shapes = jax.eval_shape(draw_with_records, *arguments)[0]

@@ -16,7 +16,7 @@ from jaxpref.data import batching, emoji, latents, pipeline, sources
 from jaxpref.data import index as index_lib
 from jaxpref.devices import sharding
 from jaxpref.files import family as families
-from jaxpref.files import loading, pipelines, tensor_files
+from jaxpref.files import folders, loading, tensors
 from jaxpref.models.base import Model
 from jaxpref.objectives import catalog
 
@@ -242,9 +242,9 @@ def encoder_fingerprints(config: Config) -> dict[str, str]:
   files = dict(of.weight_files(config.model))
   files.pop(of.denoiser, None)
   if config.vae_model:
-    folder = pipelines.resolve_folder(config.vae_model, "diffusion_pytorch_model*.safetensors")
-    files["vae"] = tensor_files.weight_files(folder)
-  return {name: tensor_files.fingerprint(of_network) for name, of_network in files.items()}
+    folder = folders.resolve_folder(config.vae_model, "diffusion_pytorch_model*.safetensors")
+    files["vae"] = tensors.weight_files(folder)
+  return {name: tensors.fingerprint(of_network) for name, of_network in files.items()}
 
 
 def open_precomputed(config: Config) -> latents.Precomputed:

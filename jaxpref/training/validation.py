@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from jaxpref import config as config_lib
 from jaxpref.data import emoji
 from jaxpref.devices import chips, sharding
-from jaxpref.evaluation import drawing, judging, report
+from jaxpref.evaluation import drawing, judging, pictures
 from jaxpref.models.vae import to_float
 from jaxpref.objectives import sums
 from jaxpref.objectives.base import Weights
@@ -114,7 +115,7 @@ class Drawer:
     in_graph = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(flat)], *found)
     own = range(jax.process_index(), len(flat), jax.process_count())
     on_host = host.score(self._reward.host, {i: flat[i] for i in own}, captions)
-    return jax.tree.map(np.asarray, self._reward.summed(on_host, in_graph))
+    return jax.tree.map(np.asarray, self._reward.summed(jax.tree.map(jnp.asarray, on_host), in_graph))
 
 
 def _judge(
@@ -162,9 +163,9 @@ def look(
   flat = images.reshape(-1, *images.shape[2:])
   blank = np.full((-len(flat) % LOOK_COLUMNS, *flat.shape[1:]), 255, np.uint8)
   rows = np.concatenate([flat, blank]).reshape(-1, LOOK_COLUMNS, *flat.shape[1:])
-  picture = report.grid(rows, scale=max(1, 64 // flat.shape[1]))
+  picture = pictures.grid(rows, scale=max(1, 64 // flat.shape[1]))
   if jax.process_index() == 0:
-    report.save_image(path, picture)
+    pictures.save_image(path, picture)
   return picture, means
 
 
@@ -194,16 +195,16 @@ def compare_with_base(
     images[name] = drawer.draw(weights, captions, seeds_per_prompt=e.seeds_per_prompt, progress=progress)
     scores[name] = _judge(config, experiment, images[name], chosen)
   results = judging.compare(scores.get("base"), scores["aligned"], samples=e.bootstrap_samples, seed=e.seed)
-  results["table"] = report.table(results, style=config.data.preferred_style, candidates=e.candidates)
+  results["table"] = judging.table(results, style=config.data.preferred_style, candidates=e.candidates)
   results["protocol"] = config_lib.to_dict(config)["evaluation"] | {"preferred_style": config.data.preferred_style}
   if "base" in results:
-    results["in_words"] = report.in_words(results, style=config.data.preferred_style)
+    results["in_words"] = judging.in_words(results, style=config.data.preferred_style)
   if jax.process_index() == 0:
     said = [results[name] for name in ("table", "in_words") if name in results]
     (folder / "table.md").write_text("\n\n".join(said) + "\n")
     few = np.linspace(0, len(captions) - 1, min(12, len(captions))).round().astype(int)
     titles = {"base": "before", "aligned": "after"} if "base" in images else {"aligned": ""}
     picture = folder / ("before_after.png" if "base" in images else "samples.png")
-    report.picture_table(picture, {titles[k]: v[few] for k, v in images.items()}, [captions[i] for i in few])
-    report.curves(folder / "curves.png", metrics.read(folder / "metrics.jsonl"), CURVES)
+    pictures.picture_table(picture, {titles[k]: v[few] for k, v in images.items()}, [captions[i] for i in few])
+    pictures.curves(folder / "curves.png", metrics.read(folder / "metrics.jsonl"), CURVES)
   return results

@@ -56,13 +56,13 @@ def read_checkpoint(checkpoint: pathlib.Path, arrays: pathlib.Path) -> None:
 
 def _names(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[str]:
   """The names in a file of the leaves of a tree."""
-  from jaxpref.files import pipelines
+  from jaxpref.files.tensors import torch_name
 
   for name, value in tree.items():
     if isinstance(value, Mapping):
       yield from _names(value, (*path, name))
     else:
-      yield pipelines.torch_name((*path, name))
+      yield torch_name((*path, name))
 
 
 def expected(name: str, config: Mapping[str, Any] | None, width: int) -> tuple[dict, dict]:
@@ -137,7 +137,7 @@ def convert(
   """
   from safetensors.numpy import load_file, save_file
 
-  from jaxpref.files import pipelines
+  from jaxpref.files.tensors import load_tree
 
   if not checkpoint.is_file():
     raise FileNotFoundError(f"there is no file {checkpoint}; give the published file of {name}.")
@@ -172,7 +172,7 @@ def convert(
     save_file(kept, str(weights_file), metadata={"format": "pt"})
     del tensors, kept
     try:
-      pipelines.load_tree(weights_file, shapes, param_dtype="float16")  # all are there and have the right shapes
+      load_tree(weights_file, shapes, param_dtype="float16")  # all are there and have the right shapes
     except ValueError as error:
       raise ValueError(str(error).replace(str(weights_file), str(checkpoint))) from None
     stem = "open_clip_" if name.startswith("hpsv2") else ""

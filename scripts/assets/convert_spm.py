@@ -98,9 +98,10 @@ def convert(checkpoint: pathlib.Path, folder: pathlib.Path, clip: pathlib.Path |
     FileNotFoundError: a file is not there.
     ValueError: the checkpoint is no state dict of that model; missing, unexpected and mis-shaped tensors are named.
   """
-  from jaxpref.files import pipelines
+  from jaxpref.files import tensors
   from jaxpref.models import presets
   from jaxpref.models.preference import StepAwareCLIPConfig, StepAwareCLIPModel
+  from jaxpref.rewards.loading import save_preference_model
 
   if not checkpoint.is_file():
     raise FileNotFoundError(f"there is no file {checkpoint}; give the .bin of a step-aware preference model.")
@@ -116,10 +117,10 @@ def convert(checkpoint: pathlib.Path, folder: pathlib.Path, clip: pathlib.Path |
         said = ["a .bin is read by PyTorch, which is not installed; install it (pip install torch) and run this again."]
       raise ValueError(said[-1].removeprefix("error: "))
     try:
-      params = pipelines.load_tree(arrays, presets.abstract_params(module))
+      params = tensors.load_tree(arrays, presets.abstract_params(module))
     except ValueError as error:
       raise ValueError(str(error).replace(str(arrays), str(checkpoint))) from None
-    return pipelines.save_preference_model(folder, module, params)
+    return save_preference_model(folder, module, params)
 
 
 def main() -> None:

@@ -15,8 +15,9 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from jaxpref.files import pipelines
+from jaxpref.files import pipelines, tensors, tokenizers
 from jaxpref.models import presets
+from jaxpref.rewards.loading import load_preference_model, open_judge, save_judge, save_preference_model
 
 ASSETS = pathlib.Path(pipelines.__file__).parents[1] / "assets"
 RUNS = {
@@ -38,18 +39,18 @@ def copy_pipeline(source: pathlib.Path, target: pathlib.Path) -> None:
 def copy_clip(source: pathlib.Path, target: pathlib.Path) -> None:
   """A plain CLIP of tiny-sd's towers."""
   clip = presets.make_clip(presets.TINY_SD)
-  params = pipelines.load_tree(pipelines.weight_files(source), presets.abstract_params(clip))
-  pipelines.save_preference_model(target, clip, params, dtype=jnp.float16)
+  params = tensors.load_tree(tensors.weight_files(source), presets.abstract_params(clip))
+  save_preference_model(target, clip, params, dtype=jnp.float16)
 
 
 def copy_preference_model(source: pathlib.Path, target: pathlib.Path) -> None:
   """A step-aware preference model."""
-  pipelines.save_preference_model(target, *pipelines.load_preference_model(source), dtype=jnp.float16)
+  save_preference_model(target, *load_preference_model(source), dtype=jnp.float16)
 
 
 def copy_judge(source: pathlib.Path, target: pathlib.Path) -> None:
   """A judge."""
-  pipelines.save_judge(target, *pipelines.load_judge(source), dtype=jnp.float16)
+  save_judge(target, *open_judge(source), dtype=jnp.float16)
 
 
 COPY: dict[str, Callable[[pathlib.Path, pathlib.Path], None]] = {
@@ -105,7 +106,7 @@ def install(runs: dict[str, pathlib.Path], assets: pathlib.Path = ASSETS) -> Non
     for name in runs:
       shutil.rmtree(assets / name, ignore_errors=True)
       (new / name).rename(assets / name)
-  pipelines.tiny_tokenizer()  # other presets take tiny-sd's, from there
+  tokenizers.tiny_tokenizer()  # other presets take tiny-sd's, from there
   for file, size in sizes(assets).items():
     print(f"{size / MEGABYTE:7.2f} MB  {file.relative_to(assets)}")
   print(f"{total / MEGABYTE:7.2f} MB  in all")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Proves on an accelerator what was only computed on CPUs so far, and times it, in minutes; see docs/benchmarks.md.
+# Proves on an accelerator what was only computed on CPUs so far, and times it, in minutes; see docs/results/benchmarks.md.
 #
 #   bash scripts/bench/accelerator.sh [PART ...]      # default: all, in this order, which is that of their value
 #

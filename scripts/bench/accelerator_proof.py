@@ -368,7 +368,8 @@ def draw(folder: pathlib.Path | None) -> list[list[float]]:
   import jax
   import numpy as np
 
-  from jaxpref.evaluation import drawing, report
+  from jaxpref.evaluation import drawing
+  from jaxpref.evaluation.pictures import picture_table
   from jaxpref.files import loading
 
   pipe = loading.load_text_to_image("tiny-sd", dtype="float32")
@@ -386,7 +387,7 @@ def draw(folder: pathlib.Path | None) -> list[list[float]]:
       batch_size=2 * len(PROMPTS),
     )
   if folder is not None:
-    report.picture_table(folder / "sample.png", {"": pictures}, PROMPTS)
+    picture_table(folder / "sample.png", {"": pictures}, PROMPTS)
   return np.round(pictures.reshape(-1, pictures[0, 0].size // 3, 3).mean(1) / 255, 5).tolist()
 
 

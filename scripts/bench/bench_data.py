@@ -1,6 +1,6 @@
 """Times the data loader against PyTorch's on the same cores: pairs a second, and milliseconds of CPU a pair.
 
-    python scripts/bench/bench_data.py --out docs/data_loading
+    python scripts/bench/bench_data.py --out docs/results/data_loading
     python scripts/bench/bench_data.py --cases jpeg:768 --workers 8 --rounds 9
 
 Both decode the same bytes, crop, resize (Lanczos), mirror half of the pairs and tokenize with the same tokenizer. Three
@@ -122,9 +122,9 @@ class TorchPairs:
 
 def tokenizer() -> Any:
   """CLIP's kind of tokenizer, as shipped with the tiny model, at CLIP's length."""
-  from jaxpref.files import pipelines
+  from jaxpref.files import tokenizers
 
-  own = pipelines.tiny_tokenizer()
+  own = tokenizers.tiny_tokenizer()
   own.model_max_length = 77
   return own
 
@@ -135,14 +135,14 @@ def tokenizer() -> Any:
 
 def jaxpref_loader(pairs: Pairs, batch_size: int, *, num_threads: int = 0, num_workers: int = 0) -> Any:
   from jaxpref.data import pipeline
-  from jaxpref.files import pipelines
+  from jaxpref.files import tokenizers
 
   own = tokenizer()
   return pipeline.pair_batches(
     pairs,
     batch_size=batch_size,
     image_size=IMAGE_SIZE,
-    tokenize=lambda captions: pipelines.tokenize(own, captions),
+    tokenize=lambda captions: tokenizers.tokenize(own, captions),
     seed=0,
     flip=True,
     labels=np.ones(len(pairs), np.float32),

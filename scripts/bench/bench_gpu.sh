@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the tables of docs/benchmarks.md that need an accelerator: each step's speed, PyTorch's beside it, and memory.
+# Makes the tables of docs/results/benchmarks.md that need an accelerator: each step's speed, PyTorch's beside it, and memory.
 #
 #   bash scripts/bench/bench_gpu.sh [OUT]                           # OUT: runs/bench_gpu; hours
 #   SIZES=sd15 CASES="dpo-lora sample" bash scripts/bench/bench_gpu.sh

@@ -57,7 +57,8 @@ def save_models(folder: pathlib.Path, config: Any, pipe: Any, scorer: Any = None
   """
   import jax.numpy as jnp
 
-  from jaxpref.files import lora_files, pipelines, tensor_files
+  from jaxpref.files import adapters, pipelines, tensors
+  from jaxpref.rewards.loading import save_preference_model
   from jaxpref.training import build
 
   if not (folder / "pipeline").is_dir():
@@ -65,12 +66,12 @@ def save_models(folder: pathlib.Path, config: Any, pipe: Any, scorer: Any = None
   trained = folder / torch_steps.policy_file(config)
   if config.lora.rank:
     adapter = policy["unet_lora"] if policy else build.initial_adapter(config, pipe)
-    lora_files.save_diffusers(trained, adapter, build.adapter_scale(config, config.lora.rank))
+    adapters.save_diffusers(trained, adapter, build.adapter_scale(config, config.lora.rank))
   elif policy:
-    tensor_files.save_tree(trained, policy["unet"])
+    tensors.save_tree(trained, policy["unet"])
   if scorer and not (folder / "preference").is_dir():
     # In the precision in which both sides keep its parameters.
-    pipelines.save_preference_model(folder / "preference", *scorer, dtype=jnp.dtype(config.dtype))
+    save_preference_model(folder / "preference", *scorer, dtype=jnp.dtype(config.dtype))
 
 
 def save_inputs(file: pathlib.Path, batch: Mapping[str, Any], empty_ids: Any) -> None:
@@ -94,6 +95,7 @@ def prepare(
     drawn: of the models write the configs alone.
   """
   from jaxpref.files import loading, pipelines
+  from jaxpref.rewards.loading import load_scorer
 
   pipe = scorer = None
   for case in cases:
@@ -106,7 +108,7 @@ def prepare(
       continue
     pipe = pipe or loading.load_text_to_image(config.model, dtype="float32", seed=config.seed)
     if config.objective == "spo":
-      scorer = scorer or loading.load_scorer(config.preference_model, dtype="float32", seed=config.seed)
+      scorer = scorer or load_scorer(config.preference_model, dtype="float32", seed=config.seed)
     save_models(folder, config, pipe, scorer)
     save_batch(folder, case, config)
 

@@ -1,6 +1,6 @@
 """What SPO loses and saves where the preference model's pictures are decoded smaller: `config.spo.decode_size`.
 
-    python scripts/bench/measure_decode_size.py --out docs/decode_size
+    python scripts/bench/measure_decode_size.py --out docs/results/decode_size
     python scripts/bench/measure_decode_size.py --config my_recipe.py --sizes 512 256 224 --prompts 32
 
 writes OUT.json and OUT.md, of two tables. The first is of rollouts on validation captions of the emoji, with the models
@@ -47,13 +47,14 @@ def candidate_scores(config: Any, sizes: Sequence[int], num_prompts: int) -> tup
   from jaxpref.objectives import spo
   from jaxpref.rewards import step_aware
   from jaxpref.rewards.base import Scores
+  from jaxpref.rewards.loading import load_scorer
 
   pipe = loading.load_text_to_image(config.model, dtype=config.dtype, param_dtype=config.dtype)
   model = loading.text_to_image(pipe, vae_slicing=config.vae_slicing or None)
   for size in sizes:
     if model.latent_shape_for(size, size) > model.latent_shape:
       raise ValueError(f"--sizes: {size} is more than the {model.image_size} pixels of {config.model}'s images.")
-  scorer, spm = loading.load_scorer(config.preference_model, dtype=config.dtype, param_dtype=config.dtype)
+  scorer, spm = load_scorer(config.preference_model, dtype=config.dtype, param_dtype=config.dtype)
   weights = dict(pipe.params) | {"empty_ids": pipe.tokenize([""]), "spm": spm}
   batches = pipeline.prompt_batches(batch_size=BATCH, tokenize=pipe.tokenize, seed=config.seed, split="validation")
   every = [next(batches)["input_ids"] for _ in range(-(-num_prompts // BATCH))]

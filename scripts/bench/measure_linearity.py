@@ -1,6 +1,6 @@
 """How the cost of a training step grows: operations against pairs, prompts, denoising steps and pool size.
 
-    python scripts/bench/measure_linearity.py --out docs/linearity
+    python scripts/bench/measure_linearity.py --out docs/results/linearity
 
 writes OUT.json and OUT.md: for each of them a straight line through the counts (`jaxpref.planning.flops`, of the steps
 of configs/dpo_tiny.py and configs/spo_tiny.py; nothing is computed), and how far the counts are from it at most. SPO's

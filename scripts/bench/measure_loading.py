@@ -1,6 +1,6 @@
 """Measures memory and time of loading a model folder of full size: how much more than the parameters is ever held.
 
-    python scripts/bench/measure_loading.py --preset sdxl --out docs/loading
+    python scripts/bench/measure_loading.py --preset sdxl --out docs/results/loading
     python scripts/bench/measure_loading.py --preset sdxl-miniature
 
 writes a folder in the layout of diffusers (random half-precision numbers; 7 GB for SDXL) in pieces of a megabyte, the

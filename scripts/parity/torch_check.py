@@ -122,8 +122,9 @@ def jax_outcome(case: str, size: str, folder: pathlib.Path, config: Any | None =
   import jax
   import safetensors.numpy
 
-  from jaxpref.files import loading, lora_files, tensor_files
+  from jaxpref.files import adapters, loading, tensors
   from jaxpref.objectives import spo
+  from jaxpref.rewards.loading import load_scorer
   from jaxpref.training import build, loop, step
 
   config = check_recipe(case, size) if config is None else config
@@ -139,7 +140,7 @@ def jax_outcome(case: str, size: str, folder: pathlib.Path, config: Any | None =
   scorer = None
   if "spm" in frozen:
     name = config.preference_model.replace("random:", "zeros:")
-    scorer = (loading.load_scorer(name, dtype="float32")[0], frozen["spm"])
+    scorer = (load_scorer(name, dtype="float32")[0], frozen["spm"])
   bench_torch.save_models(folder, config, pipe, scorer, params)
   batch = check_batch(config, experiment)
   assert experiment.tokenize is not None
@@ -166,9 +167,9 @@ def jax_outcome(case: str, size: str, folder: pathlib.Path, config: Any | None =
   jax.effects_barrier()
   change = jax.tree.map(lambda a, b: np.asarray(a, np.float32) - b, after.params, params)
   if "unet_lora" in change:
-    lora_files.save_diffusers(folder / "change.safetensors", change["unet_lora"], 1.0)
+    adapters.save_diffusers(folder / "change.safetensors", change["unet_lora"], 1.0)
   else:
-    tensor_files.save_tree(folder / "change.safetensors", change["unet"])
+    tensors.save_tree(folder / "change.safetensors", change["unet"])
   arrays = safetensors.numpy.load_file(folder / "change.safetensors")
   if "unet_lora" in change:
     arrays = {torch_steps.torch_name(name): value for name, value in arrays.items()}

@@ -1,8 +1,9 @@
 """Measures the judge: whether it knows captions equally well in every style, and whether eyes agree with it on style.
 
-    python scripts/study/measure_judge.py captions --out docs/judge
+    python scripts/study/measure_judge.py captions --out docs/results/judge
     python scripts/study/measure_judge.py draw --models tiny-sd runs/spo_tiny --out runs/sheet
-    python scripts/study/measure_judge.py sort --drawn runs/sheet --by_eye docs/judge_by_eye.txt --out docs/judge_sheet
+    python scripts/study/measure_judge.py sort --drawn runs/sheet --by_eye docs/results/judge_by_eye.txt \\
+      --out docs/results/judge_sheet
 
 `captions` takes the tiles of the validation and the test split in each style, adds noise up to timestep t and lets
 tiny-sd denoise them with DDIM and no caption, so that they are no longer the tiles but pictures of the model whose
@@ -35,8 +36,8 @@ far the styles are apart at most, with its 95 % interval over emoji; `python scr
 {table}
 Style, by eye: pictures of test prompts, by the base model and by one that SPO aligned, mixed and sorted by eye before
 the judge was asked (`python scripts/study/measure_judge.py draw` and `sort`). First come the outlined ones, then the
-others, then those that are hard to say, mostly dark things. docs/judge_sheet.json says on how many of the first two the
-judge agrees.
+others, then those that are hard to say, mostly dark things. docs/results/judge_sheet.json says on how many of
+the first two the judge agrees.
 
 ![Pictures sorted by eye](judge_sheet.png)
 """
@@ -84,11 +85,12 @@ def captions(judge_name: str, seeds: int) -> list[dict[str, Any]]:
   from jaxpref.data import emoji
   from jaxpref.evaluation import judging
   from jaxpref.files import loading
+  from jaxpref.rewards.loading import load_judge
 
   pipe = loading.load_text_to_image("tiny-sd", dtype="float32")
   model = loading.text_to_image(pipe)
   weights = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
-  judge, params = loading.load_judge(judge_name, style="openmoji", num_classes=emoji.num_classes("core"))
+  judge, params = load_judge(judge_name, style="openmoji", num_classes=emoji.num_classes("core"))
   assert judge is not None
   classes = [e.class_id for split in ("validation", "test") for e in emoji.load_index("core", split)]
   rows = []
@@ -180,9 +182,9 @@ def agreement(pictures: np.ndarray, outlined: int, judge_name: str) -> dict[str,
   """The judge on pictures of which the first `outlined` are outlined, by eye, and the others not."""
   from jaxpref.data import emoji
   from jaxpref.evaluation import judging
-  from jaxpref.files import loading
+  from jaxpref.rewards.loading import load_judge
 
-  judge, params = loading.load_judge(judge_name, style="openmoji", num_classes=emoji.num_classes("core"))
+  judge, params = load_judge(judge_name, style="openmoji", num_classes=emoji.num_classes("core"))
   assert judge is not None
   log_probs, _ = judging.judge_images(judge, params, pictures)
   said = np.argmax(log_probs, axis=1) == judge.config.styles.index("openmoji")
@@ -218,7 +220,7 @@ def main() -> None:
   elif args.what == "draw":
     draw(args.models, args.out, args.pictures)
   else:
-    from jaxpref.evaluation import report
+    from jaxpref.evaluation.pictures import grid, save_image
 
     pictures = np.load(args.drawn.with_suffix(".npy"), allow_pickle=False)
     lines = (line.split() for line in args.by_eye.read_text().splitlines())
@@ -227,7 +229,7 @@ def main() -> None:
     pictures = pictures[outlined + others + unclear]
     blank = np.full((-len(pictures) % COLUMNS, *pictures.shape[1:]), 255, np.uint8)
     sheet = np.concatenate([pictures, blank]).reshape(-1, COLUMNS, *pictures.shape[1:])
-    report.save_image(args.out.with_suffix(".png"), report.grid(sheet, scale=1))
+    save_image(args.out.with_suffix(".png"), grid(sheet, scale=1))
     found = agreement(pictures[: len(outlined + others)], len(outlined), args.judge) | {"unclear_by_eye": len(unclear)}
     args.out.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))

@@ -1,4 +1,4 @@
-"""Compares the methods on tiny-sd over seeds; writes docs/study.md, docs/study.json and docs/study_*.png.
+"""Compares the methods on tiny-sd over seeds; writes study.md, study.json and study_*.png into docs/results.
 
     python scripts/study/study.py --list            # the plan: runs that are left, and hours
     python scripts/study/study.py                   # all runs that are left, then the report
@@ -6,7 +6,7 @@
     python scripts/study/study.py --workers 1       # one run at a time, on all cores; by default one on each core
     python scripts/study/study.py --only "B spo"    # only variants whose part and name contain this
     python scripts/study/study.py --report          # only the report, of what is done; it names what is missing
-    python scripts/study/study.py --restore docs/study.json  # goes on from a report: its runs count as done
+    python scripts/study/study.py --restore docs/results/study.json  # goes on from a report: its runs count as done
 
 Each run is one `python -m jaxpref.main` in runs/study/VARIANT/. Finished runs are reused, interrupted ones resume.
 SIGTERM stops it as --until does.
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument("--report", action="store_true", help="run nothing, write the report")
   parser.add_argument("--restore", type=pathlib.Path, help="study.json whose runs count as done, on a new machine")
   parser.add_argument("--runs", type=pathlib.Path, default=ROOT / "runs" / "study", help="default: %(default)s")
-  parser.add_argument("--docs", type=pathlib.Path, default=ROOT / "docs", help="default: %(default)s")
+  parser.add_argument("--docs", type=pathlib.Path, default=ROOT / "docs" / "results", help="default: %(default)s")
   args = parser.parse_args(arguments)
   if args.workers < 1:
     parser.error(f"--workers={args.workers}: expected at least 1.")

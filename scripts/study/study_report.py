@@ -1,4 +1,4 @@
-"""The report of scripts/study/study.py: docs/study.md, docs/study.json and its plots, from the runs that are there."""
+"""The report of scripts/study/study.py: study.md, study.json and its plots in docs/results, from the runs there are."""
 
 import itertools
 import json
@@ -73,7 +73,7 @@ def _table(head: str, rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def markdown(study: dict[str, Any], conclusions: str = "", *, divergence: bool = True) -> str:
-  """docs/study.md; the conclusions are written by hand, in docs/study_conclusions.md.
+  """docs/results/study.md; the conclusions are written by hand, in docs/results/study_conclusions.md.
 
   Args:
     divergence: whether there is a plot of D.

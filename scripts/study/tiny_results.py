@@ -1,6 +1,6 @@
 """Runs SPO, DPO and timestep-aware DPO on tiny-sd over several seeds and writes the table that the README shows.
 
-    python scripts/study/tiny_results.py --seeds 2 --out docs/tiny_results
+    python scripts/study/tiny_results.py --seeds 2 --out docs/results/tiny_results
 
 Each run is `python -m jaxpref.main --config=configs/NAME_tiny.py --config.seed=S` in runs/tiny_results/NAME_S; finished
 runs are reused, interrupted ones resume. All are judged on the same test prompts and image seeds.
@@ -21,7 +21,7 @@ import numpy as np
 
 NAMES = ("spo", "dpo", "tdpo")
 TITLES = {"spo": "SPO", "dpo": "Diffusion-DPO", "tdpo": "timestep-aware DPO"}
-ALLOWED_LOSS = 0.03  # of caption accuracy, in docs/tiny_tuning.json
+ALLOWED_LOSS = 0.03  # of caption accuracy, in docs/results/tiny_tuning.json
 
 
 def run(folder: pathlib.Path, name: str, seed: int) -> None:
@@ -86,7 +86,7 @@ def main() -> None:
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--names", nargs="+", default=NAMES)
   parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/tiny_results"))
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/tiny_results"))
+  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/results/tiny_results"))
   args = parser.parse_args()
 
   rows = []

@@ -6,9 +6,11 @@ import csv
 import html.parser
 import io
 import json
+import pathlib
 import re
 import shutil
 import subprocess
+import tomllib
 
 import numpy as np
 import pytest
@@ -303,6 +305,13 @@ def test_the_page_stands_alone_and_says_what_the_numbers_are(tmp_path, results):
   assert len(details) == 2 and "open" in details[0][1] and "open" not in details[1][1]
   assert "prefers-color-scheme: dark" in text and "max-width" in text
   assert page.all("svg", "plot") and len(page.all("svg", "distribution")) == 4
+
+
+def test_what_the_page_is_made_of_is_installed():
+  folder = pathlib.Path(comparison_page.__file__).parent
+  project = tomllib.loads((folder.parents[1] / "pyproject.toml").read_text())
+  installed = project["tool"]["setuptools"]["package-data"]["jaxpref.evaluation"]
+  assert set(installed) == {file.name for file in folder.iterdir() if file.is_file() and file.suffix != ".py"}
 
 
 def test_what_others_wrote_is_shown_as_text(tmp_path, results):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref.evaluation import drawing, judging, report, statistics
+from jaxpref.evaluation import drawing, judging, statistics
 from jaxpref.models.vae import to_uint8
 from tests.stub_model import IMAGE_SIZE, StubModel, init
 
@@ -107,17 +107,17 @@ def test_scores_and_table():
   # Two pairs better, none worse, four equal.
   assert results["win_rate"] == pytest.approx((2 + 4 * 0.5) / 6)
   assert results["caption_accuracy_change"] == pytest.approx(-1 / 6)
-  table = report.table(results, style="shaded", candidates=4)
+  table = judging.table(results, style="shaded", candidates=4)
   assert "share of shaded" in table and "66.7%" in table and "chance 25.0%" in table
   base_row, row = ([c.strip() for c in line.split("|")] for line in table.splitlines()[2:])
   assert row[2].endswith("↑ +33.3") and row[4].endswith("↓ -16.7") and not base_row[2].endswith("3")
-  words = report.in_words(results, style="shaded")
+  words = judging.in_words(results, style="shaded")
   assert "draws 67 in the preferred style (shaded), the base model 33;" in words
   assert "closer to that style in 67;" in words and "recognises the prompt in 67, before in 83." in words
-  same = report.table(judging.compare(scores[0], scores[0], samples=9, seed=0), style="shaded", candidates=4)
+  same = judging.table(judging.compare(scores[0], scores[0], samples=9, seed=0), style="shaded", candidates=4)
   assert same.splitlines()[3].count(" =") == 2 and "↑" not in same
   alone = judging.compare(None, scores[1], samples=200, seed=0)
-  assert "win_rate" not in alone and len(report.table(alone, style="x", candidates=4).split("\n")) == 3
+  assert "win_rate" not in alone and len(judging.table(alone, style="x", candidates=4).split("\n")) == 3
 
 
 def test_styles_named_and_told_apart():
@@ -132,7 +132,7 @@ def test_one_prompt_has_no_intervals():
   scores = judging.score(
     Judge(), {}, pictures(np.array([[1, 0]]), np.array([[3, 3]])), [3], style="shaded", candidates=4, seed=0
   )
-  table = report.table(judging.compare(scores, scores, samples=200, seed=0), style="shaded", candidates=4)
+  table = judging.table(judging.compare(scores, scores, samples=200, seed=0), style="shaded", candidates=4)
   assert "| aligned | 50.0% = | 50.0% | 100.0% = |" in table
 
 
@@ -186,15 +186,3 @@ def test_pictures_follow_seed_and_weights():
 def test_pixels_are_rounded_and_clipped():
   values = jnp.asarray([-3.0, -1.0, 0.0, 0.999, 1.0, 2.0])
   assert to_uint8(values).tolist() == [0, 0, 128, 255, 255, 255]
-
-
-def test_grid_places_rows_and_columns(tmp_path):
-  images = np.arange(6, dtype=np.uint8).reshape(2, 3, 1, 1, 1) * np.ones((1, 1, 4, 5, 3), np.uint8)
-  picture = report.grid(images, scale=2)
-  assert picture.shape == (2 * (2 * 6 + 2), 2 * (3 * 7 + 2), 3)
-  assert picture[2 * 8, 2 * 9, 0] == 4  # second row, second column
-  report.picture_table(tmp_path / "a" / "b.png", {"before": images, "after": images}, ["one", "a very long " * 9])
-  rows = [{"step": i, "loss": 1.0 / i} for i in range(1, 20)]
-  report.curves(tmp_path / "curves.png", rows, ("loss", "reward"))
-  assert (tmp_path / "a" / "b.png").stat().st_size > 0
-  assert (tmp_path / "curves.png").stat().st_size > 0

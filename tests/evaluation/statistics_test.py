@@ -40,11 +40,11 @@ def test_the_interval_is_that_of_the_same_draws_in_one_piece(monkeypatch):
   assert whole == tuple(np.percentile(values[index].mean(axis=1), [2.5, 97.5]))
 
 
-def test_the_interval_is_about_that_of_scipy():
+def test_the_interval_is_that_of_scipy_from_the_same_seed():
   values = np.exp(draw(3, 80))
   ours = statistics.bootstrap_interval(values, samples=4000, seed=0)
-  theirs = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", random_state=1)
-  np.testing.assert_allclose(ours, theirs.confidence_interval, atol=0.03 * values.mean())
+  theirs = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(0))
+  np.testing.assert_allclose(ours, theirs.confidence_interval, rtol=1e-12)
 
 
 def test_intervals_follow_the_seed_alone():
@@ -91,10 +91,17 @@ def test_sign_test_takes_the_majority_of_each_prompt():
 @pytest.mark.parametrize(
   ("wins", "losses"), [(0, 0), (1, 0), (5, 5), (0, 6), (7, 2), (300, 253), (1600, 32), (900, 700), (2500, 2400)]
 )
-def test_binomial_test_is_that_of_scipy(wins, losses):
-  expected = stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
-  assert statistics.binomial_test(wins, losses) == pytest.approx(expected, rel=1e-9)
-  assert statistics.binomial_test(losses, wins) == statistics.binomial_test(wins, losses)
+def test_binomial_test_counts_the_splits_that_are_as_uneven(wins, losses):
+  n = wins + losses
+  as_uneven = sum(math.comb(n, k) for k in range(n + 1) if abs(2 * k - n) >= abs(wins - losses))
+  assert statistics.binomial_test(wins, losses) == pytest.approx(as_uneven / 2**n, rel=1e-12)
+  assert statistics.binomial_test(losses, wins) == pytest.approx(as_uneven / 2**n, rel=1e-12)
+
+
+def test_binomial_test_by_hand():
+  """5 of 6: 1 + 6 of 64 splits on either side; 9 of 10: 1 + 10 of 1024; 6 of 6 against 5 of 5 around a level of 5 %."""
+  found = [statistics.binomial_test(*split) for split in ((5, 1), (9, 1), (6, 0), (5, 0), (4, 4), (0, 0))]
+  np.testing.assert_allclose(found, [14 / 64, 22 / 1024, 2 / 64, 2 / 32, 1, 1], rtol=1e-12)
 
 
 def test_the_sign_test_is_right_about_chance():

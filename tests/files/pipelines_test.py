@@ -1,12 +1,8 @@
 """Folders: what torch diffusers opens, what it writes, and what must be refused."""
 
-import concurrent.futures
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
-import warnings
 
 import diffusers
 import jax
@@ -15,10 +11,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-import transformers
 
 from jaxpref.files import pipelines
-from jaxpref.models import clip, preference, presets
+from jaxpref.files.tensors import load_tree, save_tree
+from jaxpref.files.tokenizers import load_tokenizer
+from jaxpref.models import clip, presets
+from tests.files.trees import assert_same, nchw, randomised, relative_error
 
 XL = {"sd15-miniature": False, "sdxl-miniature": True}
 TORCH_CLASSES = {
@@ -28,23 +26,9 @@ TORCH_CLASSES = {
 PROMPTS = ["grinning cat", "a red apple and a very, very, very, very, very long prompt, café"]
 
 
-def _randomised(params):
-  """No parameter at 0 or 1, where errors would hide; and none above float16's range."""
-  rng = np.random.default_rng(0)
-
-  def redraw(x):
-    noise = rng.normal(size=x.shape).astype(np.float32)
-    if x.ndim > 1:
-      return jnp.asarray(noise * np.float32(np.prod(x.shape[:-1]) ** -0.5))
-    start = np.zeros(x.shape, np.float32) if isinstance(x, jax.ShapeDtypeStruct) else np.asarray(x)
-    return jnp.asarray(start + np.float32(0.2) * noise)
-
-  return jax.tree.map(redraw, params)
-
-
 def _save(name, tmp_path_factory):
   pipe = pipelines.random_pipeline(name)
-  pipe = dataclasses.replace(pipe, params=_randomised(pipe.params))
+  pipe = dataclasses.replace(pipe, params=randomised(pipe.params))
   folder = tmp_path_factory.mktemp("models") / name
   assert pipelines.save_pipeline(folder, pipe) == folder
   return name, pipe, folder
@@ -77,24 +61,9 @@ def folder(tmp_path):
     vocab_size=9, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1
   )
   module = clip.CLIPTextModel(config)
-  params = _randomised(presets.abstract_params(module))
-  pipelines.save_tree(tmp_path / "model.safetensors", params)
+  params = randomised(presets.abstract_params(module))
+  save_tree(tmp_path / "model.safetensors", params)
   return tmp_path, presets.abstract_params(module), params
-
-
-def _assert_same(found, expected):
-  assert jax.tree.structure(found) == jax.tree.structure(expected)
-  jax.tree.map(np.testing.assert_array_equal, found, expected)
-
-
-def _relative_error(found, expected):
-  found, expected = np.asarray(found, np.float64), expected.detach().numpy().astype(np.float64)
-  assert found.shape == expected.shape
-  return np.linalg.norm(found - expected) / np.linalg.norm(expected)
-
-
-def _nchw(x):
-  return torch.tensor(np.asarray(x)).permute(0, 3, 1, 2)
 
 
 # ---- against diffusers ---------------------------------------------------------------------------
@@ -119,10 +88,10 @@ def test_diffusers_opens_what_is_written_and_agrees(saved, torch_pipe):
   for encoder, key, (_, torch_encoder), part in zip(encoders, names, pairs, torch_ids, strict=False):
     found = jax.jit(encoder.apply)({"params": pipe.params[key]}, part.numpy())
     expected = torch_encoder(part, output_hidden_states=True)
-    assert _relative_error(found["last_hidden_state"], expected.last_hidden_state) <= 1e-4
-    assert _relative_error(found["hidden_states"][-2], expected.hidden_states[-2]) <= 1e-4
+    assert relative_error(found["last_hidden_state"], expected.last_hidden_state) <= 1e-4
+    assert relative_error(found["hidden_states"][-2], expected.hidden_states[-2]) <= 1e-4
     if encoder.with_projection:
-      assert _relative_error(found["text_embeds"], expected.text_embeds) <= 1e-4
+      assert relative_error(found["text_embeds"], expected.text_embeds) <= 1e-4
 
   # UNet.
   config = pipe.unet.config
@@ -138,9 +107,9 @@ def test_diffusers_opens_what_is_written_and_agrees(saved, torch_pipe):
   found = jax.jit(pipe.unet.apply)({"params": pipe.params["unet"]}, sample, t, context, added)
   with torch.no_grad():
     expected = torch_pipe.unet(
-      _nchw(sample), torch.tensor(t), torch.tensor(context), added_cond_kwargs=torch_added
+      nchw(sample), torch.tensor(t), torch.tensor(context), added_cond_kwargs=torch_added
     ).sample
-  assert _relative_error(found, expected.permute(0, 2, 3, 1)) <= 1e-4
+  assert relative_error(found, expected.permute(0, 2, 3, 1)) <= 1e-4
 
   # VAE, both ways in one compilation.
   images = rng.uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
@@ -153,10 +122,10 @@ def test_diffusers_opens_what_is_written_and_agrees(saved, torch_pipe):
 
   mean, decoded = code(pipe.params["vae"])
   with torch.no_grad():
-    torch_mean = torch_pipe.vae.encode(_nchw(images)).latent_dist.mean
+    torch_mean = torch_pipe.vae.encode(nchw(images)).latent_dist.mean
     torch_decoded = torch_pipe.vae.decode(torch_mean).sample
-  assert _relative_error(mean, torch_mean.permute(0, 2, 3, 1)) <= 1e-4
-  assert _relative_error(decoded, torch_decoded.permute(0, 2, 3, 1)) <= 1e-4
+  assert relative_error(mean, torch_mean.permute(0, 2, 3, 1)) <= 1e-4
+  assert relative_error(decoded, torch_decoded.permute(0, 2, 3, 1)) <= 1e-4
 
   alphas = torch_pipe.scheduler.alphas_cumprod.numpy()
   np.testing.assert_allclose(pipe.schedule.alphas_cumprod, alphas, rtol=1e-5)
@@ -167,7 +136,7 @@ def test_what_diffusers_writes_is_opened(saved, torch_pipe, tmp_path):
   _, pipe, _ = saved
   torch_pipe.save_pretrained(tmp_path / "plain")
   found = pipelines.load_pipeline(tmp_path / "plain")
-  _assert_same(found.params, pipe.params)
+  assert_same(found.params, pipe.params)
   assert found.unet == pipe.unet and found.vae == pipe.vae
   assert found.text_encoder == pipe.text_encoder and found.text_encoder_2 == pipe.text_encoder_2
   np.testing.assert_array_equal(found.tokenize(PROMPTS), pipe.tokenize(PROMPTS))
@@ -175,12 +144,12 @@ def test_what_diffusers_writes_is_opened(saved, torch_pipe, tmp_path):
 
   torch_pipe.save_pretrained(tmp_path / "split", max_shard_size="100KB")
   assert len(list((tmp_path / "split" / "unet").glob("*.safetensors"))) > 1
-  _assert_same(pipelines.load_pipeline(tmp_path / "split").params, pipe.params)
+  assert_same(pipelines.load_pipeline(tmp_path / "split").params, pipe.params)
   shutil.rmtree(tmp_path / "plain")
 
   torch_pipe.save_pretrained(tmp_path / "half", variant="fp16")
   assert (tmp_path / "half" / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
-  _assert_same(pipelines.load_pipeline(tmp_path / "half").params, pipe.params)
+  assert_same(pipelines.load_pipeline(tmp_path / "half").params, pipe.params)
 
 
 # ---- round trips ---------------------------------------------------------------------------------
@@ -189,7 +158,7 @@ def test_what_diffusers_writes_is_opened(saved, torch_pipe, tmp_path):
 def test_round_trip_is_bitwise(saved):
   _, pipe, folder = saved
   found = pipelines.load_pipeline(folder)
-  _assert_same(found.params, pipe.params)
+  assert_same(found.params, pipe.params)
   plain = {"params": None, "schedule": None, "tokenizer": None, "tokenizer_2": None}
   assert dataclasses.replace(found, **plain) == dataclasses.replace(pipe, **plain)
   jax.tree.map(np.testing.assert_array_equal, found.schedule, pipe.schedule)
@@ -204,7 +173,7 @@ def test_half_precision_files_and_parameters(sd15, tmp_path):
   assert 0.45 < size / full < 0.6
   found = pipelines.load_pipeline(tmp_path / "half")
   rounded = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), pipe.params)
-  _assert_same(found.params, rounded)
+  assert_same(found.params, rounded)
 
   found = pipelines.load_pipeline(folder, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
   assert {x.dtype for x in jax.tree.leaves(found.params)} == {jnp.dtype(jnp.bfloat16)}
@@ -222,8 +191,8 @@ def test_tensors_go_straight_to_their_sharding(folder):
     return jax.sharding.NamedSharding(mesh, spec if shape.ndim > 1 else jax.P())
 
   shardings = jax.tree.map(place, shapes)
-  found = pipelines.load_tree(tmp_path / "model.safetensors", shapes, sharding=shardings)
-  _assert_same(found, params)
+  found = load_tree(tmp_path / "model.safetensors", shapes, sharding=shardings)
+  assert_same(found, params)
   assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding == s, found, shardings)))
 
 
@@ -241,66 +210,15 @@ def test_pipeline_takes_a_sharding_function(sd15):
   assert {x.sharding for x in jax.tree.leaves(found.params)} == {everywhere}
 
 
-def test_preference_model_and_judge_round_trip(tmp_path):
-  preset = presets.SD15_MINIATURE
-  module = preference.StepAwareCLIPModel(preset.preference)
-  params = _randomised(presets.abstract_params(module))
-  pipelines.save_preference_model(tmp_path / "spm", module, params)
-  found, found_params = pipelines.load_preference_model(tmp_path / "spm")
-  assert found == module
-  _assert_same(found_params, params)
-
-  judge = preference.Judge(dataclasses.replace(preset.judge, styles=("a", "b", "c")))
-  params = _randomised(presets.abstract_params(judge))
-  pipelines.save_judge(tmp_path / "judge", judge, params)
-  found, found_params = pipelines.load_judge(tmp_path / "judge")
-  assert found == judge
-  _assert_same(found_params, params)
-
-
-def test_preference_model_starts_from_a_clip_folder_of_transformers(tmp_path):
-  config = presets.SD15_MINIATURE.preference
-  torch_clip = transformers.CLIPModel(
-    transformers.CLIPConfig(
-      text_config=config.text_config.to_dict(),
-      vision_config=config.vision_config.to_dict(),
-      projection_dim=config.projection_dim,
-    )
-  )
-  torch_clip.save_pretrained(tmp_path / "clip")
-  module, params = pipelines.load_preference_model(tmp_path / "clip")
-  assert module.config == config
-  assert jax.tree.structure(params) == jax.tree.structure(presets.abstract_params(module))
-  size = config.vision_config.image_size
-  pixels = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
-  ids = np.array([[2046, 7, 2047], [2046, 9, 2047]], np.int32)
-  found = jax.jit(module.apply)({"params": params}, ids, pixels, np.array([1, 900]))
-  with torch.no_grad():
-    expected = torch_clip(torch.tensor(ids), _nchw(pixels)).logits_per_image.diagonal()
-  assert _relative_error(found, expected) <= 1e-4
-
-
-def test_plain_clip_is_written_for_transformers(tmp_path):
-  module = presets.make_clip(presets.SD15_MINIATURE)
-  params = _randomised(presets.abstract_params(module))
-  pipelines.save_preference_model(tmp_path / "clip", module, params)
-  torch_clip = transformers.CLIPModel.from_pretrained(tmp_path / "clip")
-  state = torch_clip.state_dict()
-  kernel = params["vision_model"]["encoder"]["layers.1"]["mlp"]["fc1"]["kernel"]
-  found = state["vision_model.encoder.layers.1.mlp.fc1.weight"].numpy()
-  np.testing.assert_array_equal(found, kernel.T)
-  np.testing.assert_array_equal(state["logit_scale"].numpy(), params["logit_scale"])
-
-
 # ---- files of other versions ---------------------------------------------------------------------
 
 
 def test_old_names_and_layouts_are_understood(tmp_path):
   module = presets.AutoencoderKL(presets.SD15_MINIATURE.vae)
   shapes = presets.abstract_params(module)
-  params = _randomised(shapes)
+  params = randomised(shapes)
   file = tmp_path / "vae.safetensors"
-  pipelines.save_tree(file, params)
+  save_tree(file, params)
   tensors = safetensors.numpy.load_file(file)
   old = {}
   for key, value in tensors.items():
@@ -316,7 +234,7 @@ def test_old_names_and_layouts_are_understood(tmp_path):
     old[key] = value[:, :, None, None] if is_projection else value
   assert sum("proj_attn" in key for key in old) == 4
   safetensors.numpy.save_file(old, file)
-  _assert_same(pipelines.load_tree(file, shapes), params)
+  assert_same(load_tree(file, shapes), params)
 
 
 def test_buffers_of_old_transformers_files_are_no_parameters(folder):
@@ -325,7 +243,7 @@ def test_buffers_of_old_transformers_files_are_no_parameters(folder):
   tensors = safetensors.numpy.load_file(file)
   tensors["text_model.embeddings.position_ids"] = np.arange(77)[None]
   safetensors.numpy.save_file(tensors, file)
-  _assert_same(pipelines.load_tree(file, shapes), params)
+  assert_same(load_tree(file, shapes), params)
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -341,7 +259,7 @@ def test_tensors_that_do_not_fit_are_all_named(folder):
   tensors["text_model.final_layer_norm.weight"] = np.zeros(5, np.float32)
   safetensors.numpy.save_file(tensors, file)
   with pytest.raises(ValueError) as error:
-    pipelines.load_tree(file, shapes)
+    load_tree(file, shapes)
   message = str(error.value)
   assert str(file) in message
   for part in (
@@ -364,7 +282,7 @@ def test_pickles_are_refused(sd15, tmp_path, name):
   with pytest.raises(ValueError, match=f"only as {name}.*pickles can run code.*safe_serialization"):
     pipelines.load_pipeline(damaged)
   with pytest.raises(ValueError, match="not a .safetensors file"):
-    pipelines.load_tree(damaged / "text_encoder" / name, {})
+    load_tree(damaged / "text_encoder" / name, {})
 
 
 def test_truncated_weights_are_refused(folder):
@@ -372,7 +290,7 @@ def test_truncated_weights_are_refused(folder):
   file = tmp_path / "model.safetensors"
   file.write_bytes(file.read_bytes()[:-10])
   with pytest.raises(ValueError, match="model.safetensors is not a readable safetensors file"):
-    pipelines.load_tree(file, shapes)
+    load_tree(file, shapes)
 
 
 def test_missing_folder_and_files(sd15, tmp_path):
@@ -419,7 +337,7 @@ def test_hub_name_is_downloaded(monkeypatch, sd15):
 
   _, pipe, folder = sd15
   monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(folder))
-  _assert_same(pipelines.load_pipeline("someone/some-model").params, pipe.params)
+  assert_same(pipelines.load_pipeline("someone/some-model").params, pipe.params)
 
 
 def test_other_architectures_are_refused_by_name(sd15, tmp_path):
@@ -453,9 +371,9 @@ def test_numbers_that_a_file_cannot_hold_are_not_saved(sd15, tmp_path):
     pipelines.save_pipeline(target, with_bias(1e5), dtype=jnp.float16)
   # The failure left the old folder as it was, and nothing beside it.
   assert [p.name for p in tmp_path.iterdir()] == ["model"]
-  _assert_same(pipelines.load_pipeline(target).params, pipe.params)
+  assert_same(pipelines.load_pipeline(target).params, pipe.params)
   with pytest.raises(ValueError, match="cannot be written as float64"):
-    pipelines.save_tree(tmp_path / "x.safetensors", {}, dtype=np.float64)
+    save_tree(tmp_path / "x.safetensors", {}, dtype=np.float64)
 
 
 def test_only_pipeline_folders_are_replaced(sd15, tmp_path):
@@ -473,52 +391,14 @@ def test_only_pipeline_folders_are_replaced(sd15, tmp_path):
   (target / "README.md").write_text("mine")
   doubled = jax.tree.map(lambda x: 2 * x, pipe.params)
   pipelines.save_pipeline(target, dataclasses.replace(pipe, params=doubled))
-  _assert_same(pipelines.load_pipeline(target).params, doubled)
+  assert_same(pipelines.load_pipeline(target).params, doubled)
   assert (target / "README.md").read_text() == "mine"
-
-
-# ---- tokenizer -----------------------------------------------------------------------------------
-
-
-def test_tokenize_pads_and_cuts_as_stable_diffusion_does():
-  tokenizer = pipelines.tiny_tokenizer()
-  ids = pipelines.tokenize(tokenizer, [*PROMPTS, ""])
-  end = presets.TINY_VOCAB_SIZE - 1
-  assert ids.dtype == np.int32 and ids.shape == (3, presets.TINY_LENGTH)
-  assert (ids[:, 0] == end - 1).all() and (ids[:, -1] == end).all()
-  assert (ids[2, 1:] == end).all() and (ids[1, 1:-1] < end - 1).all()
-  assert pipelines.tokenize(tokenizer, PROMPTS, length=8).shape == (2, 8)
-  # SDXL's second tokenizer pads with "!", id 0.
-  tokenizer.pad_token = "!"
-  assert (pipelines.tokenize(tokenizer, [""])[0, 2:] == 0).all()
-
-
-def test_few_cut_prompts_are_shown_and_then_no_more(monkeypatch):
-  """From many threads, as a data pipeline calls it; the two tokenizers of SDXL cut the same and say it once."""
-  monkeypatch.setattr(pipelines, "_cut_warnings", set())
-  tokenizers = [pipelines.tiny_tokenizer() for _ in range(4)]
-
-  def cut(thread):
-    for i in range(20):
-      for _ in range(2):
-        pipelines.tokenize(tokenizers[thread], [f"a cat and {20 * thread + i}"], length=4)
-
-  with warnings.catch_warnings(record=True) as found:
-    warnings.simplefilter("always")
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-      list(pool.map(cut, range(4)))
-  said = [str(w.message) for w in found]
-  assert len(said) == len(set(said)) == pipelines.MAX_CUT_WARNINGS + 1 == 6
-  assert sum("this was cut from a prompt: 'and" in s for s in said) == 5
-  last = "after 5 warnings of prompts that are too long, further ones are cut without a warning."
-  assert said.count(last) == 1
-  assert {w.filename for w in found} == {__file__}, "a warning points to the caller"
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(sd15, tmp_path):
   target = tmp_path / "model"
   shutil.copytree(sd15[2], target)
-  tokenizer = pipelines.load_tokenizer(target / "tokenizer")
+  tokenizer = load_tokenizer(target / "tokenizer")
   tokenizer.add_tokens(["<my-style>"])
   tokenizer.save_pretrained(target / "tokenizer")
   size = presets.TINY_VOCAB_SIZE
@@ -528,45 +408,3 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(sd15, tmp_path):
     f"{target / 'tokenizer'} gives ids up to {size}, expected at most {size - 1} by the vocab_size of "
     f"{target / 'text_encoder' / 'config.json'}; take the tokenizer of the same model."
   )
-
-
-def test_tokenizers_come_without_the_advice_to_install_pytorch(monkeypatch):
-  """Which transformers gives where there is none; the same import by itself shows that it does."""
-  monkeypatch.delenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", raising=False)  # loading a tokenizer has set it
-  hidden = "import importlib.util as u; find = u.find_spec\n"
-  hidden += "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)\n"
-  said = []
-  ours = "from jaxpref.files import pipelines; pipelines.import_tokenizer('CLIPTokenizer')"
-  for program in ("import transformers", ours):
-    done = subprocess.run([sys.executable, "-c", hidden + program], capture_output=True, text=True, check=True)
-    said.append("PyTorch was not found" in done.stderr)
-  assert said == [True, False]
-
-
-def test_shipped_tokenizer_is_what_the_script_builds(tmp_path):
-  from jaxpref.data.emoji import load_index
-  from scripts.assets import build_tokenizer
-
-  captions = [e.caption for subset in ("core", "all") for e in load_index(subset)]
-  build_tokenizer.write_tokenizer(
-    tmp_path, captions, vocab_size=presets.TINY_VOCAB_SIZE, max_length=presets.TINY_LENGTH
-  )
-  shipped = pipelines.tiny_tokenizer()
-  for name in ("vocab.json", "merges.txt"):  # saving the model rewrites the other files
-    expected = (tmp_path / name).read_text(encoding="utf-8")
-    with open(f"{shipped.name_or_path}/{name}", encoding="utf-8") as f:
-      assert f.read() == expected, f"{name} is stale: run scripts/assets/build_tokenizer.py"
-  assert shipped.model_max_length == presets.TINY_LENGTH
-  core = [e.caption for e in load_index("core")]
-  ids = shipped(core).input_ids
-  assert max(map(len, ids)) <= presets.TINY_LENGTH, "a caption would be cut"
-  assert len(set(map(tuple, ids))) == len(core), "two captions look the same"
-  decoded = shipped.decode(shipped("a café, no. 42!").input_ids[1:-1])
-  assert decoded.replace(" ", "") == "acafé,no.42!"
-
-
-def test_merges_of_a_hand_worked_example():
-  from scripts.assets.build_tokenizer import learn_merges
-
-  # "ab</w>" occurs three times, then "c" + "ab</w>" twice; then nothing is left to merge.
-  assert learn_merges(["ab cab", "cab"], 9) == [("a", "b</w>"), ("c", "ab</w>")]

@@ -7,7 +7,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-from jaxpref.files import pipelines
+from jaxpref.files.tensors import load_tree
 from jaxpref.models import blip
 from tests.models import torch_parity
 
@@ -112,7 +112,7 @@ def test_image_reward_matches_transformers(reference, tmp_path):
   tensors = {k: v.numpy() for k, v in reference.published().items() if k != "blip.vision_proj.weight"}
   safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
   shapes = jax.eval_shape(module.init, jax.random.key(0), ids, pixels)["params"]
-  params = pipelines.load_tree(tmp_path / "model.safetensors", shapes)
+  params = load_tree(tmp_path / "model.safetensors", shapes)
   found = jax.jit(module.apply)({"params": params}, ids, pixels)
   with torch.no_grad():
     expected = reference(torch.tensor(ids).long(), torch.tensor(pixels).permute(0, 3, 1, 2)).numpy()

@@ -10,8 +10,8 @@ import torch
 import transformers
 from PIL import Image
 
-from jaxpref.files import pipelines
 from jaxpref.models import clip, preference, presets
+from jaxpref.rewards.loading import load_preference_model
 from tests.models import torch_parity
 
 torch_parity.LEAF_NAMES.update(class_embedding="class_embedding", logit_scale="logit_scale")
@@ -203,7 +203,7 @@ def test_folders_as_pickscore_and_clip_h_are_published(tmp_path, twice):
   safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
   safetensors.numpy.save_file({"visual.proj": np.zeros(3)}, tmp_path / "open_clip_model.safetensors")
 
-  module, params = pipelines.load_preference_model(tmp_path)
+  module, params = load_preference_model(tmp_path)
   assert module.config.text_config.eos_token_id == 2
   ids = np.array([[43, 5, 44, 44, 44, 44, 44, 44], [43, 7, 9, 44, 0, 0, 0, 0]], np.int32)
   found = jax.jit(module.apply)({"params": params}, ids, PIXELS, T)

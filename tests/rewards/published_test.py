@@ -21,9 +21,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from jaxpref.devices import sharding
 from jaxpref.evaluation import judging
-from jaxpref.files import pipelines
+from jaxpref.files import tokenizers
 from jaxpref.models import blip, open_clip, preference, presets
 from jaxpref.rewards import networks, published
+from jaxpref.rewards.loading import open_judge
 from scripts.assets import convert_scorer
 from tests.models import blip_test
 
@@ -93,7 +94,7 @@ def expected_cosines(model: transformers.CLIPModel, size: int = SIZE) -> np.ndar
   """As the model card of PickScore does it."""
   options = dict(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
   pixels = CLIPImageProcessorPil(**options)([Image.fromarray(i) for i in IMAGES], return_tensors="pt")
-  tokenizer = pipelines.tiny_tokenizer()
+  tokenizer = tokenizers.tiny_tokenizer()
   ids = tokenizer(PROMPTS, padding=True, truncation=True, max_length=16, return_tensors="pt")
   with torch.no_grad():
     out = model(input_ids=ids["input_ids"], pixel_values=pixels["pixel_values"])
@@ -237,7 +238,7 @@ def in_this_process(monkeypatch):
 
 def open_clip_ids() -> torch.Tensor:
   """open_clip pads with zeros; the largest id ends the text."""
-  ids = pipelines.tokenize(pipelines.tiny_tokenizer(), PROMPTS, length=16)
+  ids = tokenizers.tokenize(tokenizers.tiny_tokenizer(), PROMPTS, length=16)
   end = ids.argmax(1)
   return torch.tensor(np.where(np.arange(16)[None] <= end[:, None], ids, 0)).long()
 
@@ -341,7 +342,7 @@ def test_imagereward_scores_are_those_of_transformers_blip(imagereward):
 
 def test_the_judge_is_that_of_the_evaluation():
   images = [i for i in np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)]
-  module, params = pipelines.load_judge(TINY / "tiny-judge")
+  module, params = open_judge(TINY / "tiny-judge")
   expected, _ = judging.judge_images(module, params, np.stack(images), batch_size=4)
   for style, mesh in (("noto", None), ("openmoji", sharding.make_mesh(devices=jax.devices()[:2]))):
     scorer = published.load("judge", batch_size=2, preferred_style=style, mesh=mesh)

@@ -1,4 +1,4 @@
-"""What people look at: picture grids, curves and the result table."""
+"""What people look at: grids of pictures, and curves."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -98,50 +98,3 @@ def curves(path: pathlib.Path, rows: Sequence[Mapping[str, Any]], names: Sequenc
     axis.tick_params(labelsize=7)
   figure.savefig(path, dpi=120)
   plt.close(figure)
-
-
-def table(results: Mapping[str, Any], *, style: str, candidates: int) -> str:
-  """The results of `judging.compare` as a Markdown table, with an arrow at what rose or fell by how many points.
-
-  In brackets are 95 % intervals, by bootstrap over prompts; of a single prompt there are none.
-  """
-
-  def number(value: float, interval: tuple[float, float] | None) -> str:
-    return f"{value:.1%}" if interval is None else f"{value:.1%} [{interval[0]:.1%}, {interval[1]:.1%}]"
-
-  def cell(name: str, model: str) -> str:
-    value = results[model][name]
-    arrow = ""
-    if model == "aligned" and "base" in results:
-      points = 100 * (value["mean"] - results["base"][name]["mean"])
-      arrow = f" {'↑' if points > 0 else '↓'} {points:+.1f}" if round(points, 1) else " ="
-    return number(value["mean"], value["interval"]) + arrow
-
-  lines = [
-    f"| | share of {style} | win rate against base "
-    f"| caption accuracy (1 of {candidates}; chance {1 / candidates:.1%}) |",
-    "|---|---|---|---|",
-  ]
-  if "base" in results:
-    lines.append(f"| base | {cell('preferred_share', 'base')} | | {cell('caption_accuracy', 'base')} |")
-    wins = number(results["win_rate"], results["win_rate_interval"])
-  else:
-    wins = ""
-  name = "aligned" if "base" in results else "model"
-  lines.append(f"| {name} | {cell('preferred_share', 'aligned')} | {wins} | {cell('caption_accuracy', 'aligned')} |")
-  return "\n".join(lines)
-
-
-def in_words(results: Mapping[str, Any], *, style: str) -> str:
-  """The results of `judging.compare` with a base model in a sentence."""
-  of_100 = {
-    f"{model}_{name}": f"{100 * results[model][name]['mean']:.0f}"
-    for model in ("base", "aligned")
-    for name in ("preferred_share", "caption_accuracy")
-  }
-  return (
-    f"Of 100 pictures the aligned model draws {of_100['aligned_preferred_share']} in the preferred style ({style}), "
-    f"the base model {of_100['base_preferred_share']}; from the same prompt and noise the aligned model's picture is "
-    f"the one closer to that style in {100 * results['win_rate']:.0f}; and the judge recognises the prompt in "
-    f"{of_100['aligned_caption_accuracy']}, before in {of_100['base_caption_accuracy']}."
-  )

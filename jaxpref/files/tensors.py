@@ -19,7 +19,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import jax
@@ -30,6 +30,8 @@ from jaxpref.models.stacks import is_stacked, layer_path
 
 Path = str | os.PathLike[str]
 Tree = dict[str, Any]
+# One sharding for all arrays, or a function from the tree of ShapeDtypeStructs to one of shardings.
+Sharding = jax.sharding.Sharding | Callable[[Tree], Any] | None
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
 _STEMS = ("diffusion_pytorch_model", "model")

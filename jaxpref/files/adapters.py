@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref.files.tensor_files import save_tree
+from jaxpref.files.tensors import save_tree
 from jaxpref.models import lora
 from jaxpref.models.unet import UNetConfig
 

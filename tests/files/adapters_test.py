@@ -11,8 +11,8 @@ import pytest
 import safetensors
 from safetensors.numpy import load_file, save_file
 
+from jaxpref.files import adapters, loading, pipelines
 from jaxpref.files import family as families
-from jaxpref.files import loading, lora_files, pipelines
 from jaxpref.models import lora, presets
 
 torch = pytest.importorskip("torch")
@@ -128,8 +128,8 @@ def test_diffusers_computes_the_same_from_every_file(both, tmp_path):
   assert difference(ours, base) > 0.1, "an adapter without effect shows nothing"
   assert difference(both.ours(both.adapter, SCALE / 2), ours) > 0.01, "a lost alpha would not show"
   unet = both.pipe.unet.config
-  lora_files.save_diffusers(tmp_path / lora_files.DIFFUSERS_FILE, both.adapter, SCALE)
-  lora_files.save_kohya(tmp_path / "kohya.safetensors", both.adapter, SCALE, unet)
+  adapters.save_diffusers(tmp_path / adapters.DIFFUSERS_FILE, both.adapter, SCALE)
+  adapters.save_kohya(tmp_path / "kohya.safetensors", both.adapter, SCALE, unet)
   of, trained = families.get("stable_diffusion"), {"unet_lora": both.adapter}
   families.save_trained(of, tmp_path / "merged", both.pipe, trained, scale=SCALE, name="", dtype=jnp.float32)
   merged = type(both.torch_pipe).from_pretrained(tmp_path / "merged", dtype=torch.float32)
@@ -146,10 +146,10 @@ def test_diffusers_computes_the_same_from_every_file(both, tmp_path):
 
 def test_what_is_written_is_read_again_exactly(both, tmp_path):
   unet, params = both.pipe.unet.config, both.pipe.params["unet"]
-  lora_files.save_diffusers(tmp_path / "a.safetensors", both.adapter, SCALE)
-  lora_files.save_kohya(tmp_path / "b.safetensors", both.adapter, SCALE, unet)
+  adapters.save_diffusers(tmp_path / "a.safetensors", both.adapter, SCALE)
+  adapters.save_kohya(tmp_path / "b.safetensors", both.adapter, SCALE, unet)
   for name in "ab":
-    adapter, scale = lora_files.load_lora(tmp_path / f"{name}.safetensors", unet, params)
+    adapter, scale = adapters.load_lora(tmp_path / f"{name}.safetensors", unet, params)
     assert scale == SCALE
     jax.tree.map(np.testing.assert_array_equal, adapter, both.adapter)
 
@@ -179,9 +179,9 @@ def test_a_file_of_diffusers_is_read(both, tmp_path):
   save(tmp_path / "bare", unscaled)
   save(tmp_path / "old", diffusers.utils.convert_state_dict_to_diffusers(unscaled))
   for name, scale in {"new": SCALE, "bare": 1.0, "old": 1.0}.items():
-    file = tmp_path / name / lora_files.DIFFUSERS_FILE
-    adapter, found = lora_files.load_lora(file, both.pipe.unet.config, both.pipe.params["unet"])
-    assert found == scale and lora_files.adapter_rank(adapter) == RANK
+    file = tmp_path / name / adapters.DIFFUSERS_FILE
+    adapter, found = adapters.load_lora(file, both.pipe.unet.config, both.pipe.params["unet"])
+    assert found == scale and adapters.adapter_rank(adapter) == RANK
     assert difference(both.ours(adapter, scale), theirs) <= TOLERANCE, name
   assert difference(theirs, both.theirs()) > 0.01
 
@@ -195,15 +195,15 @@ def test_some_layers_of_a_stack(both, tmp_path):
   assert difference(theirs, both.theirs()) > 0.001
   unscaled = {k: v * SCALE if ".lora_B." in k else v for k, v in state.items()}
   both.torch_pipe.save_lora_weights(tmp_path, unscaled)
-  file = tmp_path / lora_files.DIFFUSERS_FILE
-  adapter, scale = lora_files.load_lora(file, unet, params)
+  file = tmp_path / adapters.DIFFUSERS_FILE
+  adapter, scale = adapters.load_lora(file, unet, params)
   assert difference(both.ours(adapter, scale), theirs) <= TOLERANCE
-  lora_files.save_diffusers(tmp_path / "again.safetensors", adapter, scale)
+  adapters.save_diffusers(tmp_path / "again.safetensors", adapter, scale)
   again, expected = load_file(tmp_path / "again.safetensors"), load_file(file)
   assert again.keys() == expected.keys()
   for key, tensor in expected.items():
     np.testing.assert_array_equal(again[key], tensor)
-  lora_files.save_kohya(tmp_path / "kohya.safetensors", adapter, scale, unet)
+  adapters.save_kohya(tmp_path / "kohya.safetensors", adapter, scale, unet)
   assert len(load_file(tmp_path / "kohya.safetensors")) == 3 * len(expected) // 2
 
 
@@ -211,8 +211,8 @@ def test_several_files_act_together_by_their_strengths(both, tmp_path):
   """As diffusers' set_adapters has them; of a UNet and of text encoders, of different ranks and layers."""
   pipe, unet, params = both.torch_pipe, both.pipe.unet.config, both.pipe.params
   second = random_adapter(params["unet"], rank=2, targets=lora.ATTENTION_TARGETS)
-  lora_files.save_diffusers(tmp_path / "a.safetensors", both.adapter, SCALE)
-  lora_files.save_diffusers(tmp_path / "b.safetensors", second, 1.0)
+  adapters.save_diffusers(tmp_path / "a.safetensors", both.adapter, SCALE)
+  adapters.save_diffusers(tmp_path / "b.safetensors", second, 1.0)
   width = both.pipe.text_encoder.config.hidden_size
   rng, name = np.random.default_rng(5), "text_encoder.text_model.encoder.layers.0.self_attn.v_proj"
   for file, rank in (("a", RANK), ("b", 2)):
@@ -223,20 +223,20 @@ def test_several_files_act_together_by_their_strengths(both, tmp_path):
   files = []
   for file, strength in {"a": 0.8, "b": -0.5}.items():
     path = (tmp_path / file).rename(tmp_path / f"{file}.safetensors")
-    files.append(lora_files.parse_lora_file(f"{path}:{strength}"))
+    files.append(adapters.parse_lora_file(f"{path}:{strength}"))
     pipe.load_lora_weights(path, adapter_name=file)
   try:
     pipe.set_adapters(["a", "b"], adapter_weights=[0.8, -0.5])
     theirs = both.theirs()
   finally:
     pipe.unload_lora_weights()
-  adapter, scale, text_encoders = lora_files.load_pipeline_loras(files, unet, params)
-  assert scale == 1.0 and lora_files.adapter_rank(adapter) == RANK + 2
-  ours = both.ours(adapter, scale, lora_files.merge_text_encoders(params, text_encoders))
+  adapter, scale, text_encoders = adapters.load_pipeline_loras(files, unet, params)
+  assert scale == 1.0 and adapters.adapter_rank(adapter) == RANK + 2
+  ours = both.ours(adapter, scale, adapters.merge_text_encoders(params, text_encoders))
   assert difference(ours, theirs) <= TOLERANCE
   for alone in files:
-    adapter, scale, text_encoders = lora_files.load_pipeline_loras([alone], unet, params)
-    with_one = both.ours(adapter, scale, lora_files.merge_text_encoders(params, text_encoders))
+    adapter, scale, text_encoders = adapters.load_pipeline_loras([alone], unet, params)
+    with_one = both.ours(adapter, scale, adapters.merge_text_encoders(params, text_encoders))
     assert difference(with_one, theirs) > 0.01, "one of the files does nothing"
 
 
@@ -245,7 +245,7 @@ def kohya_name(key, config):
   component, _, layer = key.partition(".")
   sdxl = config.addition_embed_type is not None
   if component == "unet":
-    return "lora_unet_" + (lora_files.ldm_name(layer, config) if sdxl else layer).replace(".", "_")
+    return "lora_unet_" + (adapters.ldm_name(layer, config) if sdxl else layer).replace(".", "_")
   te = {"text_encoder": "lora_te1" if sdxl else "lora_te", "text_encoder_2": "lora_te2"}[component]
   return f"{te}_text_model_{layer.removeprefix('text_model.').replace('.', '_')}"
 
@@ -263,7 +263,7 @@ def test_text_encoders_are_merged(both, tmp_path):
   assert difference(theirs, base) > 0.01 and np.linalg.norm(theirs["text"] - base["text"]) > 0.1
 
   pipe.save_lora_weights(tmp_path, **{f"{name}_lora_layers": state for name, state in states.items()}, **metadata)
-  file = tmp_path / lora_files.DIFFUSERS_FILE
+  file = tmp_path / adapters.DIFFUSERS_FILE
   kohya = {}
   for key, tensor in load_file(file).items():
     name, part = kohya_name(key.partition(".lora_")[0], unet), {"A": "down", "B": "up"}[key[-len("A.weight")]]
@@ -271,12 +271,12 @@ def test_text_encoders_are_merged(both, tmp_path):
   save_file(kohya, tmp_path / "kohya.safetensors")
   for path in (file, tmp_path / "kohya.safetensors"):
     assert difference(both.theirs_with(path), theirs) <= TOLERANCE, "of the files themselves"
-    adapter, scale, text_encoders = lora_files.load_pipeline_lora(path, unet, both.pipe.params)
+    adapter, scale, text_encoders = adapters.load_pipeline_lora(path, unet, both.pipe.params)
     assert sorted(text_encoders) == names
-    params = lora_files.merge_text_encoders(both.pipe.params, text_encoders)
+    params = adapters.merge_text_encoders(both.pipe.params, text_encoders)
     assert difference(both.ours(adapter, scale, params), theirs) <= TOLERANCE, path
     with pytest.raises(ValueError, match=f"adapts {' and '.join(names)}, and training can continue adapters of a UNet"):
-      lora_files.load_lora(path, unet, both.pipe.params["unet"])
+      adapters.load_lora(path, unet, both.pipe.params["unet"])
 
 
 # ---- Names and numbers, without drawing ------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def test_sdxl_has_the_names_of_the_original_implementation():
   """As files of kohya's sd-scripts have them."""
 
   def block(layer):
-    name = lora_files.ldm_name(f"{layer}.transformer_blocks.1.attn2.to_out.0", presets.SDXL.unet)
+    name = adapters.ldm_name(f"{layer}.transformer_blocks.1.attn2.to_out.0", presets.SDXL.unet)
     return name.removesuffix(".transformer_blocks.1.attn2.to_out.0")
 
   names = {
@@ -316,13 +316,13 @@ def test_sdxl_has_the_names_of_the_original_implementation():
     "up_blocks.2.resnets.0.time_emb_proj": "output_blocks.6.0.emb_layers.1",
     "down_blocks.1.resnets.0.conv_shortcut": "input_blocks.4.0.skip_connection",
   }
-  assert {layer: lora_files.ldm_name(layer, presets.SDXL.unet) for layer in others} == others
+  assert {layer: adapters.ldm_name(layer, presets.SDXL.unet) for layer in others} == others
 
 
 def test_keys_and_metadata_of_the_files(tmp_path):
   adapter = random_adapter(PARAMS, targets=r"(to_q|to_k|to_v|to_out\.0|proj_in)$")
-  lora_files.save_diffusers(tmp_path / "a.safetensors", adapter, 2.0, dtype=jnp.float16)
-  lora_files.save_kohya(tmp_path / "b.safetensors", adapter, 2.0, UNET, dtype=jnp.float16)
+  adapters.save_diffusers(tmp_path / "a.safetensors", adapter, 2.0, dtype=jnp.float16)
+  adapters.save_kohya(tmp_path / "b.safetensors", adapter, 2.0, UNET, dtype=jnp.float16)
   with safetensors.safe_open(tmp_path / "a.safetensors", framework="numpy") as f:
     assert len(f.keys()) == 2 * len(lora.to_layers(adapter))
     a, b = (f.get_tensor(f"unet.{LAYERS[0]}.lora_{x}.weight") for x in "AB")
@@ -343,7 +343,7 @@ def test_keys_and_metadata_of_the_files(tmp_path):
     metadata = f.metadata()
   assert metadata["ss_base_model_version"] == "sd_v1" and metadata["ss_v2"] == "False"
   assert metadata["ss_network_dim"] == "3" and metadata["ss_network_alpha"] == "6.0"
-  lora_files.save_kohya(
+  adapters.save_kohya(
     tmp_path / "c.safetensors", random_adapter(SDXL_PARAMS, targets="attn1.to_q$"), 1.0, SDXL_LAYOUT.unet
   )
   with safetensors.safe_open(tmp_path / "c.safetensors", framework="numpy") as f:
@@ -390,16 +390,16 @@ def test_every_form_is_recognised(form, tmp_path):
     if style == "processor":
       name = layer.replace(".to_", ".processor.to_").removesuffix(".0")
     elif style != ".":
-      name = (lora_files.ldm_name(layer, UNET) if style == "ldm" else layer).replace(".", "_")
+      name = (adapters.ldm_name(layer, UNET) if style == "ldm" else layer).replace(".", "_")
     tensors |= {down.format(name): a, up.format(name): b}
   save_file(tensors, tmp_path / "x.safetensors")
   factor = 1.0
   if form == "peft":
     with pytest.raises(FileNotFoundError, match="no adapter_config.json beside it, which says its alpha"):
-      lora_files.load_lora(tmp_path / "x.safetensors", UNET, PARAMS)
+      adapters.load_lora(tmp_path / "x.safetensors", UNET, PARAMS)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 5}))
     factor = 2.5
-  adapter, scale = lora_files.load_lora(tmp_path / "x.safetensors", UNET, PARAMS)
+  adapter, scale = adapters.load_lora(tmp_path / "x.safetensors", UNET, PARAMS)
   assert scale == factor
   found = deltas(adapter, 1.0)
   assert found.keys() == expected.keys() and found[CONVOLUTION].shape == (1, 1, 32, 32)
@@ -412,7 +412,7 @@ def test_every_precision_is_read(dtype, tmp_path):
   a, b = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in factors(np.random.default_rng(0), 2))
   tensors = {f"unet.{LAYERS[0]}.lora_A.weight": a, f"unet.{LAYERS[0]}.lora_B.weight": b}
   safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
-  adapter, _ = lora_files.load_lora(tmp_path / "x.safetensors", UNET, PARAMS)
+  adapter, _ = adapters.load_lora(tmp_path / "x.safetensors", UNET, PARAMS)
   ((found, _),) = lora.to_layers(adapter).values()
   assert found.dtype == jnp.float32
   np.testing.assert_array_equal(found, a.float().numpy().T)
@@ -436,8 +436,8 @@ def test_different_ranks_and_alphas_become_one(tmp_path):
   save_file(kohya, tmp_path / "a.safetensors")
   save_file(diffusers_form, tmp_path / "b.safetensors", {"lora_adapter_metadata": json.dumps(config)})
   for name in "ab":
-    adapter, scale = lora_files.load_lora(tmp_path / f"{name}.safetensors", UNET, PARAMS)
-    assert scale == 0.5 and lora_files.adapter_rank(adapter) == 4
+    adapter, scale = adapters.load_lora(tmp_path / f"{name}.safetensors", UNET, PARAMS)
+    assert scale == 0.5 and adapters.adapter_rank(adapter) == 4
     found = deltas(adapter, scale)
     assert found.keys() == expected.keys()
     for layer, delta in expected.items():
@@ -452,7 +452,7 @@ def test_different_ranks_in_a_stack_of_which_one_layer_is_missing(tmp_path):
     expected[layer] = (b @ a).T
     tensors |= {f"unet.{layer}.lora_A.weight": a, f"unet.{layer}.lora_B.weight": b}
   save_file(tensors, tmp_path / "x.safetensors")
-  found = deltas(*lora_files.load_lora(tmp_path / "x.safetensors", SDXL_LAYOUT.unet, SDXL_PARAMS))
+  found = deltas(*adapters.load_lora(tmp_path / "x.safetensors", SDXL_LAYOUT.unet, SDXL_PARAMS))
   assert found.keys() == expected.keys()
   for layer, delta in expected.items():
     np.testing.assert_allclose(found[layer], delta, rtol=1e-5, atol=1e-5)
@@ -463,14 +463,14 @@ def test_rank_stabilised_scale(tmp_path):
   tensors = {f"unet.{LAYERS[0]}.lora_A.weight": a, f"unet.{LAYERS[0]}.lora_B.weight": b}
   config = {"unet.r": 4, "unet.lora_alpha": 6, "unet.use_rslora": True}
   save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(config)})
-  assert lora_files.load_lora(tmp_path / "x.safetensors", UNET, PARAMS)[1] == 3.0
+  assert adapters.load_lora(tmp_path / "x.safetensors", UNET, PARAMS)[1] == 3.0
 
 
 def test_an_alpha_that_half_precision_lacks_is_kept(tmp_path):
   adapter = random_adapter(PARAMS, targets="attn1.to_q$")
   scale = 1 / 7
-  lora_files.save_kohya(tmp_path / "x.safetensors", adapter, scale, UNET, dtype=jnp.float16)
-  again, found = lora_files.load_lora(tmp_path / "x.safetensors", UNET, PARAMS)
+  adapters.save_kohya(tmp_path / "x.safetensors", adapter, scale, UNET, dtype=jnp.float16)
+  again, found = adapters.load_lora(tmp_path / "x.safetensors", UNET, PARAMS)
   for (layer, a), b in zip(deltas(adapter, scale).items(), deltas(again, found).values(), strict=True):
     assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(a), layer
 
@@ -528,7 +528,7 @@ MERGE = "expected LoRA; merge it into the base model first"
 def test_what_does_not_fit_is_refused_in_a_sentence(tensors, message, tmp_path):
   save_file(tensors, tmp_path / "x.safetensors")
   with pytest.raises(ValueError, match=message) as error:
-    lora_files.load_lora(tmp_path / "x.safetensors", UNET, PARAMS)
+    adapters.load_lora(tmp_path / "x.safetensors", UNET, PARAMS)
   assert str(tmp_path) in str(error.value)
 
 
@@ -561,7 +561,7 @@ def test_every_form_of_text_encoders_is_recognised(form, tmp_path):
   tensors |= {f"text_encoder_2.text_projection.lora_{x}.weight": y[:16] for x, y in (("A", a), ("B", b))}
   save_file(tensors, tmp_path / "x.safetensors")
   params = {"unet": SDXL_PARAMS, **ENCODERS}
-  adapter, scale, text_encoders = lora_files.load_pipeline_lora(tmp_path / "x.safetensors", SDXL_LAYOUT.unet, params)
+  adapter, scale, text_encoders = adapters.load_pipeline_lora(tmp_path / "x.safetensors", SDXL_LAYOUT.unet, params)
   assert adapter == {} and scale == 1.0 and list(text_encoders) == ["text_encoder_2"]
   found = deltas(text_encoders["text_encoder_2"], 1.0)
   np.testing.assert_allclose(found.pop("text_projection"), (b[:16] @ a).T, rtol=1e-4, atol=1e-4)
@@ -571,7 +571,7 @@ def test_every_form_of_text_encoders_is_recognised(form, tmp_path):
 
   del params["text_encoder_2"]
   with pytest.raises(ValueError, match="adapts text_encoder_2, which the model does not have; use it with"):
-    lora_files.load_pipeline_lora(tmp_path / "x.safetensors", SDXL_LAYOUT.unet, params)
+    adapters.load_pipeline_lora(tmp_path / "x.safetensors", SDXL_LAYOUT.unet, params)
 
 
 def test_attention_of_text_encoders_in_names_of_the_unet(tmp_path):
@@ -582,25 +582,25 @@ def test_attention_of_text_encoders_in_names_of_the_unet(tmp_path):
   tensors = {f"{layer}.{name}_lora.{part}.weight": x for name in names for part, x in (("down", a), ("up", b))}
   save_file(tensors, tmp_path / "x.safetensors")
   params = {"unet": SDXL_PARAMS, **ENCODERS}
-  _, _, found = lora_files.load_pipeline_lora(tmp_path / "x.safetensors", SDXL_LAYOUT.unet, params)
+  _, _, found = adapters.load_pipeline_lora(tmp_path / "x.safetensors", SDXL_LAYOUT.unet, params)
   expected = {f"{layer.removeprefix('text_encoder.')}.{name}" for name in names.values()}
   assert lora.to_layers(found["text_encoder"]).keys() == expected
 
 
 def test_what_is_no_safetensors_file_is_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match="there is no LoRA file .*x.safetensors"):
-    lora_files.load_lora(tmp_path / "x.safetensors", UNET, PARAMS)
+    adapters.load_lora(tmp_path / "x.safetensors", UNET, PARAMS)
   for name, message in {"x.bin": "pickles can run code", "x.safetensors": "is not a readable safetensors file"}.items():
     (tmp_path / name).write_bytes(b"\x80\x04K*.")
     with pytest.raises(ValueError, match=message):
-      lora_files.load_lora(tmp_path / name, UNET, PARAMS)
+      adapters.load_lora(tmp_path / name, UNET, PARAMS)
   save_file(GOOD, tmp_path / "y.safetensors", {"lora_adapter_metadata": "{"})
   with pytest.raises(ValueError, match="the metadata of .*y.safetensors is no JSON object"):
-    lora_files.load_lora(tmp_path / "y.safetensors", UNET, PARAMS)
+    adapters.load_lora(tmp_path / "y.safetensors", UNET, PARAMS)
 
 
 def test_an_adapter_that_is_not_finite_is_not_written(tmp_path):
   adapter = random_adapter(PARAMS, targets="attn1.to_q$", size=np.nan)
   with pytest.raises(ValueError, match="lora_B.weight holds NaN or infinity, which is not saved"):
-    lora_files.save_diffusers(tmp_path / "x.safetensors", adapter, 1.0)
+    adapters.save_diffusers(tmp_path / "x.safetensors", adapter, 1.0)
   assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,138 @@
+"""Model folders: where they are, their JSON files, and how a new one takes the place of an old one."""
+
+import contextlib
+import json
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from flax import linen as nn
+
+from jaxpref.files.tensors import MisfitError, Path, Tree, load_tree, save_tree
+from jaxpref.models.deduce import contradicted_fields
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+  """Reads a JSON file of a model folder.
+
+  Raises:
+    FileNotFoundError: it is missing.
+    ValueError: it is not valid JSON.
+  """
+  try:
+    return json.loads(file.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise FileNotFoundError(f"{file} is missing; point to a model folder in the layout of diffusers.") from None
+  except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    raise ValueError(f"{file} is not valid JSON ({e}); download the folder again.") from e
+
+
+def write_json(file: pathlib.Path, value: Any) -> None:
+  """Writes indented JSON."""
+  file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def resolve_folder(name: Path, weights: str = "*.safetensors") -> pathlib.Path:
+  """Returns a model folder on this machine, downloaded from the Hugging Face hub if it is named so.
+
+  Args:
+    name: a folder, or "organisation/model" of the hub. Only safetensors, JSON and text files are
+      fetched, no second copies in half precision.
+    weights: pattern of the weight files to fetch.
+
+  Raises:
+    FileNotFoundError: neither is to be had.
+  """
+  folder = pathlib.Path(name)
+  if folder.is_dir():
+    return folder
+  if folder.is_file():
+    raise FileNotFoundError(
+      f"{name} is a file, expected a model folder in the layout of diffusers; unpack or convert the checkpoint to one."
+    )
+  if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(name)):
+    raise FileNotFoundError(
+      f"model folder {name} does not exist, expected a folder in the layout of diffusers or a "
+      "hub name such as organisation/model; check the path."
+    )
+  try:
+    import huggingface_hub
+
+    return pathlib.Path(
+      huggingface_hub.snapshot_download(
+        str(name),
+        allow_patterns=[weights, "*.json", "*.txt"],
+        ignore_patterns=["*.fp16.*", "*.non_ema.*", "safety_checker/*"],
+      )
+    )
+  except Exception as e:  # whatever the hub client raises without network, or for a wrong name
+    raise FileNotFoundError(
+      f"{name} is neither a folder here nor could it be fetched from the Hugging Face hub "
+      f"({type(e).__name__}); check the name, connect to the network, or give the path of a "
+      "downloaded folder."
+    ) from e
+
+
+def load_network(module: nn.Module, files: Sequence[Path], shapes: Tree, param_dtype: Any, sharding: Any) -> Tree:
+  """Reads the parameters of a network by `load_tree`; an error names the fields of config.json that do not fit.
+
+  Args:
+    module: has a `config` that was read from config.json.
+    files, shapes, param_dtype, sharding: as of `load_tree`.
+
+  Raises:
+    MisfitError: the tensors are not those of `shapes`.
+  """
+  try:
+    return load_tree(files, shapes, param_dtype=param_dtype, sharding=sharding)
+  except MisfitError as e:
+    fields = contradicted_fields(getattr(module, "config", None), e.found)
+    if not fields:
+      raise
+    said = [f"{name} is {right} in the tensors, {wrong} in it" for name, (wrong, right) in fields.items()]
+    raise MisfitError(e.where, f"{', '.join(said)}; {e.problems}", e.found) from None
+
+
+def save_network(folder: pathlib.Path, stem: str, config: Mapping[str, Any], params: Tree | None, dtype: Any) -> None:
+  """Writes config.json and, of parameters that are not None, `stem`.safetensors into a new folder or an empty one."""
+  folder.mkdir(exist_ok=True)
+  write_json(folder / "config.json", config)
+  if params is not None:
+    save_tree(folder / f"{stem}.safetensors", params, dtype=dtype)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path, marker: str, known: Sequence[str]) -> Iterator[pathlib.Path]:
+  """Yields a temporary folder that takes the place of `folder` if the block succeeds.
+
+  An existing `folder` must be empty, have `marker`, or hold nothing but entries of `known`.
+  """
+  folder = pathlib.Path(folder)
+  if folder.exists():
+    entries = {p.name for p in folder.iterdir()} if folder.is_dir() else {""}
+    if marker not in entries and not entries <= set(known):
+      raise FileExistsError(
+        f"{folder} exists and is not a model folder (no {marker} in it), so it is not "
+        "overwritten; choose a new folder or delete it."
+      )
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+  try:
+    temporary.chmod(0o755)  # mkdtemp's 0700 is for secrets
+    yield temporary
+    if folder.exists():
+      for entry in folder.iterdir():
+        if entry.name not in known and not (temporary / entry.name).exists():
+          copy = shutil.copytree if entry.is_dir() else shutil.copyfile
+          copy(entry, temporary / entry.name)
+      old = temporary.with_name(f"{temporary.name}.old")
+      folder.rename(old)
+      temporary.rename(folder)
+      shutil.rmtree(old)
+    else:
+      temporary.rename(folder)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,124 @@
+"""Captions -> token ids, by the tokenizers of transformers that stand in model folders."""
+
+import importlib
+import os
+import pathlib
+import shutil
+import threading
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxpref.files.tensors import Path
+from jaxpref.models.clip import CLIPTextConfig, CLIPTextModel
+
+# A dataset may hold thousands of captions that are too long: what is cut from them is shown so many times.
+MAX_CUT_WARNINGS = 5
+_cut_warnings: set[str] = set()
+_cut_warnings_lock = threading.Lock()
+
+
+def tokenize(tokenizer: Any, captions: Sequence[str], *, length: int | None = None) -> np.ndarray:
+  """Returns token ids as Stable Diffusion makes them: padded and cut to the full context length.
+
+  Args:
+    tokenizer: a transformers CLIPTokenizer.
+    captions: prompts; "" is the empty one of classifier-free guidance.
+    length: upper bound of the context length; a tokenizer_config.json without `model_max_length`
+      gives none of its own.
+
+  Returns:
+    i32[n, L]. What is cut is shown in one warning a call, and in MAX_CUT_WARNINGS of a process.
+  """
+  limit = min(tokenizer.model_max_length, length or tokenizer.model_max_length)
+  if limit > 10**6:
+    raise ValueError(
+      "tokenize: tokenizer_config.json has no model_max_length; pass length, the text encoder's "
+      "max_position_embeddings."
+    )
+  captions = list(captions)
+  out = tokenizer(captions, padding="max_length", max_length=limit, truncation=True, return_tensors="np")
+  full = [c for c, mask in zip(captions, out["attention_mask"], strict=True) if mask.all()]
+  # The texts beyond the limit; the last token is the end of the text.
+  every = tokenizer(full, verbose=False)["input_ids"] if full else []
+  cut = [tokenizer.decode(ids[limit - 1 : -1]).strip() for ids in every if len(ids) > limit]
+  if cut:
+    others = f" (and the ends of {len(cut) - 1} others)" if len(cut) > 1 else ""
+    _warn_of_cut(
+      f"the text encoder reads {limit} tokens, begin and end included, so this was cut from a "
+      f"prompt: {cut[0]!r}{others}; shorten it."
+    )
+  return np.asarray(out["input_ids"], np.int32)
+
+
+def _warn_of_cut(message: str) -> None:
+  """Warns for the caller of `tokenize`: of each message once, of so many messages, and then that it says no more."""
+  with _cut_warnings_lock:
+    count = len(_cut_warnings)
+    if message in _cut_warnings or count > MAX_CUT_WARNINGS:
+      return
+    _cut_warnings.add(message)
+  if count == MAX_CUT_WARNINGS:
+    message = f"after {count} warnings of prompts that are too long, further ones are cut without a warning."
+  warnings.warn(message, stacklevel=3)
+
+
+def import_tokenizer(name: str) -> Any:
+  """Imports a tokenizer's class from transformers: takes a second, and gives no advice to install PyTorch."""
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+  return getattr(importlib.import_module("transformers"), name)
+
+
+def load_tokenizer(folder: Path) -> Any:
+  """Loads the CLIP tokenizer of a folder.
+
+  Raises:
+    FileNotFoundError: vocab.json or merges.txt is missing, and there is no tokenizer.json.
+  """
+  folder = pathlib.Path(folder)
+  missing = [f for f in ("vocab.json", "merges.txt") if not (folder / f).is_file()]
+  if missing and not (folder / "tokenizer.json").is_file():
+    raise FileNotFoundError(
+      f"{folder} has no {' and no '.join(missing)}, expected a CLIP tokenizer; download the folder again."
+    )
+  return import_tokenizer("CLIPTokenizer").from_pretrained(str(folder))
+
+
+def load_tokenizer_of(folder: pathlib.Path, suffix: str, encoder: CLIPTextModel) -> Any:
+  """Loads the tokenizer of a pipeline folder that belongs to a text encoder.
+
+  Raises:
+    ValueError: it gives ids that the encoder does not know.
+  """
+  tokenizer = load_tokenizer(folder / f"tokenizer{suffix}")
+  largest, size = max(tokenizer.get_vocab().values()), encoder.config.vocab_size
+  if largest >= size:
+    raise ValueError(
+      f"{folder / f'tokenizer{suffix}'} gives ids up to {largest}, expected at most {size - 1} by the vocab_size of "
+      f"{folder / f'text_encoder{suffix}' / 'config.json'}; take the tokenizer of the same model."
+    )
+  return tokenizer
+
+
+def tiny_tokenizer_for(config: CLIPTextConfig) -> Any:
+  """Loads the shipped tokenizer, padding to as many tokens as the text encoder reads."""
+  tokenizer = tiny_tokenizer()
+  tokenizer.model_max_length = config.max_position_embeddings
+  return tokenizer
+
+
+def tiny_tokenizer() -> Any:
+  """Loads the tokenizer in jaxpref/assets/tiny-sd, made by scripts/assets/build_tokenizer.py."""
+  return load_tokenizer(pathlib.Path(__file__).parents[1] / "assets" / "tiny-sd" / "tokenizer")
+
+
+def save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
+  """Writes transformers' own format, plus vocab.json and merges.txt for versions before 5."""
+  folder.mkdir(exist_ok=True)
+  tokenizer.save_pretrained(str(folder))
+  source = pathlib.Path(tokenizer.name_or_path)
+  for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
+    if (source / name).is_file() and not (folder / name).exists():
+      shutil.copyfile(source / name, folder / name)

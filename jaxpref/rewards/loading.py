@@ -1,0 +1,208 @@
+"""Preference models, CLIPs and judges <-> their folders; by name as in `jaxpref.files.loading`."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxpref.files import loading, tensors
+from jaxpref.files.folders import load_network, read_json, replacing, resolve_folder, save_network
+from jaxpref.files.tensors import Path, Sharding, Tree, load_tree, weight_files
+from jaxpref.models import open_clip, presets
+from jaxpref.models.clip import CLIPModel
+from jaxpref.models.preference import Judge, JudgeConfig, StepAwareCLIPConfig, StepAwareCLIPModel
+
+
+def load_preference_model(
+  folder: Path,
+  *,
+  dtype: Any = jnp.float32,
+  param_dtype: Any = jnp.float32,
+  sharding: Sharding = None,
+) -> tuple[StepAwareCLIPModel, Tree]:
+  """Opens a step-aware preference model, or a CLIP (PickScore) as the start of one.
+
+  Args:
+    folder: path or hub name with config.json and model.safetensors: what `save_preference_model` or
+      scripts/assets/convert_spm.py wrote, or transformers' CLIPModel (yuvalkirstain/PickScore_v1,
+      laion/CLIP-ViT-H-14-laion2B-s32B-b79K).
+    dtype: compute dtype.
+    param_dtype: dtype of the parameters.
+    sharding: as for `pipelines.load_pipeline`, of the parameter tree.
+
+  Returns:
+    The module and its parameters; from a plain CLIP with freshly initialised time condition, with
+    which the scores are CLIP's.
+
+  Raises:
+    FileNotFoundError, ValueError: as `pipelines.load_pipeline`.
+  """
+  folder = resolve_folder(folder, "model*.safetensors")  # not open_clip's copy of CLIP-H beside it
+  config_dict = read_json(folder / "config.json")
+  if not {"model_type", "text_config"} & config_dict.keys():
+    raise ValueError(
+      f"{folder / 'config.json'} describes no CLIP, expected a model_type or a text_config; point to "
+      "a folder that save_preference_model wrote, or a CLIP such as PickScore."
+    )
+  module = StepAwareCLIPModel(StepAwareCLIPConfig.from_dict(config_dict), dtype)
+  files = weight_files(folder)
+  shapes = presets.abstract_params(module)
+  shardings = sharding(shapes) if callable(sharding) else sharding
+  if config_dict.get("model_type", "step_aware_clip") == "step_aware_clip":
+    return module, load_network(module, files, shapes, param_dtype, shardings)
+  clip_shapes = presets.abstract_params(CLIPModel(module.config))
+  clip_params = load_network(module, files, clip_shapes, param_dtype, shardings)
+
+  def fresh():  # only the time condition remains of it: the rest is dead code to the compiler
+    params = module.init(jax.random.key(0), *presets.example_inputs(module))["params"]
+    return _without(jax.tree.map(lambda x: x.astype(param_dtype), params), clip_shapes)
+
+  out = (
+    jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if shardings is None
+    else (_without(shardings, clip_shapes) if isinstance(shardings, Mapping) else shardings)
+  )
+  added = jax.jit(fresh, out_shardings=out)()
+  return module, _merge(added, clip_params)
+
+
+def load_clip(
+  folder: Path,
+  *,
+  dtype: Any = jnp.float32,
+  param_dtype: Any = jnp.float32,
+  sharding: jax.sharding.Sharding | None = None,
+) -> tuple[CLIPModel, Tree]:
+  """Opens a plain CLIP, without a time condition: in transformers' layout or in open_clip's.
+
+  Args:
+    folder: path or hub name with config.json and model.safetensors, or path of a folder with open_clip_config.json and
+      open_clip_model.safetensors.
+    dtype, param_dtype: as for `load_preference_model`.
+    sharding: of all parameters.
+
+  Raises:
+    FileNotFoundError, ValueError: as `pipelines.load_pipeline`.
+  """
+  folder = resolve_folder(folder, "model*.safetensors")
+  if not (folder / "config.json").is_file() and (folder / "open_clip_config.json").is_file():
+    config = open_clip.config_from_dict(read_json(folder / "open_clip_config.json"))
+    module = CLIPModel(config, dtype)
+    file = folder / "open_clip_model.safetensors"
+    if not file.is_file():
+      raise FileNotFoundError(f"{file} is missing, expected it beside open_clip_config.json; download it.")
+    shapes = jax.eval_shape(lambda p: open_clip.from_clip(p, config), presets.abstract_params(module))
+    tree = load_tree(file, shapes, param_dtype=param_dtype, sharding=sharding)
+    return module, open_clip.to_clip(tree, config)
+  module = CLIPModel(StepAwareCLIPConfig.from_dict(read_json(folder / "config.json")), dtype)
+  return module, load_network(module, weight_files(folder), presets.abstract_params(module), param_dtype, sharding)
+
+
+def _without(tree: Mapping[str, Any], shapes: Mapping[str, Any]) -> Tree:
+  """The part of a tree that `shapes` lacks."""
+  out = {}
+  for name, value in tree.items():
+    if name not in shapes:
+      out[name] = value
+    elif isinstance(value, Mapping) and (rest := _without(value, shapes[name])):
+      out[name] = rest
+  return out
+
+
+def _merge(a: Mapping[str, Any], b: Mapping[str, Any]) -> Tree:
+  out = dict(a)
+  for name, value in b.items():
+    both = name in out and isinstance(value, Mapping)
+    out[name] = _merge(out[name], value) if both else value
+  return out
+
+
+def save_preference_model(
+  folder: Path, module: StepAwareCLIPModel, params: Tree, *, dtype: Any = jnp.float32
+) -> pathlib.Path:
+  """Writes config.json and model.safetensors, as `pipelines.save_pipeline` does.
+
+  A plain `CLIPModel` is written so that transformers' `CLIPModel.from_pretrained` opens it.
+  """
+  step_aware = isinstance(module, StepAwareCLIPModel)
+  architecture = "StepAwareCLIPModel" if step_aware else "CLIPModel"
+  return _save_single(folder, architecture, module, params, dtype)
+
+
+def open_judge(
+  folder: Path,
+  *,
+  dtype: Any = jnp.float32,
+  param_dtype: Any = jnp.float32,
+  sharding: Sharding = None,
+) -> tuple[Judge, Tree]:
+  """Opens a judge's folder; arguments as for `load_preference_model`."""
+  folder = resolve_folder(folder)
+  module = Judge(JudgeConfig.from_dict(read_json(folder / "config.json")), dtype)
+  shapes = presets.abstract_params(module)
+  shardings = sharding(shapes) if callable(sharding) else sharding
+  return module, load_tree(weight_files(folder), shapes, param_dtype=param_dtype, sharding=shardings)
+
+
+def save_judge(folder: Path, module: Judge, params: Tree, *, dtype: Any = jnp.float32) -> pathlib.Path:
+  """Writes config.json and model.safetensors, as `pipelines.save_pipeline` does."""
+  return _save_single(folder, "Judge", module, params, dtype)
+
+
+def _save_single(folder: Path, architecture: str, module: nn.Module, params: Tree, dtype: Any) -> pathlib.Path:
+  with replacing(folder, "config.json", ("config.json", "model.safetensors")) as target:
+    config = {"architectures": [architecture], **module.config.to_dict()}
+    save_network(target, "model", config, params, dtype)
+  return pathlib.Path(folder)
+
+
+def load_scorer(
+  name: str, *, dtype: str, param_dtype: str = "float32", seed: int = 0, sharding: Sharding = None
+) -> tuple[StepAwareCLIPModel, Any]:
+  """Loads a step-aware preference model by folder, hub name, shipped name, or `random:PRESET`."""
+  if (preset := loading.preset_of(name)) is not None:
+    module = StepAwareCLIPModel(preset.preference, jnp.dtype(dtype))
+    if name.startswith("drawn:"):
+      return module, presets.draw_params(module, seed, dtype=jnp.dtype(param_dtype), sharding=sharding)
+    params = loading.initialiser(name)(module, jax.random.key(seed))
+    return module, jax.tree.map(lambda x: x.astype(param_dtype), params)
+  return load_preference_model(
+    loading.folder_of(name), dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), sharding=sharding
+  )
+
+
+def scorer_fingerprint(name: str) -> str:
+  """Returns a hash of the weights that `load_scorer` reads; of random ones their name."""
+  if loading.preset_of(name) is not None:
+    return name
+  folder = resolve_folder(loading.folder_of(name), "model*.safetensors")
+  return tensors.fingerprint(weight_files(folder))
+
+
+def load_judge(name: str | None, *, style: str, num_classes: int) -> tuple[Judge | None, Any]:
+  """Loads a judge by folder, shipped name, or `random:PRESET`; None, or "" on the command line, for none.
+
+  Raises:
+    ValueError: the judge cannot tell the preferred style, or knows fewer than `num_classes` captions.
+  """
+  if not name:
+    return None, None
+  if name.startswith("random:"):
+    module = Judge(presets.get_preset(name.removeprefix("random:")).judge)
+    params = presets.init_params(module, jax.random.key(1))
+  else:
+    module, params = open_judge(loading.folder_of(name))
+  if style not in module.config.styles:
+    raise ValueError(
+      f"judge {name} knows the styles {', '.join(module.config.styles) or '(none)'}, not "
+      f"config.data.preferred_style={style!r}; choose one of them or another judge."
+    )
+  if num_classes > module.config.num_classes:
+    raise ValueError(
+      f"judge {name} knows {module.config.num_classes} captions, the data (config.data.subset) or "
+      f"config.evaluation.candidates ask for {num_classes}; choose fewer or another judge."
+    )
+  return module, params
