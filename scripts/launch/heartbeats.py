@@ -1,11 +1,12 @@
 """Measures who ends, with which exit code and after how long, when one of several processes of a run goes away.
 
-    python scripts/launch/heartbeats.py --out heartbeats
+    python scripts/launch/heartbeats.py --out docs/heartbeats
 
 The processes run on this machine, on the CPU (gloo), joined as those of a training are (`devices.distributed.joined`).
 Process 0, which has JAX's coordination service in it, or the last one is killed (SIGKILL), stopped (SIGSTOP), raises,
 or raises where nothing but JAX ends it ("raises, plainly": it waits at JAX's exit barrier). The others are meanwhile in
-a step that all compute together, at work of their own, or at a barrier. OUT.md has a table, OUT.json all exit codes.
+a step that all compute together, at work of their own, or at a barrier. The table has the seconds until the last of the
+others has ended, one figure for each number of processes, and the exit codes of the others; OUT.json has each.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 EVENTS = ("killed", "stopped", "raises", "raises, plainly")
-DOING = ("a step", "own work", "a barrier")
+DOING = ("a step", "work of their own", "a barrier")
 LIMIT = 120  # seconds that the others are watched
 
 
@@ -105,19 +106,19 @@ def measure(case: dict[str, Any], heartbeat: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-  """A line for each kind of event, with the slowest of the others and all their codes."""
-  lines = [
-    "| processes | which one | what it does | the others are in | end after, s | exit codes |",
-    "|---|---|---|---|---|---|",
-  ]
-  for row in rows:
-    ends = row["ends"].values()
-    codes = sorted({"none" if end["code"] is None else str(end["code"]) for end in ends})
-    slowest = max(end["seconds"] for end in ends)
-    late = f"not in {LIMIT}" if "none" in codes else f"{slowest:.1f}"
-    lines.append(
-      f"| {row['processes']} | {row['gone']} | {row['event']} | {row['doing']} | {late} | {', '.join(codes)} |"
-    )
+  """A line for each event and process: seconds to the end of the last of the others, and all their exit codes."""
+  doing = [what for what in DOING if any(row["doing"] == what for row in rows)]
+  lines = ["| one process | the others are in " + " | in ".join(doing) + " |", "|---" * (len(doing) + 1) + "|"]
+  for event, first in itertools.product(EVENTS, (True, False)):
+    cells = []
+    for what in doing:
+      found = [r for r in rows if (r["event"], r["doing"], r["gone"] == 0) == (event, what, first)]
+      ends = [end for row in found for end in row["ends"].values()]
+      codes = sorted({"none" if end["code"] is None else str(end["code"]) for end in ends})
+      seconds = (f"{max(end['seconds'] for end in row['ends'].values()):.1f}" for row in found)
+      cells.append(f"{', '.join(seconds)} s; code {', '.join(codes)}")
+    if ends:
+      lines.append(f"| {'process 0' if first else 'another one'}: {event} | {' | '.join(cells)} |")
   return "\n".join(lines) + "\n"
 
 
@@ -128,7 +129,7 @@ def main() -> None:
   parser.add_argument("--events", nargs="+", choices=EVENTS, default=list(EVENTS), metavar="EVENT")
   parser.add_argument("--doing", nargs="+", choices=DOING, default=list(DOING), metavar="WHAT")
   parser.add_argument("--at_once", type=int, default=8, metavar="N", help="cases at a time; most of it is waiting")
-  parser.add_argument("--out", type=pathlib.Path, metavar="PATH", help="writes PATH.json and PATH.md")
+  parser.add_argument("--out", type=pathlib.Path, metavar="PATH", help="writes PATH.json")
   for name in ("--case", "--index", "--folder", "--address"):  # of a process of a case
     parser.add_argument(name, help=argparse.SUPPRESS)
   args = parser.parse_args()
@@ -147,7 +148,6 @@ def main() -> None:
     args.out.with_suffix(".json").write_text(
       json.dumps({"heartbeat_seconds": args.heartbeat_seconds, "rows": rows}, indent=1) + "\n"
     )
-    args.out.with_suffix(".md").write_text(table(rows))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ import pytest
 from jaxpref.data import lease
 from jaxpref.devices import distributed
 from jaxpref.training import metrics
+from scripts.launch import heartbeats
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
+SCRIPTS = REPOSITORY / "scripts" / "launch"
 
 # ---------------------------------------------------------------------------------------------
 # What the environment says. The variables are those of true jobs, without the many that say nothing here.
@@ -466,6 +468,28 @@ def test_a_process_that_is_lost_takes_the_others_with_it(tmp_path, count, gone, 
   assert "resuming" in again.said()[0]
 
 
+def test_the_table_of_those_who_end():
+  ends = {1: {"code": 75, "seconds": 2.0}, 2: {"code": 134, "seconds": 3.0}}
+  row = {"processes": 3, "event": "killed", "gone": 0, "doing": "a step", "ends": ends}
+  never = row | {"gone": 2, "ends": {0: {"code": None, "seconds": 120}, 1: ends[1]}}
+  assert heartbeats.table([row, never]).splitlines()[2:] == [
+    "| process 0: killed | 3.0 s; code 134, 75 |",
+    "| another one: killed | 120.0 s; code 75, none |",
+  ]
+
+
+@pytest.mark.slow
+def test_all_others_end_soon_whatever_they_do(tmp_path):
+  """As docs/operations.md says; what JAX does by itself when one raises is not held to it."""
+  command = [sys.executable, SCRIPTS / "heartbeats.py", "--processes=2", "--out", tmp_path / "out"]
+  subprocess.run([*command, "--events", "killed", "stopped", "raises"], check=True, timeout=1200)
+  rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+  assert len(rows) == 18
+  for row in rows:
+    for end in row["ends"].values():
+      assert end["code"] in (distributed.RUN_AGAIN, 128 + signal.SIGABRT) and end["seconds"] < 60, row
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, before, after):
@@ -550,7 +574,6 @@ def test_two_processes_join_as_their_launcher_says(environment, own, devices):
 # ---------------------------------------------------------------------------------------------
 # The scripts that launch
 
-SCRIPTS = REPOSITORY / "scripts" / "launch"
 SHELL = sorted([*SCRIPTS.glob("launch_*.sh"), *SCRIPTS.glob("*.sbatch")])
 VARIABLES = dict(NAME="run-1", IMAGE="registry/image:1", CLAIM="claim", PROCESSES="4", GPUS="8", CONFIG="configs/a.py")
 
