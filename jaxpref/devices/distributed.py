@@ -8,7 +8,6 @@ each takes.
 
 import contextlib
 import dataclasses
-import inspect
 import itertools
 import os
 import pathlib
@@ -199,7 +198,7 @@ def _tpu_hosts() -> int:
 
 
 def define_flags() -> None:
-  """Defines the flags of `start` and `join`; `given_flags` has their values."""
+  """Defines the flags of how this process was started; `given_flags` has their values."""
   flags.DEFINE_enum(
     "distributed",
     "auto",
@@ -282,20 +281,18 @@ def join(launch: Launch | None) -> None:
 
   patience = threading.Timer(PATIENCE_SECONDS, lambda: _say(_waits(launch)))  # JAX gives up by ending the process
   patience.daemon = True
-  options: dict[str, Any] = dict(
-    coordinator_address=launch.coordinator_address,
-    num_processes=launch.num_processes,
-    process_id=launch.process_id,
-    local_device_ids=launch.local_device_ids,
-    cluster_detection_method=launch.detection,
-    initialization_timeout=START_SECONDS,
-    heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-    shutdown_timeout_seconds=EXIT_SECONDS,
-  )
-  accepted = inspect.signature(jax.distributed.initialize).parameters
   patience.start()
   try:
-    jax.distributed.initialize(**{k: v for k, v in options.items() if k in accepted})
+    jax.distributed.initialize(
+      coordinator_address=launch.coordinator_address,
+      num_processes=launch.num_processes,
+      process_id=launch.process_id,
+      local_device_ids=launch.local_device_ids,
+      cluster_detection_method=launch.detection,
+      initialization_timeout=START_SECONDS,
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+      shutdown_timeout_seconds=EXIT_SECONDS,
+    )
   except (ValueError, RuntimeError) as error:
     raise ValueError(
       f"jax.distributed cannot start for {launch.launcher} ({_first_line(error)}); give --coordinator_address, "
@@ -418,22 +415,24 @@ def leave(error: BaseException, folder: str | os.PathLike, *, expected: tuple[ty
 
   state: Any = runtime.global_state
   between = _BETWEEN.match(str(error)) is not None
-  if between:
-    why = f"another process of this run has ended ({_first_line(error)})"
-    with contextlib.suppress(RuntimeError):  # it has not said why, or process 0 is gone
-      why = state.client.key_value_try_get("jaxpref/failed")
-    _say(f"error: {why}; {advice(folder)}")
-  else:
-    one_sentence = isinstance(error, expected)
-    _say(f"error: {error}" if one_sentence else "".join(traceback.format_exception(error)).rstrip())
-    me = f"process {state.process_id} of {state.num_processes} (host {socket.gethostname()})"
-    with contextlib.suppress(RuntimeError):  # another one was first
-      state.client.key_value_set("jaxpref/failed", f"{me} failed: {_first_line(error)}")
-    # Process 0 last: the others end when it does, before they can say anything.
-    time.sleep(2 * SETTLE_SECONDS if state.process_id == 0 else SETTLE_SECONDS)
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(RUN_AGAIN if between else 1)
+  try:
+    if between:
+      why = f"another process of this run has ended ({_first_line(error)})"
+      with contextlib.suppress(RuntimeError):  # it has not said why, or process 0 is gone
+        why = state.client.key_value_try_get("jaxpref/failed")
+      _say(f"error: {why}; {advice(folder)}")
+    else:
+      one_sentence = isinstance(error, expected)
+      _say(f"error: {error}" if one_sentence else "".join(traceback.format_exception(error)).rstrip())
+      me = f"process {state.process_id} of {state.num_processes} (host {socket.gethostname()})"
+      with contextlib.suppress(RuntimeError):  # another one was first
+        state.client.key_value_set("jaxpref/failed", f"{me} failed: {_first_line(error)}")
+      # Process 0 last: the others end when it does, before they can say anything.
+      time.sleep(2 * SETTLE_SECONDS if state.process_id == 0 else SETTLE_SECONDS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+  finally:
+    os._exit(RUN_AGAIN if between else 1)
 
 
 def advice(folder: str | os.PathLike) -> str:
