@@ -85,7 +85,8 @@ def measure(case: dict[str, Any], heartbeat: int) -> dict[str, Any]:
         raise RuntimeError(f"the processes of {case} did not start; see {folder}.")
       time.sleep(0.05)
     time.sleep(1.0)
-    started, ends = time.monotonic(), {}
+    started = time.monotonic()
+    ends: dict[int, dict[str, Any]] = {}
     if case["event"].startswith("raises"):
       (folder / "go").touch()
     else:
