@@ -54,10 +54,11 @@ def main(argv: list[str] | None = None) -> None:
   args = parser.parse_args(argv)
   args.scorers = [name for spec in args.scorers for name in spec.split(",") if name]
   by_hand = {name: getattr(args, name) for name in ("coordinator_address", "num_processes", "process_id")}
+  expected = (ValueError, OSError)
   try:
-    distributed.join(distributed.find_launch(args.distributed, **by_hand))
-    evaluate(args)
-  except (ValueError, OSError) as error:
+    with distributed.joined(distributed.find_launch(args.distributed, **by_hand), args.out, expected=expected):
+      evaluate(args)
+  except expected as error:
     sys.exit(f"error: {error}")
 
 

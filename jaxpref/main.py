@@ -6,12 +6,10 @@ jaxpref/config.py lists all fields of a recipe. Several processes need nothing e
 and on TPUs; elsewhere --distributed, --coordinator_address, --num_processes and --process_id (docs/operations.md).
 """
 
-import multiprocessing
 import os
 import pathlib
 import re
 import sys
-import traceback
 from collections.abc import MutableMapping
 
 from absl import app, flags, logging
@@ -63,22 +61,15 @@ def main(argv: list[str]) -> None:
   workdir = _WORKDIR.value or _default_workdir()
   if "://" in workdir:
     sys.exit(f"error: --workdir={workdir}: expected a folder; mount the bucket (docs/operations.md) and give its path.")
-  try:
-    reporter = distributed.start(distributed.find_launch(**distributed.given_flags()), workdir)
-  except ValueError as error:
-    sys.exit(f"error: {error}")
   from jaxpref.training import loop
 
+  expected = (ValueError, OSError, loop.NonFiniteError) if logging.get_verbosity() <= 0 else ()
   try:
-    run_and_evaluate(_CONFIG.value, workdir)
-  except BaseException as error:
-    one_sentence = isinstance(error, ValueError | OSError | loop.NonFiniteError) and logging.get_verbosity() <= 0
-    text = f"error: {error}" if one_sentence else "".join(traceback.format_exception(error))
-    if reporter is not None and not (isinstance(error, SystemExit) and not error.code):
-      distributed.leave(reporter, error, text)
-    if one_sentence:
-      sys.exit(text)
-    raise
+    launch = distributed.find_launch(**distributed.given_flags())
+    with distributed.joined(launch, workdir, expected=expected):
+      run_and_evaluate(_CONFIG.value, workdir)
+  except expected as error:
+    sys.exit(f"error: {error}")
 
 
 def run_and_evaluate(config: ConfigDict, workdir: str) -> None:
@@ -97,22 +88,8 @@ def run_and_evaluate(config: ConfigDict, workdir: str) -> None:
     evaluate.evaluate(arguments)
 
 
-def start_with_huge_pages() -> None:
-  """Starts this process anew, under its pid, so that glibc asks for huge pages, which it can be told at a start only.
-
-  A step on a CPU allocates its temporaries anew each time. In pages of 4 kB that takes a few hundredths of a
-  step of tiny-sd (docs/results/benchmarks.md). GLIBC_TUNABLES in the environment, of whatever value, prevents it.
-  """
-  if multiprocessing.parent_process() is not None:
-    return  # its command line is not that of this program
-  if sys.platform == "linux" and sys.executable and "GLIBC_TUNABLES" not in os.environ:
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
 def run() -> None:
   """The console entry point."""
-  start_with_huge_pages()
   app.run(main, flags_parser=config_lib.parse_flags)
 
 

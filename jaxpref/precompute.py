@@ -347,17 +347,17 @@ def main(argv: list[str]) -> None:
   options = flags.FLAGS
   if not options["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
+  expected = (ValueError, OSError) if logging.get_verbosity() <= 0 else ()
   try:
     if options.verify:
       problems = verify(options.out)
       sys.exit("\n".join(f"error: {p}" for p in problems) if problems else 0)
     if options.config is None:
       raise ValueError("--config is missing; give the recipe, e.g. --config=configs/dpo_sdxl.py.")
-    distributed.join(distributed.find_launch(**distributed.given_flags()))
-    run(options.config, options.out, rows_per_file=options.rows_per_file, batch_size=options.batch_size)
-  except (ValueError, OSError) as error:
-    if logging.get_verbosity() > 0:
-      raise
+    launch = distributed.find_launch(**distributed.given_flags())
+    with distributed.joined(launch, options.out, expected=expected):
+      run(options.config, options.out, rows_per_file=options.rows_per_file, batch_size=options.batch_size)
+  except expected as error:
     sys.exit(f"error: {error}")
 
 

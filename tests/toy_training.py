@@ -6,10 +6,9 @@ TOY_BROKEN="1 5": the fifth batch of process 1 cannot be read.
 
 import json
 import os
-import sys
 import time
 
-HEARTBEATS = dict(SILENCE_SECONDS=4.0, BEAT_SECONDS=0.5)  # shorter, as tests should be
+SHORTER = dict(HEARTBEAT_SECONDS=10, SETTLE_SECONDS=1)  # as tests should be
 
 
 class Batches:
@@ -72,21 +71,19 @@ def build(config, sharding, **kwargs):
 
 def main():
   from jaxpref import main
-  from jaxpref.devices import distributed, supervise
+  from jaxpref.devices import distributed
 
-  for name, value in HEARTBEATS.items():
-    setattr(supervise, name, value)
-  start = distributed.start
+  for name, value in SHORTER.items():
+    setattr(distributed, name, value)
+  join = distributed.join
 
-  def start_then_replace(*args, **kwargs):
-    assert "jax" not in sys.modules  # the start forks
-    reporter = start(*args, **kwargs)
+  def join_then_replace(launch):
+    join(launch)
     from jaxpref.training import build as module
 
     module.build = build
-    return reporter
 
-  distributed.start = start_then_replace
+  distributed.join = join_then_replace
   main.run()
 
 

@@ -1,35 +1,36 @@
 """Several processes, one run: which belong together, how they start, and how one ends that cannot go on.
 
-`detect` finds out from the environment how a launcher started this process; `start` joins it to the others. From then
-on a process that ends early takes the others with it, within seconds, each with a line that names it: see
-`jaxpref.devices.supervise`. None of them waits at an exit barrier for a process that will not come.
+`detect` finds out from the environment how a launcher started this process; within `joined` it is one of them. Who is
+killed or falls silent there is missed by JAX's heartbeats, which end the others (SIGABRT, exit code 134); who raises
+leaves at once, as at JAX's exit barrier it would wait for the others, and they for it. docs/operations.md has how long
+each takes.
 """
 
+import contextlib
 import dataclasses
-import functools
-import importlib.util
-import inspect
 import itertools
 import os
 import pathlib
 import re
 import socket
 import sys
-import urllib.request
+import threading
+import time
+import traceback
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from absl import flags
 
-from jaxpref.devices import supervise
-
 MODES = ("auto", "true", "false")
 
 START_SECONDS = 300  # how long processes wait for each other at the start
-EXIT_SECONDS = 60  # and at the end of a run
-# After so long without a heartbeat the JAX runtime gives a process up, if the supervisors have not noticed.
-HEARTBEAT_SECONDS = 60
+PATIENCE_SECONDS = 30  # after so long at the start a line says what is waited for
+HEARTBEAT_SECONDS = 20  # without a heartbeat, after which JAX gives a process up
+EXIT_SECONDS = 60  # how long processes wait for each other at the end of a run
+SETTLE_SECONDS = 2  # from an error to the end, so that processes that fail alike say so by themselves
+RUN_AGAIN = 75  # EX_TEMPFAIL, the exit code where nothing is wrong with this process
 _words = itertools.count()  # numbers what process 0 tells the others
 
 
@@ -63,14 +64,12 @@ def detect(
   coordinator_address: str | None = None,
   num_processes: int | None = None,
   process_id: int | None = None,
-  tpu_hosts: int = 1,
 ) -> Launch | None:
   """What the environment variables, and the flags of the same names, say about other processes of this run.
 
   Args:
     environment: of the process.
     coordinator_address, num_processes, process_id: given by hand, which comes first.
-    tpu_hosts: hosts of the TPU slice, where no variable tells.
   Returns:
     None: the process is alone.
   Raises:
@@ -79,7 +78,9 @@ def detect(
   by_hand = (coordinator_address, num_processes, process_id)
   if by_hand != (None, None, None) or "JAX_NUM_PROCESSES" in environment or "JAX_PROCESS_ID" in environment:
     return _by_hand(environment, *by_hand)
-  for find in (functools.partial(_tpu, tpu_hosts=tpu_hosts), _open_mpi, _slurm):
+  if _tpu_hosts() > 1:
+    return Launch("TPU slice")
+  for find in (_open_mpi, _slurm):
     launch = find(environment)
     if launch is not None:
       return launch
@@ -127,13 +128,6 @@ def _by_hand(
   return Launch("by hand", address, count, index, detection="deactivate")
 
 
-def _tpu(environment: Mapping[str, str], *, tpu_hosts: int) -> Launch | None:
-  """GKE and other managers name all hosts; on Compute Engine only the metadata server knows them."""
-  names = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
-  slices = _integer(environment, "MEGASCALE_NUM_SLICES") or 1
-  return Launch("TPU slice") if names.count(",") or slices > 1 or tpu_hosts > 1 else None
-
-
 def _open_mpi(environment: Mapping[str, str]) -> Launch | None:
   count = _integer(environment, "OMPI_COMM_WORLD_SIZE")
   if count is None or count < 2:
@@ -156,7 +150,7 @@ def _open_mpi(environment: Mapping[str, str]) -> Launch | None:
 
 
 def _slurm(environment: Mapping[str, str]) -> Launch | None:
-  """Of the job step that srun started: the job may have more tasks than the step (an interactive shell has one)."""
+  """Of the job step that srun started: the job, which JAX looks at, may have more tasks (a shell is a step of one)."""
   count = _integer(environment, "SLURM_STEP_NUM_TASKS")
   if count is None or count < 2:
     return None
@@ -178,7 +172,10 @@ def _tasks_on_node(text: str, node: int) -> int:
 
 
 def _local_devices(environment: Mapping[str, str], on_host: int | None, local: int | None) -> tuple[int, ...] | None:
-  """One device for each of several processes on a machine, unless the launcher shows each only its own."""
+  """One device for each of several processes on a machine, unless the launcher shows each only its own.
+
+  JAX by itself gives one to a process that is alone on its machine, too.
+  """
   if "JAX_LOCAL_DEVICE_IDS" in environment:  # which JAX reads
     return None
   visible = environment.get("CUDA_VISIBLE_DEVICES", environment.get("ROCR_VISIBLE_DEVICES", ""))
@@ -186,26 +183,22 @@ def _local_devices(environment: Mapping[str, str], on_host: int | None, local: i
   return () if on_host in (None, 1) or local is None or one_is_visible else (local,)
 
 
-def _compute_engine_tpu_hosts() -> int:
-  """Hosts of the TPU slice that this machine is one of, from Google's metadata server; 1 on other machines."""
-  devices = [*pathlib.Path("/dev").glob("accel[0-9]*"), *pathlib.Path("/dev/vfio").glob("[0-9]*")]
-  if not devices or importlib.util.find_spec("libtpu") is None or "TPU_SKIP_MDS_QUERY" in os.environ:
-    return 1
-  server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
-  url = f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
-  request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
-  try:
-    with urllib.request.urlopen(request, timeout=10) as answer:
-      return len(answer.read().decode().split(","))
-  except OSError:
-    return 1
+def _tpu_hosts() -> int:
+  """Hosts of the TPU slices that this machine is one of, as JAX finds them; 1 on other machines."""
+  from jax._src import clusters
+
+  for cluster in (clusters.GkeTpuCluster, clusters.GceTpuCluster):
+    with contextlib.suppress(OSError):  # no metadata server
+      if cluster.is_env_present():
+        return cluster.get_process_count()
+  return 1
 
 
 # ---- Start -------------------------------------------------------------------------------------------------------
 
 
 def define_flags() -> None:
-  """Defines the flags of `start` and `join`; `given_flags` has their values."""
+  """Defines the flags of how this process was started; `given_flags` has their values."""
   flags.DEFINE_enum(
     "distributed",
     "auto",
@@ -248,45 +241,32 @@ def find_launch(
     if given:
       raise ValueError(f"--distributed=false contradicts --{given[0]}; leave out one of them.")
     return None
-  launch = detect(os.environ, tpu_hosts=_compute_engine_tpu_hosts(), **by_hand)
+  launch = detect(os.environ, **by_hand)
   return launch or (None if mode == "auto" else Launch("any launcher"))
 
 
-def start(launch: Launch | None, workdir: str | os.PathLike) -> supervise.Reporter | None:
-  """Joins this process to the others of its run, watched: when one is lost, all end within seconds.
+@contextlib.contextmanager
+def joined(
+  launch: Launch | None, folder: str | os.PathLike, *, expected: tuple[type[BaseException], ...]
+) -> Iterator[None]:
+  """Joins this process to the others of its run; one that raises in the block, or is lost, ends all.
 
-  To be called before anything imports JAX: what goes on is a child of the process that called it (`supervise.fork`).
+  Alone, the block does nothing. Otherwise what is raised in it is printed, and ends the process (`leave`).
 
   Args:
     launch: as of `find_launch`.
-    workdir: of the run, for messages.
-  Returns:
-    To be told if this process fails, see `leave`; None if it is alone.
+    folder: that the processes write, for messages.
+    expected: exceptions of which the sentence is printed, and no traceback.
   Raises:
     ValueError: one sentence on who did not answer.
   """
-  if launch is None:
-    return None
-  reporter = supervise.fork()
-  reporter.starting(_did_not_meet(launch))
   join(launch)
-  from jax._src import distributed as runtime
-
-  state: Any = runtime.global_state
-  client, index = state.client, state.process_id
   try:
-    client.key_value_set(f"jaxpref/hosts/{index}", socket.gethostname())
-    if index == 0:
-      client.key_value_set("jaxpref/supervisor", f"{reporter.port} {reporter.token}")
-    client.wait_at_barrier("jaxpref/started", START_SECONDS * 1000)
-    hosts = {int(key.rpartition("/")[2]): host for key, host in client.key_value_dir_get("jaxpref/hosts/")}
-    port, token = client.key_value_try_get("jaxpref/supervisor").split()
-  except (ValueError, RuntimeError) as error:
-    raise _cannot_start(launch, error) from error
-  group = supervise.Group(index, tuple(hosts[i] for i in range(state.num_processes)), os.fspath(workdir))
-  leader = state.coordinator_address.rpartition(":")[0].strip("[]")
-  reporter.joined(group, (leader, int(port)), token)
-  return reporter
+    yield
+  except BaseException as error:
+    if launch is None or (isinstance(error, SystemExit) and not error.code):
+      raise
+    leave(error, folder, expected=expected)
 
 
 def join(launch: Launch | None) -> None:
@@ -299,37 +279,40 @@ def join(launch: Launch | None) -> None:
     return
   import jax
 
-  options: dict[str, Any] = dict(
-    coordinator_address=launch.coordinator_address,
-    num_processes=launch.num_processes,
-    process_id=launch.process_id,
-    local_device_ids=launch.local_device_ids,
-    cluster_detection_method=launch.detection,
-    initialization_timeout=START_SECONDS,
-    heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-    shutdown_timeout_seconds=EXIT_SECONDS,
-  )
-  accepted = inspect.signature(jax.distributed.initialize).parameters
+  patience = threading.Timer(PATIENCE_SECONDS, lambda: _say(_waits(launch)))  # JAX gives up by ending the process
+  patience.daemon = True
+  patience.start()
   try:
-    jax.distributed.initialize(**{k: v for k, v in options.items() if k in accepted})
+    jax.distributed.initialize(
+      coordinator_address=launch.coordinator_address,
+      num_processes=launch.num_processes,
+      process_id=launch.process_id,
+      local_device_ids=launch.local_device_ids,
+      cluster_detection_method=launch.detection,
+      initialization_timeout=START_SECONDS,
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+      shutdown_timeout_seconds=EXIT_SECONDS,
+    )
   except (ValueError, RuntimeError) as error:
-    raise _cannot_start(launch, error) from error
+    raise ValueError(
+      f"jax.distributed cannot start for {launch.launcher} ({_first_line(error)}); give --coordinator_address, "
+      "--num_processes and --process_id, or --distributed=false to go on in this process alone."
+    ) from error
+  finally:
+    patience.cancel()
 
 
-def _cannot_start(launch: Launch, error: Exception) -> ValueError:
-  return ValueError(
-    f"jax.distributed cannot start for {launch.launcher} ({_first_line(error)}); give --coordinator_address, "
-    "--num_processes and --process_id, or --distributed=false to go on in this process alone."
-  )
-
-
-def _did_not_meet(launch: Launch) -> str:
+def _waits(launch: Launch) -> str:
   """One sentence of a start that others do not come to."""
   return (
-    f"this process ({launch.launcher}{'' if launch.process_id is None else f', number {launch.process_id}'}) did not "
-    f"meet all {launch.num_processes or 'others'} at {launch.coordinator_address or 'the address of process 0'} within "
+    f"this process ({launch.launcher}{'' if launch.process_id is None else f', number {launch.process_id}'}) waits for "
+    f"all {launch.num_processes or 'others'} at {launch.coordinator_address or 'the address of process 0'}, up to "
     f"{START_SECONDS} s; start the same command on every host, and see that the hosts reach that address."
   )
+
+
+def _say(text: str) -> None:
+  print(f"\n{text}", file=sys.stderr, flush=True)
 
 
 def _first_line(error: Any) -> str:
@@ -410,19 +393,54 @@ def host_metrics(own_seconds: float, step_seconds: float) -> dict[str, float]:
 
 # ---- The end -----------------------------------------------------------------------------------------------------
 
-# How errors begin that may have their cause in another process: a connection that broke, a barrier nobody came to.
-_BETWEEN = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION):")
+# How errors begin, and what is in them, that have their cause in another process as a rule: a connection that broke, a
+# barrier nobody came to.
+_BETWEEN = re.compile(
+  r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): .*"
+  r"(Gloo|NCCL|coordination service|heartbeat|[Bb]arrier|[Cc]onnection|[Pp]eer|[Ss]ocket)",
+  flags=re.DOTALL,
+)
 
 
-def leave(reporter: supervise.Reporter, error: BaseException, text: str) -> NoReturn:
-  """Ends this process, which cannot go on: prints why, tells the others, waits for none of them.
+def leave(error: BaseException, folder: str | os.PathLike, *, expected: tuple[type[BaseException], ...]) -> NoReturn:
+  """Ends this process, one of several, which cannot go on: prints why, and does not wait for the others.
+
+  The exit code is RUN_AGAIN where an operation between processes failed, as another one is the cause; 1 otherwise.
 
   Args:
     error: what was raised.
-    text: to print about it.
+    folder, expected: as of `joined`.
   """
-  if _BETWEEN.match(str(error)):
-    print(f"\n{_first_line(error)}\nlooking for the process that stopped ...", file=sys.stderr)
-    reporter.break_off(_first_line(error))
-  print(f"\n{text}", file=sys.stderr)
-  reporter.fail(text.strip().splitlines()[-1].removeprefix("error: "))
+  from jax._src import distributed as runtime
+
+  state: Any = runtime.global_state
+  between = _BETWEEN.match(str(error)) is not None
+  try:
+    if between:
+      why = f"another process of this run has ended ({_first_line(error)})"
+      with contextlib.suppress(RuntimeError):  # it has not said why, or process 0 is gone
+        why = state.client.key_value_try_get("jaxpref/failed")
+      _say(f"error: {why}; {advice(folder)}")
+    else:
+      one_sentence = isinstance(error, expected)
+      _say(f"error: {error}" if one_sentence else "".join(traceback.format_exception(error)).rstrip())
+      me = f"process {state.process_id} of {state.num_processes} (host {socket.gethostname()})"
+      with contextlib.suppress(RuntimeError):  # another one was first
+        state.client.key_value_set("jaxpref/failed", f"{me} failed: {_first_line(error)}")
+      # Process 0 last: the others end when it does, before they can say anything.
+      time.sleep(2 * SETTLE_SECONDS if state.process_id == 0 else SETTLE_SECONDS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+  finally:
+    os._exit(RUN_AGAIN if between else 1)
+
+
+def advice(folder: str | os.PathLike) -> str:
+  """What to do once the cause is gone, for the end of a message."""
+  try:
+    names = [path.name for path in (pathlib.Path(folder) / "checkpoints").iterdir()]
+  except OSError:
+    names = []
+  steps = [int(name) for name in names if name.isdecimal()]
+  where = f": it resumes at step {max(steps)}" if steps else ""
+  return f"run the same command on all hosts again{where}."

@@ -499,7 +499,7 @@ def main(arguments: list[str] | None = None) -> None:
     options += ["--batch", str(args.batch)] if args.batch else []
     options += ["--dtype", args.dtype] if args.dtype else []
     command = [sys.executable, str(ROOT / "scripts" / "bench" / "bench.py"), *options]
-    # Of the CPU's memory as in training (`jaxpref.main.start_with_huge_pages`).
+    # Of the CPU's memory, as docs/operations.md advises.
     environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ
     environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True, env=environment)

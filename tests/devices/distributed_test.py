@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -15,10 +16,12 @@ import numpy as np
 import pytest
 
 from jaxpref.data import lease
-from jaxpref.devices import distributed, supervise
+from jaxpref.devices import distributed
 from jaxpref.training import metrics
+from scripts.launch import heartbeats
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
+SCRIPTS = REPOSITORY / "scripts" / "launch"
 
 # ---------------------------------------------------------------------------------------------
 # What the environment says. The variables are those of true jobs, without the many that say nothing here.
@@ -132,18 +135,40 @@ Launch = distributed.Launch
     (OPEN_MPI_4 | SLURM, Launch("Open MPI", None, 4, 2, (0,), "ompi")),  # mpirun in a SLURM job
     (KUBERNETES, Launch("by hand", "dpo-sd15-0.dpo-sd15:8476", 4, 1, None, "deactivate")),
     (KUBERNETES | {"JAX_NUM_PROCESSES": "1", "JOB_COMPLETION_INDEX": "0"}, None),
-    (GKE_TPU, Launch("TPU slice")),
-    (GKE_TPU | {"TPU_WORKER_HOSTNAMES": "localhost", "JOB_COMPLETION_INDEX": "0"}, None),
-    (GKE_TPU | {"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, Launch("TPU slice")),
   ],
 )
 def test_launchers_are_recognised(environment, expected):
   assert distributed.detect(environment) == expected
 
 
-def test_a_tpu_slice_that_only_the_metadata_server_knows():
-  assert distributed.detect({}, tpu_hosts=4) == Launch("TPU slice")
-  assert distributed.detect({}, tpu_hosts=1) is None
+ONE_HOST = GKE_TPU | {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "JOB_COMPLETION_INDEX": "0"}
+
+
+@pytest.mark.parametrize(
+  ("environment", "metadata", "several"),
+  [
+    (GKE_TPU, {}, True),
+    (ONE_HOST, {}, False),
+    (ONE_HOST | {"MEGASCALE_NUM_SLICES": "2"}, {}, True),
+    ({}, {"worker-network-endpoints": "host-0,host-1", "agent-worker-number": "0"}, True),  # Compute Engine
+    ({}, {"worker-network-endpoints": "host-0", "agent-worker-number": "0"}, False),
+    ({}, None, False),
+  ],
+)
+def test_tpu_slices_are_those_that_jax_finds(monkeypatch, environment, metadata, several):
+  from jax._src.clusters import cloud_tpu_cluster
+
+  def get_metadata(key):
+    if metadata is None:
+      raise ConnectionError("no such host")
+    return metadata.get(key, ""), 200 if key in metadata else 404
+
+  monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+  monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", get_metadata)
+  monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)  # which JAX sets where it finds no chips
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  assert distributed.detect(os.environ) == (Launch("TPU slice") if several else None)
 
 
 def test_flags_come_before_the_launcher():
@@ -194,7 +219,9 @@ def test_distributed_false_starts_nothing(monkeypatch, tmp_path):
   for name, value in SLURM.items():
     monkeypatch.setenv(name, value)
   launch = distributed.find_launch("false")
-  assert launch is None and distributed.start(launch, tmp_path) is None
+  with pytest.raises(OSError, match="of one's own"), distributed.joined(launch, tmp_path, expected=(OSError,)):
+    assert launch is None
+    raise OSError("of one's own")
   with pytest.raises(ValueError, match="--distributed=false contradicts --num_processes; leave out one"):
     distributed.find_launch("false", num_processes=2)
 
@@ -210,6 +237,116 @@ def test_flags_that_contradict_each_other_end_in_one_sentence(tmp_path):
     done = subprocess.run([*command, flag], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith(sentence), done.stderr
   assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------
+# How one leaves
+
+
+class Client:
+  """Of JAX's coordination service: what was set before, and None where process 0 is gone."""
+
+  def __init__(self, values):
+    self.values = values
+
+  def key_value_set(self, key, value):
+    if self.values is None or key in self.values:
+      raise RuntimeError("ALREADY_EXISTS")
+    self.values[key] = value
+
+  def key_value_try_get(self, key):
+    if self.values is None or key not in self.values:
+      raise RuntimeError("NOT_FOUND")
+    return self.values[key]
+
+
+@pytest.fixture
+def leave(monkeypatch, tmp_path, capsys):
+  """A function of what is raised in process 1 of 2: (exit code, what it said, what it told the others)."""
+  from jax._src import distributed as runtime
+
+  (tmp_path / "checkpoints" / "40").mkdir(parents=True)
+  monkeypatch.setattr(distributed, "join", lambda launch: None)
+  monkeypatch.setattr(distributed, "SETTLE_SECONDS", 0)
+  monkeypatch.setattr(distributed.os, "_exit", lambda code: sys.exit(f"exit code {code}"))
+  monkeypatch.setattr(runtime.global_state, "process_id", 1)
+  monkeypatch.setattr(runtime.global_state, "num_processes", 2)
+
+  def leave(error, told=None):
+    client = Client(told)
+    monkeypatch.setattr(runtime.global_state, "client", client)
+    with pytest.raises(SystemExit) as end:
+      with distributed.joined(Launch("by hand"), tmp_path, expected=(ValueError,)):
+        raise error
+    return end.value.code, capsys.readouterr().err.strip(), client.values
+
+  return leave
+
+
+ADVICE = "run the same command on all hosts again: it resumes at step 40."
+
+
+def test_what_is_raised_is_said_and_told(leave):
+  me = f"process 1 of 2 (host {socket.gethostname()})"
+  said = "error: record 3 cannot be read."
+  assert leave(ValueError("record 3 cannot be read."), {}) == (
+    "exit code 1", said, {"jaxpref/failed": f"{me} failed: record 3 cannot be read"},
+  )  # fmt: skip
+  first = {"jaxpref/failed": "process 0 of 2 (host a) failed"}
+  assert leave(ValueError("record 3 cannot be read."), dict(first)) == ("exit code 1", said, first)
+  assert leave(ValueError("record 3 cannot be read.")) == ("exit code 1", said, None)
+  code, said, _ = leave(TypeError("no sentence"), {})
+  assert code == "exit code 1" and said.startswith("Traceback") and said.endswith("TypeError: no sentence")
+  assert leave(SystemExit(0), {}) == (0, "", {})  # stopped by SIGTERM: JAX's exit barrier, as at any end
+  assert leave(SystemExit("error: a"), {})[0] == "exit code 1"
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "UNKNOWN: Gloo all-reduce failed: [pair.cc:538] Read error [127.0.0.1]:18151: Connection reset by peer",
+    "INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: Task 1 heartbeat timeout",
+    "UNAVAILABLE: Failed to send RPC to coordination service.\nCheck earlier logs",
+    "INTERNAL: NCCL operation ncclAllReduce failed: remote process exited or there was a network error",
+  ],
+)
+def test_an_operation_between_processes_that_fails_is_the_fault_of_another_one(leave, text):
+  first = text.splitlines()[0].rstrip(".")
+  said = f"error: another process of this run has ended ({first}); {ADVICE}"
+  for told in (None, {}):
+    assert leave(ValueError(text), told) == (f"exit code {distributed.RUN_AGAIN}", said, told)
+  told = {"jaxpref/failed": "process 0 of 2 (host a) failed: record 3 cannot be read"}
+  said = f"error: process 0 of 2 (host a) failed: record 3 cannot be read; {ADVICE}"
+  assert leave(ValueError(text), told) == (f"exit code {distributed.RUN_AGAIN}", said, told)
+
+
+@pytest.mark.parametrize("text", ["RESOURCE_EXHAUSTED: Out of memory", "INTERNAL: the compiler failed", "a barrier"])
+def test_an_error_of_one_s_own_is_no_reason_to_start_again(leave, text):
+  assert leave(RuntimeError(text), {})[0] == "exit code 1"
+
+
+def test_without_a_checkpoint_no_step_is_named(tmp_path):
+  assert distributed.advice(tmp_path) == "run the same command on all hosts again."
+
+
+def test_a_start_to_which_others_do_not_come():
+  """JAX ends the process then."""
+  program = """
+from jaxpref.devices import distributed
+distributed.START_SECONDS, distributed.PATIENCE_SECONDS = 2, 0.5
+distributed.join(distributed.Launch("by hand", "localhost:{port}", 2, 0, detection="deactivate"))
+"""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  command = [sys.executable, "-c", program.replace("{port}", str(port))]
+  environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(REPOSITORY))
+  done = subprocess.run(command, env=environment, capture_output=True, text=True)
+  assert done.returncode == -signal.SIGABRT
+  assert (
+    f"this process (by hand, number 0) waits for all 2 at localhost:{port}, up to 2 s; start the same command on every "
+    "host, and see that the hosts reach that address."
+  ) in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------
@@ -267,7 +404,7 @@ def steps_of(folder):
 def test_a_slow_process_shows_and_a_broken_one_ends_all(tmp_path):
   """The data of process 1 are slow, and those of step 13 are broken."""
   run = Run(tmp_path / "run", 2, steps=50, save_every=6, SLOW="1 0.4", BROKEN="1 13")
-  assert run.end() == [supervise.RUN_AGAIN, 1], run.said()
+  assert run.end() == [distributed.RUN_AGAIN, 1], run.said()
   first, second = run.said()
   assert second.splitlines()[-1] == "error: record 13 cannot be read; mend it."
   assert first.splitlines()[-1] == (
@@ -309,24 +446,48 @@ def test_a_second_start_in_the_folder_of_a_run_is_refused_in_all_its_processes(t
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize(("count", "gone"), [(2, 0), (2, 1), (4, 2)])
-def test_a_process_that_is_killed_takes_the_others_with_it(tmp_path, count, gone):
+def test_a_process_that_is_lost_takes_the_others_with_it(tmp_path, count, gone, number):
   """Process 0 has JAX's coordination service in it."""
   run = Run(tmp_path / "run", count, steps=400, PACE=0.1)
   run.wait_for_step(4)
+  run.processes[gone].send_signal(number)
+  lost = time.monotonic()
+  others = [p for i, p in enumerate(run.processes) if i != gone]
+  codes = [p.wait(timeout=60) for p in others]
+  assert time.monotonic() - lost < 30
   run.processes[gone].kill()
-  killed = time.monotonic()
-  codes = run.end()
-  assert time.monotonic() - killed < 30
-  assert codes == [-signal.SIGKILL if i == gone else supervise.RUN_AGAIN for i in range(count)]
-  line = (
-    f"error: process {gone} of {count} (host {socket.gethostname()}) stopped answering; run the same command on all "
-    f"hosts again: it resumes at step {max(steps_of(run.folder))}."
-  )
-  assert all(said.splitlines()[-1] == line for i, said in enumerate(run.said()) if i != gone)
+  assert run.processes[gone].wait() == -signal.SIGKILL
+  assert set(codes) <= {distributed.RUN_AGAIN, -signal.SIGABRT}
+  for i, said in enumerate(run.said()):
+    if i != gone:
+      assert re.search("error: another process of this run has ended|another task died", said), said
   again = Run(run.folder, count, steps=max(steps_of(run.folder)) + 2)
   assert again.end() == [0] * count, again.said()
   assert "resuming" in again.said()[0]
+
+
+def test_the_table_of_those_who_end():
+  ends = {1: {"code": 75, "seconds": 2.0}, 2: {"code": 134, "seconds": 3.0}}
+  row = {"processes": 3, "event": "killed", "gone": 0, "doing": "a step", "ends": ends}
+  never = row | {"gone": 2, "ends": {0: {"code": None, "seconds": 120}, 1: ends[1]}}
+  assert heartbeats.table([row, never]).splitlines()[2:] == [
+    "| process 0: killed | 3.0 s; code 134, 75 |",
+    "| another one: killed | 120.0 s; code 75, none |",
+  ]
+
+
+@pytest.mark.slow
+def test_all_others_end_soon_whatever_they_do(tmp_path):
+  """As docs/operations.md says; what JAX does by itself when one raises is not held to it."""
+  command = [sys.executable, SCRIPTS / "heartbeats.py", "--processes=2", "--out", tmp_path / "out"]
+  subprocess.run([*command, "--events", "killed", "stopped", "raises"], check=True, timeout=1200)
+  rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+  assert len(rows) == 18
+  for row in rows:
+    for end in row["ends"].values():
+      assert end["code"] in (distributed.RUN_AGAIN, 128 + signal.SIGABRT) and end["seconds"] < 60, row
 
 
 @pytest.mark.slow
@@ -354,7 +515,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, before, af
 JOIN = """
 import os
 from jaxpref.devices import distributed
-reporter = distributed.start(distributed.find_launch("auto"), "runs/none")
+distributed.join(distributed.find_launch("auto"))
 import jax
 from jax._src import xla_bridge
 assert jax.process_count() == 2 and jax.device_count() == 2 * jax.local_device_count()
@@ -413,7 +574,6 @@ def test_two_processes_join_as_their_launcher_says(environment, own, devices):
 # ---------------------------------------------------------------------------------------------
 # The scripts that launch
 
-SCRIPTS = REPOSITORY / "scripts" / "launch"
 SHELL = sorted([*SCRIPTS.glob("launch_*.sh"), *SCRIPTS.glob("*.sbatch")])
 VARIABLES = dict(NAME="run-1", IMAGE="registry/image:1", CLAIM="claim", PROCESSES="4", GPUS="8", CONFIG="configs/a.py")
 
@@ -534,7 +694,9 @@ def test_the_kubernetes_manifest():
   assert pod["restartPolicy"] == "Never"
   rules = job["spec"]["podFailurePolicy"]["rules"]
   codes = [rule["onExitCodes"] for rule in rules if "onExitCodes" in rule]
-  assert codes == [{"containerName": container["name"], "operator": "In", "values": [supervise.RUN_AGAIN]}]
+  assert codes == [
+    {"containerName": container["name"], "operator": "In", "values": [distributed.RUN_AGAIN, 128 + signal.SIGABRT]}
+  ]
   mounts = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}
   assert mounts.keys() == {v["name"] for v in pod["volumes"]}
   assert container["resources"]["limits"] == {"nvidia.com/gpu": "8"}
@@ -547,6 +709,7 @@ def test_the_kubernetes_manifest():
     ("exit 0", True, 0),
     ("exit 0", False, 75),
     ("exit 1", False, 1),
+    ("kill -ABRT $$", False, 134),
     ("trap 'exit 0' TERM; kill -TERM $PPID; for i in {1..100}; do sleep 0.1; done", False, 75),
   ],
 )

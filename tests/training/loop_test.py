@@ -539,21 +539,6 @@ def test_compiled_steps_are_kept_and_virtual_devices_have_threads():
   assert "NPROC" not in alone and alone["JAX_COMPILATION_CACHE_DIR"].endswith(".cache/jaxpref/compiled")
 
 
-def test_the_process_is_started_anew_once(monkeypatch):
-  calls = []
-  monkeypatch.setattr(main_lib.os, "execv", lambda *call: calls.append(call))
-  monkeypatch.setattr(main_lib.sys, "platform", "linux")
-  monkeypatch.setattr(main_lib.os, "environ", {})
-  main_lib.start_with_huge_pages()
-  main_lib.start_with_huge_pages()
-  assert calls == [(sys.executable, [sys.executable, *sys.orig_argv[1:]])]
-  assert main_lib.os.environ == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-  monkeypatch.setattr(main_lib.os, "environ", {})
-  monkeypatch.setattr(main_lib.multiprocessing, "parent_process", lambda: "the forkserver")
-  main_lib.start_with_huge_pages()
-  assert len(calls) == 1
-
-
 def test_other_threads_may_train(run):
   """Signals can be handled in the main thread only."""
   errors = []
