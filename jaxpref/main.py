@@ -17,6 +17,7 @@ from collections.abc import MutableMapping
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from jaxpref import arguments
 from jaxpref import config as config_lib
 from jaxpref.devices import chips, distributed
 
@@ -113,7 +114,7 @@ def start_with_huge_pages() -> None:
 def run() -> None:
   """The console entry point."""
   start_with_huge_pages()
-  app.run(main, flags_parser=config_lib.parse_flags)
+  app.run(main, flags_parser=arguments.parse_flags)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 import jaxpref
+from jaxpref import arguments
 from jaxpref import config as config_lib
 from jaxpref.data import batching, latents, lease, paths
 from jaxpref.devices import chips, distributed, sharding
@@ -370,7 +371,7 @@ def start() -> None:
   flags.DEFINE_bool("verify", False, "Compare all files with the checksums of manifest.json.")
   distributed.define_flags()
   flags.mark_flag_as_required("out")
-  app.run(main, flags_parser=config_lib.parse_flags)
+  app.run(main, flags_parser=arguments.parse_flags)
 
 
 if __name__ == "__main__":

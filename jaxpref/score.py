@@ -25,6 +25,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
+from jaxpref import arguments
 from jaxpref import config as config_lib
 from jaxpref.data import index as index_lib
 from jaxpref.data import lease, records, sources
@@ -179,7 +180,7 @@ def run() -> None:
   flags.DEFINE_string("out", None, "The .npz file to write, or to continue.")
   flags.DEFINE_integer("batch_size", 64, "Pairs scored at a time.", lower_bound=1)
   flags.mark_flags_as_required(["config", "out"])
-  app.run(main, flags_parser=config_lib.parse_flags)
+  app.run(main, flags_parser=arguments.parse_flags)
 
 
 if __name__ == "__main__":
