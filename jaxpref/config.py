@@ -24,7 +24,7 @@ from jaxpref.recipes.facts import (
   load_named,
   own_method,
 )
-from jaxpref.recipes.sections import Section, fields, read
+from jaxpref.recipes.sections import Section, convert, fields, read
 
 REMAT = ("none", "attention", "block", "full")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
@@ -569,9 +569,8 @@ def fill_options(config: ml_collections.ConfigDict, objective: str) -> None:
   if kind is None:
     return
   given = config.options.to_dict()
-  read(kind, given, "config.options.")
   filled = ml_collections.ConfigDict(fields(kind))
-  filled.update(given)
+  filled.update(convert(kind, given, "config.options."))
   with config.unlocked():
     config.options = filled
 

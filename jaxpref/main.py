@@ -15,10 +15,11 @@ import traceback
 from collections.abc import MutableMapping
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from jaxpref import arguments
 from jaxpref import config as config_lib
+from jaxpref.config import Config
 from jaxpref.devices import chips, distributed
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> None:
   from jaxpref.training import loop
 
   try:
-    run_and_evaluate(_CONFIG.value, workdir)
+    run_and_evaluate(config_lib.typed(_CONFIG.value), workdir)
   except BaseException as error:
     one_sentence = isinstance(error, ValueError | OSError | loop.NonFiniteError) and logging.get_verbosity() <= 0
     text = f"error: {error}" if one_sentence else "".join(traceback.format_exception(error))
@@ -82,7 +83,7 @@ def main(argv: list[str]) -> None:
     raise
 
 
-def run_and_evaluate(config: ConfigDict, workdir: str) -> None:
+def run_and_evaluate(config: Config, workdir: str) -> None:
   """`loop.run`; then, if config.evaluation.scorers names any, the comparison with the base model by them."""
   from jaxpref import evaluate
   from jaxpref.data import lease
@@ -114,6 +115,7 @@ def start_with_huge_pages() -> None:
 def run() -> None:
   """The console entry point."""
   start_with_huge_pages()
+  set_defaults(os.environ)  # an objective of one's own, whose options are read with the flags, imports JAX
   app.run(main, flags_parser=arguments.parse_flags)
 
 

@@ -114,8 +114,20 @@ def read(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
     values: by field.
     prefix: of the fields' names in messages.
   Raises:
-    ValueError: an unknown field, or a value of another type.
+    ValueError: an unknown field, a value of another type, or none where there is no default.
   """
+  known = convert(kind, values, prefix)
+  hints = typing.get_type_hints(kind)
+  for field in dataclasses.fields(kind):
+    needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    if needed and field.name not in known:
+      _value(hints[field.name], None, prefix + field.name)
+      known[field.name] = None
+  return kind(**known)
+
+
+def convert(kind: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+  """Returns the values in the types of the fields; arguments and errors as of `read`, but any may be left out."""
   hints = typing.get_type_hints(kind)
   known = [field.name for field in dataclasses.fields(kind)]
   for name in values:
@@ -123,7 +135,7 @@ def read(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
       near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
       hint = f"did you mean {prefix}{near[0]}?" if near else "there are no others."
       raise ValueError(f"{prefix}{name} is no field; {hint}")
-  return kind(**{name: _value(hints[name], value, prefix + name) for name, value in values.items()})
+  return {name: _value(hints[name], value, prefix + name) for name, value in values.items()}
 
 
 _WORDS = {int: "an integer", float: "a number", str: "a text", bool: "True or False"}
