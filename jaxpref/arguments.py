@@ -1,9 +1,22 @@
-"""Command lines of the commands that have no recipe: argparse, but no repeated option loses a value without a word."""
+"""Command lines: `Parser` for commands without a recipe, `parse_flags` for those with --config.
+
+With neither a repeated option loses a value without a word, and what is wrong is one sentence.
+"""
 
 import argparse
+import difflib
+import itertools
+import pathlib
+import re
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
+
+import ml_collections
+from absl import flags, logging
+
+from jaxpref import config as config_lib
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,3 +57,145 @@ class _Store(argparse._StoreAction):
         print(f"warning: {option_string} is given twice; {values} counts, not {before}.", file=sys.stderr)
       parser.given[self.dest] = values
     setattr(namespace, self.dest, values)
+
+
+# ---- Recipes -----------------------------------------------------------------------------------------------------
+
+
+def _check_arguments(argv: list[str]) -> None:
+  """Answers recipes that are not there and misspelt fields before absl does, which shows a traceback."""
+  for recipe in _recipes(argv):
+    file = recipe.partition(":")[0]
+    if not pathlib.Path(file).is_file():
+      raise ValueError(f"--config={recipe}: there is no file {file}; give a recipe such as configs/spo_tiny.py.")
+    variants = re.search(r"def get_config\((.*?)\)", pathlib.Path(file).read_text(encoding="utf-8", errors="replace"))
+    if ":" in recipe and variants is not None and not variants[1]:
+      raise ValueError(f"--config={recipe}: {file} has no variants; leave out the colon and what follows.")
+  given: dict[str, str] = {}
+  for name, value in _options(argv):
+    if value is not None and given.get(name, value) != value:
+      print(f"warning: --{name} is given twice; {value} counts, not {given[name]}.", file=sys.stderr)
+    given[name] = value or ""
+  known = config_lib.names()
+  for option, _ in _options(argv):
+    name = option.removeprefix("config.")
+    if option.startswith("config.") and name not in known and not name.startswith("options."):
+      near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+      raise ValueError(f"--config.{name} is no field; did you mean --config.{near}? See jaxpref/config.py for all.")
+
+
+class _RefusedOptions(Exception):
+  """What is wrong with `config.options`, past absl, which would put words of its own before it."""
+
+
+class _RecipeParser(flags.ArgumentParser):
+  """Reads a recipe, and adds the options of the objective that it, or the command line, names."""
+
+  def __init__(self, parser: flags.ArgumentParser, argv: list[str]) -> None:
+    self.parser, self.argv = parser, argv
+
+  def flag_type(self) -> str:
+    return self.parser.flag_type()
+
+  def parse(self, argument: str) -> Any:
+    config = self.parser.parse(argument)
+    if not isinstance(config, ml_collections.ConfigDict) or not isinstance(config.get("objective"), str):
+      return config  # which is refused later
+    given = [value for name, value in _options(self.argv) if name == "config.objective" and value]
+    objective = (given or [config.objective])[-1]
+    try:
+      config_lib.fill_options(config, objective)
+      self._check_names(config, objective)
+    except ValueError as error:
+      raise _RefusedOptions(str(error)) from error
+    return config
+
+  def _check_names(self, config: ml_collections.ConfigDict, objective: str) -> None:
+    """Refuses misspelt options of the command line."""
+    known = [f"config.options.{name}" for name in config_lib.names(config.options)]
+    for name, _ in _options(self.argv):
+      if name.startswith("config.options.") and name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        hint = f"did you mean --{near[0]}?" if near else f"{objective} has none."
+        raise ValueError(f"--{name} is no option; {hint}")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses a command line with --config, for `app.run`; what is wrong with it ends the program in one sentence."""
+  try:
+    _check_arguments(argv)
+    recipe = flags.FLAGS["config"]
+    recipe.parser = _RecipeParser(recipe.parser, argv)
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # what is warned of here is said below
+    rest = flags.FLAGS(argv)
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(before)
+    _check_recipes(argv)
+    return rest
+  except (flags.Error, ValueError) as error:
+    if (where := _line_of_recipe(error, argv)) is not None:
+      sys.exit(f"error: {where}")
+    lines = [line for line in str(error).splitlines() if line.strip(" ;") not in ("", "see --help.")]
+    said = re.sub(r"^[A-Za-z]*Error: ", "", lines[-1])
+    if missing := re.match(r"flag --(\w+)=None: Flag --\w+ must have a value", said):
+      said = f"--{missing[1]} is missing; --help says what it is."
+      if missing[1] == "config" and _recipes(argv):
+        said = f"--config={_recipes(argv)[-1]}: its get_config returns nothing; end it with: return config."
+    sys.exit(f"error: {said}")
+  except _RefusedOptions as error:
+    sys.exit(f"error: {error}")
+  except Exception as error:
+    if (where := _line_of_recipe(error, argv)) is None:
+      raise
+    sys.exit(f"error: {where}")
+
+
+def _options(argv: list[str]) -> list[tuple[str, str | None]]:
+  """Returns name and value of each option, be it --name=value or --name value; None is no value."""
+  found: list[tuple[str, str | None]] = []
+  for argument, following in itertools.zip_longest(argv[1:], argv[2:], fillvalue="-"):
+    if argument.startswith("-"):
+      name, equals, value = argument.lstrip("-").partition("=")
+      found.append((name, value if equals else None if following.startswith("-") else following))
+  return found
+
+
+def _recipes(argv: list[str]) -> list[str]:
+  """Returns what is given as --config."""
+  return [value for name, value in _options(argv) if name == "config" and value]
+
+
+def _check_recipes(argv: list[str]) -> None:
+  """Refuses a recipe that gave no config."""
+  value = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+  if _recipes(argv) and not isinstance(value, ml_collections.ConfigDict):
+    raise ValueError(
+      f"--config={_recipes(argv)[-1]}: its get_config returns {type(value).__name__}, expected the config that it "
+      "changes: return config."
+    )
+  known = config_lib.names()
+  for name in config_lib.names(value) if _recipes(argv) else ():
+    if name not in known and not name.startswith("options."):
+      near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+      raise ValueError(f"{_recipes(argv)[-1]} sets config.{name}, which is no field; did you mean config.{near}?")
+
+
+def _line_of_recipe(error: BaseException, argv: list[str]) -> str | None:
+  """Returns what is wrong in a recipe, with its file and line; None where the error is not of one."""
+  for recipe in _recipes(argv):
+    file = recipe.partition(":")[0]
+    name = pathlib.Path(file).name
+    if isinstance(error, SyntaxError) and error.filename and pathlib.Path(error.filename).name == name:
+      return f"{file}, line {error.lineno}: {error.msg}."
+    if "get_config" in str(error) and isinstance(error, AttributeError):
+      return f"--config={recipe}: {file} has no function get_config; see configs/spo_tiny.py."
+    cause: BaseException | None = error
+    while cause is not None:  # absl makes errors of its own of some
+      frames = traceback.extract_tb(cause.__traceback__)
+      if lines := [frame.lineno for frame in frames if pathlib.Path(frame.filename).name == name]:
+        text = (str(cause).splitlines() or [""])[0]
+        where = f"{file}, line {lines[-1]}"
+        return f"{text} ({where})" if isinstance(cause, ValueError) else f"{where}: {type(cause).__name__}: {text}"
+      cause = cause.__cause__ or cause.__context__
+  return None

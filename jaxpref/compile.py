@@ -31,7 +31,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from jaxpref import config as config_lib
+from jaxpref import arguments
 from jaxpref.devices import chips, sharding
 from jaxpref.devices.chips import GIB
 from jaxpref.objectives import catalog
@@ -278,7 +278,7 @@ def run() -> None:
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no process has a TPU, so several can compile
   if any(argument.startswith("--topology") for argument in sys.argv):
     jax.config.update("jax_platforms", "cpu")
-  app.run(main, flags_parser=config_lib.parse_flags)
+  app.run(main, flags_parser=arguments.parse_flags)
 
 
 if __name__ == "__main__":

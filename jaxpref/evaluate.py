@@ -22,11 +22,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
 from jaxpref import arguments
+from jaxpref.config import Config
 from jaxpref.data import emoji, lease, paths, prompt_sets
 from jaxpref.devices import distributed, sharding
 from jaxpref.evaluation import comparison, drawing, settings
@@ -105,7 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
   return parser
 
 
-def arguments_of_run(config: ConfigDict, workdir: str) -> argparse.Namespace:
+def arguments_of_run(config: Config, workdir: str) -> argparse.Namespace:
   """What `evaluate` compares a finished run and its base model by: config.evaluation, into WORKDIR/evaluation.
 
   Raises:

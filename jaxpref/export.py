@@ -103,7 +103,11 @@ def read_config(run: pathlib.Path) -> ConfigDict:
     )
   config = config_lib.default().lock()
   try:
-    config.update(json.loads(path.read_text(encoding="utf-8")))
+    values = json.loads(path.read_text(encoding="utf-8"))
+    options = values.pop("options", {})  # whose fields are those of an objective of its own
+    config.update(values)
+    with config.unlocked():
+      config.options.update(options)
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f"{path} is no config of this version ({error}); export with the version that trained.") from error
   return config

@@ -13,9 +13,11 @@ import sys
 from collections.abc import MutableMapping
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
+from jaxpref import arguments
 from jaxpref import config as config_lib
+from jaxpref.config import Config
 from jaxpref.devices import chips, distributed
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -67,12 +69,12 @@ def main(argv: list[str]) -> None:
   try:
     launch = distributed.find_launch(**distributed.given_flags())
     with distributed.joined(launch, workdir, expected=expected):
-      run_and_evaluate(_CONFIG.value, workdir)
+      run_and_evaluate(config_lib.typed(_CONFIG.value), workdir)
   except expected as error:
     sys.exit(f"error: {error}")
 
 
-def run_and_evaluate(config: ConfigDict, workdir: str) -> None:
+def run_and_evaluate(config: Config, workdir: str) -> None:
   """`loop.run`; then, if config.evaluation.scorers names any, the comparison with the base model by them."""
   from jaxpref import evaluate
   from jaxpref.data import lease
@@ -90,7 +92,8 @@ def run_and_evaluate(config: ConfigDict, workdir: str) -> None:
 
 def run() -> None:
   """The console entry point."""
-  app.run(main, flags_parser=config_lib.parse_flags)
+  set_defaults(os.environ)  # an objective of one's own, whose options are read with the flags, imports JAX
+  app.run(main, flags_parser=arguments.parse_flags)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,13 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 from tqdm import tqdm
 
 import jaxpref
+from jaxpref import arguments
 from jaxpref import config as config_lib
+from jaxpref.config import AnyConfig, Config
 from jaxpref.data import batching, latents, lease, paths
 from jaxpref.devices import chips, distributed, sharding
 from jaxpref.files import family as families
@@ -46,7 +48,7 @@ Encode = Callable[[np.ndarray], Any]
 
 
 def run(
-  config: ConfigDict,
+  config: AnyConfig,
   out: str | os.PathLike,
   *,
   rows_per_file: int = 2048,
@@ -72,6 +74,7 @@ def run(
   Raises:
     ValueError, OSError: one sentence on what is missing, does not fit, or cannot be written.
   """
+  config = config_lib.typed(config)
   check(config, rows_per_file=rows_per_file, batch_size=batch_size)
   folder = paths.open_path(out)
   index = jax.process_index() if process_index is None else process_index
@@ -96,7 +99,7 @@ def run(
 
 
 def _run(
-  config: ConfigDict,
+  config: Config,
   folder: Any,
   plan: dict[str, Any],
   held: lease.Held,
@@ -193,7 +196,7 @@ def _run(
   return True
 
 
-def check(config: ConfigDict, *, rows_per_file: int, batch_size: int) -> None:
+def check(config: Config, *, rows_per_file: int, batch_size: int) -> None:
   """Refuses what cannot be precomputed, before anything is loaded; raises ValueError."""
   config_lib.check(config)
   for name, value in (("rows_per_file", rows_per_file), ("batch_size", batch_size)):
@@ -234,11 +237,9 @@ def _unfinished(folder: Any, names: Sequence[str], *, wait: bool) -> list[str]:
   return missing
 
 
-def _open_data(config: ConfigDict, model: Model, tokenize: batching.Tokenize) -> batching.Batches:
+def _open_data(config: Config, model: Model, tokenize: batching.Tokenize) -> batching.Batches:
   """The recipe's data, of which the rows are read one by one."""
-  config = config.copy_and_resolve_references()
-  with config.unlocked():
-    config.batch_size = jax.process_count()  # the least: no batch is asked for
+  config = config_lib.replace(config, {"batch_size": jax.process_count()})  # the least: no batch is asked for
   return inputs.offline_batches(config, model.image_size, tokenize)
 
 
@@ -370,7 +371,7 @@ def start() -> None:
   flags.DEFINE_bool("verify", False, "Compare all files with the checksums of manifest.json.")
   distributed.define_flags()
   flags.mark_flag_as_required("out")
-  app.run(main, flags_parser=config_lib.parse_flags)
+  app.run(main, flags_parser=arguments.parse_flags)
 
 
 if __name__ == "__main__":

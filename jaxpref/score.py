@@ -22,10 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 from tqdm import tqdm
 
+from jaxpref import arguments
 from jaxpref import config as config_lib
+from jaxpref.config import AnyConfig
 from jaxpref.data import index as index_lib
 from jaxpref.data import lease, records, sources
 from jaxpref.devices import sharding
@@ -107,7 +109,7 @@ def score_pairs(
       yield done
 
 
-def score(config: ConfigDict, *, model: str, out: pathlib.Path, batch_size: int) -> index_lib.Index:
+def score(config: AnyConfig, *, model: str, out: pathlib.Path, batch_size: int) -> index_lib.Index:
   """Writes the index of the config's pairs with the scores of their images; returns it.
 
   Raises:
@@ -119,7 +121,7 @@ def score(config: ConfigDict, *, model: str, out: pathlib.Path, batch_size: int)
     return _score(config, held, model=model, out=out, batch_size=batch_size)
 
 
-def _score(config: ConfigDict, held: lease.Held, *, model: str, out: pathlib.Path, batch_size: int) -> index_lib.Index:
+def _score(config: AnyConfig, held: lease.Held, *, model: str, out: pathlib.Path, batch_size: int) -> index_lib.Index:
   """The work of `score`, on a file that this process alone writes."""
   source = inputs.open_pairs(config)
   fingerprint = sources.content_fingerprint(source)
@@ -162,9 +164,10 @@ def main(argv: list[str]) -> None:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   try:
-    config_lib.check(flags.FLAGS.config)
+    config = config_lib.typed(flags.FLAGS.config)
+    config_lib.check(config)
     out = pathlib.Path(flags.FLAGS.out)
-    scored = score(flags.FLAGS.config, model=flags.FLAGS.model, out=out, batch_size=flags.FLAGS.batch_size)
+    scored = score(config, model=flags.FLAGS.model, out=out, batch_size=flags.FLAGS.batch_size)
   except (ValueError, OSError) as error:
     sys.exit(f"error: {error}")
   agrees, unreadable = index_lib.score_agreement(scored), int(np.isneginf(scored.scores()[0]).sum())
@@ -178,7 +181,7 @@ def run() -> None:
   flags.DEFINE_string("out", None, "The .npz file to write, or to continue.")
   flags.DEFINE_integer("batch_size", 64, "Pairs scored at a time.", lower_bound=1)
   flags.mark_flags_as_required(["config", "out"])
-  app.run(main, flags_parser=config_lib.parse_flags)
+  app.run(main, flags_parser=arguments.parse_flags)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxpref import arguments, config
+from jaxpref import arguments
 
 
 def parser():
@@ -36,5 +36,5 @@ def test_the_same_value_twice_is_no_contradiction_and_a_parser_forgets(capsys):
 
 @pytest.mark.parametrize("name", ["--config.num_steps", "--workdir"])
 def test_of_a_repeated_field_of_a_recipe_the_last_counts_and_that_is_said(name, capsys):
-  config._check_arguments(["main", "--config=configs/spo_tiny.py", f"{name}=1", f"{name}=2"])
+  arguments._check_arguments(["main", "--config=configs/spo_tiny.py", f"{name}=1", f"{name}=2"])
   assert f"warning: {name} is given twice; 2 counts, not 1." in capsys.readouterr().err

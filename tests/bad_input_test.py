@@ -148,6 +148,8 @@ def made(pipeline, monkeypatch):
     ({"objective": "contrastive", "accumulation": 2}, "accumulation=2; expected 1 for contrastive: each image is comp"),
     ({"seed": -1}, "config.seed=-1; expected an integer from 0 to 4294967295"),
     ({"seed": 2**32}, "config.seed=4294967296; expected an integer from 0 to 4294967295"),
+    ({"evaluation__seed": -1}, "config.evaluation.seed=-1; expected an integer from 0 to 4294967295"),
+    ({"lora__alpha": float("inf")}, "config.lora.alpha=inf; expected a number above 0"),
     ({"spo__decode_size": -8}, "config.spo.decode_size=-8; expected 0"),
     ({"spm__decode_size": -8}, "config.spm.decode_size=-8; expected 0"),
     ({"sample__every": -1}, "config.sample.every=-1; expected 0"),

@@ -1,5 +1,7 @@
 """docs/extending.md: what it shows trains as it says, from a folder of the user's own."""
 
+import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -14,6 +16,7 @@ from PIL import Image
 
 from jaxpref import compile, export, precompute, sample
 from jaxpref import config as config_lib
+from jaxpref.config import Facts
 from jaxpref.devices import sharding
 from jaxpref.files import adapters
 from jaxpref.objectives import catalog, pairs
@@ -215,6 +218,105 @@ def test_a_family_that_is_not_there_is_refused(mine, family, sentence):
     build.build(config)
 
 
+def of_mine(**options):
+  config = config_lib.default()
+  config.objective = "mine:WINNERS"
+  config.options.update(options)
+  return config
+
+
+def test_options_of_ones_own_have_types_and_defaults(mine):
+  import mine as module
+
+  assert config_lib.typed(of_mine()).options == module.Options(scale=1.0)
+  assert config_lib.typed(of_mine(scale=2)).options == module.Options(scale=2.0)
+  assert config_lib.typed(of_mine(scale=2)).to_dict()["options"] == {"scale": 2.0}
+
+
+@pytest.mark.parametrize(
+  ("options", "sentence"),
+  [
+    ({"scal": 2.0}, "config.options.scal is no field; did you mean config.options.scale?"),
+    ({"scale": "two"}, "config.options.scale='two'; expected a number."),
+    ({"scale": None}, "config.options.scale=None; expected a number."),
+    ({"scale": -1.0}, "config.options.scale=-1.0; expected a number above 0."),
+  ],
+)
+def test_options_that_cannot_be_are_refused(mine, options, sentence):
+  with pytest.raises(ValueError, match=re.escape(sentence)):
+    config_lib.check(of_mine(**options))
+
+
+@dataclasses.dataclass(frozen=True)
+class Needed:
+  folder: str
+  share: float | None = None
+
+
+NEEDS = catalog.Method(Facts("pair"), config=Needed)
+NO_CLASS = catalog.Method(Facts("pair"), config=Needed("x"))
+
+
+def test_an_option_without_a_default_must_be_set():
+  config = config_lib.default()
+  config.objective = "tests.extending_test:NEEDS"
+  with pytest.raises(ValueError, match=r"config\.options\.folder=None; expected a text\."):
+    config_lib.typed(config)
+  config_lib.fill_options(config, config.objective)  # as the command line does, which can set both now
+  config.options.update(folder="x", share=0.5)
+  assert config_lib.typed(config).options == Needed("x", 0.5)
+  config.objective = "tests.extending_test:NO_CLASS"
+  with pytest.raises(ValueError, match=r"its config is Needed.*; expected a dataclass\."):
+    config_lib.typed(config)
+
+
+PARSE = """
+import sys
+from absl import flags
+from jaxpref import arguments, main
+arguments.parse_flags(sys.argv)
+print(flags.FLAGS.config.options.to_dict())
+"""
+
+
+@pytest.mark.parametrize(
+  ("arguments", "said"),
+  [
+    (["--config=winners.py"], "{'scale': 2.0}"),
+    (["--config=winners.py", "--config.options.scale=3"], "{'scale': 3.0}"),
+    (["--config=RECIPE", "--config.objective=mine:WINNERS"], "{'scale': 1.0}"),
+    (["--config=RECIPE", "--config.objective", "mine:WINNERS", "--config.options.scale", "3"], "{'scale': 3.0}"),
+    (
+      ["--config=winners.py", "--config.options.scal=3"],
+      "error: --config.options.scal is no option; did you mean --config.options.scale?",
+    ),
+    (["--config=RECIPE", "--config.options.scale=3"], "error: --config.options.scale is no option; dpo has none."),
+    (["--config=winners.py", "--config.options.scale=x"], "--config.options.scale=x"),
+    (["--config=winners.py", "--config.objective=mine:WINNER"], "has no WINNER (did you mean WINNERS?)"),
+  ],
+  ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_the_command_line_knows_the_options(mine, arguments, said):
+  repository = pathlib.Path(__file__).parents[1]
+  arguments = [a.replace("RECIPE", str(repository / "configs" / "dpo_tiny.py")) for a in arguments]
+  environment = os.environ | {"PYTHONPATH": f"{repository}{os.pathsep}{mine}", "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(
+    [sys.executable, "-c", PARSE, *arguments], cwd=mine, env=environment, capture_output=True, text=True, check=False
+  )
+  lines = (done.stdout + done.stderr).splitlines()
+  assert len(lines) == 1 and said in lines[0], lines
+  assert done.returncode == (1 if lines[0].startswith("error: ") else 0)
+
+
+def test_a_work_folder_from_before_the_options_can_be_continued(mine, tmp_path):
+  before = config_lib.typed(of_mine()).to_dict() | {"options": {}}
+  del before["timesteps"]  # as if it had been made before these fields, too
+  (tmp_path / "config.json").write_text(json.dumps(before))
+  loop._check_folder(config_lib.typed(of_mine()), tmp_path)
+  with pytest.raises(ValueError, match="config.options.scale is 1.0 there and 2.0 now"):
+    loop._check_folder(config_lib.typed(of_mine(scale=2.0)), tmp_path)
+
+
 @pytest.mark.parametrize(
   ("fields", "sentence"),
   [
@@ -257,7 +359,7 @@ def test_the_tables_of_names_agree():
   assert set(catalog.METHODS) == set(config_lib.FACTS)
   for name, method in catalog.METHODS.items():
     assert method.facts == config_lib.FACTS[name]
-    assert method.facts.losses == config_lib.FACTS[name].losses
+    assert method.options == (method.facts.section or None)
   for name in config_lib.DENOISED_LOSSES:
     pairs.denoised_loss(name, beta=0.1)
   for name in config_lib.PAIR_LOSSES:

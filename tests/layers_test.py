@@ -12,8 +12,9 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "jaxpref"
 # Imports go down. A folder, or a file beside the folders, imports no other of its floor; but commands may import one
 # another. A new one is entered here by whoever adds it.
 FLOORS = [
-  ["losses", "diffusion", "reference", "config", "arguments"],
-  ["devices"],
+  ["losses", "diffusion", "reference", "recipes"],
+  ["config"],
+  ["devices", "arguments"],
   ["data"],
   ["models"],
   ["files"],
@@ -27,7 +28,7 @@ COMMANDS = FLOORS[-1]
 PURE = ["losses", "diffusion", "reference"]
 # Plumbing knows no networks and no losses; metrics and checkpoints are about arrays.
 PLUMBING = [
-  "config", "arguments", "devices", "data", "training.optim", "training.checkpoint", "training.metrics",
+  "recipes", "config", "arguments", "devices", "data", "training.optim", "training.checkpoint", "training.metrics",
   "training.monitor", "planning.flops", "planning.hlo", "evaluation.statistics", "evaluation.comparison",
   "evaluation.page", "evaluation.pictures",
 ]  # fmt: skip
@@ -164,7 +165,7 @@ class A:
   assert found["grain"] is False
   assert {"jaxpref.losses", "jaxpref.models.unet", "jaxpref.data.metrics"} <= set(found)
   assert own("jaxpref.losses.dpo_loss") == "losses" and own("jax.numpy") is None
-  assert floor("models.unet") == 3 and floor("losses") == 0 and floor("nonsense") is None
+  assert floor("models.unet") == 4 and floor("losses") == 0 and floor("nonsense") is None
   assert is_plumbing("data.index") and is_plumbing("training.metrics") and not is_plumbing("training.step")
 
 

@@ -7,9 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from ml_collections import ConfigDict as Config
-
-from jaxpref.config import FACTS, Facts, facts, load_named
+from jaxpref.config import FACTS, Config, Facts, facts, load_named
 from jaxpref.models.base import Model
 from jaxpref.models.preference import StepAwareCLIPModel
 from jaxpref.objectives import pairs
@@ -56,6 +54,7 @@ class Method:
     reference: of a config: whether it compares with a reference model.
     images: of a config: those of one row of the batch, read or drawn.
     updates: of a config.
+    config: of a method of your own: the dataclass of its options, `config.options` (docs/extending.md).
   """
 
   facts: Facts
@@ -64,6 +63,7 @@ class Method:
   reference: Callable[[Config], bool] = lambda config: False
   images: Callable[[Config], int] = lambda config: 1
   updates: Callable[[Config], Updates] = lambda config: Updates(1.0, config.batch_size, 1)
+  config: type | None = None
 
 
 # ---- How a config makes them ------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
+from jaxpref.config import Config
 from jaxpref.devices import sharding
 from jaxpref.files import family as families
 from jaxpref.models import presets
@@ -140,7 +141,7 @@ def device_bytes(tree: Any) -> int:
 # ---- Sizes of updates -------------------------------------------------------------------------------------------
 
 
-def denoiser_rows(config: ConfigDict, devices: int) -> int:
+def denoiser_rows(config: Config, devices: int) -> int:
   """Rows that the UNet has on one device in a micro-batch of an update.
 
   Args:
@@ -150,7 +151,7 @@ def denoiser_rows(config: ConfigDict, devices: int) -> int:
   method = catalog.method(config)
   u = method.updates(config)
   rows = u.passes * micro(u.rows) + u.other_passes * micro(u.other_rows)
-  guided = method.facts.online and method.options and is_guided(config[method.options].guidance_scale)
+  guided = method.facts.online and method.options and is_guided(getattr(config, method.options).guidance_scale)
   return rows * (2 if guided else 1)
 
 

@@ -2,20 +2,17 @@
 
 from typing import Any
 
-from ml_collections import ConfigDict as Config
-
-from jaxpref.config import is_function, reward_terms
+from jaxpref.config import AnyConfig
 from jaxpref.files import pipelines
+from jaxpref.recipes.rewards import PREFERENCE_MODEL, is_function, reward_terms
 from jaxpref.rewards import published
 from jaxpref.rewards.base import HostReward, Reward, Weighted
 from jaxpref.rewards.loading import load_scorer, scorer_fingerprint
 from jaxpref.rewards.python import PythonReward
 from jaxpref.rewards.step_aware import COMPONENT, StepAware
 
-PREFERENCE_MODEL = "preference_model"
 
-
-def check(config: Config) -> None:
+def check(config: AnyConfig) -> None:
   """Looks for all that `load` needs, without reading large weights; hub models are fetched.
 
   Raises:
@@ -45,7 +42,7 @@ def check(config: Config) -> None:
     raise ValueError(f"config.reward={config.reward!r}: {twice[0]} stands there twice; expected each name once.")
 
 
-def load(config: Config, sharding: pipelines.Sharding = None) -> tuple[Weighted, dict[str, Any]]:
+def load(config: AnyConfig, sharding: pipelines.Sharding = None) -> tuple[Weighted, dict[str, Any]]:
   """The rewards of a config, and the parameters of those in the graph by component, in the dtype of the computation.
 
   Args:

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict as Config
 
+from jaxpref import config as config_lib
+from jaxpref.config import AnyConfig, Config
 from jaxpref.data import emoji, pipeline
 from jaxpref.evaluation import judging
 from jaxpref.files import adapters, loading, pipelines
@@ -70,7 +71,7 @@ class Experiment:
   report: Callable[[Any], dict[str, Any]] = lambda params: {}
 
 
-def build(config: Config, sharding: pipelines.Sharding = None, *, batch_devices: int = 1) -> Experiment:
+def build(config: AnyConfig, sharding: pipelines.Sharding = None, *, batch_devices: int = 1) -> Experiment:
   """The experiment that a config describes; loads models and opens the data, compiles nothing.
 
   Args:
@@ -80,6 +81,7 @@ def build(config: Config, sharding: pipelines.Sharding = None, *, batch_devices:
   Raises:
     ValueError, FileNotFoundError: one sentence on what is missing or does not fit.
   """
+  config = config_lib.typed(config)
   from_nothing = {"vae": _autoencode, "clip": _contrastive, "judge": _classify}
   trains = catalog.method(config).facts.trains
   if trains in from_nothing:
@@ -93,9 +95,10 @@ def build(config: Config, sharding: pipelines.Sharding = None, *, batch_devices:
 def _check_decode_size(config: Config, model: Model) -> None:
   """Refuses sizes that the objective's predictions cannot be decoded at."""
   section = catalog.method(config).options
-  if section is None or "decode_size" not in config[section]:
+  size = None if section is None else getattr(getattr(config, section), "decode_size", None)
+  if size is None:
     return
-  size, unit = config[section].decode_size, model.unit
+  unit = model.unit
   if size % unit or not 0 <= size <= model.image_size:
     raise ValueError(
       f"config.{section}.decode_size={size}; expected 0 (the images' own size) or a multiple of {unit} up to "
@@ -191,7 +194,7 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
   model = of.model(pipe, remat=config.remat, lora_scale=scale, vae_slicing=vae_slicing)
   method = catalog.method(config)
   for name in ("evaluation", method.options) if method.options else ("evaluation",):
-    count, total = config[name].num_inference_steps, model.process.num_train_timesteps
+    count, total = getattr(config, name).num_inference_steps, model.process.num_train_timesteps
     if count > total:
       raise ValueError(f"config.{name}.num_inference_steps={count}; expected at most {total}, as {config.model} has.")
   _check_decode_size(config, model)
@@ -267,11 +270,10 @@ def _preference_model(
   _check_decode_size(config, model)
   scorer, params = load_scorer(config.preference_model, dtype=config.dtype, seed=config.seed, sharding=sharding)
   frozen = dict(pipe.params) | {"empty_ids": tokenize([""])}
-  held_out = config.copy_and_resolve_references()
-  held_out.unlock()
-  held_out.data.update(split="validation", ties="drop", flip_labels=0.0, caption_dropout=0.0)
+  changes = {"split": "validation", "ties": "drop", "flip_labels": 0.0, "caption_dropout": 0.0}
   if config.data.scores and not config.data.validation_share:  # the scores are those of the other split
-    held_out.data.update(scores=None, labels="given", min_gap=0.0)
+    changes |= {"scores": None, "labels": "given", "min_gap": 0.0}
+  held_out = config_lib.replace(config, {f"data.{name}": value for name, value in changes.items()})
   if config.evaluation.num_prompts:  # What is not there is refused now, not after the training.
     if config.data.source not in ("emoji", "tfds") and not config.data.validation_share:
       raise ValueError(
@@ -279,7 +281,8 @@ def _preference_model(
         "prompts by config.data.validation_share, or measure nothing: config.evaluation.num_prompts=0."
       )
     few = len(inputs.pairs_source(held_out)) // batch_devices * batch_devices
-    held_out.batch_size = min(config.batch_size, max(few, batch_devices))
+    size = min(config.batch_size, max(few, batch_devices))
+    held_out = config_lib.replace(held_out, {"batch_size": size})
     inputs.pair_batches(held_out, model.image_size, tokenize).close()
   open_held_out = lambda: inputs.pair_batches(held_out, model.image_size, tokenize)
 

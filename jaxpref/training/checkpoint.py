@@ -456,12 +456,19 @@ def _saved_steps(folder: pathlib.Path) -> list[int]:
   return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
-def check_workdir(workdir: str | os.PathLike, config: Mapping[str, Any], *, may_change: tuple[str, ...] = ()) -> None:
+def check_workdir(
+  workdir: str | os.PathLike,
+  config: Mapping[str, Any],
+  *,
+  may_change: tuple[str, ...] = (),
+  usual: Mapping[str, Any] | None = None,
+) -> None:
   """Checks that a work folder is new or was made with the same config; writes nothing.
 
   Args:
     config: nested mapping of JSON values.
     may_change: dotted names, or prefixes ending in a dot, that may differ on resume.
+    usual: nested defaults, which hold for fields that the folder's config does not have yet.
   Raises:
     ValueError: if the folder belongs to another config, or holds other files.
   """
@@ -472,7 +479,7 @@ def check_workdir(workdir: str | os.PathLike, config: Mapping[str, Any], *, may_
     raise ValueError(f"work folder {workdir} is a file; choose another --workdir.")
   if path.exists():
     try:
-      old = _flatten(json.loads(path.read_text()))
+      old = _flatten(json.loads(json.dumps(usual or {}))) | _flatten(json.loads(path.read_text()))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
       raise ValueError(f"{path} is not valid JSON ({error}); choose another --workdir.") from error
     differ = [
@@ -517,9 +524,15 @@ def num_steps_before(workdir: str | os.PathLike) -> int | None:
   return found if isinstance(found, int) else None
 
 
-def claim_workdir(workdir: str | os.PathLike, config: Mapping[str, Any], *, may_change: tuple[str, ...] = ()) -> None:
+def claim_workdir(
+  workdir: str | os.PathLike,
+  config: Mapping[str, Any],
+  *,
+  may_change: tuple[str, ...] = (),
+  usual: Mapping[str, Any] | None = None,
+) -> None:
   """Writes `config.json` into a work folder that `check_workdir` finds new or its own; arguments as there."""
-  check_workdir(workdir, config, may_change=may_change)
+  check_workdir(workdir, config, may_change=may_change, usual=usual)
   path = pathlib.Path(workdir) / "config.json"
   if jax.process_index() == 0:
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict as Config
 
 import jaxpref
 from jaxpref import config as config_lib
+from jaxpref.config import Config
 from jaxpref.data import batching, emoji, latents, pipeline, sources
 from jaxpref.data import index as index_lib
 from jaxpref.devices import sharding
@@ -122,7 +122,9 @@ def _split(config: Config) -> str | None:
 
 def _shared_data_arguments(config: Config) -> dict[str, Any]:
   # A single process may look at a mesh of devices that are not there.
-  index, count = (0, 1) if jax.process_count() == 1 else sharding.batch_part(sharding.make_mesh(**config.mesh))
+  index, count = (
+    (0, 1) if jax.process_count() == 1 else sharding.batch_part(sharding.make_mesh(**config.mesh.to_dict()))
+  )
   return {
     "batch_size": config.batch_size,
     "seed": config.seed,
@@ -223,7 +225,7 @@ _OF_TRAINING = ("caption_dropout", "num_threads", "num_workers")
 
 def precomputed_fields(config: Config) -> dict[str, Any]:
   """The fields that decide what the frozen networks make of the data, as JSON values by dotted name."""
-  fields = {name: config[name] for name in ("model", "vae_model", "dtype", "seed")}
+  fields = {name: getattr(config, name) for name in ("model", "vae_model", "dtype", "seed")}
   fields |= {f"data.{k}": v for k, v in config.data.to_dict().items() if k not in _OF_TRAINING}
   return json.loads(json.dumps(fields))
 

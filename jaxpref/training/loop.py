@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import ml_collections
 import optax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from jaxpref import config as config_lib
 from jaxpref import reference
+from jaxpref.config import AnyConfig, Config
 from jaxpref.data import batching, lease
 from jaxpref.devices import chips, distributed, sharding
 from jaxpref.models.attention import cuda_capability
@@ -32,7 +32,7 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-def may_change(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+def may_change(config: Config) -> tuple[str, ...]:
   """Fields, or beginnings of their names, that may differ when a run is continued."""
   # A learning rate that decays does so until the last step.
   return MAY_CHANGE + (("num_steps",) if config.optimizer.schedule == "constant" else ())
@@ -51,9 +51,16 @@ def _say(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
 
 
-def _check_folder(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def _usual(config: Config) -> dict[str, Any]:
+  """Returns the defaults of all fields, and of the objective's options."""
+  usual = config_lib.default()
+  config_lib.fill_options(usual, config.objective)
+  return usual.to_dict()
+
+
+def _check_folder(config: Config, folder: pathlib.Path) -> None:
   """Raises ValueError if the run in a work folder cannot be continued as the config says."""
-  checkpoint.check_workdir(folder, config_lib.to_dict(config), may_change=may_change(config))
+  checkpoint.check_workdir(folder, config.to_dict(), may_change=may_change(config), usual=_usual(config))
   checkpoint.check_num_steps(folder, config.num_steps)
 
 
@@ -71,7 +78,7 @@ def _set_results_aside(folder: pathlib.Path, num_steps: int) -> None:
   _say(f"the run goes on from step {ended} to {num_steps}; the results of step {ended} are in {aside} now")
 
 
-def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """The config's optimiser and its learning rate by the number of updates before."""
   o = config.optimizer
   schedule = optim.learning_rate(o.schedule, o.learning_rate, num_steps=config.num_steps, warmup_steps=o.warmup_steps)
@@ -95,7 +102,7 @@ def state_initializer(
 
 
 def make_halves(
-  config: ml_collections.ConfigDict,
+  config: Config,
   experiment: build.Experiment,
   optimizer: optax.GradientTransformation,
   mesh: jax.sharding.Mesh,
@@ -117,7 +124,7 @@ def make_halves(
 
 
 def make_step(
-  config: ml_collections.ConfigDict,
+  config: Config,
   experiment: build.Experiment,
   optimizer: optax.GradientTransformation,
   mesh: jax.sharding.Mesh,
@@ -127,7 +134,7 @@ def make_step(
 
 
 def compile_step(
-  config: ml_collections.ConfigDict,
+  config: Config,
   experiment: build.Experiment,
   optimizer: optax.GradientTransformation,
   mesh: jax.sharding.Mesh,
@@ -151,7 +158,7 @@ def compile_step(
   return jitted.lower(*arguments).compile()
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+def run(config: AnyConfig, workdir: str) -> dict[str, Any]:
   """Trains, resumes if `workdir` holds a checkpoint, then evaluates and exports.
 
   Returns:
@@ -163,6 +170,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """
   # ---- Checks ------------------------------------------------------------------------------------------------
   goodput = monitor.Goodput("start")
+  config = config_lib.typed(config)
   config_lib.check(config)
   capability = cuda_capability()
   if config.dtype == "bfloat16" and capability is not None and capability < 8.0:
@@ -170,7 +178,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       f"config.dtype='bfloat16': a GPU of compute capability {capability} cannot multiply in it; expected one of 8.0 "
       "(Ampere) or later; set config.dtype=float32."
     )
-  mesh = sharding.make_mesh(**config.mesh)
+  mesh = sharding.make_mesh(**config.mesh.to_dict())
   online = catalog.method(config).facts.online
   sharding.check_batch_size(mesh, config.batch_size, 1 if online else config.accumulation)
   make_optimizer(config)
@@ -182,7 +190,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
 
 def _run(
-  config: ml_collections.ConfigDict,
+  config: Config,
   folder: pathlib.Path,
   mesh: jax.sharding.Mesh,
   held: lease.Held,
@@ -198,7 +206,7 @@ def _run(
   batches = experiment.batches()
   # Nothing was written so far, and what could be wrong with the config has been found.
   if jax.process_index() == 0 and not (folder / "config.json").exists():
-    checkpoint.claim_workdir(folder, config_lib.to_dict(config), may_change=may_change(config))
+    checkpoint.claim_workdir(folder, config.to_dict(), may_change=may_change(config), usual=_usual(config))
   distributed.check_shared(folder)
 
   # ---- State -------------------------------------------------------------------------------------------------
@@ -221,7 +229,7 @@ def _run(
   del params
   if jax.process_index() == 0:  # what is there can be continued, so the fields that may change hold from here on
     _set_results_aside(folder, config.num_steps)
-    checkpoint.claim_workdir(folder, config_lib.to_dict(config), may_change=may_change(config))
+    checkpoint.claim_workdir(folder, config.to_dict(), may_change=may_change(config), usual=_usual(config))
   num_params = sum(x.size for x in jax.tree.leaves(state.params))
   _say(
     f"{config.objective}: {num_params:,} trained parameters, {len(jax.devices())} x {jax.devices()[0].device_kind}, "

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from jaxpref import config as config_lib
+from jaxpref.config import Config
 from jaxpref.data import emoji
 from jaxpref.devices import chips, sharding
 from jaxpref.evaluation import drawing, judging, pictures
@@ -51,7 +51,7 @@ def held_out_metrics(
   return metrics.to_scalars({f"validation_{k}": v for k, v in sums.divide(total).items()})
 
 
-def prompts(config: ml_collections.ConfigDict, split: str, count: int) -> list[emoji.Emoji]:
+def prompts(config: Config, split: str, count: int) -> list[emoji.Emoji]:
   """`count` emoji of a split, spread evenly over it, and so over animals, food, objects, ..."""
   every = emoji.load_index(config.data.subset, split)
   return [every[i] for i in np.linspace(0, len(every) - 1, min(count, len(every))).round().astype(int)]
@@ -60,7 +60,7 @@ def prompts(config: ml_collections.ConfigDict, split: str, count: int) -> list[e
 class Drawer:
   """Draws prompts with the run's model and the evaluation's settings: one program, compiled once for the whole run."""
 
-  def __init__(self, config: ml_collections.ConfigDict, experiment: build.Experiment, mesh: jax.sharding.Mesh):
+  def __init__(self, config: Config, experiment: build.Experiment, mesh: jax.sharding.Mesh):
     assert experiment.model is not None and experiment.tokenize is not None
     e = config.evaluation
     self.mesh = mesh
@@ -119,7 +119,7 @@ class Drawer:
 
 
 def _judge(
-  config: ml_collections.ConfigDict, experiment: build.Experiment, images: np.ndarray, chosen: Sequence[emoji.Emoji]
+  config: Config, experiment: build.Experiment, images: np.ndarray, chosen: Sequence[emoji.Emoji]
 ) -> dict[str, np.ndarray]:
   """What the judge says of pictures u8[P, S, H, W, 3], see `judging.score`."""
   assert experiment.judge is not None
@@ -135,7 +135,7 @@ def _judge(
 
 
 def look(
-  config: ml_collections.ConfigDict,
+  config: Config,
   experiment: build.Experiment,
   drawer: Drawer,
   weights: Any,
@@ -170,7 +170,7 @@ def look(
 
 
 def compare_with_base(
-  config: ml_collections.ConfigDict,
+  config: Config,
   experiment: build.Experiment,
   drawer: Drawer,
   frozen: Any,

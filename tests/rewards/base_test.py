@@ -13,6 +13,7 @@ from jaxpref import config as config_lib
 from jaxpref.devices import sharding
 from jaxpref.models.vae import to_uint8
 from jaxpref.objectives import policy_gradient, spo
+from jaxpref.recipes.rewards import reward_terms
 from jaxpref.rewards import published, terms
 from jaxpref.rewards.base import Weighted
 from jaxpref.rewards.python import PythonReward
@@ -171,8 +172,8 @@ def grpo_config(**fields):
 def test_terms_of_the_config():
   config = grpo_config(reward="pickscore:1, aesthetic=/a/b:0.1,mine:light,a.b:c:-2")
   expected = {"pickscore": 1.0, "aesthetic=/a/b": 0.1, "mine:light": 1.0, "a.b:c": -2.0}
-  assert config_lib.reward_terms(config) == expected
-  assert config_lib.reward_terms(grpo_config()) == {"preference_model": 1.0}
+  assert reward_terms(config) == expected
+  assert reward_terms(grpo_config()) == {"preference_model": 1.0}
 
 
 @pytest.mark.parametrize(

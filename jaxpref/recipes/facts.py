@@ -1,0 +1,109 @@
+"""What is asked of a method before anything is loaded: which data, losses and models it takes."""
+
+import difflib
+import importlib
+from typing import Any, NamedTuple
+
+from jaxpref.recipes.sections import nearest
+
+
+class Facts(NamedTuple):
+  """What is asked of a method instead of its name.
+
+  Attributes:
+    data: what a row of its batches is: "pair"; "liked", an image that is or is not; "image", with its caption;
+      "prompt"; or "tile", of the embedded emoji.
+    online: whether it draws what it learns from, and makes several updates of it.
+    scorer: whether it has a preference model, `config.preference_model`; online it is one of the rewards.
+    trains: "denoiser" (or its adapter), "scorer", or the network that is trained from nothing.
+    losses: which losses `config.loss.name` may choose: "denoised", "pair" or "".
+    section: the name of its own section of the config, whose rules hold where it is used; "" if it has none.
+  """
+
+  data: str
+  online: bool = False
+  scorer: bool = False
+  trains: str = "denoiser"
+  losses: str = ""
+  section: str = ""
+
+  @property
+  def aligns(self) -> bool:
+    """Whether it changes a text-to-image model that is compared with the one it started from."""
+    return self.trains == "denoiser" and self.data != "image"
+
+
+FACTS = {
+  "spo": Facts("prompt", online=True, scorer=True, losses="pair", section="spo"),
+  "grpo": Facts("prompt", online=True, scorer=True, section="grpo"),
+  "dpo": Facts("pair", losses="denoised"),
+  "tdpo": Facts("pair", losses="denoised"),
+  "kto": Facts("liked"),
+  "spm": Facts("pair", scorer=True, trains="scorer", section="spm"),
+  "denoise": Facts("image"),
+  "autoencode": Facts("tile", trains="vae"),
+  "contrastive": Facts("tile", trains="clip"),
+  "classify": Facts("tile", trains="judge"),
+}
+PAIR_LOSSES = ("sigmoid", "robust", "ipo", "hinge")
+DENOISED_LOSSES = (*PAIR_LOSSES, "dspo", "mapo", "sft")
+# What each kind of data has rows for, and what lies at config.data.path.
+SOURCES: dict[str, tuple[tuple[str, ...], str]] = {
+  "emoji": (("pair", "liked", "image", "prompt", "tile"), "nothing"),
+  "tfds": (("pair", "liked"), "the folder of a tfds dataset of pairs"),
+  "pairs_file": (("pair", "liked"), "a .jsonl or .csv file of pairs"),
+  "rankings": (("pair", "liked"), "a JSON file of rankings, such as HPDv2's train.json"),
+  "unpaired_file": (("liked",), "a .jsonl or .csv file of images that are liked or not"),
+  "prompts": (("prompt",), "a file of prompts (docs/evaluation.md)"),
+  "precomputed": (("pair", "liked", "image"), "the folder that python -m jaxpref.precompute wrote"),
+}
+
+
+def load_named(spec: str, field: str, what: str) -> Any:
+  """Returns what package.module:Name names.
+
+  Raises:
+    ValueError: the module cannot be imported, or has no such name.
+  """
+  module_name, _, name = spec.partition(":")
+  try:
+    module = importlib.import_module(module_name)
+  except Exception as error:  # whatever the user's module raises
+    raise ValueError(
+      f"{field}={spec}: the module {module_name} cannot be imported ({type(error).__name__}: {error}); expected "
+      f"package.module:{what} of a module that Python finds, e.g. by PYTHONPATH."
+    ) from error
+  if not hasattr(module, name):
+    near = difflib.get_close_matches(name, vars(module), n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise ValueError(f"{field}={spec}: the module {module_name} has no {name}{hint}.")
+  return getattr(module, name)
+
+
+def facts(config: Any) -> Facts:
+  """Returns those of `config.objective`: a name, or package.module:NAME of your own (docs/extending.md).
+
+  Raises:
+    ValueError: it names none.
+  """
+  if ":" in config.objective:
+    return own_method(config.objective).facts
+  if config.objective not in FACTS:
+    near = nearest(config.objective, FACTS)
+    raise ValueError(f"config.objective={config.objective!r}; expected one of {', '.join(FACTS)}{near}.")
+  return FACTS[config.objective]
+
+
+def own_method(objective: str) -> Any:
+  """Returns the `Method` that package.module:NAME names.
+
+  Raises:
+    ValueError: it names none.
+  """
+  found = load_named(objective, "config.objective", "NAME")
+  if not isinstance(getattr(found, "facts", None), Facts):
+    raise ValueError(
+      f"config.objective={objective}: it is of type {type(found).__name__}; expected a "
+      "jaxpref.objectives.catalog.Method."
+    )
+  return found

@@ -1,0 +1,41 @@
+"""What `config.reward` says: which rewards, and how much each weighs."""
+
+import math
+from typing import Any
+
+PREFERENCE_MODEL = "preference_model"  # the name of `config.preference_model` among them
+
+
+def reward_terms(config: Any) -> dict[str, float]:
+  """The weights of `config.reward` by what they are of: names, NAME=FOLDER, package.module:function.
+
+  Raises:
+    ValueError: not of that form, a name twice, or a weight that is not a finite number other than 0.
+
+  >>> import types
+  >>> reward_terms(types.SimpleNamespace(reward="pickscore:1, aesthetic=weights/aesthetic:0.1, mine:brightness"))
+  {'pickscore': 1.0, 'aesthetic=weights/aesthetic': 0.1, 'mine:brightness': 1.0}
+  """
+  found: dict[str, float] = {}
+  for term in config.reward.split(",") if config.reward else [PREFERENCE_MODEL]:
+    spec, weight = _split(term.strip())
+    if not spec or spec in found or not math.isfinite(weight) or not weight:
+      raise ValueError(
+        f"config.reward={config.reward!r}: {term.strip()!r}; expected NAME:WEIGHT with commas between them, such as "
+        "pickscore:1,aesthetic:0.1, each name once, and weights that are finite and not 0."
+      )
+    found[spec] = weight
+  return found
+
+
+def _split(term: str) -> tuple[str, float]:
+  spec, colon, last = term.rpartition(":")
+  try:
+    return (spec, float(last)) if colon else (term, 1.0)
+  except ValueError:  # package.module:function without a weight
+    return term, 1.0
+
+
+def is_function(spec: str) -> bool:
+  """Whether a term of `config.reward` is package.module:function."""
+  return ":" in spec and "=" not in spec

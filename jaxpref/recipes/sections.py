@@ -1,0 +1,158 @@
+"""Sections of a config: dataclasses that check their values, and how they become a ConfigDict and back."""
+
+import dataclasses
+import difflib
+import functools
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ml_collections.config_dict import placeholder
+
+MAX_SEED = 2**32 - 1  # of Grain
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+  """Returns " (did you mean NAME?)" with the known name that resembles `name`, or "" if none does."""
+  near = difflib.get_close_matches(str(name), list(known), n=1)
+  return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+  """Fields of a config, with the checks of their values. A section has the name of its class, in lower case."""
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns nested plain values, as a ConfigDict's `to_dict` does."""
+    return dataclasses.asdict(self)
+
+  def check(self) -> None:
+    """Refuses values that can never be.
+
+    Raises:
+      ValueError: one sentence: field, value, what was expected. So do the other checks.
+    """
+
+  def check_with(self, config: Any, of: Any) -> None:
+    """Refuses values that do not fit the method, or the rest of the config.
+
+    Args:
+      config: all of it, a `jaxpref.config.Config`.
+      of: the `Facts` of its method.
+    """
+
+  @classmethod
+  def prefix(cls) -> str:
+    return f"{cls.__name__.lower()}."
+
+  def require(self, ok: bool, field: str, expected: str) -> None:
+    """Raises unless ok; `field` may be dotted."""
+    if not ok:
+      value = functools.reduce(getattr, field.split("."), self)
+      raise ValueError(f"config.{self.prefix()}{field}={value!r}; expected {expected}.")
+
+  def one_of(self, field: str, choices: Sequence[str]) -> None:
+    value = getattr(self, field)
+    self.require(value in choices, field, f"one of {', '.join(choices)}{nearest(value, choices)}")
+
+  def integers(self, least: int, *fields: str) -> None:
+    for field in fields:
+      self.require(getattr(self, field) >= least, field, f"an integer of at least {least}")
+
+  def not_negative(self, *fields: str) -> None:
+    for field in fields:
+      self.require(0.0 <= getattr(self, field) < math.inf, field, "a number of at least 0")
+
+  def positive(self, *fields: str) -> None:
+    for field in fields:
+      self.require(0.0 < getattr(self, field) < math.inf, field, "a number above 0")
+
+  def guidance(self, scale: float) -> None:
+    self.require(0.0 <= scale < math.inf, "guidance_scale", "a number of at least 0 (up to 1: no guidance)")
+
+  def seeds(self, seed: int) -> None:
+    self.require(0 <= seed <= MAX_SEED, "seed", f"an integer from 0 to {MAX_SEED} (2^32 - 1)")
+
+
+# ---- Dataclasses and nested values --------------------------------------------------------------------------------
+
+
+def fields(kind: type, of: Any = None) -> dict[str, Any]:
+  """Returns the defaults of a dataclass as nested values for a ConfigDict; None becomes a placeholder of its type.
+
+  Args:
+    kind: the dataclass.
+    of: an instance, whose values are taken instead of the defaults.
+  """
+  hints, found = typing.get_type_hints(kind), {}
+  for field in dataclasses.fields(kind):
+    value = field.default if of is None else getattr(of, field.name)
+    if of is None and field.default_factory is not dataclasses.MISSING:
+      value = field.default_factory()
+    if dataclasses.is_dataclass(value):
+      value = fields(type(value), value)
+    elif value is None or value is dataclasses.MISSING:
+      kinds = _kinds(hints[field.name])
+      value = placeholder(kinds[0] if len(kinds) == 1 else object)
+    found[field.name] = value
+  return found
+
+
+def _kinds(hint: Any) -> list[Any]:
+  """Returns the types that a hint allows beside None."""
+  union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+  return [kind for kind in (typing.get_args(hint) if union else (hint,)) if kind is not types.NoneType]
+
+
+def read(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
+  """Makes a dataclass of nested values; what they leave out has its default.
+
+  Args:
+    kind: the dataclass.
+    values: by field.
+    prefix: of the fields' names in messages.
+  Raises:
+    ValueError: an unknown field, a value of another type, or none where there is no default.
+  """
+  known = convert(kind, values, prefix)
+  hints = typing.get_type_hints(kind)
+  for field in dataclasses.fields(kind):
+    needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    if needed and field.name not in known:
+      _value(hints[field.name], None, prefix + field.name)
+      known[field.name] = None
+  return kind(**known)
+
+
+def convert(kind: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+  """Returns the values in the types of the fields; arguments and errors as of `read`, but any may be left out."""
+  hints = typing.get_type_hints(kind)
+  known = [field.name for field in dataclasses.fields(kind)]
+  for name in values:
+    if name not in known:
+      near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+      hint = f"did you mean {prefix}{near[0]}?" if near else "there are no others."
+      raise ValueError(f"{prefix}{name} is no field; {hint}")
+  return {name: _value(hints[name], value, prefix + name) for name, value in values.items()}
+
+
+_WORDS = {int: "an integer", float: "a number", str: "a text", bool: "True or False"}
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+  """Returns a value in the type of its field."""
+  kinds = _kinds(hint)
+  if value is None and hint not in kinds:
+    return None
+  for kind in kinds:
+    origin = typing.get_origin(kind) or kind
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+      return read(typing.cast(type, kind), value, f"{name}.")
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+      return float(value)
+    if origin is Any or not isinstance(origin, type) or isinstance(value, origin):
+      return value
+  expected = " or ".join(_WORDS.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
+  raise ValueError(f"{name}={value!r}; expected {expected}.")
