@@ -247,6 +247,7 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
 
   scorer, reward = None, None
   if method.facts.scorer:
+    assert config.preference_model is not None  # by config.check
     scorer, frozen["spm"] = loading.load_scorer(
       config.preference_model, dtype=config.dtype, param_dtype=config.dtype, seed=config.seed, sharding=sharding
     )
@@ -288,6 +289,7 @@ def _preference_model(
   pipe = _load(config, sharding)
   model, tokenize = loading.text_to_image(pipe, vae_slicing=vae_slicing), pipe.tokenize
   _check_decode_size(config, model)
+  assert config.preference_model is not None  # by config.check
   scorer, params = loading.load_scorer(config.preference_model, dtype=config.dtype, seed=config.seed, sharding=sharding)
   frozen = dict(pipe.params) | {"empty_ids": tokenize([""])}
   changes = {"split": "validation", "ties": "drop", "flip_labels": 0.0, "caption_dropout": 0.0}
