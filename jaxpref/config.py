@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_collections
 
@@ -522,7 +522,7 @@ class Config(Section):
     return [value for value in values if isinstance(value, Section)]
 
 
-AnyConfig = Config | ml_collections.ConfigDict  # their fields are read alike
+AnyConfig: TypeAlias = Config | ml_collections.ConfigDict  # their fields are read alike
 
 
 # ---- The two forms of a config: what a recipe changes, and what is read ------------------------------------------

@@ -59,7 +59,6 @@ def main(argv: list[str]) -> None:
     sys.exit(f"error: unexpected argument {argv[1]!r}; fields are set as --config.NAME=VALUE.")
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
-  set_defaults(os.environ)
   workdir = _WORKDIR.value or _default_workdir()
   if "://" in workdir:
     sys.exit(f"error: --workdir={workdir}: expected a folder; mount the bucket (docs/operations.md) and give its path.")
@@ -92,7 +91,7 @@ def run_and_evaluate(config: Config, workdir: str) -> None:
 
 def run() -> None:
   """The console entry point."""
-  set_defaults(os.environ)  # an objective of one's own, whose options are read with the flags, imports JAX
+  set_defaults(os.environ)  # now, as reading the options of an objective of your own imports JAX
   app.run(main, flags_parser=arguments.parse_flags)
 
 

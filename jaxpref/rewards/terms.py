@@ -57,6 +57,7 @@ def load(config: AnyConfig, sharding: pipelines.Sharding = None) -> tuple[Weight
   params: dict[str, Any] = {}
   for spec, weight in reward_terms(config).items():
     if spec == PREFERENCE_MODEL:
+      assert config.preference_model is not None  # by config.check
       scorer, params[COMPONENT] = load_scorer(
         config.preference_model, dtype=config.dtype, param_dtype=config.dtype, seed=config.seed, sharding=sharding
       )

@@ -268,6 +268,7 @@ def _preference_model(
   pipe = _load(config, sharding)
   model, tokenize = families.get(config.family).model(pipe, vae_slicing=vae_slicing), pipe.tokenize
   _check_decode_size(config, model)
+  assert config.preference_model is not None  # by config.check
   scorer, params = load_scorer(config.preference_model, dtype=config.dtype, seed=config.seed, sharding=sharding)
   frozen = dict(pipe.params) | {"empty_ids": tokenize([""])}
   changes = {"split": "validation", "ties": "drop", "flip_labels": 0.0, "caption_dropout": 0.0}

@@ -57,6 +57,7 @@ def open_pairs(config: Config) -> Any:
     if split not in splits:
       raise ValueError(f"config.data.split={d.split!r}; expected one of {', '.join(splits)} for pairs.")
     return sources.Indexed(splits[split], sources.index_of_records(splits[split]))
+  assert d.path is not None  # by config.check
   if d.source != "tfds":
     _check_split(config)
   return sources.open_source(d.source, d.path, split=split, images=d.images, pairs=d.ranking_pairs)
@@ -107,6 +108,7 @@ def unpaired_source(config: Config) -> Any:
   if config.data.source != "unpaired_file":
     return sources.unpaired(pairs_source(config))
   _check_split(config)
+  assert config.data.path is not None  # by config.check
   source = sources.open_source("unpaired_file", config.data.path)
   held_out = index_lib.in_validation(source.index.prompt, config.data.validation_share)
   kept = np.flatnonzero(held_out if config.data.split == "validation" else ~held_out)
@@ -178,6 +180,7 @@ def prompts(config: Config) -> list[str]:
   if d.source != "prompts":
     return emoji.prompts(_split(config), d.subset)
   _check_split(config)
+  assert d.path is not None  # by config.check
   found = sources.read_prompts(d.path)
   held_out = index_lib.in_validation(index_lib.prompt_ids(found), d.validation_share)
   return [p for p, out in zip(found, held_out, strict=True) if out == (d.split == "validation")]
@@ -255,6 +258,7 @@ def open_precomputed(config: Config) -> latents.Precomputed:
   Raises:
     FileNotFoundError, ValueError: it is not there, not complete, or made for another model or other data.
   """
+  assert config.data.path is not None  # by config.check
   data = latents.open_folder(config.data.path)
   kind = precomputable(config_lib.facts(config))
   if data.manifest["kind"] != kind:
