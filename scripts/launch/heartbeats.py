@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -101,6 +102,7 @@ def measure(case: dict[str, Any], heartbeat: int) -> dict[str, Any]:
     for process in processes:
       process.kill()
       process.wait()
+  shutil.rmtree(folder)
   # As a shell, SLURM and Kubernetes give the code of one that a signal ended.
   found = {i: end | {"code": end["code"] if end["code"] >= 0 else 128 - end["code"]} for i, end in ends.items()}
   return case | {"ends": {i: found.get(i, {"code": None, "seconds": LIMIT}) for i in others}}
