@@ -4,6 +4,7 @@ One function an objective family; with `inputs.py` and `train.py` the only place
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -164,45 +165,40 @@ def networks(config: Config) -> tuple[str, ...]:
   return of.networks if config.data.source != "precomputed" or draws else (of.denoiser,)
 
 
-def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: int | None) -> Experiment:
-  of = families.get(config.family)
-  adapter_name = f"{of.denoiser}_lora"
+def trained_components(config: Config) -> tuple[str, ...]:
+  """Those whose own parameters are trained; none with an adapter."""
   if config.lora.rank or config.lora.init_from:
-    components: tuple[str, ...] = ()
-  else:
-    components = (of.denoiser, "text_encoder") if config.train_text_encoder else (of.denoiser,)
+    return ()
+  denoiser = families.get(config.family).denoiser
+  return (denoiser, "text_encoder") if config.train_text_encoder else (denoiser,)
+
+
+def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: int | None) -> Experiment:
+  of, method, components = families.get(config.family), catalog.method(config), trained_components(config)
+  adapter_name = f"{of.denoiser}_lora"
   # What is wrong is said now, not after gigabytes were read.
   if config.data.source == "precomputed":
     inputs.open_precomputed(config)
-  if catalog.method(config).facts.scorer:
+  if method.facts.scorer:
     terms.check(config)
-  needed = networks(config)
-  pipe = _load(config, sharding, trained=components, components=needed)
+  pipe = _load(config, sharding, trained=components, components=networks(config))
   frozen = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
-  adapter = initial_adapter(config, pipe)
-  scale = 1.0
+  adapter, scale = initial_adapter(config, pipe), 1.0
+  params = {name: frozen[name] for name in components}
   if adapter is not None:
     scale = adapter_scale(config, adapters.adapter_rank(adapter))
     params = {adapter_name: adapter}
     if config.lora.init_from:  # then the model without an adapter is not what training starts from
       frozen[adapter_name] = adapter
-  else:
-    params = {name: frozen[name] for name in components}
   # What the functions below hold on to stays in memory: not the parameters that training replaces.
   pipe = dataclasses.replace(pipe, params={k: v for k, v in pipe.params.items() if k not in components})
-  tokenize = pipe.tokenize
   model = of.model(pipe, remat=config.remat, lora_scale=scale, vae_slicing=vae_slicing)
-  method = catalog.method(config)
-  for name in ("evaluation", method.options) if method.options else ("evaluation",):
-    count, total = getattr(config, name).num_inference_steps, model.process.num_train_timesteps
-    if count > total:
-      raise ValueError(f"config.{name}.num_inference_steps={count}; expected at most {total}, as {config.model} has.")
+  _check_steps(config, model)
   _check_decode_size(config, model)
   num_classes = max(emoji.num_classes(config.data.subset), config.evaluation.candidates)
   judge, judge_params = load_judge(config.judge, style=config.data.preferred_style, num_classes=num_classes)
   if config.reference.mode == "frozen":  # Only a moving reference needs the pre-trained weights beside it.
     frozen = {k: v for k, v in frozen.items() if k not in params}
-
   del adapter
 
   def read_base() -> Any:
@@ -210,53 +206,75 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
       return _load(config, sharding, trained=components, components=components).params
     return {adapter_name: initial_adapter(config, pipe)}
 
-  def export(params: Any, folder: pathlib.Path) -> None:
-    original = pipe
-    if config.dtype != "float32" or needed != of.networks or jax.process_count() > 1:
-      # What was not trained is written as it was read, not rounded to bfloat16. Of several processes one writes, and it
-      # cannot compute by itself with arrays that are spread over all.
-      param_dtype = "float32" if config.dtype == "float32" else "float16"
-      original = of.load(
-        config.model,
-        dtype=config.dtype,
-        seed=config.seed,
-        param_dtype=param_dtype,
-        vae_model=config.vae_model,
-        components=[name for name in of.networks if name not in params],
-      )
-    families.save_trained(of, folder, original, params, scale=scale, name=config.model, dtype=jnp.float16)
-
   reward = None
   if method.facts.scorer:
     reward, params_of_rewards = terms.load(config, sharding)
     frozen |= params_of_rewards
   objective = catalog.make(config, model, reward)
-  # Of the methods of the table config.check knows it.
-  if config.reference.mode == "update" and ":" in config.objective:
-    if not method.reference(config) or getattr(type(objective), "divergence", None) in (None, base.Offline.divergence):
-      what = f"{config.objective} has no reference, or no divergence of it"
-      raise ValueError(f"config.reference.mode='update'; expected 'frozen', as {what}.")
+  _check_reference(config, objective)
   if method.facts.online:
-    batches = lambda: inputs.prompt_batches(config, tokenize, reward.tokenizers if reward else {})
+    batches = lambda: inputs.prompt_batches(config, pipe.tokenize, reward.tokenizers if reward else {})
   else:
-    batches = lambda: inputs.offline_batches(config, model.image_size, tokenize)
+    batches = lambda: inputs.offline_batches(config, model.image_size, pipe.tokenize)
   return Experiment(
     params=params,
     frozen=frozen,
     objective=objective,
     batches=batches,
-    export=export,
+    export=functools.partial(_export, config, pipe, scale),
     has_reference=method.reference(config),
     read_base=read_base if method.facts.aligns else None,
     images_per_step=config.batch_size * method.images(config),
     evaluable=True,
     model=model,
-    tokenize=tokenize,
+    tokenize=pipe.tokenize,
     judge=judge,
     judge_params=judge_params,
     reward=reward,
     captions=lambda: inputs.prompts(config),
   )
+
+
+def _check_steps(config: Config, model: Model) -> None:
+  """Refuses more sampling steps than the process of the model has."""
+  section, total = catalog.method(config).options, model.process.num_train_timesteps
+  for name in ("evaluation", section) if section else ("evaluation",):
+    count = getattr(config, name).num_inference_steps
+    if count > total:
+      raise ValueError(f"config.{name}.num_inference_steps={count}; expected at most {total}, as {config.model} has.")
+
+
+def _check_reference(config: Config, objective: base.Objective) -> None:
+  """Refuses a moving reference of a method of one's own that has none; of the others config.check knows it."""
+  if config.reference.mode == "frozen" or ":" not in config.objective:
+    return
+  divergence = getattr(type(objective), "divergence", None)
+  if not catalog.method(config).reference(config) or divergence in (None, base.Offline.divergence):
+    what = f"{config.objective} has no reference, or no divergence of it"
+    raise ValueError(f"config.reference.mode='update'; expected 'frozen', as {what}.")
+
+
+def _export(config: Config, pipe: Any, scale: float, params: Any, folder: pathlib.Path) -> None:
+  """Writes the folder of a trained model.
+
+  Args:
+    pipe: without the parameters that were trained.
+    scale: alpha / rank of the adapter.
+    params: what was trained, on the host.
+  """
+  of = families.get(config.family)
+  if config.dtype != "float32" or networks(config) != of.networks or jax.process_count() > 1:
+    # What was not trained is written as it was read, not rounded to bfloat16. Of several processes one writes, and it
+    # cannot compute by itself with arrays that are spread over all.
+    pipe = of.load(
+      config.model,
+      dtype=config.dtype,
+      seed=config.seed,
+      param_dtype="float32" if config.dtype == "float32" else "float16",
+      vae_model=config.vae_model,
+      components=[name for name in of.networks if name not in params],
+    )
+  families.save_trained(of, folder, pipe, params, scale=scale, name=config.model, dtype=jnp.float16)
 
 
 # ---- Preference model ------------------------------------------------------------------------------------------

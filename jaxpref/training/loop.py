@@ -1,6 +1,7 @@
 """The one training loop, read top to bottom: for every objective, on whatever devices there are."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import pathlib
@@ -8,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import optax
@@ -24,6 +25,7 @@ from jaxpref.models.attention import cuda_capability
 from jaxpref.objectives import catalog
 from jaxpref.training import build, checkpoint, host, monitor, optim, step, validation
 from jaxpref.training import metrics as metrics_lib
+from jaxpref.training import watch as watch_lib
 
 # Fields that may differ when a run is continued: they do not change what is computed at a given step.
 MAY_CHANGE = (
@@ -196,10 +198,8 @@ def _run(
   held: lease.Held,
   goodput: monitor.Goodput,
 ) -> dict[str, Any]:
-  """The loop of `run`, in a folder that this run alone writes."""
+  """The work of `run`, in a folder that this run alone writes."""
   optimizer, schedule = make_optimizer(config)
-
-  # ---- Models and data ---------------------------------------------------------------------------------------
   experiment = build.build(
     config, functools.partial(sharding.tree_shardings, mesh), batch_devices=sharding.batch_devices(mesh)
   )
@@ -208,191 +208,33 @@ def _run(
   if jax.process_index() == 0 and not (folder / "config.json").exists():
     checkpoint.claim_workdir(folder, config.to_dict(), may_change=may_change(config), usual=_usual(config))
   distributed.check_shared(folder)
-
-  # ---- State -------------------------------------------------------------------------------------------------
   frozen = sharding.put_tree(mesh, experiment.frozen)
-
-  params, experiment.params = experiment.params, None
-  init_state = state_initializer(experiment, optimizer)
-  shapes = jax.eval_shape(init_state, params)
-  shardings = sharding.tree_shardings(mesh, shapes)
-  saver = checkpoint.Checkpointer(folder, keep=config.checkpoint.keep)
-  loss_monitor = monitor.LossMonitor()
-  first_step = 0
-  if saver.latest_step() is not None:
-    first_step, state, saved = saver.restore(checkpoint.abstract(shapes, shardings))
-    batches.set_state(saved["batches"])
-    loss_monitor.set_state(saved["loss"])
-    _say(f"resuming {folder} at step {first_step}")
-  else:
-    state = jax.jit(init_state, out_shardings=shardings)(params)
-  del params
+  training = _restore(config, folder, mesh, experiment, optimizer, batches)
   if jax.process_index() == 0:  # what is there can be continued, so the fields that may change hold from here on
     _set_results_aside(folder, config.num_steps)
     checkpoint.claim_workdir(folder, config.to_dict(), may_change=may_change(config), usual=_usual(config))
-  num_params = sum(x.size for x in jax.tree.leaves(state.params))
+  num_params = sum(x.size for x in jax.tree.leaves(training.state.params))
   _say(
     f"{config.objective}: {num_params:,} trained parameters, {len(jax.devices())} x {jax.devices()[0].device_kind}, "
     f"mesh {dict(mesh.shape)}, batch {config.batch_size}, {config.num_steps} steps, folder {folder}"
   )
-
-  # ---- Loop --------------------------------------------------------------------------------------------------
-  writer = metrics_lib.Writer(
-    folder, first_step=first_step, wandb_project=config.logging.wandb_project, config=config_lib.to_dict(config)
-  )
-  # The next batches are made and moved to the devices while a step runs.
-  prefetched = batching.Prefetched(
-    batches, functools.partial(sharding.put_batch, mesh), count=config.num_steps - first_step
-  )
-  profiler = monitor.Profiler(folder, *config_lib.parse_steps(config.profile_steps))
-  pending: tuple[int, Any, Any] | None = None  # metrics are read one step late, so that dispatch stays asynchronous
-  bad: list[dict[str, float]] = []  # the steps without an update since the last one with it
-  since, since_step = time.perf_counter(), first_step
-  on_devices = 0.0  # seconds since then in which this process waited for the devices, and so for other processes
-
-  def last_checkpoint() -> str:
-    saver.wait()
-    last = saver.latest_step()
-    return f"The last good checkpoint is step {last} in {folder / 'checkpoints'}." if last else "No checkpoint yet."
-
-  def read(pending: tuple[int, Any, Any]) -> None:
-    nonlocal since, since_step, on_devices
-    done, values, batch = pending
-    started = time.perf_counter()
-    scalars = metrics_lib.to_scalars({k: values[k] for k in ("loss", "grad_norm", "skipped_updates")})
-    updates = float(values.get("updates", 1.0))
-    on_devices += time.perf_counter() - started
-    bar.set_postfix(loss=f"{scalars['loss']:.4f}", refresh=False)
-    if scalars["skipped_updates"] and scalars["skipped_updates"] == updates:
-      bad.append({"step": done, **scalars})
-      _say(
-        f"step {done}: loss {scalars['loss']}, gradient norm {scalars['grad_norm']}; its update was left out "
-        f"({len(bad)} in a row; after more than {config.max_bad_steps} training stops)."
-      )
-    else:
-      bad.clear()
-      if scalars["skipped_updates"]:
-        _say(f"step {done}: {scalars['skipped_updates']:.0f} of {updates:.0f} updates were not finite and left out.")
-      if (spike := loss_monitor.see(scalars["loss"])) is not None:
-        _say(f"step {done}: loss {scalars['loss']:.4g} is {spike:.1f} standard deviations above its running mean.")
-    if bad or done % config.logging.every == 0 or done in (1, config.num_steps):  # whether resumed or not
-      now = time.perf_counter()
-      scalars |= metrics_lib.to_scalars(values) | loss_monitor.metrics()
-      waited = goodput.since_last("input wait")
-      own = waited + goodput.since_last("step") - on_devices  # the time of this process by itself
-      scalars |= distributed.host_metrics(own / (done - since_step), (now - since) / (done - since_step))
-      scalars["images_per_second"] = (done - since_step) * experiment.images_per_step / (now - since)
-      scalars["data_wait_share"] = waited / (now - since)
-      scalars["learning_rate"] = float(schedule(max(scalars["optimizer_updates"] - 1, 0)))  # of the last update
-      scalars["skipped_records"] = float(batches.num_skipped())
-      on_devices = time.perf_counter() - now  # all of this waits for the devices, too
-      since, since_step = now, done
-      writer.write(done, scalars)
-    if len(bad) > config.max_bad_steps:
-      stop_at_bad_step(done, values, batch)
-
-  def stop_at_bad_step(done: int, values: Any, batch: Any) -> None:
-    # The state is that before the first of these steps, but for its count, and no step is on its way: see below.
-    save(done)
-    saver.wait()
-    where = monitor.bad_step_folder(folder, done)
-    options = {"seed": config.seed, "step": done - 1, "accumulation": config.accumulation}
-    drawn = step.timesteps(experiment.objective, config.batch_size, **options)
-    monitor.write_bad_step(where, batch, step=done, metrics=values, timesteps=drawn, names=batches.names, in_a_row=bad)
-    raise NonFiniteError(
-      f"step {done}: loss or gradient was not finite in {len(bad)} steps in a row, so the parameters are those of step "
-      f"{done - len(bad)}; they are saved. See what is wrong with python -m jaxpref.replay {where}, and lower "
-      "config.optimizer.learning_rate or mend the data it names; the same command goes on with the batches that follow."
-    )
-
-  def save(done: int) -> None:
-    held.check()
-    with goodput.phase("checkpoint"):
-      try:
-        saver.save(done, state, {"batches": data_state, "loss": loss_monitor.get_state()})
-      except FloatingPointError as error:
-        raise NonFiniteError(
-          f"step {done}: the training state is not finite; stopped without saving it. {last_checkpoint()} "
-          "Lower config.optimizer.learning_rate."
-        ) from error
-
   drawer = validation.Drawer(config, experiment, mesh) if experiment.evaluable else None
-  every = config.sample.every if drawer is not None else 0
-
-  def look(done: int) -> None:
-    nonlocal since
-    assert drawer is not None
-    started = time.perf_counter()
-    with goodput.phase("samples"):
-      path = folder / "samples" / f"step_{done:06d}.png"
-      picture, means = validation.look(config, experiment, drawer, {**frozen, **state.params}, path)
-      writer.image(done, "samples", picture)
-      if means:
-        writer.write(done, means)
-    since += time.perf_counter() - started  # which is no part of a step
-
-  try:
-    if every and first_step == 0:
-      look(0)
-    bar = tqdm(total=config.num_steps, initial=first_step, desc=config.objective, disable=jax.process_index() != 0)
-    with bar, _stop_on_signal() as stop:
-      for done in range(first_step + 1, config.num_steps + 1):
-        held.check()
-        with goodput.phase("input wait"):
-          batch, data_state = next(prefetched)
-        if done == first_step + 1:
-          with goodput.phase("compile"), monitor.ticking(f"compiling the training step of {config.objective}"):
-            compiled = compile_step(config, experiment, optimizer, mesh, shardings, (state, frozen, batch))
-          goodput.switch("step")
-          since = time.perf_counter()
-        if said := profiler.before_step(done, state):
-          _say(said)
-        started = time.perf_counter()
-        state, values = compiled(state, frozen, batch)
-        on_devices += time.perf_counter() - started
-        if pending is not None:
-          read(pending)
-        pending = (done, values, batch)
-        if bad:  # then one step at a time, so that no other follows the last one that is tolerated
-          read(pending)
-          pending = None
-        bar.update()
-        if every and done % every == 0:
-          if pending is not None:
-            read(pending)
-          pending = None
-          look(done)
-        stopping = stop(done)  # read once: a signal may arrive at any time
-        if done % config.checkpoint.every == 0 or done == config.num_steps or stopping:
-          if pending is not None:
-            read(pending)
-          pending = None
-          save(done)
-        if stopping:
-          saver.wait()
-          _say(f"stopped at step {done} by a signal; the same command resumes. {goodput}")
-          sys.exit(0)
-  finally:
-    if said := profiler.close():
-      _say(said)
-    prefetched.close()
-    with goodput.phase("checkpoint"):
-      saver.close()
-    writer.close()
+  compiled = functools.partial(compile_step, config, experiment, optimizer, mesh, training.shardings)
+  _train(_Run(config, folder, mesh, held, goodput, experiment, batches, frozen, drawer), training, compiled, schedule)
 
   # ---- Evaluate and export -----------------------------------------------------------------------------------
   goodput.switch("evaluation")
   held.check()
-  params = sharding.fetch(state.params)
+  params = sharding.fetch(training.state.params)
   if jax.process_index() == 0:
     experiment.export(params, folder / "export")
   distributed.barrier("exported")
   _say(f"exported to {folder / 'export'}: step {config.num_steps}")
   results = experiment.report(params)
   if experiment.held_out is not None:
-    results = validation.held_out_metrics(experiment, mesh, frozen, state)
+    results = validation.held_out_metrics(experiment, mesh, frozen, training.state)
   if drawer is not None and experiment.judge is not None and config.evaluation.num_prompts:
-    results = validation.compare_with_base(config, experiment, drawer, frozen, state, folder)
+    results = validation.compare_with_base(config, experiment, drawer, frozen, training.state, folder)
   if results and jax.process_index() == 0:
     unfinished = folder / "results.json.partial"
     unfinished.write_text(json.dumps(results, indent=2) + "\n")
@@ -403,6 +245,193 @@ def _run(
   if "in_words" in results:
     _say(results["in_words"])
   return results
+
+
+@dataclasses.dataclass
+class _Training:
+  """What a checkpoint holds, and the one who writes it.
+
+  Attributes:
+    state: after the step before; donated to the next.
+    shardings: its.
+    data_state: where the data stood then.
+    losses: whose running mean goes along.
+    first_step: the steps that were done before this start.
+  """
+
+  state: step.State
+  shardings: Any
+  saver: checkpoint.Checkpointer
+  losses: monitor.LossMonitor
+  first_step: int = 0
+  data_state: Any = None
+
+
+def _restore(
+  config: Config,
+  folder: pathlib.Path,
+  mesh: jax.sharding.Mesh,
+  experiment: build.Experiment,
+  optimizer: optax.GradientTransformation,
+  batches: batching.Batches,
+) -> _Training:
+  """The state of the last checkpoint, or of the beginning; the batches go on from there."""
+  params, experiment.params = experiment.params, None
+  init_state = state_initializer(experiment, optimizer)
+  shapes = jax.eval_shape(init_state, params)
+  shardings = sharding.tree_shardings(mesh, shapes)
+  saver, losses = checkpoint.Checkpointer(folder, keep=config.checkpoint.keep), monitor.LossMonitor()
+  if saver.latest_step() is None:
+    return _Training(jax.jit(init_state, out_shardings=shardings)(params), shardings, saver, losses)
+  del params
+  first_step, state, saved = saver.restore(checkpoint.abstract(shapes, shardings))
+  batches.set_state(saved["batches"])
+  losses.set_state(saved["loss"])
+  _say(f"resuming {folder} at step {first_step}")
+  return _Training(state, shardings, saver, losses, first_step)
+
+
+class _Run(NamedTuple):
+  """What does not change while a run trains."""
+
+  config: Config
+  folder: pathlib.Path
+  mesh: jax.sharding.Mesh
+  held: lease.Held
+  goodput: monitor.Goodput
+  experiment: build.Experiment
+  batches: batching.Batches
+  frozen: Any
+  drawer: validation.Drawer | None
+
+
+def _train(
+  run: _Run, training: _Training, compiled: Callable[[tuple[Any, Any, Any]], step.StepFn], schedule: optax.Schedule
+) -> None:
+  """All steps that are left; `training.state` is the last one's.
+
+  Args:
+    compiled: of state, frozen parameters and a batch: the step.
+    schedule: the learning rate by the number of updates.
+  """
+  config, goodput, first, last = run.config, run.goodput, training.first_step, run.config.num_steps
+  every = config.sample.every if run.drawer is not None else 0
+  wandb = config.logging.wandb_project
+  writer = metrics_lib.Writer(run.folder, first_step=first, wandb_project=wandb, config=config_lib.to_dict(config))
+  # The next batches are made and moved to the devices while a step runs.
+  prefetched = batching.Prefetched(run.batches, functools.partial(sharding.put_batch, run.mesh), count=last - first)
+  profiler = monitor.Profiler(run.folder, *config_lib.parse_steps(config.profile_steps))
+  watch = _watch(run, training, writer, schedule)
+  try:
+    if every and first == 0:
+      _look(run, training, writer, watch, 0)
+    bar = tqdm(total=last, initial=first, desc=config.objective, disable=jax.process_index() != 0)
+    with bar, _stop_on_signal() as stop:
+      watch.bar, watch.on_failed = bar, lambda seen: _stop_at_bad_step(run, training, watch, seen)
+      for done in range(first + 1, last + 1):
+        run.held.check()
+        with goodput.phase("input wait"):
+          batch, training.data_state = next(prefetched)
+        if done == first + 1:
+          with goodput.phase("compile"), monitor.ticking(f"compiling the training step of {config.objective}"):
+            train_step = compiled((training.state, run.frozen, batch))
+          goodput.switch("step")
+          watch.start_clock()
+        if said := profiler.before_step(done, training.state):
+          _say(said)
+        started = time.perf_counter()
+        training.state, values = train_step(training.state, run.frozen, batch)
+        watch.dispatched(time.perf_counter() - started)
+        watch.step(done, values, batch)
+        bar.update()
+        if every and done % every == 0:
+          watch.settle()
+          _look(run, training, writer, watch, done)
+        stopping = stop(done)  # read once: a signal may arrive at any time
+        if done % config.checkpoint.every == 0 or done == last or stopping:
+          watch.settle()
+          _save(run, training, done)
+        if stopping:
+          training.saver.wait()
+          _say(f"stopped at step {done} by a signal; the same command resumes. {goodput}")
+          sys.exit(0)
+  finally:
+    if said := profiler.close():
+      _say(said)
+    prefetched.close()
+    with goodput.phase("checkpoint"):
+      training.saver.close()
+    writer.close()
+
+
+def _watch(run: _Run, training: _Training, writer: metrics_lib.Writer, schedule: optax.Schedule) -> watch_lib.Watch:
+  return watch_lib.Watch(
+    first_step=training.first_step,
+    num_steps=run.config.num_steps,
+    every=run.config.logging.every,
+    max_bad_steps=run.config.max_bad_steps,
+    images_per_step=run.experiment.images_per_step,
+    schedule=schedule,
+    batches=run.batches,
+    writer=writer,
+    goodput=run.goodput,
+    losses=training.losses,
+    say=_say,
+  )
+
+
+def _save(run: _Run, training: _Training, done: int) -> None:
+  """Writes a checkpoint of the step done.
+
+  Raises:
+    NonFiniteError: the state is not finite.
+  """
+  run.held.check()
+  with run.goodput.phase("checkpoint"):
+    try:
+      training.saver.save(done, training.state, {"batches": training.data_state, "loss": training.losses.get_state()})
+    except FloatingPointError as error:
+      training.saver.wait()
+      last, place = training.saver.latest_step(), run.folder / "checkpoints"
+      where = f"The last good checkpoint is step {last} in {place}." if last else "No checkpoint yet."
+      raise NonFiniteError(
+        f"step {done}: the training state is not finite; stopped without saving it. {where} "
+        "Lower config.optimizer.learning_rate."
+      ) from error
+
+
+def _look(run: _Run, training: _Training, writer: metrics_lib.Writer, watch: watch_lib.Watch, done: int) -> None:
+  """Draws the validation prompts with the state after the step done, and measures them."""
+  assert run.drawer is not None
+  started = time.perf_counter()
+  with run.goodput.phase("samples"):
+    path = run.folder / "samples" / f"step_{done:06d}.png"
+    weights = {**run.frozen, **training.state.params}
+    picture, means = validation.look(run.config, run.experiment, run.drawer, weights, path)
+    writer.image(done, "samples", picture)
+    if means:
+      writer.write(done, means)
+  watch.not_training(time.perf_counter() - started)
+
+
+def _stop_at_bad_step(run: _Run, training: _Training, watch: watch_lib.Watch, seen: watch_lib.Seen) -> NoReturn:
+  """Saves, writes what is known of the step, and raises NonFiniteError.
+
+  The state is that before the first of the bad steps, but for its count, and no step is on its way.
+  """
+  config, done, count = run.config, seen.done, len(watch.bad)
+  _save(run, training, done)
+  training.saver.wait()
+  where = monitor.bad_step_folder(run.folder, done)
+  options = {"seed": config.seed, "step": done - 1, "accumulation": config.accumulation}
+  drawn = step.timesteps(run.experiment.objective, config.batch_size, **options)
+  names, batch = run.batches.names, seen.batch
+  monitor.write_bad_step(where, batch, step=done, metrics=seen.values, timesteps=drawn, names=names, in_a_row=watch.bad)
+  raise NonFiniteError(
+    f"step {done}: loss or gradient was not finite in {count} steps in a row, so the parameters are those of step "
+    f"{done - count}; they are saved. See what is wrong with python -m jaxpref.replay {where}, and lower "
+    "config.optimizer.learning_rate or mend the data it names; the same command goes on with the batches that follow."
+  )
 
 
 @contextlib.contextmanager
