@@ -18,6 +18,7 @@ from jaxpref import compile, export, precompute, sample
 from jaxpref import config as config_lib
 from jaxpref.config import Facts
 from jaxpref.devices import sharding
+from jaxpref.diffusion import samplers
 from jaxpref.files import adapters
 from jaxpref.objectives import catalog, pairs
 from jaxpref.planning import plan
@@ -144,6 +145,23 @@ def pixels(mine, tmp_path_factory):
   folder = tmp_path_factory.mktemp("pixels") / "run"
   loop.run(config, str(folder))
   return folder, config
+
+
+def test_the_flow_of_the_page_ends_at_what_its_velocity_points_to(mine):
+  """With the exact velocity of one image; and the steps of Flow-GRPO by its own formula."""
+  import pixels as module
+
+  flow = module.Flow()
+  x0, x = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 3))
+  exact = lambda x, t: (x - x0) / (t / 1000.0)[:, None, None, None]
+  found = samplers.sample(exact, flow, x, jax.random.key(1), num_steps=6, eta=0.0)
+  np.testing.assert_allclose(found, x0, atol=1e-5)
+  t, prev_t = (np.full(3, v, np.float32) for v in (600.0, 400.0))
+  mean, std = flow.transition(x0, x, t, prev_t, eta=0.7)
+  a = 0.7 * np.sqrt(0.6 / 0.4)
+  expected = x * (1 - a**2 / 1.2 * 0.2) - x0 * (1 + a**2 * 0.4 / 1.2) * 0.2
+  np.testing.assert_allclose(mean, expected, atol=1e-5)
+  np.testing.assert_allclose(std, a * np.sqrt(0.2), rtol=1e-5)
 
 
 def test_a_family_of_ones_own_trains_and_opens_its_folder(pixels):

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -139,6 +140,24 @@ def test_pure_modules_import_only_jax_numpy_and_the_standard_library(name):
   allowed = {"jax", "numpy", "chex"} | set(sys.stdlib_module_names)
   of_others = {module for module, _ in imports(name) if own(module) is None or top(own(module)) != top(name)}
   assert {module.split(".")[0] for module in of_others} <= allowed
+
+
+def test_only_models_and_files_know_what_a_family_is_made_of():
+  """Its network, SDXL's sizes and two text encoders; but for what precomputed folders call a field, and examples."""
+  words = re.compile(r"\bunet\b|time_ids|text_encoder_2|added_cond|encoder_hidden_states")
+  allowed = {"data.latents", "objectives.pretraining", "devices.sharding"}
+  for name, path in SOURCES.items():
+    if top(name) not in ("models", "files") and name not in allowed:
+      found = [line for line in path.read_text().splitlines() if words.search(line)]
+      assert not found, (name, found)
+
+
+def test_names_of_methods_are_compared_in_the_config_and_the_catalog_alone():
+  names = re.compile(r"""objective (==|!=|in) |== ["'](spo|grpo|tdpo|kto|spm)["']""")
+  for name, path in SOURCES.items():
+    if top(name) not in ("config", "recipes") and name != "objectives.catalog":
+      found = [line for line in path.read_text().splitlines() if names.search(line.partition("#")[0])]
+      assert not found, (name, found)
 
 
 def test_the_package_itself_imports_nothing():
