@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_collections
 
@@ -224,7 +224,7 @@ class Kto(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Timesteps(Section):
-  """Of dpo, and of tdpo, which is another name: arXiv 2505.18736."""
+  """For dpo and tdpo (two names of one method): arXiv 2505.18736."""
 
   gamma: float = 1.0
   num_bins: int = 20
@@ -510,7 +510,7 @@ class Config(Section):
     return [value for value in values if isinstance(value, Section)]
 
 
-AnyConfig = Config | ml_collections.ConfigDict  # their fields are read alike
+AnyConfig: TypeAlias = Config | ml_collections.ConfigDict  # their fields are read alike
 
 
 # ---- The two forms of a config: what a recipe changes, and what is read ------------------------------------------

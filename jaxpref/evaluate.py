@@ -115,7 +115,7 @@ def arguments_of_run(config: Config, workdir: str) -> argparse.Namespace:
   command += [name.strip() for name in e.scorers.split(",")]
   command += [f"--vae_model={config.vae_model}"] if config.vae_model else []
   command += [f"--diversity={e.diversity}"] if e.diversity else []
-  fields = {"seeds": e.seeds_per_prompt, "seed": e.seed, "steps": e.num_inference_steps, "eta": e.eta}
+  fields: dict[str, Any] = {"seeds": e.seeds_per_prompt, "seed": e.seed, "steps": e.num_inference_steps, "eta": e.eta}
   fields |= {"guidance_scale": e.guidance_scale, "batch_size": e.batch_size, "dtype": config.dtype}
   fields |= {"preferred_style": config.data.preferred_style, "out": pathlib.Path(workdir) / "evaluation"}
   if e.num_prompts:  # 0: all
