@@ -225,7 +225,7 @@ class Kto(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Timesteps(Section):
-  """Of dpo, and of tdpo, which is another name: arXiv 2505.18736."""
+  """For dpo and tdpo (two names of one method): arXiv 2505.18736."""
 
   gamma: float = 1.0
   num_bins: int = 20

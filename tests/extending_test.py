@@ -16,6 +16,7 @@ from PIL import Image
 
 from jaxpref import compile, export, precompute, sample
 from jaxpref import config as config_lib
+from jaxpref import export
 from jaxpref.config import Facts
 from jaxpref.devices import sharding
 from jaxpref.diffusion import samplers
@@ -333,6 +334,12 @@ def test_a_work_folder_from_before_the_options_can_be_continued(mine, tmp_path):
   loop._check_folder(config_lib.typed(of_mine()), tmp_path)
   with pytest.raises(ValueError, match="config.options.scale is 1.0 there and 2.0 now"):
     loop._check_folder(config_lib.typed(of_mine(scale=2.0)), tmp_path)
+
+
+def test_a_run_with_options_can_be_exported(mine, tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(config_lib.typed(of_mine(scale=2.0)).to_dict()))
+  found = export.read_config(tmp_path)
+  assert found.options.scale == 2.0 and config_lib.facts(found) == Facts("pair")
 
 
 @pytest.mark.parametrize(
