@@ -193,7 +193,9 @@ def topology_devices(name: str) -> list[Any]:
   if chip.gpu is None:
     needs, shapes = "libtpu (pip install libtpu)", f"a shape like {', '.join(chip.shapes)}"
     # Two TensorCores of a chip are one device, as Google's machines have it.
-    options = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    if set(shape.split("x")) == {"1"}:  # libtpu otherwise expects whole hosts of four chips
+      options["chips_per_host_bounds"] = [1, 1, 1]
     platform, topology_name = "tpu", name
   else:
     needs, shapes = "JAX's plug-in for CUDA (pip install 'jax[cuda12]')", "a number of GPUs of one server, such as 8"

@@ -1,11 +1,11 @@
 """What the command says of a compiled step."""
 
-import importlib.util
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -14,6 +14,7 @@ from configs import dpo_sd15, spm_sd15
 from jaxpref import compile
 from jaxpref.devices import chips, sharding
 from jaxpref.planning import plan
+from tests import conftest
 
 GIB = chips.GIB
 
@@ -111,10 +112,7 @@ def test_search_compiles_until_it_fits(monkeypatch):
   assert advice == "it fits with --config.accumulation=2 --config.mesh.fsdp=2: 0.50 GiB"
 
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-
-
-@needs_libtpu
+@pytest.mark.compiler("libtpu")
 def test_the_command_compiles_for_chips_that_are_not_there(tmp_path):
   out = tmp_path / "report.json"
   command = [sys.executable, "-m", "jaxpref.compile", "--config=configs/dpo_sd15.py:smoke", "--topology=v5e:2x2"]
@@ -126,15 +124,16 @@ def test_the_command_compiles_for_chips_that_are_not_there(tmp_path):
     check=False,
   )
   assert done.returncode == 0, done.stderr
-  assert "fits: 0.0" in done.stdout and "a step takes at least" in done.stdout
+  assert "\nfits: 0." in done.stdout and "a step takes at least" in done.stdout
   report = json.loads(out.read_text())
   assert report["peak"] < 2**30 and report["fits"]
   assert sum(c["bytes"] for c in report["collectives"].values()) > report["arguments"]["trained"]
 
 
-@needs_libtpu
+@pytest.mark.compiler("libtpu")
 @pytest.mark.parametrize(
-  "name, chips_expected", [("v5e:1x1", 1), ("v5e:4x4", 16), ("v5e:16x16", 256), ("v4:2x2x1", 4), ("v5p:2x2x2", 8)]
+  "name, chips_expected",
+  [("v5e:1x1", 1), ("v6e:1x1", 1), ("v5e:4x4", 16), ("v5e:16x16", 256), ("v4:2x2x1", 4), ("v5p:2x2x2", 8)],
 )
 def test_topologies_have_a_device_for_each_chip(name, chips_expected, monkeypatch):
   monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
@@ -157,14 +156,7 @@ def test_a_wrong_topology_is_one_sentence(name, message):
     compile.topology_devices(name)
 
 
-def _has_cuda_plugin():
-  try:
-    return importlib.util.find_spec("jax_plugins.xla_cuda12") is not None
-  except ModuleNotFoundError:
-    return False
-
-
-@pytest.mark.skipif(not _has_cuda_plugin(), reason="needs JAX's plug-in for CUDA")
+@pytest.mark.compiler("jax_plugins.xla_cuda12")
 def test_the_command_compiles_for_gpus_that_are_not_there(tmp_path):
   out = tmp_path / "report.json"
   command = [sys.executable, "-m", "jaxpref.compile", "--config=configs/spm_sd15.py:smoke", "--topology=rtx4090:2"]
@@ -177,7 +169,18 @@ def test_the_command_compiles_for_gpus_that_are_not_there(tmp_path):
     check=False,
   )
   assert done.returncode == 0, done.stderr
-  assert "2 x NVIDIA GeForce RTX 4090" in done.stderr and "of the 24 GiB of a chip" in done.stdout
+  assert "2 x NVIDIA GeForce RTX 4090" in done.stderr
+  assert f"of the {chips.CHIPS['rtx4090'].usable / GIB:.4g} GiB of a chip" in done.stdout
   report = json.loads(out.read_text())
   # The gradients, which are of bfloat16 for kernels.
   assert report["collectives"]["all-reduce"]["bytes"] >= report["arguments"]["trained"] / 2
+
+
+@pytest.mark.parametrize(("asked_for", "outcome"), [(False, pytest.skip.Exception), (True, pytest.fail.Exception)])
+def test_a_compiler_that_is_missing_skips_its_tests_unless_all_are_asked_for(asked_for, outcome):
+  marker = pytest.mark.compiler("jax_plugins.none").mark
+  item = types.SimpleNamespace(
+    iter_markers=lambda name: [marker], config=types.SimpleNamespace(getoption=lambda name: asked_for)
+  )
+  with pytest.raises(outcome, match="needs jax_plugins.none"):
+    conftest.pytest_runtest_setup(item)

@@ -1,6 +1,7 @@
 """Eight virtual CPU devices, and no silent broadcasting between arrays of different rank."""
 
 import gc
+import importlib.util
 import os
 
 from tests import QUICK_FLAGS
@@ -19,6 +20,25 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    "--all-compilers",
+    action="store_true",
+    help="fail where a compiler for absent devices is missing, rather than skip",
+  )
+
+
+def pytest_runtest_setup(item):
+  for marker in item.iter_markers("compiler"):
+    (module,) = marker.args
+    try:
+      missing = importlib.util.find_spec(module) is None
+    except ModuleNotFoundError:  # of the package that it lies in
+      missing = True
+    if missing:
+      (pytest.fail if item.config.getoption("--all-compilers") else pytest.skip)(f"needs {module}")
 
 
 @pytest.fixture(autouse=True, scope="module")

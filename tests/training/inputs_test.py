@@ -81,15 +81,26 @@ def trained(tmp_path, **fields):
 SPM = {"objective": "spm", "preference_model": "random:sd15-miniature", "data__ties": "keep"}
 
 
-@pytest.mark.parametrize("source", ["tfds", "pairs_file", "rankings"])
-def test_pairs_of_every_source_are_trained_on(raw, pickapic_folder, tmp_path, source):
-  """One objective on each; what the other ones are given has the same fields, shapes and types."""
+PAIR_SOURCES = ["tfds", "pairs_file", "rankings"]
+
+
+def fields_of(source, raw, pickapic_folder):
   path = {"tfds": pickapic_folder, "pairs_file": raw / "pairs.jsonl", "rankings": raw / "test.json"}[source]
   images = {"data__images": str(raw)} if source == "rankings" else {}
-  fields = {"data__source": source, "data__path": str(path), **images}
+  return {"data__source": source, "data__path": str(path), **images}
+
+
+@pytest.mark.parametrize("source", PAIR_SOURCES)
+def test_batches_of_every_source_of_pairs_are_alike(raw, pickapic_folder, source):
+  """In fields, shapes and types, so that a method that trains on one of them compiles to the same step on each."""
   shapes = lambda **fields: jax.tree.map(lambda x: (x.shape, x.dtype), next(build.build(settings(**fields)).batches()))  # noqa: E731
-  assert shapes(**fields) == shapes()
-  trained(tmp_path, **fields, **(SPM if source == "rankings" else {}))
+  assert shapes(**fields_of(source, raw, pickapic_folder)) == shapes()
+
+
+# The batches of the slow ones are those of the other, see above.
+@pytest.mark.parametrize("source", ["tfds", *(pytest.param(s, marks=pytest.mark.slow) for s in PAIR_SOURCES[1:])])
+def test_pairs_of_every_source_are_trained_on(raw, pickapic_folder, tmp_path, source):
+  trained(tmp_path, **fields_of(source, raw, pickapic_folder), **(SPM if source == "rankings" else {}))
 
 
 @pytest.mark.parametrize("source", ["unpaired_file", "pairs_file"])
