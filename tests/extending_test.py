@@ -16,7 +16,6 @@ from PIL import Image
 
 from jaxpref import compile, export, precompute, sample
 from jaxpref import config as config_lib
-from jaxpref import export
 from jaxpref.config import Facts
 from jaxpref.devices import sharding
 from jaxpref.diffusion import samplers
