@@ -192,21 +192,7 @@ def _evaluate(
   distributed.barrier("evaluation: the pictures are there", seconds=WAIT_SECONDS)
 
   # ---- Scores
-  found: dict[str, dict[str, Any]] = {name: {} for name in models}
-  described = []
-  for spec in args.scorers:
-    # In float32, whatever the pictures were drawn in: a score of bfloat16 is another one.
-    scorer = published.load(spec, batch_size=args.score_batch_size, mesh=mesh, preferred_style=args.preferred_style)
-    described.append({"name": scorer.name, "version": scorer.version, "scale": scorer.scale})
-    known = {"version": scorer.version, "scale": scorer.scale}
-    for name in models:
-      scores = evaluation_folder.read_scores(folder, name, scorer.name, known)
-      if scores is None:
-        scores = score_images(folder, name, scorer, prompts, args.seeds).tolist()
-        held.check()
-        if first:
-          evaluation_folder.write_scores(folder, name, scorer.name, known, scores)
-      found[name][scorer.name] = scores
+  described, found = score_missing(list(models), prompts, args, mesh, held)
   results: dict[str, Any] = {
     "models": list(models),
     "baseline": next(iter(models)) if len(models) > 1 else None,
@@ -390,6 +376,36 @@ def score_images(
     return np.concatenate(found)
 
   return shared(len(prompts) * seeds, compute).astype(np.float64).reshape(len(prompts), seeds)
+
+
+def score_missing(
+  models: Sequence[str],
+  prompts: Sequence[prompt_sets.Prompt],
+  args: argparse.Namespace,
+  mesh: Mesh,
+  held: lease.Held,
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+  """Scores the models' pictures by each scorer, but for those whose scores are in the folder.
+
+  Returns:
+    What each scorer is: its name, version and scale; and by model and scorer the scores, lists [P][S].
+  """
+  described: list[dict[str, Any]] = []
+  found: dict[str, dict[str, Any]] = {name: {} for name in models}
+  for spec in args.scorers:
+    # In float32, whatever the pictures were drawn in: a score of bfloat16 is another one.
+    scorer = published.load(spec, batch_size=args.score_batch_size, mesh=mesh, preferred_style=args.preferred_style)
+    described.append({"name": scorer.name, "version": scorer.version, "scale": scorer.scale})
+    known = {"version": scorer.version, "scale": scorer.scale}
+    for name in models:
+      scores = evaluation_folder.read_scores(args.out, name, scorer.name, known)
+      if scores is None:
+        scores = score_images(args.out, name, scorer, prompts, args.seeds).tolist()
+        held.check()
+        if jax.process_index() == 0:
+          evaluation_folder.write_scores(args.out, name, scorer.name, known, scores)
+      found[name][scorer.name] = scores
+  return described, found
 
 
 def image_diversity(folder: pathlib.Path, model: str, embed: Any, num_prompts: int, seeds: int) -> list[float]:

@@ -14,6 +14,7 @@ a bucket (gs://); each waits at the end until all have finished.
 jaxpref/data/latents.py describes the files.
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import itertools
@@ -98,6 +99,46 @@ def run(
     return _run(config, folder, plan, held, batch_size=batch_size, index=index, count=count)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Share:
+  """Which files of a folder this process makes.
+
+  Attributes:
+    held: the folder, or a share of it, which this run alone writes.
+    index, count: of this process.
+    together: whether the processes are those of JAX, and so wait for each other.
+  """
+
+  folder: Any
+  held: lease.Held
+  rows_per_file: int
+  index: int
+  count: int
+  together: bool
+
+  def names(self, kind: str, num_rows: int) -> list[str]:
+    """Returns the names of the files that so many rows, or prompts, make."""
+    num_files = -(-num_rows // self.rows_per_file)
+    return [latents.file_name(kind, i, num_files) for i in range(num_files)]
+
+  def own(self, num_files: int) -> range:
+    """Returns the numbers of this process's files."""
+    return range(self.index, num_files, self.count)
+
+  def part(self, i: int) -> slice:
+    """Returns which of all rows, or prompts, file i holds."""
+    return slice(i * self.rows_per_file, (i + 1) * self.rows_per_file)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Networks:
+  """A model, its parameters on every device of the mesh, and that mesh."""
+
+  model: Model
+  params: Any
+  mesh: jax.sharding.Mesh
+
+
 def _run(
   config: Config,
   folder: Any,
@@ -109,8 +150,6 @@ def _run(
   count: int,
 ) -> bool:
   """The work of `run`, in a folder, or a share of one, that this run alone writes."""
-  together, rows_per_file = jax.process_count() > 1, plan["rows_per_file"]
-
   # ---- Networks and data -------------------------------------------------------------------------------------
   mesh = sharding.make_mesh(devices=jax.local_devices())
   everywhere = sharding.replicated(mesh)
@@ -134,66 +173,98 @@ def _run(
   }
   latents.start(folder, plan, process_index=index, process_count=count)
 
-  # ---- Rows --------------------------------------------------------------------------------------------------
-  num_files = -(-data.num_records // rows_per_file)
-  names = [latents.file_name("rows", i, num_files) for i in range(num_files)]
-  mine = [i for i in range(index, num_files, count) if latents.finished(folder, names[i]) is None]
-  images_per_row = (2 if plan["kind"] == "pairs" else 1) * (2 if config.data.flip else 1)
-  rows_at_a_time = max(1, batch_size * mesh.size // images_per_row)
-  params = jax.device_put(pipe.params, everywhere)
-  encode = functools.partial(inputs.stored_moments, model)
-  encode_images = _encoder(encode, params, mesh, rows_at_a_time * images_per_row)
-  size = data.num_records * images_per_row * 2 * int(np.prod(model.latent_shape)) * np.dtype(latents.DTYPE).itemsize
-  _say(f"{data.num_records} rows, {images_per_row} images each: {size / GIB:.1f} GiB in {num_files} files, and prompts")
-  places = {i: range(i * rows_per_file, min((i + 1) * rows_per_file, data.num_records)) for i in mine}
-  num_images = images_per_row * sum(map(len, places.values()))
-  with tqdm(total=num_images, desc="images", unit=" images", disable=index != 0) as bar:
-    for i, positions in places.items():
-      known = set(data.skipped)
-      held.check()
-      latents.write_file(
-        folder,
-        names[i],
-        _row_records(
-          _numbered_rows(data, positions, flip=config.data.flip, num_threads=config.data.num_threads),
-          empty,
-          encode_images,
-          rows_at_a_time,
-          on_rows=lambda n: bar.update(n * images_per_row),
-        ),
-        skipped=lambda known=known: set(data.skipped) - known,  # type: ignore[misc]
-        process_index=index,
-      )
-  missing = _unfinished(folder, names, wait=together)
-  if missing:
+  # ---- Rows, prompts, and the end ----------------------------------------------------------------------------
+  share = _Share(folder, held, plan["rows_per_file"], index, count, together=jax.process_count() > 1)
+  networks = _Networks(model, jax.device_put(pipe.params, everywhere), mesh)
+  rows = _write_rows(share, networks, data, empty, config, batch_size=batch_size)
+  if missing := _unfinished(folder, rows, wait=share.together):
     _say(f"{len(missing)} files of other processes are not finished; the last process completes {folder}.")
     return False
-
-  # ---- Prompts, and the end ----------------------------------------------------------------------------------
-  keys, input_ids = latents.different_prompts(folder, names)
-  num_files = -(-len(keys) // rows_per_file)
-  prompts = [latents.file_name("prompts", i, num_files) for i in range(num_files)]
-  encode_text = _encoder(functools.partial(inputs.stored_text, model), params, mesh, batch_size * mesh.size)
-  mine = [i for i in range(index, num_files, count)] if together else list(range(num_files))
-  with tqdm(total=len(mine), desc="prompts", unit=" files", disable=index != 0) as bar:
-    for i in mine:
-      held.check()
-      part = slice(i * rows_per_file, (i + 1) * rows_per_file)
-      if latents.finished(folder, prompts[i]) is None:
-        prompt_records = _prompt_records(keys[part], input_ids[part], encode_text, batch_size * mesh.size)
-        latents.write_file(folder, prompts[i], prompt_records, process_index=index)
-      bar.update()
-  _unfinished(folder, prompts, wait=together)
-  if together and index != 0:
+  keys, input_ids = latents.different_prompts(folder, rows)
+  prompts = _write_prompts(share, networks, keys, input_ids, batch_size=batch_size)
+  _unfinished(folder, prompts, wait=share.together)
+  if share.together and index != 0:
     while not is_complete(folder):
       time.sleep(WAIT_SECONDS)
     return True
   held.check()
   latents.write_prompts(folder, keys, input_ids, process_index=index)
   versions = {"jaxpref": jaxpref.__version__} | {p: importlib.metadata.version(p) for p in ("jax", "flax", "numpy")}
-  latents.write_manifest(folder, {"rows": names, "prompts": prompts}, versions, process_index=index)
+  latents.write_manifest(folder, {"rows": rows, "prompts": prompts}, versions, process_index=index)
   _say(f"{folder} is complete: train with --config.data.source=precomputed --config.data.path={folder}")
   return True
+
+
+def _write_rows(
+  share: _Share, networks: _Networks, data: batching.Batches, empty: np.ndarray, config: Config, *, batch_size: int
+) -> list[str]:
+  """Makes this process's files of rows that are not there yet.
+
+  Args:
+    empty: i32[L], the empty prompt.
+    batch_size: images on each device at a time.
+
+  Returns:
+    The names of all files, those of the other processes, too.
+  """
+  model, mesh, flip = networks.model, networks.mesh, config.data.flip
+  names = share.names("rows", data.num_records)
+  num_files = len(names)
+  pairs = inputs.precomputable(config_lib.facts(config)) == "pairs"
+  images_per_row = (2 if pairs else 1) * (2 if flip else 1)
+  rows_at_a_time = max(1, batch_size * mesh.size // images_per_row)
+  encode = _encoder(networks, inputs.stored_moments, rows_at_a_time * images_per_row)
+  size = data.num_records * images_per_row * 2 * int(np.prod(model.latent_shape)) * np.dtype(latents.DTYPE).itemsize
+  _say(f"{data.num_records} rows, {images_per_row} images each: {size / GIB:.1f} GiB in {num_files} files, and prompts")
+  mine = [i for i in share.own(num_files) if latents.finished(share.folder, names[i]) is None]
+  places = {i: range(data.num_records)[share.part(i)] for i in mine}
+  num_images = images_per_row * sum(map(len, places.values()))
+  with tqdm(total=num_images, desc="images", unit=" images", disable=share.index != 0) as bar:
+    for i, positions in places.items():
+      known = set(data.skipped)
+      share.held.check()
+      records = _row_records(
+        _numbered_rows(data, positions, flip=flip, num_threads=config.data.num_threads),
+        empty,
+        encode,
+        rows_at_a_time,
+        on_rows=lambda n: bar.update(n * images_per_row),
+      )
+      latents.write_file(
+        share.folder,
+        names[i],
+        records,
+        skipped=lambda known=known: set(data.skipped) - known,  # type: ignore[misc]
+        process_index=share.index,
+      )
+  return names
+
+
+def _write_prompts(
+  share: _Share, networks: _Networks, keys: np.ndarray, input_ids: np.ndarray, *, batch_size: int
+) -> list[str]:
+  """Makes the files of prompts that are not there yet: this process's, or all, where none waits for the others.
+
+  Args:
+    keys, input_ids: i64[n] and i32[n, L], of all different prompts.
+    batch_size: prompts on each device at a time.
+
+  Returns:
+    The names of all files.
+  """
+  names = share.names("prompts", len(keys))
+  rows_at_a_time = batch_size * networks.mesh.size
+  encode = _encoder(networks, inputs.stored_text, rows_at_a_time)
+  mine = share.own(len(names)) if share.together else range(len(names))
+  with tqdm(total=len(mine), desc="prompts", unit=" files", disable=share.index != 0) as bar:
+    for i in mine:
+      share.held.check()
+      part = share.part(i)
+      if latents.finished(share.folder, names[i]) is None:
+        records = _prompt_records(keys[part], input_ids[part], encode, rows_at_a_time)
+        latents.write_file(share.folder, names[i], records, process_index=share.index)
+      bar.update()
+  return names
 
 
 def check(config: Config, *, rows_per_file: int, batch_size: int) -> None:
@@ -243,14 +314,15 @@ def _open_data(config: Config, model: Model, tokenize: batching.Tokenize) -> bat
   return inputs.offline_batches(config, model.image_size, tokenize)
 
 
-def _encoder(apply: Callable[..., Any], params: Any, mesh: jax.sharding.Mesh, rows: int) -> Encode:
-  """Applies a function of (params, x) to at most `rows` rows x, spread over the devices; one program for all."""
+def _encoder(networks: _Networks, stored: Callable[..., Any], rows: int) -> Encode:
+  """Applies a function of (model, params, x) to at most `rows` rows x, spread over the devices; one program for all."""
+  mesh = networks.mesh
   rows = -(-rows // mesh.size) * mesh.size
-  compiled = jax.jit(apply, compiler_options=chips.compiler_options())
+  compiled = jax.jit(functools.partial(stored, networks.model), compiler_options=chips.compiler_options())
 
   def encode(x: np.ndarray) -> Any:
     padded = np.concatenate([x, np.broadcast_to(x[-1:], (rows - len(x), *x.shape[1:]))])
-    return compiled(params, jax.device_put(padded, sharding.batch_sharding(mesh)))
+    return compiled(networks.params, jax.device_put(padded, sharding.batch_sharding(mesh)))
 
   return encode
 

@@ -170,6 +170,7 @@ def gated_update(
   return _where(due & inside, proposal, kept), due & inside
 
 
+# Many parameters: public; the numbers of the paper are arguments, each with a default.
 def update(
   ref: Tree,
   params: Tree,

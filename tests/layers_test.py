@@ -1,4 +1,4 @@
-"""The import rules: what each module may import, read from the sources and proved by importing."""
+"""What the sources promise: what each module may import, also proved by importing, and how large a function may be."""
 
 import ast
 import pathlib
@@ -34,6 +34,8 @@ PLUMBING = [
   "evaluation.page", "evaluation.pictures",
 ]  # fmt: skip
 SLOW = {"torch", "transformers", "diffusers", "tensorflow_datasets", "matplotlib", "tensorflow", "scipy", "jinja2"}
+# Of a function. A larger one says why, in "# Long: ..." or "# Many parameters: ..." directly above it.
+MAX_LINES, MAX_PARAMETERS = 60, 10
 
 
 def module_name(path):
@@ -186,6 +188,74 @@ class A:
   assert own("jaxpref.losses.dpo_loss") == "losses" and own("jax.numpy") is None
   assert floor("models.unet") == 4 and floor("losses") == 0 and floor("nonsense") is None
   assert is_plumbing("data.index") and is_plumbing("training.metrics") and not is_plumbing("training.step")
+
+
+def size_of(function):
+  """Lines of a function without its docstring and decorators, and parameters without self and cls."""
+  lines = function.end_lineno - function.lineno + 1
+  if ast.get_docstring(function) is not None:
+    lines -= function.body[0].end_lineno - function.body[0].lineno + 1
+  a = function.args
+  names = [arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg) if arg is not None]
+  return lines, len(names) - (names[:1] in (["self"], ["cls"]))
+
+
+def wrong_sizes(source):
+  """A sentence on each function that is too large without a reason above it, and on each reason without need."""
+  lines = source.splitlines()
+  # Line number -> what kind of reason stands there; those that are needed are taken out.
+  reasons = {
+    number: found[1]
+    for number, line in enumerate(lines, 1)
+    if (found := re.match(r"\s*# (Long|Many parameters): \S", line))
+  }
+  wrong = []
+  for node in ast.walk(ast.parse(source)):
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+      continue
+    above = min(part.lineno for part in (node, *node.decorator_list)) - 1
+    own = {}
+    while above in reasons:
+      own[reasons[above]] = above
+      above -= 1
+    for kind, size, most in zip(("Long", "Many parameters"), size_of(node), (MAX_LINES, MAX_PARAMETERS), strict=True):
+      if size > most and kind in own:
+        del reasons[own[kind]]
+      elif size > most:
+        unit = "lines" if kind == "Long" else "parameters"
+        wrong.append(
+          f"{node.name} has {size} {unit}, more than {most}: split it, or say why in '# {kind}: ...' above it"
+        )
+  return wrong + [
+    f"line {number}: '# {kind}: ...' is above no function that needs it" for number, kind in reasons.items()
+  ]
+
+
+@modules
+def test_a_large_function_says_why(name):
+  assert not wrong_sizes(SOURCES[name].read_text())
+
+
+def test_the_checker_counts_lines_and_parameters():
+  """A check of the check: at the limits, in classes and functions, and for reasons that are not needed."""
+  body = lambda count, indent="  ": "".join(f"{indent}x = {i}\n" for i in range(count))
+  doc = '  """One.\n\n  Two.\n  """\n'
+  parameters = lambda count: ", ".join(f"p{i}" for i in range(count))
+  assert not wrong_sizes(f"def f():\n{doc}{body(59)}")
+  assert wrong_sizes(f"def f():\n{doc}{body(60)}")[0].startswith("f has 61 lines")
+  assert not wrong_sizes(f"# Long: an algorithm.\n@decorated\ndef f():\n{body(60)}")
+  assert len(wrong_sizes(f"# Long: an algorithm.\n\ndef f():\n{body(60)}")) == 2  # not directly above
+  assert len(wrong_sizes(f"# Long:\ndef f():\n{body(60)}")) == 1  # no reason
+  assert len(wrong_sizes(f"# Long: no more.\ndef f():\n{body(59)}")) == 1
+  assert len(wrong_sizes("x = 1  # Long: of nothing.\n# Many parameters: of nothing.\n")) == 1
+  assert not wrong_sizes(f"class A:\n  def f(self, {parameters(10)}):\n    pass\n")
+  assert not wrong_sizes(f"def f({parameters(6)}, *, a, b, c, d):\n  pass\n")
+  both = f"def f({parameters(11)}):\n{body(60)}"
+  assert len(wrong_sizes(both)) == 2 and len(wrong_sizes(f"# Long: an algorithm.\n{both}")) == 1
+  assert not wrong_sizes(f"# Long: an algorithm.\n# Many parameters: its numbers.\n{both}")
+  inner = f"def f():\n  # Many parameters: its numbers.\n  def g({parameters(9)}, *args, **kwargs):\n    pass\n"
+  assert not wrong_sizes(inner)
+  assert wrong_sizes(inner.replace("# Many parameters: its numbers.", "pass"))[0].startswith("g has 11 parameters")
 
 
 @pytest.mark.parametrize("name", PURE)

@@ -316,6 +316,7 @@ def _start_worker(index: int, count: int) -> None:
   threading.Thread(target=end_with_parent, daemon=True).start()
 
 
+# Many parameters: every kind of data opens its batches here, and names only what it has.
 def open_batches(
   num_records: int,
   load: Row,

@@ -56,6 +56,21 @@ class _PairRow:
     return row
 
 
+def _labels_of(source: records.Source, kept: np.ndarray, given: Sequence[float] | np.ndarray | None) -> np.ndarray:
+  """f32[M] in [0, 1]: those that are given, else of the source's index, else of its records."""
+  index: Any = getattr(source, "index", None)
+  if given is not None:
+    labels = _of_kept("labels", given, kept)
+  elif hasattr(index, "label_0"):
+    labels = np.asarray(index.label_0, np.float32)[kept]
+  else:
+    labels = _read_labels(source, kept)
+  wrong = np.flatnonzero(~((labels >= 0) & (labels <= 1)))
+  if len(wrong):
+    raise ValueError(f"the label of record {kept[wrong[0]]} is {labels[wrong[0]]}; expected a number from 0 to 1.")
+  return labels
+
+
 def _read_labels(source: records.Source, kept: np.ndarray) -> np.ndarray:
   """f32[M] from the records themselves, which are all read; what is wrong with them shows before training."""
   labels = np.empty(len(kept), np.float32)
@@ -76,6 +91,7 @@ def _of_kept(name: str, values: Sequence[float] | np.ndarray, kept: np.ndarray) 
   return values
 
 
+# Many parameters: public, and one call opens the data of a run; all but the first five have a default.
 def pair_batches(
   source: records.Source,
   *,
@@ -132,16 +148,7 @@ def pair_batches(
   chosen = np.arange(len(source)) if kept is None else np.asarray(kept, np.int64)
   if chosen.ndim != 1 or (len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(source)):
     raise ValueError(f"kept has shape {list(chosen.shape)}; expected places in a source of {len(source)} records.")
-  index: Any = getattr(source, "index", None)
-  if labels is not None:
-    label = _of_kept("labels", labels, chosen)
-  elif hasattr(index, "label_0"):
-    label = np.asarray(index.label_0, np.float32)[chosen]
-  else:
-    label = _read_labels(source, chosen)
-  wrong = np.flatnonzero(~((label >= 0) & (label <= 1)))
-  if len(wrong):
-    raise ValueError(f"the label of record {chosen[wrong[0]]} is {label[wrong[0]]}; expected a number from 0 to 1.")
+  label = _labels_of(source, chosen, labels)
   weight = None if weights is None else _of_kept("weights", weights, chosen)
   if drop_ties:
     decided = label != 0.5
@@ -234,6 +241,7 @@ class _ImageRow:
     return row | {"label": np.float32(record["label"])} if "label" in record else row
 
 
+# Many parameters: public, for the same reason as `pair_batches`.
 def image_batches(
   source: records.Source | None = None,
   *,

@@ -21,6 +21,7 @@ SAMPLERS = ("ddim", "dpmpp_2m")
 Sample = Callable[[Any, np.ndarray, np.ndarray], jax.Array]
 
 
+# Many parameters: all that a picture depends on besides its weights, prompt and number; and the devices.
 def make_sampler(
   model: Model,
   *,

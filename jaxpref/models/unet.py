@@ -275,14 +275,8 @@ class UNet2DConditionModel(nn.Module):
     self._check_inputs(sample, encoder_hidden_states)
     context = encoder_hidden_states.astype(self.dtype)
     temb = self._time_embedding(timesteps, added_cond_kwargs)
-    heads, depths = c.per_level("attention_head_dim"), self._depths()
+    heads, depths, remat = c.per_level("attention_head_dim"), self._depths(), self._remat_of_levels()
     last = len(c.block_out_channels) - 1
-    remat = (self.remat,) * (last + 1) if isinstance(self.remat, str) else self.remat
-    if len(remat) != last + 1 or not set(remat) <= set(REMAT):
-      raise ValueError(
-        f"UNet2DConditionModel: remat={self.remat!r}, expected one of {', '.join(REMAT)}, or a tuple of {last + 1} of"
-        " them, one for each level."
-      )
 
     def level_block(block_class, level, *args, **kwargs):
       static = (5,) if block_class is UpBlock else ()  # `size`; 0 is `self`
@@ -325,6 +319,17 @@ class UNet2DConditionModel(nn.Module):
     x = GroupNorm(c.norm_num_groups, c.norm_eps, dtype=self.dtype, name="conv_norm_out")(x)
     x = conv3x3(c.out_channels, dtype=self.dtype, name="conv_out")(nn.silu(x))
     return x.astype(jnp.float32)
+
+  def _remat_of_levels(self) -> tuple[str, ...]:
+    """Returns one of REMAT for each level, from the finest to the coarsest; raises ValueError on any other."""
+    levels = len(self.config.block_out_channels)
+    remat = (self.remat,) * levels if isinstance(self.remat, str) else self.remat
+    if len(remat) != levels or not set(remat) <= set(REMAT):
+      raise ValueError(
+        f"UNet2DConditionModel: remat={self.remat!r}, expected one of {', '.join(REMAT)}, or a tuple of {levels} of"
+        " them, one for each level."
+      )
+    return remat
 
   def _depths(self) -> dict[str, Any]:
     """Number of transformer blocks of each attention layer, way down, middle and way up."""

@@ -79,6 +79,8 @@ def pool_groups(*, num_steps: int, warmup_steps: int, inner_steps: int, pool_las
   return groups if length > 1 or pool_last_step else [*groups[:-2], 2]
 
 
+# Long: Algorithm 1 of the paper in one piece, to be read beside it.
+# Many parameters: the networks as functions, and each number of that algorithm.
 def pool_rollout(
   predict: Predict,
   score: Score,
@@ -231,6 +233,7 @@ def pool_rollout(
   )
 
 
+# Many parameters: what Eq. 8 of the paper takes: policy, reference, two kinds of rows, conditioning, three numbers.
 def transition_loss(
   model: Model,
   loss_fn: PairLoss,

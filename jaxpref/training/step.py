@@ -301,10 +301,21 @@ class _Shuffled(NamedTuple):
   order: jax.Array
   valid: jax.Array
 
+  def take(self, start: jax.Array, stride: jax.Array, size: int, constrain: Callable[[Any], Any]) -> Rows:
+    """Takes every `stride`-th valid row from `start`: `size` rows, with a mask."""
+    position = start + stride * jnp.arange(size)
+    index = self.order[jnp.minimum(position, self.order.shape[0] - 1)]
+    data, prompt = constrain(jax.tree.map(lambda v: v[index], (self.rows.data, self.rows.prompt)))
+    return Rows(data, prompt, (position < self.valid).astype(jnp.float32))
+
 
 def _shuffled(rows: Rows, key: jax.Array) -> _Shuffled:
   rank = jax.random.uniform(key, rows.valid.shape) + jnp.where(rows.valid, 0.0, 1.0)
   return _Shuffled(rows, jnp.argsort(rank), jnp.sum(rows.valid))
+
+
+def _ceil_div(a: Any, b: Any) -> Any:
+  return (a + b - 1) // b
 
 
 def _updates_of_experience(
@@ -328,24 +339,16 @@ def _updates_of_experience(
   ]
   counts = [rows.valid.shape[0] for rows in experience.kinds]
   first = objective.update_rows(counts[0])
-  sizes = [-(-first * n // counts[0]) for n in counts]
-  ceil_div = lambda a, b: (a + b - 1) // b  # noqa: E731
+  sizes = [_ceil_div(first * n, counts[0]) for n in counts]
   # Rows of all micro-batches past the size of the minibatch are past the valid ones.
-  micro = lambda n: ceil_div(ceil_div(n, accumulation), row_multiple) * row_multiple  # noqa: E731
-  needed = [ceil_div(kind.valid, size) for kind, size in zip(shuffled, sizes, strict=True) if size]
+  micro = lambda n: _ceil_div(_ceil_div(n, accumulation), row_multiple) * row_multiple
+  needed = [_ceil_div(kind.valid, size) for kind, size in zip(shuffled, sizes, strict=True) if size]
   num_updates = functools.reduce(jnp.maximum, needed)
-
-  def take(kind: _Shuffled, start: jax.Array, size: int):
-    """Every `num_updates`-th valid row from `start`: `size` rows, with a mask."""
-    position = start + num_updates * jnp.arange(size)
-    index = kind.order[jnp.minimum(position, kind.order.shape[0] - 1)]
-    data, prompt = constrain(jax.tree.map(lambda v: v[index], (kind.rows.data, kind.rows.prompt)))
-    return Rows(data, prompt, (position < kind.valid).astype(jnp.float32))
 
   def part_gradients(state: State, m: jax.Array, part: jax.Array):
     def of_params(params):
       taken = tuple(
-        take(kind, m + num_updates * part * micro(size), micro(size))
+        kind.take(m + num_updates * part * micro(size), num_updates, micro(size), constrain)
         for kind, size in zip(shuffled, sizes, strict=True)
       )
       loss, count, found = objective.loss(models(params, state), experience._replace(kinds=taken), key)

@@ -29,6 +29,7 @@ class Watch:
     on_failed: is given the last of more than `max_bad_steps` of them, after which training stops.
   """
 
+  # Many parameters: what is watched, and the numbers that its metrics are made of.
   def __init__(
     self,
     *,
@@ -43,7 +44,7 @@ class Watch:
     goodput: monitor.Goodput,
     losses: monitor.LossMonitor,
     say: Callable[[str], None],
-  ):  # Many parameters: what the numbers of a run are made of.
+  ):
     """Args: `every` so many steps metrics are written; `say` prints a line."""
     self._num_steps, self._every, self._max_bad_steps = num_steps, every, max_bad_steps
     self._images_per_step, self._schedule, self._batches = images_per_step, schedule, batches
