@@ -513,7 +513,8 @@ class Config(Section):
     self.require(of.online or not self.reward, "reward", f"nothing for {self.objective}: it is for spo and grpo")
     terms = reward_terms(self) if of.online else {PREFERENCE_MODEL: 1.0}
     needed, given = of.scorer and PREFERENCE_MODEL in terms, bool(self.preference_model)
-    self.require(given or not needed, "preference_model", "the folder of a preference model")
+    kind = "step-aware preference model" if of.section == "spo" else "preference model"
+    self.require(given or not needed, "preference_model", f"the folder of a {kind}")
     unused = of.online and given and PREFERENCE_MODEL not in terms
     self.require(not unused, "preference_model", "None, as config.reward does not name preference_model")
 

@@ -207,7 +207,8 @@ def test_the_smoke_variant_runs_end_to_end(name, tmp_path):
     assert (export / "model_index.json").is_file() and (export / "unet" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("method", ["grpo", "ddpo"])
+# Of grpo tests/numbers_test.py runs the same steps.
+@pytest.mark.parametrize("method", [pytest.param("grpo", marks=pytest.mark.slow), "ddpo"])
 def test_a_policy_gradient_runs_end_to_end(method, tmp_path):
   """GRPO with a reference that moves, and DDPO, which has one sample a prompt and looks at no reference."""
   c = recipe("grpo_tiny")

@@ -103,7 +103,7 @@ def test_pairs_of_every_source_are_trained_on(raw, pickapic_folder, tmp_path, so
   trained(tmp_path, **fields_of(source, raw, pickapic_folder), **(SPM if source == "rankings" else {}))
 
 
-@pytest.mark.parametrize("source", ["unpaired_file", "pairs_file"])
+@pytest.mark.parametrize("source", ["unpaired_file", pytest.param("pairs_file", marks=pytest.mark.slow)])
 def test_liked_images_are_trained_on(raw, tmp_path, source):
   path = raw / ("images.csv" if source == "unpaired_file" else "pairs.jsonl")
   rows = trained(tmp_path, objective="kto", data__source=source, data__path=str(path), loss__beta=10.0)

@@ -486,12 +486,12 @@ def test_the_fields_of_the_reference_arrive(delta, monkeypatch):
     has_reference=True,
   )
   given = []
-  monkeypatch.setattr(step, "make_step", lambda *args, **options: given.append(options["moving"]))
+  monkeypatch.setattr(step, "make_halves", lambda *args, **options: given.append(options["moving"]))
   stats = loop.reference.ReferenceStats.zeros()
 
   def move(step_number, policy, stats):
     given.clear()
-    loop.make_step(c, experiment, None, loop.sharding.make_mesh(devices=jax.devices()[:1]))
+    loop.make_halves(c, experiment, None, loop.sharding.make_mesh(devices=jax.devices()[:1]))
     state = dataclasses.replace(step.initial_state(policy, ref, ()), step=jnp.int32(step_number), ref_stats=stats)
     with jax.disable_jit():
       return given[0].move(experiment.objective, state, init, {}, jax.random.key(0))
