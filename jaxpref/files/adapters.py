@@ -21,6 +21,7 @@ import os
 import pathlib
 import re
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ import numpy as np
 from jaxpref.files.tensors import save_tree
 from jaxpref.models import lora
 from jaxpref.models.unet import UNetConfig
+from jaxpref.recipes.messages import listed
 
 Path = str | os.PathLike[str]
 
@@ -356,7 +358,7 @@ def _read(file: pathlib.Path) -> tuple[dict[str, _Layers], Mapping[str, Any]]:
       "conv_dim), expected dense layers and 1x1 convolutions; merge it into the base model first (load_lora_weights, "
       "fuse_lora, unload_lora_weights, save_pretrained of diffusers)."
     )
-  return found, _peft_arguments(file, tensors, metadata)
+  return _without_emptied(file, found), _peft_arguments(file, tensors, metadata)
 
 
 def _adapter(
@@ -431,6 +433,19 @@ def _parse(where: str, text: str) -> dict[str, Any]:
     raise ValueError(f"{where} is no JSON object ({e}); download or write it again.") from e
 
 
+def _without_emptied(file: pathlib.Path, found: Mapping[str, _Layers]) -> dict[str, _Layers]:
+  """Leaves out layers whose factors have rank 0, as tools that resize adapters write them, and warns of them."""
+
+  def is_emptied(parts: Mapping[str, np.ndarray]) -> bool:
+    return {"down", "up"} <= parts.keys() and parts["down"].shape[:1] == parts["up"].shape[1:2] == (0,)
+
+  emptied = [name for layers in found.values() for name, parts in layers.items() if is_emptied(parts)]
+  if emptied:
+    warnings.warn(f"{file}: {len(emptied)} layers of rank 0 were left out: {listed(emptied)}.", stacklevel=4)
+  kept = {name: {n: p for n, p in layers.items() if not is_emptied(p)} for name, layers in found.items()}
+  return {name: layers for name, layers in kept.items() if layers}
+
+
 def _pair(file: pathlib.Path, layer: str, found: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
   """lora_A f32[in, r] and lora_B f32[r, out] of one layer."""
   if not {"down", "up"} <= found.keys():
@@ -457,7 +472,7 @@ def _scale(file: pathlib.Path, layer: str, rank: int, alpha: np.ndarray | None, 
   else:
     patterns = peft.get("alpha_pattern") or {}
     own = [v for pattern, v in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer)]
-    value = float((own or [peft.get("lora_alpha", rank)])[0])
+    value = float(own[0] if own else rank if peft.get("lora_alpha") is None else peft["lora_alpha"])
   scale = value / (rank**0.5 if alpha is None and peft.get("use_rslora") else rank)
   if not (np.isfinite(scale) and scale != 0):
     raise ValueError(f"{file}: {layer} has alpha {value}, expected a number other than 0; write the file again.")

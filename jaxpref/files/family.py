@@ -186,7 +186,7 @@ class StableDiffusionFamily:
     model = loading.text_to_image(pipe, lora_scale=lora_scale, vae_slicing=vae_slicing)
     if sampler == "dpmpp_2m":
       # Where the folder does not say, diffusers' DPMSolverMultistepScheduler has another default than DDIMScheduler.
-      spacing = pipe.scheduler_config.get("timestep_spacing", "linspace")
+      spacing = pipe.scheduler_config.get("timestep_spacing") or "linspace"
       schedule = dataclasses.replace(pipe.schedule, timestep_spacing=spacing)
       model = dataclasses.replace(model, process=VariancePreserving(schedule))
     return dataclasses.replace(model, clip_skip=clip_skip)

@@ -108,6 +108,7 @@ def load_pipeline(
   """
   folder = resolve_folder(folder, "*/*.safetensors")  # not the single-file copies beside them
   index = read_json(folder / "model_index.json")
+  zeros = index.get("force_zeros_for_empty_prompt")
   modules: dict[str, nn.Module] = {}
   for name in NETWORKS:
     class_name = _component_class(index, name, folder)
@@ -140,7 +141,7 @@ def load_pipeline(
     tokenizer=tokenizer,
     tokenizer_2=tokenizer_2,
     # The default is that of diffusers' pipeline of SDXL; the others have no such option.
-    force_zeros_for_empty_prompt="text_encoder_2" in modules and bool(index.get("force_zeros_for_empty_prompt", True)),
+    force_zeros_for_empty_prompt="text_encoder_2" in modules and (zeros is None or bool(zeros)),
   )
 
 

@@ -1,6 +1,7 @@
 """Reading and writing the config.json of a diffusers model as a frozen dataclass."""
 
 import dataclasses
+import typing
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Self
 
@@ -8,6 +9,15 @@ from typing import Any, ClassVar, Self
 def _freeze(value: Any) -> Any:
   """Lists of JSON become tuples, so that a config can be hashed (Linen requires it)."""
   return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
+
+
+def without_nulls(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a config.json's dict without the keys that are null and for which the dataclass has another default.
+
+  A key that is null means the same as a key that is absent, unless null is a value of the field's type.
+  """
+  own = {f.name for f in dataclasses.fields(kind) if type(None) in typing.get_args(f.type)}
+  return {key: value for key, value in config.items() if value is not None or key in own}
 
 
 def _thaw(value: Any) -> Any:
@@ -31,7 +41,8 @@ class ModelConfig:
     """Reads the dict of a config.json.
 
     Args:
-      config: the parsed file; keys that start with "_" and unknown keys that hold null are ignored.
+      config: the parsed file; keys that start with "_" and unknown keys that hold null are ignored;
+        a known key that holds null has its default.
 
     Returns:
       The config.
@@ -41,7 +52,7 @@ class ModelConfig:
     """
     fields = {field.name for field in dataclasses.fields(cls)}
     kwargs = {}
-    for key, value in config.items():
+    for key, value in without_nulls(cls, config).items():
       if key.startswith("_"):
         continue
       if key in fields:
@@ -53,7 +64,7 @@ class ModelConfig:
             f"{cls.CLASS_NAME} config: {key}={value!r} is not implemented, expected {expected};"
             " choose a model folder without it."
           )
-      elif value is not None:
+      else:
         raise ValueError(
           f"{cls.CLASS_NAME} config: unknown key {key}={value!r}, expected keys of diffusers'"
           f" {cls.CLASS_NAME}; remove the key if it does not change the network."

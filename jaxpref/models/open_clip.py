@@ -59,12 +59,12 @@ def config_from_dict(config: Mapping[str, Any]) -> StepAwareCLIPConfig:
       "projection_dim": model["embed_dim"],
       "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
     }
-    preprocess = config.get("preprocess_cfg", {})
+    preprocess = config.get("preprocess_cfg") or {}
     return StepAwareCLIPConfig(
       CLIPTextConfig(
         vocab_size=text["vocab_size"],
         hidden_size=text["width"],
-        intermediate_size=int(text["width"] * text.get("mlp_ratio", 4)),
+        intermediate_size=int(text["width"] * (text.get("mlp_ratio") or 4)),
         num_hidden_layers=text["layers"],
         num_attention_heads=text["heads"],
         max_position_embeddings=text["context_length"],
@@ -73,16 +73,16 @@ def config_from_dict(config: Mapping[str, Any]) -> StepAwareCLIPConfig:
       ),
       CLIPVisionConfig(
         hidden_size=vision["width"],
-        intermediate_size=int(vision["width"] * vision.get("mlp_ratio", 4)),
+        intermediate_size=int(vision["width"] * (vision.get("mlp_ratio") or 4)),
         num_hidden_layers=vision["layers"],
-        num_attention_heads=vision["width"] // vision.get("head_width", 64),
+        num_attention_heads=vision["width"] // (vision.get("head_width") or 64),
         image_size=vision["image_size"],
         patch_size=vision["patch_size"],
         **shared,
       ),
       projection_dim=model["embed_dim"],
-      image_mean=tuple(preprocess.get("mean", CLIP_MEAN)),
-      image_std=tuple(preprocess.get("std", CLIP_STD)),
+      image_mean=tuple(preprocess.get("mean") or CLIP_MEAN),
+      image_std=tuple(preprocess.get("std") or CLIP_STD),
     )
   except (KeyError, TypeError) as error:
     raise ValueError(

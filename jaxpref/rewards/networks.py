@@ -204,7 +204,7 @@ def clip_network(name: str, folder: pathlib.Path, dtype: Any, placement: Any, *,
 
 def aesthetic_clip(folder: pathlib.Path) -> pathlib.Path:
   """The folder of the CLIP that the predictor's config.json names, or in `clip` beside it."""
-  place = folder / "clip" if (folder / "clip").is_dir() else _read_config(folder).get("clip", "")
+  place = folder / "clip" if (folder / "clip").is_dir() else _read_config(folder).get("clip") or ""
   place = place or CLIP_L
   try:
     return folders.resolve_folder(place, "model*.safetensors")

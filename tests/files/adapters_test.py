@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 import jax
@@ -456,6 +457,29 @@ def test_different_ranks_in_a_stack_of_which_one_layer_is_missing(tmp_path):
   assert found.keys() == expected.keys()
   for layer, delta in expected.items():
     np.testing.assert_allclose(found[layer], delta, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_of_rank_0_are_left_out_with_a_warning(tmp_path):
+  """As tools that resize adapters write them, and as PEFT cannot."""
+  empty = [x[:0] if x is A else x[:, :0] for x in (A, B)]
+  emptied = {f"unet.{LAYERS[1]}.lora_{part}.weight": x for part, x in zip("AB", empty, strict=True)}
+  emptied[f"unet.{LAYERS[1]}.alpha"] = np.array(4.0, np.float32)
+  save_file({**GOOD, **emptied}, tmp_path / "x.safetensors")
+  save_file(GOOD, tmp_path / "good.safetensors")
+  with pytest.warns(UserWarning, match=rf"x.safetensors: 1 layers of rank 0 were left out: {re.escape(LAYERS[1])}\."):
+    found, scale = adapters.load_lora(tmp_path / "x.safetensors", UNET, PARAMS)
+  expected, expected_scale = adapters.load_lora(tmp_path / "good.safetensors", UNET, PARAMS)
+  assert scale == expected_scale
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  save_file(emptied, tmp_path / "x.safetensors")
+  with pytest.warns(UserWarning, match="rank 0"), pytest.raises(ValueError, match="x.safetensors holds no adapter of"):
+    adapters.load_lora(tmp_path / "x.safetensors", UNET, PARAMS)
+
+
+def test_a_null_alpha_of_peft_means_the_rank(tmp_path):
+  metadata = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": None, "unet.alpha_pattern": None})}
+  save_file(GOOD, tmp_path / "x.safetensors", metadata)
+  assert adapters.load_lora(tmp_path / "x.safetensors", UNET, PARAMS)[1] == 1.0
 
 
 def test_rank_stabilised_scale(tmp_path):
