@@ -386,8 +386,25 @@ def _adapter(
   try:
     adapter = lora.from_layers(layers, params)
   except ValueError as error:
-    raise ValueError(f"{file}: {component}: {error}") from error
+    made_for = _made_for(layers) if component == "unet" else None
+    own = _FAMILIES.get(config.per_level("cross_attention_dim")[0])
+    cause = f"it was made for {made_for}, and the model is {own or 'another'}: " if made_for not in (None, own) else ""
+    raise ValueError(f"{file}: {component}: {cause}{error}") from error
   return jax.tree.map(jnp.asarray, adapter), scale
+
+
+# By the width of the text embeddings that a UNet attends to.
+_FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+
+
+def _made_for(layers: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str | None:
+  """The family of models that an adapter's layers are of, None if they do not tell."""
+  if any(re.search(r"(single|double)_blocks|single_transformer_blocks", name) for name in layers):
+    return "Flux"
+  if any(re.search(r"joint_blocks|attn[._]add_[qkv]_proj", name) for name in layers):
+    return "Stable Diffusion 3"
+  widths = {a.shape[0] for name, (a, _) in layers.items() if re.search(r"attn2[._]to_[kv]$", name)}
+  return _FAMILIES.get(min(widths, default=0))
 
 
 def _read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
@@ -450,7 +467,7 @@ def _pair(file: pathlib.Path, layer: str, found: Mapping[str, np.ndarray]) -> tu
   """lora_A f32[in, r] and lora_B f32[r, out] of one layer."""
   if not {"down", "up"} <= found.keys():
     raise ValueError(
-      f"{file}: {layer} has only {', '.join(sorted(found))}, expected both factors; write the file again."
+      f"{file}: {layer} has only {' and '.join(sorted(found))}, expected both factors; write the file again."
     )
   shapes = [found[name].shape for name in ("down", "up")]
   two = [s[:2] for s in shapes if len(s) == 2 or s[2:] == (1, 1)]  # some tools write dense layers as 1x1 convolutions

@@ -23,6 +23,7 @@ from flax import linen as nn
 
 from jaxpref.models.resnet import flat_dot_general
 from jaxpref.models.stacks import is_stacked, layer_path
+from jaxpref.recipes.messages import listed
 
 Tree = Mapping[str, Any]
 
@@ -174,7 +175,7 @@ def apply(
   if pending:
     names = sorted(".".join(path) for path in pending)
     raise ValueError(
-      f"LoRA: {len(names)} adapted layers were never applied ({', '.join(names[:3])}, ...), "
+      f"LoRA: {len(names)} adapted layers were never applied ({listed(names)}), "
       "expected the network the adapter was made for."
     )
   return out
@@ -301,6 +302,5 @@ def from_layers(layers: Mapping[str, tuple[Any, Any]], params: Tree) -> dict[str
       _insert(adapter, path, factors)
   problems = [f"{name} is no linear layer of the network" for name in unknown] + problems
   if problems:
-    more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
-    raise ValueError(f"LoRA for another network: {'; '.join(problems[:4])}{more}; use the network it was made for.")
+    raise ValueError(f"LoRA for another network: {listed(problems)}; use the network it was made for.")
   return adapter

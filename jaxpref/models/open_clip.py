@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxpref.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from jaxpref.models.preference import CLIP_MEAN, CLIP_STD, StepAwareCLIPConfig
+from jaxpref.recipes.messages import listed
 
 Tree = dict[str, Any]
 
@@ -52,7 +53,7 @@ def config_from_dict(config: Mapping[str, Any]) -> StepAwareCLIPConfig:
       others = sorted(key for key in part if key not in _KNOWN_KEYS[name] and part[key] is not None)
       if others:
         raise ValueError(
-          f"open_clip config: {name} has {', '.join(others)}, which is not implemented, expected "
+          f"open_clip config: {name} has {listed(others)}, which is not implemented, expected "
           f"{', '.join(sorted(_KNOWN_KEYS[name]))}; take a plain ViT such as ViT-H-14."
         )
     shared = {

@@ -544,6 +544,21 @@ MERGE = "expected LoRA; merge it into the base model first"
       r"x.safetensors: unet: LoRA for another network: input_blocks_9_1_to_q is no linear layer",
     ),
     (
+      {
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight": np.ones((2, 2048), np.float32),
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_up.weight": np.ones((640, 2), np.float32),
+      },
+      r"unet: it was made for Stable Diffusion XL, and the model is another: LoRA for another network",
+    ),
+    (
+      {
+        f"lora_unet_double_blocks_{i}_img_mlp_0.lora_{x}.weight": y
+        for i in range(9)
+        for x, y in (("up", B), ("down", A))
+      },
+      r"it was made for Flux, .*: double_blocks_0_.*_4_img_mlp_0 is no linear layer of the network and 4 more; use",
+    ),
+    (
       {f"unet.{LAYERS[0]}.lora_A.weight": A[:, :16], f"unet.{LAYERS[0]}.lora_B.weight": B},
       r"LoRA for another network: mid_block.*attn1.to_q has 16 x 32 features, expected 32 x 32",
     ),
