@@ -9,10 +9,11 @@ Two forms are written, both are read, from whatever tool they are:
   names for SD1 and SD2, and those of the original implementation (`ldm_name`) for SDXL.
 
 The tensors of a 1x1 convolution are [r, in, 1, 1] and [out, r, 1, 1] in both. A layer whose factors are zero is not
-written. Files of others may also adapt text encoders (`text_encoder.`, `lora_te1_`, ...): to draw pictures, these
-factors are merged into the encoders' weights (`load_pipeline_lora`, `merge_text_encoders`); training continues adapters
-of a UNet alone (`load_lora`). LoRA of 3x3 convolutions (LoCon) and adapters of other kinds (DoRA, LoHa, LoKr, (IA)^3)
-are refused.
+written. Files of others may also adapt text encoders (`text_encoder.`, `lora_te1_`, OneTrainer's `clip_l.`, ComfyUI's
+`text_encoders.clip_l.transformer.`, ...): to draw pictures, these factors are merged into the encoders' weights
+(`load_pipeline_lora`, `merge_text_encoders`); training continues adapters of a UNet alone (`load_lora`). Embeddings of
+new words beside them are left out with a warning. LoRA of 3x3 convolutions (LoCon) and adapters of other kinds (DoRA,
+LoHa, LoKr, (IA)^3) are refused.
 """
 
 import json
@@ -41,8 +42,12 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 # How the keys of a component begin; the first match counts.
 _PREFIXES = {
-  "text_encoder": re.compile(r"lora_te1?_|text_encoder\.(base_model\.model\.)?"),
-  "text_encoder_2": re.compile(r"lora_te2_|text_encoder_2\.(base_model\.model\.)?"),
+  "text_encoder": re.compile(
+    r"lora_te1?_|text_encoder\.(base_model\.model\.)?|clip_l\.|text_encoders\.clip_[lh]\.(transformer\.)?"
+  ),
+  "text_encoder_2": re.compile(
+    r"lora_te2_|text_encoder_2\.(base_model\.model\.)?|clip_g\.|text_encoders\.clip_g\.(transformer\.)?"
+  ),
   "unet": re.compile(r"lora_unet_|diffusion_model\.|(unet\.)?(base_model\.model\.)?"),
 }
 # What follows a layer's name: in diffusers before PEFT; in PEFT (with or without the adapter's name) and kohya; alpha.
@@ -51,6 +56,8 @@ _PART = re.compile(
   r"|\.lora_(?P<new>A|B|down|up)(\.\w+)?\.weight"
   r"|(\.lora)?\.(?P<alpha>alpha))$"
 )
+# Embeddings of new words (textual inversion), which some tools put beside the factors.
+_EMBEDDING = re.compile(r"bundle_emb\.(?P<word>.+?)\.(string_to_\w+\..+|[^.]+)$")
 # Keys that only adapters of other kinds have, as PEFT, kohya and LyCORIS write them.
 _OTHER_KINDS = {
   "DoRA": re.compile(r"\.(dora_scale|lora_magnitude_vector)\b"),
@@ -250,7 +257,11 @@ def load_pipeline_lora(
     raise ValueError(f"{file} holds no adapter; give the path of a LoRA file for Stable Diffusion.")
   if foreign := sorted(found.keys() - params.keys()):
     raise ValueError(f"{file} adapts {foreign[0]}, which the model does not have; use it with the one it was made for.")
-  adapters = {name: _adapter(file, name, layers, config, params[name], peft) for name, layers in found.items()}
+  adapters = {
+    name: _adapter(file, name, kept, config, params[name], peft)
+    for name, layers in found.items()
+    if (kept := _without_projection(file, name, layers, params[name]))
+  }
   unet, scale = adapters.pop("unet", ({}, 1.0))
   return unet, scale, {name: rescale(adapter, own_scale, 1.0) for name, (adapter, own_scale) in adapters.items()}
 
@@ -322,6 +333,14 @@ _Layers = dict[str, dict[str, np.ndarray]]
 def _read(file: pathlib.Path) -> tuple[dict[str, _Layers], Mapping[str, Any]]:
   """The factors in a file and arguments of peft.LoraConfig ({} if the file comes without), both by component."""
   tensors, metadata = _read_tensors(file)
+  words = dict.fromkeys(match["word"] for key in tensors if (match := _EMBEDDING.match(key)))
+  if words:
+    warnings.warn(
+      f"{file}: its embeddings of new words were left out ({listed(words)}): the tokenizer does not know them, so that "
+      "in a prompt they mean no more than their letters.",
+      stacklevel=4,
+    )
+    tensors = {key: tensor for key, tensor in tensors.items() if not _EMBEDDING.match(key)}
   for kind, pattern in _OTHER_KINDS.items():
     if keys := sorted(filter(pattern.search, tensors)):
       raise ValueError(
@@ -448,6 +467,14 @@ def _parse(where: str, text: str) -> dict[str, Any]:
     return dict(json.loads(text))
   except (ValueError, TypeError) as e:
     raise ValueError(f"{where} is no JSON object ({e}); download or write it again.") from e
+
+
+def _without_projection(file: pathlib.Path, component: str, found: _Layers, params: lora.Tree) -> _Layers:
+  """Leaves out a text encoder's projection that the model does without, and warns of it."""
+  if component == "unet" or "text_projection" not in found or "text_projection" in params:
+    return found
+  warnings.warn(f"{file}: text_projection was left out: the model's {component} has none.", stacklevel=4)
+  return {name: parts for name, parts in found.items() if name != "text_projection"}
 
 
 def _without_emptied(file: pathlib.Path, found: Mapping[str, _Layers]) -> dict[str, _Layers]:
