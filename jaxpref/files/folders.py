@@ -12,7 +12,7 @@ from typing import Any
 from flax import linen as nn
 
 from jaxpref.files import hub
-from jaxpref.files.tensors import MisfitError, Path, Tree, load_tree, save_tree
+from jaxpref.files.tensors import MisfitError, Path, Tree, check_tree, load_tree, save_tree
 from jaxpref.models.deduce import contradicted_fields
 
 
@@ -61,6 +61,25 @@ def resolve_folder(name: Path, weights: str = "*.safetensors") -> pathlib.Path:
   return hub.fetch(str(name), weights)
 
 
+def check_network(module: nn.Module, files: Sequence[pathlib.Path], shapes: Tree) -> None:
+  """Raises what `load_network` would about the tensors that there are; reads headers only."""
+  with _naming_fields(module):
+    check_tree(files, shapes)
+
+
+@contextlib.contextmanager
+def _naming_fields(module: nn.Module) -> Iterator[None]:
+  """Adds to a MisfitError the fields of config.json that do not fit."""
+  try:
+    yield
+  except MisfitError as e:
+    fields = contradicted_fields(getattr(module, "config", None), e.found)
+    if not fields:
+      raise
+    said = [f"{name} is {right} in the tensors, {wrong} in it" for name, (wrong, right) in fields.items()]
+    raise MisfitError(e.where, f"{', '.join(said)}; {e.problems}", e.found) from None
+
+
 def load_network(module: nn.Module, files: Sequence[Path], shapes: Tree, param_dtype: Any, sharding: Any) -> Tree:
   """Reads the parameters of a network by `load_tree`; an error names the fields of config.json that do not fit.
 
@@ -71,14 +90,8 @@ def load_network(module: nn.Module, files: Sequence[Path], shapes: Tree, param_d
   Raises:
     MisfitError: the tensors are not those of `shapes`.
   """
-  try:
+  with _naming_fields(module):
     return load_tree(files, shapes, param_dtype=param_dtype, sharding=sharding)
-  except MisfitError as e:
-    fields = contradicted_fields(getattr(module, "config", None), e.found)
-    if not fields:
-      raise
-    said = [f"{name} is {right} in the tensors, {wrong} in it" for name, (wrong, right) in fields.items()]
-    raise MisfitError(e.where, f"{', '.join(said)}; {e.problems}", e.found) from None
 
 
 def save_network(folder: pathlib.Path, stem: str, config: Mapping[str, Any], params: Tree | None, dtype: Any) -> None:

@@ -11,7 +11,15 @@ import numpy as np
 from flax import linen as nn
 
 from jaxpref.diffusion import Schedule, schedule_from_config
-from jaxpref.files.folders import load_network, read_json, replacing, resolve_folder, save_network, write_json
+from jaxpref.files.folders import (
+  check_network,
+  load_network,
+  read_json,
+  replacing,
+  resolve_folder,
+  save_network,
+  write_json,
+)
 from jaxpref.files.tensors import Path, Sharding, Tree, weight_files
 from jaxpref.files.tokenizers import load_tokenizer_of, save_tokenizer, tiny_tokenizer_for, tokenize
 from jaxpref.models import presets
@@ -128,6 +136,9 @@ def load_pipeline(
   schedule = schedule_from_config(scheduler_config)
   tokenizer = load_tokenizer_of(folder, "", modules["text_encoder"])
   tokenizer_2 = load_tokenizer_of(folder, "_2", modules["text_encoder_2"]) if "text_encoder_2" in modules else None
+  for name in shapes:
+    check_network(modules[name], files[name], shapes[name])
+  _check_parts(folder, modules)
   shardings = sharding(shapes) if callable(sharding) else dict.fromkeys(shapes, sharding)
   dtypes = param_dtype if isinstance(param_dtype, Mapping) else dict.fromkeys(shapes, param_dtype)
   params = {
@@ -143,6 +154,43 @@ def load_pipeline(
     # The default is that of diffusers' pipeline of SDXL; the others have no such option.
     force_zeros_for_empty_prompt="text_encoder_2" in modules and (zeros is None or bool(zeros)),
   )
+
+
+# What else than noise the UNet of a model that is not text to image takes, by its number of channels.
+_OTHER_INPUTS = {
+  5: "a depth map as well",
+  7: "a small image as well (an upscaler)",
+  8: "an image to edit as well",
+  9: "a mask and a masked image as well (inpainting)",
+}
+
+
+def _check_parts(folder: pathlib.Path, modules: Mapping[str, Any]) -> None:
+  """Raises one ValueError if a field of one component's config.json does not fit the others."""
+  unet, vae, text = (modules[name].config for name in ("unet", "vae", "text_encoder"))
+  text_2 = modules["text_encoder_2"].config if "text_encoder_2" in modules else None
+
+  def require(component: str, field: str, expected: Any, why: str, found: Any = None) -> None:
+    found = getattr(modules[component].config, field) if found is None else found
+    if found != expected:
+      raise ValueError(
+        f"{folder / component / 'config.json'}: {field} is {found}, expected {expected}, {why}; take a text-to-image "
+        "model, and all of its components from it."
+      )
+
+  for field in ("in_channels", "out_channels"):
+    require("vae", field, 3, "the colours of an image")
+  takes = f" (this UNet takes {_OTHER_INPUTS[unet.in_channels]})" if unet.in_channels in _OTHER_INPUTS else ""
+  require("unet", "in_channels", vae.latent_channels, f"the latent_channels of the vae{takes}")
+  require("unet", "out_channels", vae.latent_channels, "the latent_channels of the vae")
+  width = text.hidden_size + (text_2.hidden_size if text_2 else 0)
+  found = unet.per_level("cross_attention_dim")[0]
+  require("unet", "cross_attention_dim", width, "the hidden_size of the text encoders", found)
+  require("unet", "addition_embed_type", "text_time" if text_2 else None, f"with {2 if text_2 else 1} text encoders")
+  if text_2 and unet.addition_time_embed_dim and unet.projection_class_embeddings_input_dim:
+    expected = text_2.projection_dim + 6 * unet.addition_time_embed_dim
+    why = "text_encoder_2's projection_dim + 6 addition_time_embed_dim"
+    require("unet", "projection_class_embeddings_input_dim", expected, why)
 
 
 def _make_module(name: str, class_name: str, config: Mapping[str, Any], dtype: Any) -> nn.Module:

@@ -322,6 +322,16 @@ def _read(
   return out
 
 
+def check_tree(files: Sequence[pathlib.Path], shapes: Mapping[str, Any]) -> None:
+  """Raises what `load_tree` would about the tensors' names, shapes and types; reads headers only."""
+  with _open(files) as found:
+    _match(_where(files), found, _entries(shapes))
+
+
+def _where(files: Sequence[pathlib.Path]) -> str:
+  return str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files)} shards)"
+
+
 def load_tree(
   files: Path | Sequence[Path],
   shapes: Mapping[str, Any],
@@ -353,8 +363,7 @@ def load_tree(
   shardings = dict(_leaves(sharding)) if isinstance(sharding, Mapping) else None
   tree: Tree = {}
   with _open(paths) as found:
-    where = str(paths[0]) if len(paths) == 1 else f"{paths[0].parent} ({len(paths)} shards)"
-    tensors = _match(where, found, entries)
+    tensors = _match(_where(paths), found, entries)
     for path, group in itertools.groupby(entries.values(), key=lambda entry: entry.path):
       layers = list(group)
       stack = () if layers[0].layer is None else (len(layers),)
