@@ -237,7 +237,7 @@ def main(argv: list[str]) -> None:
     print(f"compiling a step of {config.objective} for {len(devices)} x {devices[0].device_kind} ...", file=sys.stderr)
     options = compiler_options(chip, quick=flags.FLAGS.quick)
     report = compile_step(config, mesh, compiler_options=options)
-  except ValueError as error:
+  except (ValueError, OSError) as error:
     sys.exit(f"error: {error}")
   print(table(report, chip))
   print(f"\nlowered in {report['lower_seconds']:.0f} s, compiled in {report['compile_seconds']:.0f} s")

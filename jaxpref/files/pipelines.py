@@ -117,18 +117,7 @@ def load_pipeline(
   folder = resolve_folder(folder, "*/*.safetensors")  # not the single-file copies beside them
   index = read_json(folder / "model_index.json")
   zeros = index.get("force_zeros_for_empty_prompt")
-  modules: dict[str, nn.Module] = {}
-  for name in NETWORKS:
-    class_name = _component_class(index, name, folder)
-    if class_name is None:
-      if name == "text_encoder_2":
-        continue
-      raise ValueError(
-        f"{folder / 'model_index.json'} has no {name}, expected the components of Stable "
-        "Diffusion (unet, vae, text_encoder, tokenizer, scheduler); take a complete folder."
-      )
-    config = read_json(folder / name / "config.json")
-    modules[name] = _make_module(name, class_name, config, dtype)
+  modules = _read_modules(folder, index, dtype)
   shapes = {name: presets.abstract_params(module) for name, module in modules.items() if name in components}
   files = {name: weight_files(folder / name) for name in shapes}
   # Small files first: what is wrong with them should show before gigabytes are read.
@@ -154,6 +143,36 @@ def load_pipeline(
     # The default is that of diffusers' pipeline of SDXL; the others have no such option.
     force_zeros_for_empty_prompt="text_encoder_2" in modules and (zeros is None or bool(zeros)),
   )
+
+
+def read_preset(folder: Path) -> presets.Preset:
+  """Returns the architectures of a model folder, from its JSON files alone.
+
+  Raises:
+    FileNotFoundError, ValueError: as of `load_pipeline`, of these files.
+  """
+  folder = pathlib.Path(folder)
+  modules = _read_modules(folder, read_json(folder / "model_index.json"), jnp.float32)
+  _check_parts(folder, modules)
+  scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+  return presets.Preset(**{name: module.config for name, module in modules.items()}, scheduler=scheduler)
+
+
+def _read_modules(folder: pathlib.Path, index: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+  """The networks of a folder without parameters, by component."""
+  modules: dict[str, Any] = {}
+  for name in NETWORKS:
+    class_name = _component_class(index, name, folder)
+    if class_name is None:
+      if name == "text_encoder_2":
+        continue
+      raise ValueError(
+        f"{folder / 'model_index.json'} has no {name}, expected the components of Stable "
+        "Diffusion (unet, vae, text_encoder, tokenizer, scheduler); take a complete folder."
+      )
+    config = read_json(folder / name / "config.json")
+    modules[name] = _make_module(name, class_name, config, dtype)
+  return modules
 
 
 # What else than noise the UNet of a model that is not text to image takes, by its number of channels.

@@ -106,17 +106,18 @@ def init_lora(
     A nested dict with `lora_A` [..., in, r] and `lora_B` zeros [..., r, out].
 
   Raises:
-    ValueError: `rank` is below 1, `init` is unknown, or no linear layer matches `targets`.
+    ValueError: `rank` is below 1 or above the smaller side of a layer, `init` is unknown, or no linear layer matches
+      `targets`.
   """
   if rank < 1:
     raise ValueError(f"LoRA: rank is {rank}, expected at least 1; set e.g. rank=4.")
   if init not in INITS:
     raise ValueError(f"LoRA: init is {init!r}, expected one of {', '.join(INITS)}.")
   layers = linear_layers(params)
+  adapted = {path: shape for path, shape in layers.items() if re.search(targets, ".".join(path))}
+  check_rank(rank, adapted)
   adapter: dict[str, Any] = {}
-  for path, (*leading, fan_in, fan_out) in layers.items():
-    if not re.search(targets, ".".join(path)):
-      continue
+  for path, (*leading, fan_in, fan_out) in adapted.items():
     bound = fan_in**-0.5
 
     def factor(path):
@@ -135,6 +136,22 @@ def init_lora(
       f"regular expression that finds names such as {', '.join(names[:8]) or '(there are none)'}."
     )
   return adapter
+
+
+def check_rank(rank: int, layers: Mapping[tuple[str, ...], tuple[int, ...]]) -> None:
+  """Raises `RankError` if the rank is above the smaller side of one of `linear_layers`."""
+  narrow = {path: shape[-2:] for path, shape in layers.items() if min(shape[-2:]) < rank}
+  if narrow:
+    path, (fan_in, fan_out) = min(narrow.items(), key=lambda item: min(item[1]))
+    raise RankError(
+      f"LoRA: rank is {rank}, expected at most {min(fan_in, fan_out)}, the smaller side of {'.'.join(path)} "
+      f"({fan_in} x {fan_out}): more changes nothing else and costs more; {len(narrow)} of the {len(layers)} adapted "
+      "layers are smaller than that; set a lower rank."
+    )
+
+
+class RankError(ValueError):
+  """A rank is above what a layer can have."""
 
 
 def apply(

@@ -50,3 +50,22 @@ def test_null_in_the_towers_of_imagereward_and_of_open_clip_means_the_default():
   }
   assert open_clip.config_from_dict(null) == open_clip.config_from_dict(usual)
   assert open_clip.config_from_dict({**null, "preprocess_cfg": None}) == open_clip.config_from_dict(usual)
+
+
+def test_keys_of_an_average_of_weights_are_ignored_with_one_warning():
+  """As diffusers' EMAModel writes them into unet_ema/config.json."""
+  ema = {"decay": 0.9999, "inv_gamma": 1.0, "min_decay": 0.0, "optimization_step": 2000, "power": 2 / 3,
+         "update_after_step": 0, "use_ema_warmup": False}  # fmt: skip
+  with pytest.warns(UserWarning) as warned:
+    assert UNetConfig.from_dict(ema) == UNetConfig()
+  (said,) = [str(w.message) for w in warned]
+  assert all(key in said for key in ema) and "do not change the network" in said
+
+
+def test_all_that_is_unknown_or_not_implemented_is_one_sentence():
+  wrong = {"dropout": 0.1, "time_cond_proj_dim": 256, "new_feature": 1, "other": [2]}
+  with pytest.raises(ValueError) as error:
+    UNetConfig.from_dict({"decay": 0.5, **wrong})
+  said = str(error.value)
+  assert "unknown keys new_feature=1, other=[2], expected" in said and "decay" not in said
+  assert "dropout=0.1 is not implemented, expected 0; time_cond_proj_dim=256 is not implemented" in said
