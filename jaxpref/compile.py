@@ -280,6 +280,9 @@ def run() -> None:
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no process has a TPU, so several can compile
   if any(argument.startswith("--topology") for argument in sys.argv):
     jax.config.update("jax_platforms", "cpu")
+    # What libtpu asks its machine for, and complains about on stderr where there is none; the topology counts.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
   app.run(main, flags_parser=arguments.parse_flags)
 
 
