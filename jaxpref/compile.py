@@ -237,7 +237,7 @@ def main(argv: list[str]) -> None:
     print(f"compiling a step of {config.objective} for {len(devices)} x {devices[0].device_kind} ...", file=sys.stderr)
     options = compiler_options(chip, quick=flags.FLAGS.quick)
     report = compile_step(config, mesh, compiler_options=options)
-  except ValueError as error:
+  except (ValueError, OSError) as error:
     sys.exit(f"error: {error}")
   print(table(report, chip))
   print(f"\nlowered in {report['lower_seconds']:.0f} s, compiled in {report['compile_seconds']:.0f} s")
@@ -280,6 +280,9 @@ def run() -> None:
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no process has a TPU, so several can compile
   if any(argument.startswith("--topology") for argument in sys.argv):
     jax.config.update("jax_platforms", "cpu")
+    # What libtpu asks its machine for, and complains about on stderr where there is none; the topology counts.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
   app.run(main, flags_parser=arguments.parse_flags)
 
 

@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxpref.data import paths
+from jaxpref.recipes.messages import listed
 
 Path = str | os.PathLike
 logger = logging.getLogger(__name__)
@@ -217,7 +218,7 @@ def _prompt(fields: Mapping[str, Any], where: str, number: int, columns: Sequenc
   names = {str(name).strip().lower(): name for name in fields}
   column = next((names[c] for c in columns if c in names), None)
   if column is None:
-    found = ", ".join(map(str, fields)) or "nothing"
+    found = listed(map(str, fields)) or "nothing"
     raise ValueError(f"{where} {number}: found {found}; expected a field {' or '.join(columns)}.")
   text = fields[column]
   if not isinstance(text, str) or not text.strip():
@@ -335,7 +336,7 @@ def _read_parquet(place: Any) -> list[Prompt]:
       names = list(file.schema_arrow.names)
       wanted = [name for name in names if name.strip().lower() in (*TEXT_COLUMNS, "category", "id")]
       if not any(name.strip().lower() in TEXT_COLUMNS for name in wanted):
-        raise ValueError(f"{place}: found {', '.join(names)}; expected a column {' or '.join(TEXT_COLUMNS)}.")
+        raise ValueError(f"{place}: found {listed(names)}; expected a column {' or '.join(TEXT_COLUMNS)}.")
       rows = file.read(columns=wanted).to_pylist()
   except pyarrow.ArrowInvalid as error:
     raise ValueError(f"{place} is no Parquet file ({error}); download it again.") from error

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from jaxpref.data import paths, samples
+from jaxpref.recipes.messages import listed
 
 logger = logging.getLogger(__name__)
 LABELS = (0.0, 0.5, 1.0)
@@ -70,7 +71,7 @@ def open_folder(folder: str | os.PathLike, split: str) -> Source:
     )
   name = split.split("[")[0]
   if name not in builder.info.splits:
-    raise ValueError(f"{folder} has no split {name!r}, only {', '.join(builder.info.splits)}.")
+    raise ValueError(f"{folder} has no split {name!r}, only {listed(builder.info.splits)}.")
   images = [k for k, f in builder.info.features.items() if isinstance(f, tfds.features.Image)]
   there = paths.names(place)
   files = builder.info.splits[name].filepaths
@@ -145,7 +146,7 @@ def field(record: Mapping[str, Any], index: int, key: str) -> Any:
     return record[key]
   except KeyError:
     raise ValueError(
-      f"record {name_of(record, index)} has no field {key!r}, only {', '.join(sorted(record))}; "
+      f"record {name_of(record, index)} has no field {key!r}, only {listed(sorted(record))}; "
       "rename or add it in the source."
     ) from None
 

@@ -37,6 +37,7 @@ from jaxpref.data.files import (
   open_unpaired_file,
 )
 from jaxpref.data.index import Index, Selection
+from jaxpref.recipes.messages import listed
 
 Path = str | os.PathLike
 # Records, or files, that are looked at to tell whether what was made of a dataset before is still of it.
@@ -123,7 +124,7 @@ def find_dataset(folder: Path) -> Any:
       "such as 1.0.0."
     )
   if len(found) > 1:
-    raise ValueError(f"{folder} holds several datasets, {', '.join(found)}; give the folder of one of them.")
+    raise ValueError(f"{folder} holds several datasets, {listed(found)}; give the folder of one of them.")
   return paths.open_path(found[0])
 
 

@@ -29,6 +29,7 @@ import numpy as np
 from jaxpref.data import paths
 from jaxpref.evaluation import page, statistics
 from jaxpref.evaluation.page import bounded, change_text, p_text, score_text, share_text
+from jaxpref.recipes.messages import listed
 
 FEW_PROMPTS = 20  # with fewer, intervals of resampled prompts are too short
 LEVEL = 0.05  # of the verdicts
@@ -50,7 +51,7 @@ def check(results: Mapping[str, Any]) -> None:
     if not names or len(set(names)) < len(names):
       raise ValueError(f"{what} of the results: {list(names)}; expected at least one, each with its own name.")
   if results["baseline"] is not None and results["baseline"] not in models:
-    raise ValueError(f"baseline {results['baseline']!r} is none of the models {', '.join(models)}; name one of them.")
+    raise ValueError(f"baseline {results['baseline']!r} is none of the models {listed(models)}; name one of them.")
   if not all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in results["prompts"]):
     raise ValueError('prompts of the results: expected {"text": ...} in each of them.')
   shape = (len(results["prompts"]), results["seeds_per_prompt"])

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxpref.evaluation.statistics import bootstrap_interval, win_rate
 from jaxpref.models.preference import Judge, ask_judge
+from jaxpref.recipes.messages import listed
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -77,7 +78,7 @@ def score(
   is recognised among the candidates.
   """
   if style not in judge.config.styles:
-    raise ValueError(f"the judge knows the styles {', '.join(judge.config.styles)}, not {style!r}.")
+    raise ValueError(f"the judge knows the styles {listed(judge.config.styles)}, not {style!r}.")
   prompts, seeds = images.shape[:2]
   column = judge.config.styles.index(style)
   styles, classes = judge_images(judge, params, images.reshape(-1, *images.shape[2:]))

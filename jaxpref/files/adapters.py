@@ -9,10 +9,11 @@ Two forms are written, both are read, from whatever tool they are:
   names for SD1 and SD2, and those of the original implementation (`ldm_name`) for SDXL.
 
 The tensors of a 1x1 convolution are [r, in, 1, 1] and [out, r, 1, 1] in both. A layer whose factors are zero is not
-written. Files of others may also adapt text encoders (`text_encoder.`, `lora_te1_`, ...): to draw pictures, these
-factors are merged into the encoders' weights (`load_pipeline_lora`, `merge_text_encoders`); training continues adapters
-of a UNet alone (`load_lora`). LoRA of 3x3 convolutions (LoCon) and adapters of other kinds (DoRA, LoHa, LoKr, (IA)^3)
-are refused.
+written. Files of others may also adapt text encoders (`text_encoder.`, `lora_te1_`, OneTrainer's `clip_l.`, ComfyUI's
+`text_encoders.clip_l.transformer.`, ...): to draw pictures, these factors are merged into the encoders' weights
+(`load_pipeline_lora`, `merge_text_encoders`); training continues adapters of a UNet alone (`load_lora`). Embeddings of
+new words beside them are left out with a warning. LoRA of 3x3 convolutions (LoCon) and adapters of other kinds (DoRA,
+LoHa, LoKr, (IA)^3) are refused.
 """
 
 import json
@@ -21,6 +22,7 @@ import os
 import pathlib
 import re
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +33,7 @@ import numpy as np
 from jaxpref.files.tensors import save_tree
 from jaxpref.models import lora
 from jaxpref.models.unet import UNetConfig
+from jaxpref.recipes.messages import listed
 
 Path = str | os.PathLike[str]
 
@@ -39,8 +42,12 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 # How the keys of a component begin; the first match counts.
 _PREFIXES = {
-  "text_encoder": re.compile(r"lora_te1?_|text_encoder\.(base_model\.model\.)?"),
-  "text_encoder_2": re.compile(r"lora_te2_|text_encoder_2\.(base_model\.model\.)?"),
+  "text_encoder": re.compile(
+    r"lora_te1?_|text_encoder\.(base_model\.model\.)?|clip_l\.|text_encoders\.clip_[lh]\.(transformer\.)?"
+  ),
+  "text_encoder_2": re.compile(
+    r"lora_te2_|text_encoder_2\.(base_model\.model\.)?|clip_g\.|text_encoders\.clip_g\.(transformer\.)?"
+  ),
   "unet": re.compile(r"lora_unet_|diffusion_model\.|(unet\.)?(base_model\.model\.)?"),
 }
 # What follows a layer's name: in diffusers before PEFT; in PEFT (with or without the adapter's name) and kohya; alpha.
@@ -49,6 +56,8 @@ _PART = re.compile(
   r"|\.lora_(?P<new>A|B|down|up)(\.\w+)?\.weight"
   r"|(\.lora)?\.(?P<alpha>alpha))$"
 )
+# Embeddings of new words (textual inversion), which some tools put beside the factors.
+_EMBEDDING = re.compile(r"bundle_emb\.(?P<word>.+?)\.(string_to_\w+\..+|[^.]+)$")
 # Keys that only adapters of other kinds have, as PEFT, kohya and LyCORIS write them.
 _OTHER_KINDS = {
   "DoRA": re.compile(r"\.(dora_scale|lora_magnitude_vector)\b"),
@@ -248,7 +257,11 @@ def load_pipeline_lora(
     raise ValueError(f"{file} holds no adapter; give the path of a LoRA file for Stable Diffusion.")
   if foreign := sorted(found.keys() - params.keys()):
     raise ValueError(f"{file} adapts {foreign[0]}, which the model does not have; use it with the one it was made for.")
-  adapters = {name: _adapter(file, name, layers, config, params[name], peft) for name, layers in found.items()}
+  adapters = {
+    name: _adapter(file, name, kept, config, params[name], peft)
+    for name, layers in found.items()
+    if (kept := _without_projection(file, name, layers, params[name]))
+  }
   unet, scale = adapters.pop("unet", ({}, 1.0))
   return unet, scale, {name: rescale(adapter, own_scale, 1.0) for name, (adapter, own_scale) in adapters.items()}
 
@@ -320,6 +333,14 @@ _Layers = dict[str, dict[str, np.ndarray]]
 def _read(file: pathlib.Path) -> tuple[dict[str, _Layers], Mapping[str, Any]]:
   """The factors in a file and arguments of peft.LoraConfig ({} if the file comes without), both by component."""
   tensors, metadata = _read_tensors(file)
+  words = dict.fromkeys(match["word"] for key in tensors if (match := _EMBEDDING.match(key)))
+  if words:
+    warnings.warn(
+      f"{file}: its embeddings of new words were left out ({listed(words)}): the tokenizer does not know them, so that "
+      "in a prompt they mean no more than their letters.",
+      stacklevel=4,
+    )
+    tensors = {key: tensor for key, tensor in tensors.items() if not _EMBEDDING.match(key)}
   for kind, pattern in _OTHER_KINDS.items():
     if keys := sorted(filter(pattern.search, tensors)):
       raise ValueError(
@@ -356,7 +377,7 @@ def _read(file: pathlib.Path) -> tuple[dict[str, _Layers], Mapping[str, Any]]:
       "conv_dim), expected dense layers and 1x1 convolutions; merge it into the base model first (load_lora_weights, "
       "fuse_lora, unload_lora_weights, save_pretrained of diffusers)."
     )
-  return found, _peft_arguments(file, tensors, metadata)
+  return _without_emptied(file, found), _peft_arguments(file, tensors, metadata)
 
 
 def _adapter(
@@ -384,8 +405,25 @@ def _adapter(
   try:
     adapter = lora.from_layers(layers, params)
   except ValueError as error:
-    raise ValueError(f"{file}: {component}: {error}") from error
+    made_for = _made_for(layers) if component == "unet" else None
+    own = _FAMILIES.get(config.per_level("cross_attention_dim")[0])
+    cause = f"it was made for {made_for}, and the model is {own or 'another'}: " if made_for not in (None, own) else ""
+    raise ValueError(f"{file}: {component}: {cause}{error}") from error
   return jax.tree.map(jnp.asarray, adapter), scale
+
+
+# By the width of the text embeddings that a UNet attends to.
+_FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+
+
+def _made_for(layers: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str | None:
+  """The family of models that an adapter's layers are of, None if they do not tell."""
+  if any(re.search(r"(single|double)_blocks|single_transformer_blocks", name) for name in layers):
+    return "Flux"
+  if any(re.search(r"joint_blocks|attn[._]add_[qkv]_proj", name) for name in layers):
+    return "Stable Diffusion 3"
+  widths = {a.shape[0] for name, (a, _) in layers.items() if re.search(r"attn2[._]to_[kv]$", name)}
+  return _FAMILIES.get(min(widths, default=0))
 
 
 def _read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
@@ -431,11 +469,32 @@ def _parse(where: str, text: str) -> dict[str, Any]:
     raise ValueError(f"{where} is no JSON object ({e}); download or write it again.") from e
 
 
+def _without_projection(file: pathlib.Path, component: str, found: _Layers, params: lora.Tree) -> _Layers:
+  """Leaves out a text encoder's projection that the model does without, and warns of it."""
+  if component == "unet" or "text_projection" not in found or "text_projection" in params:
+    return found
+  warnings.warn(f"{file}: text_projection was left out: the model's {component} has none.", stacklevel=4)
+  return {name: parts for name, parts in found.items() if name != "text_projection"}
+
+
+def _without_emptied(file: pathlib.Path, found: Mapping[str, _Layers]) -> dict[str, _Layers]:
+  """Leaves out layers whose factors have rank 0, as tools that resize adapters write them, and warns of them."""
+
+  def is_emptied(parts: Mapping[str, np.ndarray]) -> bool:
+    return {"down", "up"} <= parts.keys() and parts["down"].shape[:1] == parts["up"].shape[1:2] == (0,)
+
+  emptied = [name for layers in found.values() for name, parts in layers.items() if is_emptied(parts)]
+  if emptied:
+    warnings.warn(f"{file}: {len(emptied)} layers of rank 0 were left out: {listed(emptied)}.", stacklevel=4)
+  kept = {name: {n: p for n, p in layers.items() if not is_emptied(p)} for name, layers in found.items()}
+  return {name: layers for name, layers in kept.items() if layers}
+
+
 def _pair(file: pathlib.Path, layer: str, found: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
   """lora_A f32[in, r] and lora_B f32[r, out] of one layer."""
   if not {"down", "up"} <= found.keys():
     raise ValueError(
-      f"{file}: {layer} has only {', '.join(sorted(found))}, expected both factors; write the file again."
+      f"{file}: {layer} has only {' and '.join(sorted(found))}, expected both factors; write the file again."
     )
   shapes = [found[name].shape for name in ("down", "up")]
   two = [s[:2] for s in shapes if len(s) == 2 or s[2:] == (1, 1)]  # some tools write dense layers as 1x1 convolutions
@@ -457,7 +516,7 @@ def _scale(file: pathlib.Path, layer: str, rank: int, alpha: np.ndarray | None, 
   else:
     patterns = peft.get("alpha_pattern") or {}
     own = [v for pattern, v in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer)]
-    value = float((own or [peft.get("lora_alpha", rank)])[0])
+    value = float(own[0] if own else rank if peft.get("lora_alpha") is None else peft["lora_alpha"])
   scale = value / (rank**0.5 if alpha is None and peft.get("use_rslora") else rank)
   if not (np.isfinite(scale) and scale != 0):
     raise ValueError(f"{file}: {layer} has alpha {value}, expected a number other than 0; write the file again.")

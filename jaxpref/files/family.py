@@ -186,7 +186,7 @@ class StableDiffusionFamily:
     model = loading.text_to_image(pipe, lora_scale=lora_scale, vae_slicing=vae_slicing)
     if sampler == "dpmpp_2m":
       # Where the folder does not say, diffusers' DPMSolverMultistepScheduler has another default than DDIMScheduler.
-      spacing = pipe.scheduler_config.get("timestep_spacing", "linspace")
+      spacing = pipe.scheduler_config.get("timestep_spacing") or "linspace"
       schedule = dataclasses.replace(pipe.schedule, timestep_spacing=spacing)
       model = dataclasses.replace(model, process=VariancePreserving(schedule))
     return dataclasses.replace(model, clip_skip=clip_skip)
@@ -212,13 +212,18 @@ class StableDiffusionFamily:
     return adapters.merge_text_encoders(dict(pipe.params), text_encoders) | {"unet_lora": adapter}, scale
 
   def without_values(self, name: str) -> str:
-    preset = self.published.get(name, name.partition(":")[2])
-    if preset not in presets.PRESETS:
+    preset = self.published.get(name, name if name in loading.SHIPPED else name.partition(":")[2])
+    if preset in presets.PRESETS:
+      return f"zeros:{preset}"
+    try:
+      folder = folders.resolve_folder(loading.folder_of(name), "*.no_weights")
+      pipelines.read_preset(folder)
+    except (FileNotFoundError, ValueError) as error:
       raise ValueError(
         f"config.model={name}: its shapes are not known here; expected random:PRESET with one of "
-        f"{', '.join(presets.PRESETS)}, or one of {', '.join(self.published)}."
-      )
-    return f"zeros:{preset}"
+        f"{', '.join(presets.PRESETS)}, one of {', '.join(self.published)}, or a model folder: {error}"
+      ) from error
+    return f"zeros:{folder}"
 
   def weight_files(self, name: str) -> dict[str, list[pathlib.Path]]:
     if loading.preset_of(name) is not None:

@@ -11,7 +11,8 @@ from typing import Any
 
 from flax import linen as nn
 
-from jaxpref.files.tensors import MisfitError, Path, Tree, load_tree, save_tree
+from jaxpref.files import hub
+from jaxpref.files.tensors import MisfitError, Path, Tree, check_tree, load_tree, save_tree
 from jaxpref.models.deduce import contradicted_fields
 
 
@@ -39,8 +40,7 @@ def resolve_folder(name: Path, weights: str = "*.safetensors") -> pathlib.Path:
   """Returns a model folder on this machine, downloaded from the Hugging Face hub if it is named so.
 
   Args:
-    name: a folder, or "organisation/model" of the hub. Only safetensors, JSON and text files are
-      fetched, no second copies in half precision.
+    name: a folder, or "organisation/model" of the hub; see `hub.fetch`.
     weights: pattern of the weight files to fetch.
 
   Raises:
@@ -58,22 +58,26 @@ def resolve_folder(name: Path, weights: str = "*.safetensors") -> pathlib.Path:
       f"model folder {name} does not exist, expected a folder in the layout of diffusers or a "
       "hub name such as organisation/model; check the path."
     )
-  try:
-    import huggingface_hub
+  return hub.fetch(str(name), weights)
 
-    return pathlib.Path(
-      huggingface_hub.snapshot_download(
-        str(name),
-        allow_patterns=[weights, "*.json", "*.txt"],
-        ignore_patterns=["*.fp16.*", "*.non_ema.*", "safety_checker/*"],
-      )
-    )
-  except Exception as e:  # whatever the hub client raises without network, or for a wrong name
-    raise FileNotFoundError(
-      f"{name} is neither a folder here nor could it be fetched from the Hugging Face hub "
-      f"({type(e).__name__}); check the name, connect to the network, or give the path of a "
-      "downloaded folder."
-    ) from e
+
+def check_network(module: nn.Module, files: Sequence[pathlib.Path], shapes: Tree) -> None:
+  """Raises what `load_network` would about the tensors that there are; reads headers only."""
+  with _naming_fields(module):
+    check_tree(files, shapes)
+
+
+@contextlib.contextmanager
+def _naming_fields(module: nn.Module) -> Iterator[None]:
+  """Adds to a MisfitError the fields of config.json that do not fit."""
+  try:
+    yield
+  except MisfitError as e:
+    fields = contradicted_fields(getattr(module, "config", None), e.found)
+    if not fields:
+      raise
+    said = [f"{name} is {right} in the tensors, {wrong} in it" for name, (wrong, right) in fields.items()]
+    raise MisfitError(e.where, f"{', '.join(said)}; {e.problems}", e.found) from None
 
 
 def load_network(module: nn.Module, files: Sequence[Path], shapes: Tree, param_dtype: Any, sharding: Any) -> Tree:
@@ -86,14 +90,8 @@ def load_network(module: nn.Module, files: Sequence[Path], shapes: Tree, param_d
   Raises:
     MisfitError: the tensors are not those of `shapes`.
   """
-  try:
+  with _naming_fields(module):
     return load_tree(files, shapes, param_dtype=param_dtype, sharding=sharding)
-  except MisfitError as e:
-    fields = contradicted_fields(getattr(module, "config", None), e.found)
-    if not fields:
-      raise
-    said = [f"{name} is {right} in the tensors, {wrong} in it" for name, (wrong, right) in fields.items()]
-    raise MisfitError(e.where, f"{', '.join(said)}; {e.problems}", e.found) from None
 
 
 def save_network(folder: pathlib.Path, stem: str, config: Mapping[str, Any], params: Tree | None, dtype: Any) -> None:

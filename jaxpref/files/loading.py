@@ -32,8 +32,13 @@ def folder_of(name: str) -> str | pathlib.Path:
 
 
 def preset_of(name: str) -> presets.Preset | None:
-  """Returns the preset of random:PRESET, drawn:PRESET or zeros:PRESET; None for other names, which are loaded."""
+  """Returns the preset of random:PRESET, drawn:PRESET or zeros:PRESET; None for other names, which are loaded.
+
+  zeros:FOLDER has the shapes that the config.json files of a model folder describe.
+  """
   kind, colon, preset = name.partition(":")
+  if kind == "zeros" and preset not in presets.PRESETS and (pathlib.Path(preset) / "model_index.json").is_file():
+    return pipelines.read_preset(preset)
   return presets.get_preset(preset) if colon and kind in ("random", "drawn", "zeros") else None
 
 
@@ -97,7 +102,7 @@ def load_text_to_image(
         f"{expected}; choose a VAE that was made for this model."
       )
     return dataclasses.replace(pipe, vae=vae, params={**pipe.params, "vae": params})
-  if preset_of(name) is not None:
+  if (preset := preset_of(name)) is not None:
     if name.startswith("drawn:"):
       return _draw_text_to_image(
         name,
@@ -107,7 +112,6 @@ def load_text_to_image(
         sharding=sharding,
         components=components,
       )
-    preset = name.partition(":")[2]
     pipe = pipelines.random_pipeline(preset, seed, dtype=jnp.dtype(dtype), init=initialiser(name))
     chosen = {k: v for k, v in pipe.params.items() if k in components}
     params = {k: jax.tree.map(lambda x, k=k: x.astype(param_dtypes[k]), v) for k, v in chosen.items()}

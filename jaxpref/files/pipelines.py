@@ -11,7 +11,15 @@ import numpy as np
 from flax import linen as nn
 
 from jaxpref.diffusion import Schedule, schedule_from_config
-from jaxpref.files.folders import load_network, read_json, replacing, resolve_folder, save_network, write_json
+from jaxpref.files.folders import (
+  check_network,
+  load_network,
+  read_json,
+  replacing,
+  resolve_folder,
+  save_network,
+  write_json,
+)
 from jaxpref.files.tensors import Path, Sharding, Tree, weight_files
 from jaxpref.files.tokenizers import load_tokenizer_of, save_tokenizer, tiny_tokenizer_for, tokenize
 from jaxpref.models import presets
@@ -108,18 +116,8 @@ def load_pipeline(
   """
   folder = resolve_folder(folder, "*/*.safetensors")  # not the single-file copies beside them
   index = read_json(folder / "model_index.json")
-  modules: dict[str, nn.Module] = {}
-  for name in NETWORKS:
-    class_name = _component_class(index, name, folder)
-    if class_name is None:
-      if name == "text_encoder_2":
-        continue
-      raise ValueError(
-        f"{folder / 'model_index.json'} has no {name}, expected the components of Stable "
-        "Diffusion (unet, vae, text_encoder, tokenizer, scheduler); take a complete folder."
-      )
-    config = read_json(folder / name / "config.json")
-    modules[name] = _make_module(name, class_name, config, dtype)
+  zeros = index.get("force_zeros_for_empty_prompt")
+  modules = _read_modules(folder, index, dtype)
   shapes = {name: presets.abstract_params(module) for name, module in modules.items() if name in components}
   files = {name: weight_files(folder / name) for name in shapes}
   # Small files first: what is wrong with them should show before gigabytes are read.
@@ -127,6 +125,9 @@ def load_pipeline(
   schedule = schedule_from_config(scheduler_config)
   tokenizer = load_tokenizer_of(folder, "", modules["text_encoder"])
   tokenizer_2 = load_tokenizer_of(folder, "_2", modules["text_encoder_2"]) if "text_encoder_2" in modules else None
+  for name in shapes:
+    check_network(modules[name], files[name], shapes[name])
+  _check_parts(folder, modules)
   shardings = sharding(shapes) if callable(sharding) else dict.fromkeys(shapes, sharding)
   dtypes = param_dtype if isinstance(param_dtype, Mapping) else dict.fromkeys(shapes, param_dtype)
   params = {
@@ -140,8 +141,75 @@ def load_pipeline(
     tokenizer=tokenizer,
     tokenizer_2=tokenizer_2,
     # The default is that of diffusers' pipeline of SDXL; the others have no such option.
-    force_zeros_for_empty_prompt="text_encoder_2" in modules and bool(index.get("force_zeros_for_empty_prompt", True)),
+    force_zeros_for_empty_prompt="text_encoder_2" in modules and (zeros is None or bool(zeros)),
   )
+
+
+def read_preset(folder: Path) -> presets.Preset:
+  """Returns the architectures of a model folder, from its JSON files alone.
+
+  Raises:
+    FileNotFoundError, ValueError: as of `load_pipeline`, of these files.
+  """
+  folder = pathlib.Path(folder)
+  modules = _read_modules(folder, read_json(folder / "model_index.json"), jnp.float32)
+  _check_parts(folder, modules)
+  scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+  return presets.Preset(**{name: module.config for name, module in modules.items()}, scheduler=scheduler)
+
+
+def _read_modules(folder: pathlib.Path, index: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+  """The networks of a folder without parameters, by component."""
+  modules: dict[str, Any] = {}
+  for name in NETWORKS:
+    class_name = _component_class(index, name, folder)
+    if class_name is None:
+      if name == "text_encoder_2":
+        continue
+      raise ValueError(
+        f"{folder / 'model_index.json'} has no {name}, expected the components of Stable "
+        "Diffusion (unet, vae, text_encoder, tokenizer, scheduler); take a complete folder."
+      )
+    config = read_json(folder / name / "config.json")
+    modules[name] = _make_module(name, class_name, config, dtype)
+  return modules
+
+
+# What else than noise the UNet of a model that is not text to image takes, by its number of channels.
+_OTHER_INPUTS = {
+  5: "a depth map as well",
+  7: "a small image as well (an upscaler)",
+  8: "an image to edit as well",
+  9: "a mask and a masked image as well (inpainting)",
+}
+
+
+def _check_parts(folder: pathlib.Path, modules: Mapping[str, Any]) -> None:
+  """Raises one ValueError if a field of one component's config.json does not fit the others."""
+  unet, vae, text = (modules[name].config for name in ("unet", "vae", "text_encoder"))
+  text_2 = modules["text_encoder_2"].config if "text_encoder_2" in modules else None
+
+  def require(component: str, field: str, expected: Any, why: str, found: Any = None) -> None:
+    found = getattr(modules[component].config, field) if found is None else found
+    if found != expected:
+      raise ValueError(
+        f"{folder / component / 'config.json'}: {field} is {found}, expected {expected}, {why}; take a text-to-image "
+        "model, and all of its components from it."
+      )
+
+  for field in ("in_channels", "out_channels"):
+    require("vae", field, 3, "the colours of an image")
+  takes = f" (this UNet takes {_OTHER_INPUTS[unet.in_channels]})" if unet.in_channels in _OTHER_INPUTS else ""
+  require("unet", "in_channels", vae.latent_channels, f"the latent_channels of the vae{takes}")
+  require("unet", "out_channels", vae.latent_channels, "the latent_channels of the vae")
+  width = text.hidden_size + (text_2.hidden_size if text_2 else 0)
+  found = unet.per_level("cross_attention_dim")[0]
+  require("unet", "cross_attention_dim", width, "the hidden_size of the text encoders", found)
+  require("unet", "addition_embed_type", "text_time" if text_2 else None, f"with {2 if text_2 else 1} text encoders")
+  if text_2 and unet.addition_time_embed_dim and unet.projection_class_embeddings_input_dim:
+    expected = text_2.projection_dim + 6 * unet.addition_time_embed_dim
+    why = "text_encoder_2's projection_dim + 6 addition_time_embed_dim"
+    require("unet", "projection_class_embeddings_input_dim", expected, why)
 
 
 def _make_module(name: str, class_name: str, config: Mapping[str, Any], dtype: Any) -> nn.Module:

@@ -26,7 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpref.models.deduce import kind_of
 from jaxpref.models.stacks import is_stacked, layer_path
+from jaxpref.recipes.messages import SHOWN, listed, write_list
 
 Path = str | os.PathLike[str]
 Tree = dict[str, Any]
@@ -75,6 +77,8 @@ class MisfitError(ValueError):
   """Files do not hold the tensors that are expected.
 
   Attributes:
+    where: the files.
+    problems: the cause if it is known, and the first names of what does not fit.
     found: {name: shape} of the files.
   """
 
@@ -157,13 +161,13 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
           missing = [shard for shard in shards if not (folder / shard).is_file()]
           if missing:
             raise FileNotFoundError(
-              f"{folder / index} names shards that are not there ({', '.join(missing)}); download the folder again."
+              f"{folder / index} names shards that are not there ({listed(missing)}); download the folder again."
             )
           return [folder / shard for shard in shards]
   pickles = sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLES)
   if pickles:
     raise ValueError(
-      f"{folder} has its weights only as {', '.join(pickles)}, expected "
+      f"{folder} has its weights only as {listed(pickles)}, expected "
       f"{_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors; pickles can run code and are "
       "refused: save the model again with safe_serialization=True."
     )
@@ -257,11 +261,11 @@ def fingerprint(files: Sequence[pathlib.Path]) -> str:
 
 
 def _names(keys: Sequence[str]) -> str:
-  return f"{len(keys)} ({', '.join(keys)})"
+  return f"{len(keys)} ({listed(keys)})"
 
 
 def _match(where: str, tensors: Mapping[str, _Stored], entries: Mapping[str, _Entry]) -> dict[str, _Stored]:
-  """{expected name: tensor}; raises one ValueError that lists all that does not fit."""
+  """{expected name: tensor}; raises one ValueError on all that does not fit, its cause first."""
   found = {key: tensor.shape for key, tensor in tensors.items()}
   names, unexpected = {key: key for key in found if key in entries}, []
   for key in found:
@@ -281,13 +285,13 @@ def _match(where: str, tensors: Mapping[str, _Stored], entries: Mapping[str, _En
     for key, name in names.items()
     if core(found[name]) != core(entries[key].shape)
   ]
-  problems = [
-    f"{what} {_names(keys)}"
-    for what, keys in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
-    if keys
-  ]
+  lists = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
+  problems = [f"{what} {_names(keys)}" for what, keys in lists.items() if keys]
   if problems:
-    raise MisfitError(where, "; ".join(problems), found)
+    kind, expected = kind_of(found), kind_of(entries)
+    cause = [f"they are those of {kind}, expected {expected}"] if kind and expected and kind != expected else []
+    whole = [f"{write_list(lists)} lists them all"] if any(len(keys) > SHOWN for keys in lists.values()) else []
+    raise MisfitError(where, "; ".join(cause + problems + whole), found)
   foreign = [f"{name} {tensors[name].dtype}" for name in names.values() if tensors[name].dtype not in _DTYPES]
   if foreign:
     raise ValueError(
@@ -318,6 +322,16 @@ def _read(
   return out
 
 
+def check_tree(files: Sequence[pathlib.Path], shapes: Mapping[str, Any]) -> None:
+  """Raises what `load_tree` would about the tensors' names, shapes and types; reads headers only."""
+  with _open(files) as found:
+    _match(_where(files), found, _entries(shapes))
+
+
+def _where(files: Sequence[pathlib.Path]) -> str:
+  return str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files)} shards)"
+
+
 def load_tree(
   files: Path | Sequence[Path],
   shapes: Mapping[str, Any],
@@ -339,8 +353,8 @@ def load_tree(
     A tree of the structure and shapes of `shapes`.
 
   Raises:
-    MisfitError: the tensors are not those of `shapes`; lists by name whatever is missing, unexpected
-      or mis-shaped.
+    MisfitError: the tensors are not those of `shapes`; names what is missing, unexpected or mis-shaped, and the file
+      of the whole list if it is long.
     ValueError: a file is no safetensors, or holds other numbers than floating-point ones.
   """
   paths = [pathlib.Path(f) for f in ([files] if isinstance(files, str | os.PathLike) else files)]
@@ -349,8 +363,7 @@ def load_tree(
   shardings = dict(_leaves(sharding)) if isinstance(sharding, Mapping) else None
   tree: Tree = {}
   with _open(paths) as found:
-    where = str(paths[0]) if len(paths) == 1 else f"{paths[0].parent} ({len(paths)} shards)"
-    tensors = _match(where, found, entries)
+    tensors = _match(_where(paths), found, entries)
     for path, group in itertools.groupby(entries.values(), key=lambda entry: entry.path):
       layers = list(group)
       stack = () if layers[0].layer is None else (len(layers),)

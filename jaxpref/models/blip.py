@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from jaxpref.models.attention import attention
 from jaxpref.models.clip import layer_norm
+from jaxpref.models.config import without_nulls
 from jaxpref.models.preference import CLIP_MEAN, CLIP_STD
 from jaxpref.models.resnet import dense
 
@@ -79,8 +80,8 @@ class ImageRewardConfig:
         f"ImageReward config: model_type is {config.get('model_type')!r}, expected 'imagereward'; point to a folder "
         "that scripts/assets/convert_scorer.py wrote."
       )
-    text = config.get("text_config", {})
-    if text.get("hidden_act", "gelu") != "gelu":
+    text = config.get("text_config") or {}
+    if (text.get("hidden_act") or "gelu") != "gelu":
       raise ValueError(
         f"ImageReward config: text_config.hidden_act is {text['hidden_act']!r}, expected 'gelu'; take the published "
         "model's med_config.json."
@@ -88,10 +89,11 @@ class ImageRewardConfig:
 
     def fields(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
       known = {f.name for f in dataclasses.fields(kind)}
-      return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+      given = without_nulls(kind, values).items()
+      return {k: tuple(v) if isinstance(v, list) else v for k, v in given if k in known}
 
     towers = {
-      "vision_config": BLIPVisionConfig(**fields(BLIPVisionConfig, config.get("vision_config", {}))),
+      "vision_config": BLIPVisionConfig(**fields(BLIPVisionConfig, config.get("vision_config") or {})),
       "text_config": BLIPTextConfig(**fields(BLIPTextConfig, text)),
     }
     return cls(**(fields(cls, config) | towers))

@@ -29,7 +29,7 @@ _ACTIVATIONS = {
 def _read_config(cls: type, config: Mapping[str, Any], model_types: tuple[str, ...]) -> dict:
   """Fields of `cls` found in a config.json dict; refuses what this module does not implement."""
   name = cls.__name__
-  model_type = config.get("model_type", model_types[0])
+  model_type = config.get("model_type") or model_types[0]
   if model_type not in model_types:
     raise ValueError(
       f"{name}: model_type {model_type!r} is not supported, expected one of {model_types}; "

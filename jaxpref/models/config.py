@@ -1,13 +1,32 @@
 """Reading and writing the config.json of a diffusers model as a frozen dataclass."""
 
 import dataclasses
+import typing
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Self
+
+from jaxpref.recipes.messages import listed
+
+# Keys beside those of a network that do not change it: of diffusers' EMAModel, of transformers, of trainers.
+IGNORED = (
+  "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power",
+  "architectures", "dtype", "model_type", "torch_dtype", "transformers_version", "gradient_checkpointing",
+)  # fmt: skip
 
 
 def _freeze(value: Any) -> Any:
   """Lists of JSON become tuples, so that a config can be hashed (Linen requires it)."""
   return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
+
+
+def without_nulls(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a config.json's dict without the keys that are null and for which the dataclass has another default.
+
+  A key that is null means the same as a key that is absent, unless null is a value of the field's type.
+  """
+  own = {f.name for f in dataclasses.fields(kind) if type(None) in typing.get_args(f.type)}
+  return {key: value for key, value in config.items() if value is not None or key in own}
 
 
 def _thaw(value: Any) -> Any:
@@ -31,7 +50,8 @@ class ModelConfig:
     """Reads the dict of a config.json.
 
     Args:
-      config: the parsed file; keys that start with "_" and unknown keys that hold null are ignored.
+      config: the parsed file; keys that start with "_" and unknown keys that hold null are ignored, and
+        IGNORED with a warning; a known key that holds null has its default.
 
     Returns:
       The config.
@@ -40,24 +60,25 @@ class ModelConfig:
       ValueError: the file asks for something that is not implemented here.
     """
     fields = {field.name for field in dataclasses.fields(cls)}
-    kwargs = {}
-    for key, value in config.items():
-      if key.startswith("_"):
-        continue
-      if key in fields:
-        kwargs[key] = _freeze(value)
-      elif key in cls.FIXED:
-        if _freeze(value) not in cls.FIXED[key]:
-          expected = " or ".join(map(repr, cls.FIXED[key]))
-          raise ValueError(
-            f"{cls.CLASS_NAME} config: {key}={value!r} is not implemented, expected {expected};"
-            " choose a model folder without it."
-          )
-      elif value is not None:
-        raise ValueError(
-          f"{cls.CLASS_NAME} config: unknown key {key}={value!r}, expected keys of diffusers'"
-          f" {cls.CLASS_NAME}; remove the key if it does not change the network."
-        )
+    given = {k: v for k, v in without_nulls(cls, config).items() if not k.startswith("_")}
+    others = {k: v for k, v in given.items() if k in cls.FIXED and _freeze(v) not in cls.FIXED[k]}
+    unknown = {k: v for k, v in given.items() if k not in fields and k not in cls.FIXED and k not in IGNORED}
+    problems = [
+      f"{k}={v!r} is not implemented, expected {' or '.join(map(repr, cls.FIXED[k]))}" for k, v in others.items()
+    ]
+    if unknown:
+      said = listed(f"{k}={v!r}" for k, v in unknown.items())
+      problems.append(f"unknown key{'s' if len(unknown) > 1 else ''} {said}, expected diffusers' own")
+    if problems:
+      raise ValueError(
+        f"{cls.CLASS_NAME} config: {'; '.join(problems)}; choose a model folder without them, or remove keys that do "
+        "not change the network."
+      )
+    if ignored := [k for k in given if k in IGNORED and k not in fields]:
+      warnings.warn(
+        f"{cls.CLASS_NAME} config: {', '.join(ignored)} were ignored: they do not change the network.", stacklevel=3
+      )
+    kwargs = {k: _freeze(v) for k, v in given.items() if k in fields}
     return cls(**kwargs)
 
   def to_dict(self) -> dict[str, Any]:

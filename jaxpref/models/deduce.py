@@ -1,7 +1,7 @@
-"""Which fields of a config.json the shapes of tensors contradict: for messages about mixed-up folders."""
+"""Which network tensors are of, and which fields of a config.json they contradict: for messages about folders."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxpref.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
@@ -49,6 +49,35 @@ _FIELDS: dict[type, dict[str, tuple[str, int | None]]] = {
   CLIPTextConfig: _TEXT,
   CLIPVisionConfig: _VISION,
 }
+
+
+# What names of tensors tell; the first match counts.
+_KINDS = {
+  "a whole checkpoint in one file": r"model\.diffusion_model\.|first_stage_model\.|cond_stage_model\.|conditioner\.",
+  "a LoRA": r".*[._]lora[._](A|B|down|up)\b",
+  "a ControlNet": r"controlnet_",
+  "the transformer of Flux": r"single_transformer_blocks\.|(model\.diffusion_model\.)?double_blocks\.",
+  "the transformer of Stable Diffusion 3": r"transformer_blocks\.\d+\.attn\.add_[qkv]_proj|joint_blocks\.",
+  "a diffusion transformer": r"transformer_blocks\.\d+\.(attn|scale_shift_table)|adaln_single\.",
+  "the UNet of a video model": r".*(temp_convs|temp_attentions|motion_modules|temporal_)",
+  "the UNet of Stable Diffusion XL": r"add_embedding\.",
+  "the UNet of Stable Diffusion 1 or 2": r"(down|up)_blocks\.\d+\.attentions\..*\.attn2\.",
+  "a VAE": r"(encoder|decoder)\.(conv_in|mid_block|conv_out)\.",
+  "a T5": r"(encoder|decoder)\.block\.\d+\.layer\.",
+  "a CLIP": r"visual_projection\.",
+  "a CLIP's vision tower": r"(vision_model\.)?embeddings\.(patch_embedding|class_embedding)",
+  "a CLIP's text encoder": r"(text_model\.)?embeddings\.token_embedding\.",
+}
+
+
+def kind_of(names: Iterable[str]) -> str | None:
+  """Returns which network tensors of these names belong to, such as "a VAE"; None if they tell nothing.
+
+  >>> kind_of(["add_embedding.linear_1.weight", "conv_in.weight"])
+  'the UNet of Stable Diffusion XL'
+  """
+  known = list(names)
+  return next((kind for kind, pattern in _KINDS.items() if any(re.match(pattern, name) for name in known)), None)
 
 
 def contradicted_fields(config: Any, shapes: Shapes, prefix: str = "") -> dict[str, tuple[Any, Any]]:

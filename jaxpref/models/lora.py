@@ -23,6 +23,7 @@ from flax import linen as nn
 
 from jaxpref.models.resnet import flat_dot_general
 from jaxpref.models.stacks import is_stacked, layer_path
+from jaxpref.recipes.messages import listed
 
 Tree = Mapping[str, Any]
 
@@ -105,17 +106,18 @@ def init_lora(
     A nested dict with `lora_A` [..., in, r] and `lora_B` zeros [..., r, out].
 
   Raises:
-    ValueError: `rank` is below 1, `init` is unknown, or no linear layer matches `targets`.
+    ValueError: `rank` is below 1 or above the smaller side of a layer, `init` is unknown, or no linear layer matches
+      `targets`.
   """
   if rank < 1:
     raise ValueError(f"LoRA: rank is {rank}, expected at least 1; set e.g. rank=4.")
   if init not in INITS:
     raise ValueError(f"LoRA: init is {init!r}, expected one of {', '.join(INITS)}.")
   layers = linear_layers(params)
+  adapted = {path: shape for path, shape in layers.items() if re.search(targets, ".".join(path))}
+  check_rank(rank, adapted)
   adapter: dict[str, Any] = {}
-  for path, (*leading, fan_in, fan_out) in layers.items():
-    if not re.search(targets, ".".join(path)):
-      continue
+  for path, (*leading, fan_in, fan_out) in adapted.items():
     bound = fan_in**-0.5
 
     def factor(path):
@@ -134,6 +136,22 @@ def init_lora(
       f"regular expression that finds names such as {', '.join(names[:8]) or '(there are none)'}."
     )
   return adapter
+
+
+def check_rank(rank: int, layers: Mapping[tuple[str, ...], tuple[int, ...]]) -> None:
+  """Raises `RankError` if the rank is above the smaller side of one of `linear_layers`."""
+  narrow = {path: shape[-2:] for path, shape in layers.items() if min(shape[-2:]) < rank}
+  if narrow:
+    path, (fan_in, fan_out) = min(narrow.items(), key=lambda item: min(item[1]))
+    raise RankError(
+      f"LoRA: rank is {rank}, expected at most {min(fan_in, fan_out)}, the smaller side of {'.'.join(path)} "
+      f"({fan_in} x {fan_out}): more changes nothing else and costs more; {len(narrow)} of the {len(layers)} adapted "
+      "layers are smaller than that; set a lower rank."
+    )
+
+
+class RankError(ValueError):
+  """A rank is above what a layer can have."""
 
 
 def apply(
@@ -174,7 +192,7 @@ def apply(
   if pending:
     names = sorted(".".join(path) for path in pending)
     raise ValueError(
-      f"LoRA: {len(names)} adapted layers were never applied ({', '.join(names[:3])}, ...), "
+      f"LoRA: {len(names)} adapted layers were never applied ({listed(names)}), "
       "expected the network the adapter was made for."
     )
   return out
@@ -301,6 +319,5 @@ def from_layers(layers: Mapping[str, tuple[Any, Any]], params: Tree) -> dict[str
       _insert(adapter, path, factors)
   problems = [f"{name} is no linear layer of the network" for name in unknown] + problems
   if problems:
-    more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
-    raise ValueError(f"LoRA for another network: {'; '.join(problems[:4])}{more}; use the network it was made for.")
+    raise ValueError(f"LoRA for another network: {listed(problems)}; use the network it was made for.")
   return adapter

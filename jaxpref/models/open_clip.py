@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxpref.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from jaxpref.models.preference import CLIP_MEAN, CLIP_STD, StepAwareCLIPConfig
+from jaxpref.recipes.messages import listed
 
 Tree = dict[str, Any]
 
@@ -52,19 +53,19 @@ def config_from_dict(config: Mapping[str, Any]) -> StepAwareCLIPConfig:
       others = sorted(key for key in part if key not in _KNOWN_KEYS[name] and part[key] is not None)
       if others:
         raise ValueError(
-          f"open_clip config: {name} has {', '.join(others)}, which is not implemented, expected "
+          f"open_clip config: {name} has {listed(others)}, which is not implemented, expected "
           f"{', '.join(sorted(_KNOWN_KEYS[name]))}; take a plain ViT such as ViT-H-14."
         )
     shared = {
       "projection_dim": model["embed_dim"],
       "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
     }
-    preprocess = config.get("preprocess_cfg", {})
+    preprocess = config.get("preprocess_cfg") or {}
     return StepAwareCLIPConfig(
       CLIPTextConfig(
         vocab_size=text["vocab_size"],
         hidden_size=text["width"],
-        intermediate_size=int(text["width"] * text.get("mlp_ratio", 4)),
+        intermediate_size=int(text["width"] * (text.get("mlp_ratio") or 4)),
         num_hidden_layers=text["layers"],
         num_attention_heads=text["heads"],
         max_position_embeddings=text["context_length"],
@@ -73,16 +74,16 @@ def config_from_dict(config: Mapping[str, Any]) -> StepAwareCLIPConfig:
       ),
       CLIPVisionConfig(
         hidden_size=vision["width"],
-        intermediate_size=int(vision["width"] * vision.get("mlp_ratio", 4)),
+        intermediate_size=int(vision["width"] * (vision.get("mlp_ratio") or 4)),
         num_hidden_layers=vision["layers"],
-        num_attention_heads=vision["width"] // vision.get("head_width", 64),
+        num_attention_heads=vision["width"] // (vision.get("head_width") or 64),
         image_size=vision["image_size"],
         patch_size=vision["patch_size"],
         **shared,
       ),
       projection_dim=model["embed_dim"],
-      image_mean=tuple(preprocess.get("mean", CLIP_MEAN)),
-      image_std=tuple(preprocess.get("std", CLIP_STD)),
+      image_mean=tuple(preprocess.get("mean") or CLIP_MEAN),
+      image_std=tuple(preprocess.get("std") or CLIP_STD),
     )
   except (KeyError, TypeError) as error:
     raise ValueError(

@@ -16,7 +16,7 @@ from jaxpref import config as config_lib
 from jaxpref.config import Config
 from jaxpref.devices import sharding
 from jaxpref.files import family as families
-from jaxpref.models import presets
+from jaxpref.models import lora, presets
 from jaxpref.models.base import is_guided
 from jaxpref.objectives import catalog
 from jaxpref.training import build, inputs, loop
@@ -233,14 +233,20 @@ def estimates(config: ConfigDict, devices: Sequence[Any], report: Mapping[str, A
   # The sum, and that of a micro-batch.
   copies = lambda c: 2 if c.accumulation > 1 or catalog.method(c).facts.online else 1
   activations = max(report["peak"] - sum(old.values()) - copies(config) * old["trained"], 0)
-  arguments: dict[tuple[int, int], dict[str, int]] = {}
+  arguments: dict[tuple[int, int], dict[str, int] | None] = {}
   kept: dict[str, int] = {}
   for change in changes(config, len(devices)):
     new = change.apply(config)
     key = change.fsdp, change.rank
     if key not in arguments:
       mesh = sharding.make_mesh(**new.mesh, devices=devices)
-      arguments[key] = state_bytes(new, mesh) | {"batch": old["batch"]}
+      try:
+        arguments[key] = state_bytes(new, mesh) | {"batch": old["batch"]}
+      except lora.RankError:  # the network is smaller than the adapter
+        arguments[key] = None
+    known = arguments[key]
+    if known is None:
+      continue
     for remat in {config.remat, change.remat} - set(kept) if change.remat != config.remat else ():
       policy = config.copy_and_resolve_references()
       policy.remat = remat
@@ -249,7 +255,7 @@ def estimates(config: ConfigDict, devices: Sequence[Any], report: Mapping[str, A
     share = denoiser_rows(new, rows) / denoiser_rows(config, rows)
     yield (
       change,
-      sum(arguments[key].values()) + copies(new) * arguments[key]["trained"] + max(activations - saved, 0) * share,
+      sum(known.values()) + copies(new) * known["trained"] + max(activations - saved, 0) * share,
     )
 
 

@@ -14,6 +14,7 @@ from jaxpref.files.tensors import Path, Sharding, Tree, load_tree, weight_files
 from jaxpref.models import open_clip, presets
 from jaxpref.models.clip import CLIPModel
 from jaxpref.models.preference import Judge, JudgeConfig, StepAwareCLIPConfig, StepAwareCLIPModel
+from jaxpref.recipes.messages import listed
 
 
 def load_preference_model(
@@ -197,7 +198,7 @@ def load_judge(name: str | None, *, style: str, num_classes: int) -> tuple[Judge
     module, params = open_judge(loading.folder_of(name))
   if style not in module.config.styles:
     raise ValueError(
-      f"judge {name} knows the styles {', '.join(module.config.styles) or '(none)'}, not "
+      f"judge {name} knows the styles {listed(module.config.styles) or '(none)'}, not "
       f"config.data.preferred_style={style!r}; choose one of them or another judge."
     )
   if num_classes > module.config.num_classes:

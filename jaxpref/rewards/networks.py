@@ -3,7 +3,6 @@
 Images are prepared as the code that came with each model does it.
 """
 
-import contextlib
 import dataclasses
 import json
 import pathlib
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from jaxpref.data import records
-from jaxpref.files import folders, loading, tensors, tokenizers
+from jaxpref.files import folders, hub, loading, tensors, tokenizers
 from jaxpref.models import blip, clip
 from jaxpref.models.preference import StepAwareCLIPModel, ask_judge, bicubic_matrix
 from jaxpref.rewards.loading import load_clip, load_judge, load_preference_model
@@ -204,13 +203,13 @@ def clip_network(name: str, folder: pathlib.Path, dtype: Any, placement: Any, *,
 
 def aesthetic_clip(folder: pathlib.Path) -> pathlib.Path:
   """The folder of the CLIP that the predictor's config.json names, or in `clip` beside it."""
-  place = folder / "clip" if (folder / "clip").is_dir() else _read_config(folder).get("clip", "")
+  place = folder / "clip" if (folder / "clip").is_dir() else _read_config(folder).get("clip") or ""
   place = place or CLIP_L
   try:
     return folders.resolve_folder(place, "model*.safetensors")
   except FileNotFoundError as error:
     raise FileNotFoundError(
-      f"scorer aesthetic: its CLIP {place} is neither a folder here nor could it be fetched; connect to the network, "
+      f"scorer aesthetic: its CLIP {place} {hub.said(error)}; "
       f"or put model.safetensors and config.json of the Hugging Face repository {CLIP_L} into {folder / 'clip'}."
     ) from error
 
@@ -291,12 +290,13 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
 def clip_tokenizer(name: str, folder: pathlib.Path) -> Any:
   """The one beside the weights, or CLIP-L's: all published CLIPs have the same."""
   other = CLIP_L
-  with contextlib.suppress(FileNotFoundError):
+  try:
     return loading.load_tokenizer(str(folder), other)
-  raise FileNotFoundError(
-    f"scorer {name}: {folder} has no tokenizer (vocab.json and merges.txt) and the Hugging Face repository {other} "
-    f"could not be reached; copy the two files of that repository into {folder}."
-  )
+  except FileNotFoundError as error:
+    raise FileNotFoundError(
+      f"scorer {name}: {folder} has no tokenizer (vocab.json and merges.txt) and the Hugging Face repository {other} "
+      f"{hub.said(error)}; or copy the two files of that repository into {folder}."
+    ) from error
 
 
 def bert_tokenizer(folder: pathlib.Path) -> Any:
@@ -308,8 +308,8 @@ def bert_tokenizer(folder: pathlib.Path) -> Any:
       place = folders.resolve_folder(other, "tokenizer/*.safetensors")  # no weights
     except FileNotFoundError as error:
       raise FileNotFoundError(
-        f"scorer imagereward: {folder} has no vocab.txt and the Hugging Face repository {other} could not be reached; "
-        f"copy vocab.txt of that repository into {folder}."
+        f"scorer imagereward: {folder} has no vocab.txt and the Hugging Face repository {other} {hub.said(error)}; "
+        f"or copy vocab.txt of that repository into {folder}."
       ) from error
   tokenizer = tokenizers.import_tokenizer("BertTokenizer")(vocab=str(place / "vocab.txt"), do_lower_case=True)
   tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP's own, should a prompt hold them

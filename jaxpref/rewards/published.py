@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxpref.devices import chips, sharding
-from jaxpref.files import folders, tensors
+from jaxpref.files import folders, hub, tensors
 from jaxpref.models.vae import to_uint8
 from jaxpref.rewards import networks
 
@@ -129,21 +129,21 @@ def _find(name: str, folder: str | None) -> pathlib.Path:
     if place.is_dir():
       return place
     shown = f"~/.cache/jaxpref/scorers/{name}" if folder is None else folder
-    hub = "" if " on " in published.repository else "the Hugging Face repository "
+    where = "" if " on " in published.repository else "the Hugging Face repository "
     raise FileNotFoundError(
-      f"scorer {name} has no weights: there is no folder {shown}; download {published.file} from {hub}"
+      f"scorer {name} has no weights: there is no folder {shown}; download {published.file} from {where}"
       f"{published.repository} and run python scripts/assets/convert_scorer.py {name} {published.file} {shown} in a "
       "checkout of jaxpref's repository."
     )
   try:
     return folders.resolve_folder(folder or published.repository, "model*.safetensors")
   except FileNotFoundError as error:
-    if folder is not None or not published.repository:
+    if folder is not None or not isinstance(error, hub.HubError):
       raise FileNotFoundError(f"scorer {name} has no weights: {error}") from error
     raise FileNotFoundError(
       f"scorer {name} has no weights: model.safetensors of the Hugging Face repository {published.repository} is not "
-      f"in the hub's cache and could not be fetched; connect to the network, or download that repository and give "
-      f"{name}=FOLDER."
+      f"in the hub's cache and could not be fetched: {error.reason}; {error.remedy}; "
+      f"or download that repository and give {name}=FOLDER."
     ) from error
 
 

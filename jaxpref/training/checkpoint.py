@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpref.data import lease
 from jaxpref.devices import sharding
+from jaxpref.recipes.messages import listed
 
 FORMAT = 1  # of the record
 
@@ -418,7 +419,7 @@ def load_params(workdir: str | os.PathLike, step: int | None = None) -> tuple[An
     raise FileNotFoundError(f"{folder} holds no checkpoint yet; wait for the first one, or choose another run.")
   step = steps[-1] if step is None else step
   if step not in steps:
-    raise FileNotFoundError(f"{folder} has no checkpoint of step {step}, only of {', '.join(map(str, steps))}.")
+    raise FileNotFoundError(f"{folder} has no checkpoint of step {step}, only of {listed(map(str, steps))}.")
   _quiet_reads()
   try:
     _, leaves = _read_record(folder / str(step))

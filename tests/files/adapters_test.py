@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 import jax
@@ -13,7 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from jaxpref.files import adapters, loading, pipelines
 from jaxpref.files import family as families
+from jaxpref.files.tensors import save_tree
 from jaxpref.models import lora, presets
+from tests.files import trees
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -458,6 +461,29 @@ def test_different_ranks_in_a_stack_of_which_one_layer_is_missing(tmp_path):
     np.testing.assert_allclose(found[layer], delta, rtol=1e-5, atol=1e-5)
 
 
+def test_layers_of_rank_0_are_left_out_with_a_warning(tmp_path):
+  """As tools that resize adapters write them, and as PEFT cannot."""
+  empty = [x[:0] if x is A else x[:, :0] for x in (A, B)]
+  emptied = {f"unet.{LAYERS[1]}.lora_{part}.weight": x for part, x in zip("AB", empty, strict=True)}
+  emptied[f"unet.{LAYERS[1]}.alpha"] = np.array(4.0, np.float32)
+  save_file({**GOOD, **emptied}, tmp_path / "x.safetensors")
+  save_file(GOOD, tmp_path / "good.safetensors")
+  with pytest.warns(UserWarning, match=rf"x.safetensors: 1 layers of rank 0 were left out: {re.escape(LAYERS[1])}\."):
+    found, scale = adapters.load_lora(tmp_path / "x.safetensors", UNET, PARAMS)
+  expected, expected_scale = adapters.load_lora(tmp_path / "good.safetensors", UNET, PARAMS)
+  assert scale == expected_scale
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  save_file(emptied, tmp_path / "x.safetensors")
+  with pytest.warns(UserWarning, match="rank 0"), pytest.raises(ValueError, match="x.safetensors holds no adapter of"):
+    adapters.load_lora(tmp_path / "x.safetensors", UNET, PARAMS)
+
+
+def test_a_null_alpha_of_peft_means_the_rank(tmp_path):
+  metadata = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": None, "unet.alpha_pattern": None})}
+  save_file(GOOD, tmp_path / "x.safetensors", metadata)
+  assert adapters.load_lora(tmp_path / "x.safetensors", UNET, PARAMS)[1] == 1.0
+
+
 def test_rank_stabilised_scale(tmp_path):
   a, b = factors(np.random.default_rng(0), 4)
   tensors = {f"unet.{LAYERS[0]}.lora_A.weight": a, f"unet.{LAYERS[0]}.lora_B.weight": b}
@@ -520,6 +546,21 @@ MERGE = "expected LoRA; merge it into the base model first"
       r"x.safetensors: unet: LoRA for another network: input_blocks_9_1_to_q is no linear layer",
     ),
     (
+      {
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight": np.ones((2, 2048), np.float32),
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_up.weight": np.ones((640, 2), np.float32),
+      },
+      r"unet: it was made for Stable Diffusion XL, and the model is another: LoRA for another network",
+    ),
+    (
+      {
+        f"lora_unet_double_blocks_{i}_img_mlp_0.lora_{x}.weight": y
+        for i in range(9)
+        for x, y in (("up", B), ("down", A))
+      },
+      r"it was made for Flux, .*: double_blocks_0_.*_4_img_mlp_0 is no linear layer of the network and 4 more; use",
+    ),
+    (
       {f"unet.{LAYERS[0]}.lora_A.weight": A[:, :16], f"unet.{LAYERS[0]}.lora_B.weight": B},
       r"LoRA for another network: mid_block.*attn1.to_q has 16 x 32 features, expected 32 x 32",
     ),
@@ -572,6 +613,76 @@ def test_every_form_of_text_encoders_is_recognised(form, tmp_path):
   del params["text_encoder_2"]
   with pytest.raises(ValueError, match="adapts text_encoder_2, which the model does not have; use it with"):
     adapters.load_pipeline_lora(tmp_path / "x.safetensors", SDXL_LAYOUT.unet, params)
+
+
+# How other tools name the layers of SDXL: their name -> its component and name in a diffusers folder.
+SDXL_NAMES = {
+  "unet": {
+    "input_blocks.4.1.proj_in": "down_blocks.1.attentions.0.proj_in",
+    "input_blocks.5.1.transformer_blocks.1.attn1.to_out.0": (
+      "down_blocks.1.attentions.1.transformer_blocks.1.attn1.to_out.0"
+    ),
+    "middle_block.1.transformer_blocks.2.attn2.to_k": "mid_block.attentions.0.transformer_blocks.2.attn2.to_k",
+    "output_blocks.5.1.transformer_blocks.0.ff.net.2": "up_blocks.1.attentions.2.transformer_blocks.0.ff.net.2",
+    "middle_block.0.emb_layers.1": "mid_block.resnets.0.time_emb_proj",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+  },
+  "text_encoder": {"text_model.encoder.layers.1.mlp.fc1": "text_model.encoder.layers.1.mlp.fc1"},
+  "text_encoder_2": {
+    "text_model.encoder.layers.0.self_attn.q_proj": "text_model.encoder.layers.0.self_attn.q_proj",
+    "text_projection": "text_projection",
+  },
+}
+TOOLS = {
+  "OneTrainer": {"unet": "unet.", "text_encoder": "clip_l.", "text_encoder_2": "clip_g."},
+  "ComfyUI": {
+    "unet": "diffusion_model.",
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.clip_g.transformer.",
+  },
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_files_of_other_tools_are_merged_as_by_hand(tool, tmp_path):
+  """Every weight of the merged model, against kernel + alpha / rank * up @ down of the same keys in numpy."""
+  rng = np.random.default_rng(0)
+  params = {name: trees.draw(shapes) for name, shapes in {"unet": SDXL_PARAMS, **ENCODERS}.items()}
+  file, written = tmp_path / "x.safetensors", {}
+  expected = {name: stored(tree, tmp_path) for name, tree in params.items()}
+  for component, layers in SDXL_NAMES.items():
+    for name, own in layers.items():
+      weight = expected[component][f"{own}.weight"]
+      down, up = factors(rng, 2, weight.shape[1], weight.shape[0])
+      key = TOOLS[tool][component] + name
+      written |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": np.float32(3.0)}
+      expected[component][f"{own}.weight"] = weight + 1.5 * up @ down
+  written |= {"bundle_emb.my-style.clip_l": A, "bundle_emb.my-style.clip_g": A, "bundle_emb.v1.5.string_to_param.*": B}
+  projection = f"{TOOLS[tool]['text_encoder']}text_projection"
+  written |= {f"{projection}.lora_down.weight": A, f"{projection}.lora_up.weight": B}
+  save_file({key: np.asarray(x) for key, x in written.items()}, file)
+  with pytest.warns(UserWarning) as warned:
+    adapter, scale, text_encoders = adapters.load_pipeline_lora(file, SDXL_LAYOUT.unet, params)
+  said = [str(w.message) for w in warned]
+  assert any(
+    f"{file}: its embeddings of new words were left out (my-style, v1.5): the tokenizer does" in s for s in said
+  )
+  assert any(f"{file}: text_projection was left out: the model's text_encoder has none." in s for s in said)
+  assert len(said) == 2
+  merged = adapters.merge_text_encoders(params, text_encoders)
+  merged["unet"] = lora.merge_lora(params["unet"], adapter, scale)
+  for component, tensors in expected.items():
+    found = stored(merged[component], tmp_path)
+    assert found.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+      np.testing.assert_allclose(found[key], tensor, rtol=1e-5, atol=1e-5, err_msg=key)
+
+
+def stored(tree, folder):
+  """A network's tensors as its file has them."""
+  save_tree(folder / "stored.safetensors", tree)
+  return load_file(folder / "stored.safetensors")
 
 
 def test_attention_of_text_encoders_in_names_of_the_unet(tmp_path):

@@ -12,10 +12,10 @@ import pytest
 import safetensors.numpy
 
 from jaxpref.files import folders, loading, pipelines, tokenizers
-from jaxpref.files.tensors import load_tree, weight_files
+from jaxpref.files.tensors import load_tree, save_tree, weight_files
 from jaxpref.models import clip, presets
-from jaxpref.models.unet import UNet2DConditionModel
-from jaxpref.models.vae import AutoencoderKL
+from jaxpref.models.unet import UNet2DConditionModel, UNetConfig
+from jaxpref.models.vae import AutoencoderKL, VAEConfig
 from tests.files.trees import assert_same, draw
 
 # ---- another architecture ------------------------------------------------------------------------
@@ -109,6 +109,36 @@ def test_fields_that_are_not_implemented_name_themselves(folder):
 
 
 # ---- tokenizer -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("component", "changes", "sentence"),
+  [
+    (
+      "unet",
+      {"in_channels": 9},
+      r"unet/config.json: in_channels is 9, expected 4, the latent_channels of the vae \(this UNet takes a mask and a",
+    ),
+    ("unet", {"in_channels": 8}, r"in_channels is 8, .* \(this UNet takes an image to edit as well\)"),
+    ("unet", {"out_channels": 8}, "out_channels is 8, expected 4, the latent_channels of the vae"),
+    ("unet", {"cross_attention_dim": 32}, "cross_attention_dim is 32, expected 24, the hidden_size of the text enc"),
+    (
+      "unet",
+      {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 40},
+      "addition_embed_type is text_time, expected None, with 1 text encoders",
+    ),
+    ("vae", {"in_channels": 4}, "vae/config.json: in_channels is 4, expected 3, the colours of an image"),
+  ],
+)
+def test_a_model_of_another_task_is_refused_at_loading_by_the_field(component, changes, sentence, folder, monkeypatch):
+  """Its tensors fit its config.json, so that nothing else finds it before shapes meet in a compilation."""
+  monkeypatch.setattr(folders, "load_tree", lambda *a, **k: pytest.fail("weights were read"))
+  edit(folder / component / "config.json", **changes)
+  kind, config = {"unet": (UNet2DConditionModel, UNetConfig), "vae": (AutoencoderKL, VAEConfig)}[component]
+  own = kind(config.from_dict(json.loads((folder / component / "config.json").read_text())))
+  save_tree(folder / component / "diffusion_pytorch_model.safetensors", draw(presets.abstract_params(own)))
+  with pytest.raises(ValueError, match=sentence):
+    pipelines.load_pipeline(folder)
 
 
 def test_incomplete_tokenizers(folder):

@@ -1,6 +1,7 @@
 """Folders: what torch diffusers opens, what it writes, and what must be refused."""
 
 import dataclasses
+import errno
 import json
 import shutil
 
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from huggingface_hub import errors as hub_errors
 
-from jaxpref.files import pipelines
+from jaxpref.files import folders, pipelines, tensors
 from jaxpref.files.tensors import load_tree, save_tree
 from jaxpref.files.tokenizers import load_tokenizer
 from jaxpref.models import clip, presets
@@ -330,6 +332,98 @@ def test_hub_name_without_network_is_one_sentence(monkeypatch):
     pipelines.load_pipeline("someone/some-model")
   assert asked["name"] == "someone/some-model"
   assert not any(".bin" in pattern or ".ckpt" in pattern for pattern in asked["allow_patterns"])
+
+
+def http_error(kind, status=403):
+  import httpx2
+
+  request = httpx2.Request("GET", "https://hub")
+  return kind("as the client says it", response=httpx2.Response(status, request=request))
+
+
+def beyond(error):
+  """As the hub's client raises where the cache has nothing either."""
+  found = hub_errors.LocalEntryNotFoundError("not in the cache")
+  found.__cause__ = error
+  return found
+
+
+@pytest.mark.parametrize(
+  ("error", "sentence"),
+  [
+    (http_error(hub_errors.GatedRepoError), r"hub: it is gated; accept its licence on huggingface.co/a/b, and log in"),
+    (
+      http_error(hub_errors.RepositoryNotFoundError, 404),
+      "no model of this name, or it is private; check the name; for a",
+    ),
+    (http_error(hub_errors.DisabledRepoError), "the hub has disabled it; take another"),
+    (http_error(hub_errors.RevisionNotFoundError, 404), "has no revision main; download the revision that you want"),
+    (http_error(hub_errors.HfHubHTTPError, 401), r"refuses the token \(401\); log in .*HF_TOKEN to a valid one"),
+    (
+      beyond(http_error(hub_errors.HfHubHTTPError, 429)),
+      r"no more requests for now \(429\); wait some minutes, or log",
+    ),
+    (beyond(http_error(hub_errors.HfHubHTTPError, 503)), r"out of order \(503\); try again later"),
+    (
+      beyond(hub_errors.OfflineModeIsEnabled("offline")),
+      "HF_HUB_OFFLINE forbids to fetch it; unset HF_HUB_OFFLINE, or",
+    ),
+    (
+      beyond(ConnectionError("no route to host")),
+      r"no connection \(ConnectionError\); connect to the network, or give",
+    ),
+    (OSError(errno.ENOSPC, "full"), r"its cache cannot be written \(No space left .*; free space, or set HF_HOME"),
+  ],
+  ids=lambda value: "" if isinstance(value, str) else type(value.__cause__ or value).__name__,
+)
+def test_each_error_of_the_hub_has_its_own_remedy(error, sentence, monkeypatch):
+  def raises(*_, **__):
+    raise error
+
+  monkeypatch.setattr("huggingface_hub.snapshot_download", raises)
+  with pytest.raises(FileNotFoundError, match=sentence) as caught:
+    folders.resolve_folder("a/b")
+  said = str(caught.value)
+  assert said.startswith("a/b is neither a folder here nor could it be fetched from the Hugging Face hub: ")
+  assert "\n" not in said and ("connect to the network" in said) == (type(error.__cause__) is ConnectionError)
+
+
+@pytest.mark.parametrize("of_both", [(), ("unet",)], ids=["only fp16", "one in both"])
+def test_a_repository_with_only_half_precision_is_downloaded(sd15, tmp_path, monkeypatch, of_both):
+  """By a client that fetches what the patterns say; shards and their index, too."""
+  from huggingface_hub.utils import filter_repo_objects
+
+  _, _, source = sd15
+  repository, cache = shutil.copytree(source, tmp_path / "repository"), tmp_path / "cache"
+  for name in ("unet", "vae", "text_encoder"):
+    stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
+    file = repository / name / f"{stem}.safetensors"
+    shutil.copy(file, file.with_name(f"{stem}.non_ema.fp16.safetensors"))
+    if name == "vae":  # one shard
+      shard = f"{stem}.fp16-00001-of-00001.safetensors"
+      shutil.copy(file, file.with_name(shard))
+      keys = safetensors.numpy.load_file(file).keys()
+      index = json.dumps({"weight_map": dict.fromkeys(keys, shard)})
+      file.with_name(f"{stem}.safetensors.index.fp16.json").write_text(index)
+    else:
+      shutil.copy(file, file.with_name(f"{stem}.fp16.safetensors"))
+    if name not in of_both:
+      file.unlink()
+
+  def snapshot_download(name, *, allow_patterns, ignore_patterns):
+    paths = [p.relative_to(repository).as_posix() for p in repository.rglob("*") if p.is_file()]
+    for path in filter_repo_objects(paths, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+      (cache / path).parent.mkdir(parents=True, exist_ok=True)
+      shutil.copy(repository / path, cache / path)
+    return str(cache)
+
+  monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+  folder = folders.resolve_folder("a/b", "*/*.safetensors")
+  assert tensors.weight_files(folder / "vae") and tensors.weight_files(folder / "text_encoder")
+  assert not list(folder.rglob("*non_ema*"))
+  assert [p.name for p in (folder / "unet").glob("*.safetensors")] == [
+    "diffusion_pytorch_model.safetensors" if of_both else "diffusion_pytorch_model.fp16.safetensors"
+  ]
 
 
 def test_hub_name_is_downloaded(monkeypatch, sd15):

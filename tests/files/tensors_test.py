@@ -1,6 +1,7 @@
 """Files of tensors as they are found: number types, shards, indices that lie, pieces of arrays."""
 
 import json
+import re
 import tracemalloc
 
 import jax
@@ -12,6 +13,7 @@ import safetensors.numpy
 from jaxpref.files.tensors import _DTYPES, _Stored, load_tree, save_tree, torch_name, weight_files
 from jaxpref.models import clip, presets
 from jaxpref.models.unet import UNet2DConditionModel
+from jaxpref.models.vae import AutoencoderKL
 from tests.files.trees import assert_same, draw
 
 TEXT = clip.CLIPTextConfig(
@@ -131,7 +133,8 @@ def test_an_index_may_name_the_wrong_shard(text, tmp_path):
   assert_same(load(tmp_path, shapes), params)
 
 
-def test_missing_and_incomplete_shards(text, tmp_path):
+def test_missing_and_incomplete_shards(text, tmp_path, monkeypatch):
+  monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
   shapes, params = text
   names, weight_map = write_shards(tmp_path, params)
   file = tmp_path / names[1]
@@ -152,7 +155,8 @@ def test_missing_and_incomplete_shards(text, tmp_path):
   lost = sorted(set(weight_map) - set(kept))
   with pytest.raises(ValueError, match=rf"\(2 shards\) does not hold .*missing {len(lost)} ") as error:
     load(tmp_path, shapes)
-  assert all(key in str(error.value) for key in lost)
+  (whole,) = tmp_path.glob("jaxpref-names-*.txt")
+  assert str(whole) in str(error.value) and set(lost) <= set(whole.read_text().split())
 
 
 @pytest.mark.parametrize(
@@ -258,3 +262,24 @@ def test_the_host_holds_little_more_than_one_array(tmp_path):
         tracemalloc.stop()
       assert_same(found, params)
       assert 0.4 * largest < peak < 1.2 * largest
+
+
+def test_a_long_list_of_tensors_is_cut_and_written_to_a_file_and_the_cause_comes_first(tmp_path, monkeypatch):
+  """A VAE's weights in the place of the UNet's."""
+  monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+  preset = presets.SD15_MINIATURE
+  unet, vae = (presets.abstract_params(m) for m in (UNet2DConditionModel(preset.unet), AutoencoderKL(preset.vae)))
+  save_tree(tmp_path / "vae.safetensors", draw(vae))
+  with pytest.raises(ValueError) as error:
+    load_tree(tmp_path / "vae.safetensors", unet)
+  message = str(error.value)
+  assert "describes: they are those of a VAE, expected the UNet of Stable Diffusion 1 or 2; missing" in message
+  assert len(message) < 1500 and "\n" not in message
+  found = re.search(r"unexpected (\d+) \(((?:\S+, ){4}\S+) and (\d+) more\)", message)
+  (whole,) = tmp_path.glob("jaxpref-names-*.txt")
+  assert f"; {whole} lists them all; take weights" in message
+  written = whole.read_text().partition(f"unexpected {found[1]}:\n")[2].partition("\n\n")[0].split("\n")
+  assert len(written) == int(found[1]) == 5 + int(found[3])
+  assert written[:5] == found[2].split(", ")
+  with safetensors.safe_open(tmp_path / "vae.safetensors", "numpy") as file:
+    assert set(written) == set(file.keys())

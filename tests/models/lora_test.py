@@ -147,6 +147,15 @@ def test_target_that_matches_nothing_is_an_error():
     lora.init_lora(KEY, PARAMS, rank=0)
 
 
+def test_a_rank_above_the_smaller_side_of_a_layer_is_refused():
+  sentence = r"rank is 7, expected at most 6, the smaller side of narrow \(32 x 6\).* 1 of the 2"
+  narrow = {"wide": {"kernel": jnp.zeros((32, 32))}, "narrow": {"kernel": jnp.zeros((1, 1, 32, 6))}}
+  with pytest.raises(ValueError, match=sentence):
+    lora.init_lora(KEY, narrow, rank=7, targets="")
+  assert set(lora.init_lora(KEY, narrow, rank=6, targets="")) == {"wide", "narrow"}
+  assert set(lora.init_lora(KEY, narrow, rank=7, targets="wide")) == {"wide"}
+
+
 def test_adapter_without_effect_is_an_error():
   adapter = lora.init_lora(KEY, {"other": PARAMS["blocks.0"]}, rank=2)
   with pytest.raises(ValueError, match="3 adapted layers were never applied"):

@@ -1,5 +1,7 @@
 """What is known before compiling, against training and against the compiler."""
 
+import dataclasses
+import fnmatch
 import functools
 
 import jax
@@ -9,6 +11,8 @@ import pytest
 from configs import dpo_sd15, dpo_sdxl, grpo_tiny, spm_sdxl, spo_sd15, spo_sdxl
 from jaxpref import precompute
 from jaxpref.devices import sharding
+from jaxpref.files import loading, pipelines
+from jaxpref.models import presets
 from jaxpref.objectives import catalog, spo
 from jaxpref.planning import plan
 from jaxpref.training import build, loop
@@ -74,11 +78,42 @@ def test_a_preference_model_needs_neither_scores_nor_images():
   assert set(state.params) == {"spm"} and batch["pixels_0"].shape[0] == 1
 
 
-def test_an_unknown_model_is_refused():
+@pytest.mark.parametrize("model", ["folder", "tiny-sd"])
+def test_shapes_follow_from_the_json_files_of_a_folder(model, tmp_path):
+  """Those of a shipped model from its preset; no weights are there to be read."""
+  config = dpo_sd15.get_config("smoke")
+  config.batch_size, config.accumulation = 1, 1
+  preset = {"folder": "sd15-miniature", "tiny-sd": "tiny-sd"}[model]
+  config.model = f"random:{preset}"
+  expected = plan.argument_bytes(*plan.abstract_inputs(plan.without_weights(config), MESH)[1:])
+  config.model = model
+  if model == "folder":
+    pipe = pipelines.random_pipeline(preset, components=())
+    config.model = str(pipelines.save_pipeline(tmp_path / "model", pipe, configs_only=True))
+  found = plan.without_weights(config)
+  assert plan.argument_bytes(*plan.abstract_inputs(found, MESH)[1:]) == expected
+  if model == "folder":
+    assert loading.preset_of(found.model) == dataclasses.replace(presets.PRESETS[preset], preference=None, judge=None)
+  else:
+    read, own = pipelines.read_preset(loading.folder_of("tiny-sd")), presets.TINY_SD
+    vae = dataclasses.replace(own.vae, scaling_factor=read.vae.scaling_factor)  # which was measured
+    assert (read.unet, read.vae, read.text_encoder) == (own.unet, vae, own.text_encoder)
+
+
+def test_an_unknown_model_is_refused(monkeypatch):
   config = dpo_sdxl.get_config()
+  asked = []
+
+  def unreachable(name, *, allow_patterns, **_):
+    asked.append(allow_patterns)
+    raise ConnectionError("no network")
+
+  monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
   config.model = "somebody/some-model"
-  with pytest.raises(ValueError, match="config.model=somebody/some-model: its shapes are not known.*sdxl"):
+  with pytest.raises(ValueError, match="config.model=somebody/some-model: its shapes are not.*sdxl.*connect to the"):
     plan.without_weights(config)
+  (patterns,) = asked
+  assert not any(fnmatch.fnmatch("unet/diffusion_pytorch_model.safetensors", p) for p in patterns)
 
 
 def transitions(config):

@@ -568,7 +568,7 @@ def test_incomplete_folders_are_named(tmp_path, monkeypatch, clip_folder, imager
   head.mkdir()
   shutil.copy(clip_folder[0] / "model.safetensors", head)
   (head / "config.json").write_text('{"model_type": "aesthetic", "clip": "no/where"}')
-  with pytest.raises(FileNotFoundError, match="scorer aesthetic: its CLIP no/where is neither a folder here nor could"):
+  with pytest.raises(FileNotFoundError, match="scorer aesthetic: its CLIP no/where could not be fetched: no conn"):
     published.check(f"aesthetic={head}")
   (head / "model.safetensors").rename(head / "model.pth")
   with pytest.raises(ValueError, match="head has its weights only as model.pth"):

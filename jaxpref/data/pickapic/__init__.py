@@ -25,6 +25,7 @@ from tqdm import tqdm
 from jaxpref.data import index as index_lib
 from jaxpref.data import paths, records
 from jaxpref.data.files import PROGRESS_AFTER
+from jaxpref.recipes.messages import listed
 
 logger = logging.getLogger(__name__)
 VERSIONS = ("v1", "v2")
@@ -131,7 +132,7 @@ def num_rows(files: Sequence[str]) -> list[int]:
       missing = [name for name in COLUMNS if name not in parquet.schema_arrow.names]
       if missing:
         raise ValueError(
-          f"{file} has no column {', '.join(missing)}, only {', '.join(parquet.schema_arrow.names)}; expected the "
+          f"{file} has no column {', '.join(missing)}, only {listed(parquet.schema_arrow.names)}; expected the "
           "columns of Pick-a-Pic v1 or v2."
         )
       rows.append(parquet.metadata.num_rows)
