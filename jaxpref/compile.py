@@ -32,11 +32,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from jaxpref import arguments
-from jaxpref.devices import chips, sharding
+from jaxpref.devices import chips, endings, sharding
 from jaxpref.devices.chips import GIB
 from jaxpref.objectives import catalog
 from jaxpref.planning import flops as flops_lib
 from jaxpref.planning import hlo, plan
+
+AGAIN = "run the same command again"
 
 # For programs that are only to be looked at: a TPU's compiler spends most of its time on the instructions of each
 # convolution's tile, and takes several times less with small tiles (the default is 16 MiB and more) and less effort.
@@ -225,20 +227,22 @@ def main(argv: list[str]) -> None:
   del argv
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
+  with endings.one_sentence(ValueError, OSError, doing="compiling", again=AGAIN):
+    _main()
+
+
+def _main() -> None:
   topology, out = flags.FLAGS.topology, flags.FLAGS.out
   chip = chips.CHIPS.get((topology or "").partition(":")[0])
-  try:
-    config = plan.without_weights(flags.FLAGS.config)
-    devices = topology_devices(topology) if topology else jax.devices()
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    config.mesh.update(dict(mesh.shape))  # what was -1 is known now
-    online = catalog.method(config).facts.online
-    sharding.check_batch_size(mesh, config.batch_size, 1 if online else config.accumulation)
-    print(f"compiling a step of {config.objective} for {len(devices)} x {devices[0].device_kind} ...", file=sys.stderr)
-    options = compiler_options(chip, quick=flags.FLAGS.quick)
-    report = compile_step(config, mesh, compiler_options=options)
-  except ValueError as error:
-    sys.exit(f"error: {error}")
+  config = plan.without_weights(flags.FLAGS.config)
+  devices = topology_devices(topology) if topology else jax.devices()
+  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  config.mesh.update(dict(mesh.shape))  # what was -1 is known now
+  online = catalog.method(config).facts.online
+  sharding.check_batch_size(mesh, config.batch_size, 1 if online else config.accumulation)
+  print(f"compiling a step of {config.objective} for {len(devices)} x {devices[0].device_kind} ...", file=sys.stderr)
+  options = compiler_options(chip, quick=flags.FLAGS.quick)
+  report = compile_step(config, mesh, compiler_options=options)
   print(table(report, chip))
   print(f"\nlowered in {report['lower_seconds']:.0f} s, compiled in {report['compile_seconds']:.0f} s")
   if chip:
@@ -280,7 +284,8 @@ def run() -> None:
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no process has a TPU, so several can compile
   if any(argument.startswith("--topology") for argument in sys.argv):
     jax.config.update("jax_platforms", "cpu")
-  app.run(main, flags_parser=arguments.parse_flags)
+  with endings.one_sentence(doing="compiling", again=AGAIN):
+    app.run(main, flags_parser=arguments.parse_flags)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import pathlib
-import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from jaxpref import arguments
 from jaxpref.data import index as index_lib
 from jaxpref.data import records, sources
 from jaxpref.data.files import PROGRESS_AFTER
+from jaxpref.devices import endings
 from jaxpref.evaluation import pictures
 
 SIDE, FRAME, GAP, COLUMNS = 128, 4, 12, 3  # of the picture: an image, its frame and the space, in pixels; records a row
@@ -48,13 +48,12 @@ def main(argv: list[str] | None = None) -> None:
   add("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
   add("--out", type=pathlib.Path, metavar="FOLDER", help="where stats.json and the pictures go (default: none)")
   args = parser.parse_args(argv)
-  try:
+  doing = f"describing {' '.join(args.source)}"
+  with endings.one_sentence(ValueError, OSError, doing=doing, again="run the same command again"):
     for name, least in (("sample", 1), ("pictures", 0)):
       if getattr(args, name) < least:
         raise ValueError(f"--{name}={getattr(args, name)}; expected at least {least}.")
     print(describe(args))
-  except (ValueError, OSError) as error:
-    sys.exit(f"error: {error}")
 
 
 def describe(args: argparse.Namespace) -> str:

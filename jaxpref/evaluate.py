@@ -28,7 +28,7 @@ from tqdm import tqdm
 from jaxpref import arguments
 from jaxpref.config import Config
 from jaxpref.data import emoji, lease, paths, prompt_sets
-from jaxpref.devices import distributed, sharding
+from jaxpref.devices import distributed, endings, sharding
 from jaxpref.evaluation import comparison, drawing, settings
 from jaxpref.evaluation import folder as evaluation_folder
 from jaxpref.files import adapters
@@ -55,11 +55,9 @@ def main(argv: list[str] | None = None) -> None:
   args.scorers = [name for spec in args.scorers for name in spec.split(",") if name]
   by_hand = {name: getattr(args, name) for name in ("coordinator_address", "num_processes", "process_id")}
   expected = (ValueError, OSError)
-  try:
+  with endings.one_sentence(*expected, doing=f"evaluating into {args.out}", again="the same command goes on"):
     with distributed.joined(distributed.find_launch(args.distributed, **by_hand), args.out, expected=expected):
       evaluate(args)
-  except expected as error:
-    sys.exit(f"error: {error}")
 
 
 def make_parser() -> argparse.ArgumentParser:

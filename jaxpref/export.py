@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from jaxpref import arguments
 from jaxpref import config as config_lib
+from jaxpref.devices import endings
 from jaxpref.files import adapters
 from jaxpref.files import family as families
 from jaxpref.training import build, checkpoint
@@ -39,10 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     help="precision of the files (default: float16 for a pipeline, float32 for an adapter, which is small)",
   )
   args = parser.parse_args(argv)
-  try:
+  with endings.one_sentence(ValueError, OSError, doing=f"exporting to {args.out}", again="run the same command again"):
     print(export(args.run, args.format, args.out, step=args.step, dtype=args.dtype))
-  except (ValueError, OSError) as error:
-    sys.exit(f"error: {error}")
 
 
 def export(

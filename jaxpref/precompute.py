@@ -34,12 +34,13 @@ from jaxpref import arguments
 from jaxpref import config as config_lib
 from jaxpref.config import AnyConfig, Config
 from jaxpref.data import batching, latents, lease, paths
-from jaxpref.devices import chips, distributed, sharding
+from jaxpref.devices import chips, distributed, endings, sharding
 from jaxpref.files import family as families
 from jaxpref.models.base import Model
 from jaxpref.training import inputs
 
 GIB = 2.0**30
+AGAIN = "the same command goes on"
 WAIT_SECONDS = 5.0  # between two looks at the files of other processes
 # What is not finite is refused; float16 ends at 65504.
 REMEDY = "set config.dtype=float32, or config.vae_model to a VAE that is made for half precision"
@@ -349,7 +350,7 @@ def main(argv: list[str]) -> None:
   if not options["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   expected = (ValueError, OSError) if logging.get_verbosity() <= 0 else ()
-  try:
+  with endings.one_sentence(*expected, doing=f"precomputing into {options.out}", again=AGAIN):
     if options.verify:
       problems = verify(options.out)
       sys.exit("\n".join(f"error: {p}" for p in problems) if problems else 0)
@@ -358,8 +359,6 @@ def main(argv: list[str]) -> None:
     launch = distributed.find_launch(**distributed.given_flags())
     with distributed.joined(launch, options.out, expected=expected):
       run(options.config, options.out, rows_per_file=options.rows_per_file, batch_size=options.batch_size)
-  except expected as error:
-    sys.exit(f"error: {error}")
 
 
 def start() -> None:
@@ -371,7 +370,8 @@ def start() -> None:
   flags.DEFINE_bool("verify", False, "Compare all files with the checksums of manifest.json.")
   distributed.define_flags()
   flags.mark_flag_as_required("out")
-  app.run(main, flags_parser=arguments.parse_flags)
+  with endings.one_sentence(doing="precomputing", again=AGAIN):
+    app.run(main, flags_parser=arguments.parse_flags)
 
 
 if __name__ == "__main__":

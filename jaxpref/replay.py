@@ -7,7 +7,6 @@ too, and where: in which fields and records of the batch, at which times, in the
 
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 import optax
 
 from jaxpref import arguments, export
-from jaxpref.devices import chips, sharding
+from jaxpref.devices import chips, endings, sharding
 from jaxpref.training import build, checkpoint, loop, metrics, monitor
 
 TIMESTEPS = 1000  # of the schedules of all Stable Diffusion models
@@ -32,12 +31,9 @@ def main(argv: list[str] | None = None) -> None:
   )
   args = parser.parse_args(argv)
   jax.config.update("jax_debug_nans", args.debug_nans)
-  try:
+  # The FloatingPointError of jax_debug_nans passes, with the traceback that was asked for.
+  with endings.one_sentence(ValueError, OSError, doing=f"replaying {args.folder}", again="run the same command again"):
     print(replay(args.folder))
-  except FloatingPointError:  # of jax_debug_nans, with the traceback that was asked for
-    raise
-  except (ValueError, OSError) as error:
-    sys.exit(f"error: {error}")
 
 
 def replay(folder: pathlib.Path) -> str:

@@ -8,14 +8,13 @@ import argparse
 import json
 import pathlib
 import re
-import sys
 from typing import Any
 
 import numpy as np
 
 from jaxpref import arguments
 from jaxpref.data import prompt_sets
-from jaxpref.devices import sharding
+from jaxpref.devices import endings, sharding
 from jaxpref.evaluation import drawing, pictures, settings
 from jaxpref.files import adapters
 
@@ -41,10 +40,8 @@ def main(argv: list[str] | None = None) -> None:
   add("--out", type=pathlib.Path, default=pathlib.Path("samples"), help="new folder, or NAME.png for one table")
   add("--overwrite", action="store_true", help="write into a folder that holds files")
   args = parser.parse_args(argv)
-  try:
+  with endings.one_sentence(ValueError, OSError, doing=f"drawing into {args.out}", again="run it again"):
     draw(args)
-  except (ValueError, OSError) as error:
-    sys.exit(f"error: {error}")
 
 
 def draw(args: argparse.Namespace) -> None:
