@@ -17,6 +17,7 @@ import ml_collections
 from absl import flags, logging
 
 from jaxpref import config as config_lib
+from jaxpref.recipes import places
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,6 +58,32 @@ class _Store(argparse._StoreAction):
         print(f"warning: {option_string} is given twice; {values} counts, not {before}.", file=sys.stderr)
       parser.given[self.dest] = values
     setattr(namespace, self.dest, values)
+
+
+def place(text: str) -> str:
+  """Reads an option that may be a path, for `type`: ~ is the home."""
+  try:
+    return places.expand(text)
+  except ValueError as error:
+    raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def path(text: str) -> pathlib.Path:
+  """Reads an option that is a path of this machine, for `type`."""
+  return pathlib.Path(place(text))
+
+
+class _PlaceParser(flags.ArgumentParser):
+  def parse(self, argument: str) -> str:
+    return places.expand(argument)
+
+  def flag_type(self) -> str:
+    return "string"
+
+
+def define_place(name: str, default: str | None, help: str) -> Any:
+  """Defines a flag that may be a path, for commands with a recipe; returns its holder."""
+  return flags.DEFINE(_PlaceParser(), name, default, help)
 
 
 # ---- Recipes -----------------------------------------------------------------------------------------------------

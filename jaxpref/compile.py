@@ -278,7 +278,7 @@ def run() -> None:
   flags.DEFINE_bool(
     "quick", True, "For TPUs: small tiles, which compile in a fifth of the time; their program is slower."
   )
-  flags.DEFINE_string("out", None, "A JSON file for the report.")
+  arguments.define_place("out", None, "A JSON file for the report.")
   flags.mark_flag_as_required("config")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no process has a TPU, so several can compile

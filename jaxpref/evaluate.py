@@ -33,6 +33,7 @@ from jaxpref.evaluation import comparison, drawing, settings
 from jaxpref.evaluation import folder as evaluation_folder
 from jaxpref.files import adapters
 from jaxpref.files import family as families
+from jaxpref.recipes import places
 from jaxpref.rewards import published
 
 Model = tuple[str, tuple[adapters.LoraFile, ...]]  # as of --model and --lora of jaxpref.sample
@@ -74,6 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
   )
   add(
     "--prompts",
+    type=arguments.place,
     required=True,
     help="emoji (the embedded test captions), emoji:SPLIT, or a file of prompts: docs/evaluation.md",
   )
@@ -94,11 +96,11 @@ def make_parser() -> argparse.ArgumentParser:
   add(
     "--geneval_layout",
     "--geneval-layout",
-    type=pathlib.Path,
+    type=arguments.path,
     metavar="FOLDER",
     help="also lay out pictures for GenEval's own scorer",
   )
-  add("--out", type=pathlib.Path, default=pathlib.Path("evaluation"), help="new folder, or one to continue")
+  add("--out", type=arguments.path, default=pathlib.Path("evaluation"), help="new folder, or one to continue")
   parser.set_defaults(set_aside=False)
   return parser
 
@@ -266,7 +268,7 @@ def parse_models(specs: Sequence[str]) -> dict[str, Model]:
         raise FileNotFoundError(
           f"--models {spec!r}: there is no file {loras[0].path}; give a LoRA of diffusers, PEFT or kohya."
         )
-    found[name] = (source, tuple(loras))
+    found[name] = (places.expand(source), tuple(loras))
   return found
 
 

@@ -28,10 +28,10 @@ TEXT_TO_IMAGE = tuple(name for name, facts in config_lib.FACTS.items() if facts.
 def main(argv: list[str] | None = None) -> None:
   """Parses the arguments, writes; expected errors end in one sentence."""
   parser = arguments.Parser(prog="python -m jaxpref.export", description=__doc__)
-  parser.add_argument("run", type=pathlib.Path, metavar="RUN", help="work folder: config.json and checkpoints/")
+  parser.add_argument("run", type=arguments.path, metavar="RUN", help="work folder: config.json and checkpoints/")
   parser.add_argument("--format", choices=("pipeline", "lora", "kohya"), required=True, help="see above")
   parser.add_argument(
-    "--out", type=pathlib.Path, required=True, metavar="PATH", help="new folder, or new file NAME.safetensors"
+    "--out", type=arguments.path, required=True, metavar="PATH", help="new folder, or new file NAME.safetensors"
   )
   parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint (default: the last one)")
   parser.add_argument(

@@ -25,7 +25,7 @@ _CONFIG = config_flags.DEFINE_config_file(
   None,
   "The recipe, e.g. configs/spo_tiny.py or configs/spo_sdxl.py:smoke; change a field with --config.NAME=VALUE.",
 )
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = arguments.define_place(
   "workdir",
   None,
   "Folder of checkpoints, metrics and results, the same for all processes; the same command resumes, and is refused "
@@ -43,7 +43,7 @@ def _default_workdir() -> str:
 
 def set_defaults(environment: MutableMapping[str, str]) -> None:
   """Sets the environment variables of libraries that nobody has set; to be called before JAX is imported."""
-  caches = environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  caches = os.path.expanduser(environment.get("XDG_CACHE_HOME") or "~/.cache")
   # A compiled step is kept, so that the second start of a run does not wait for it.
   environment.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(caches, "jaxpref", "compiled"))
   environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # a start has a hundred small programs

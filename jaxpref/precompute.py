@@ -364,7 +364,7 @@ def main(argv: list[str]) -> None:
 def start() -> None:
   """The console entry point."""
   config_flags.DEFINE_config_file("config", None, "The recipe; change a field with --config.NAME=VALUE.")
-  flags.DEFINE_string("out", None, "The folder to make, to continue or to verify.")
+  arguments.define_place("out", None, "The folder to make, to continue or to verify.")
   flags.DEFINE_integer("rows_per_file", 2048, "Pairs or images in a file; what is lost at most when a process dies.")
   flags.DEFINE_integer("batch_size", 8, "Images, or prompts, on each device at a time.")
   flags.DEFINE_bool("verify", False, "Compare all files with the checksums of manifest.json.")

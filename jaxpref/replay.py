@@ -25,7 +25,7 @@ NOT_FINITE = ("nan", "inf", "-inf")  # as a report has them
 def main(argv: list[str] | None = None) -> None:
   """Parses the arguments and prints; expected errors end in one sentence."""
   parser = arguments.Parser(prog="python -m jaxpref.replay", description=__doc__)
-  parser.add_argument("folder", type=pathlib.Path, metavar="FOLDER", help="bad_step_... in the work folder of a run")
+  parser.add_argument("folder", type=arguments.path, metavar="FOLDER", help="bad_step_... in the work folder of a run")
   parser.add_argument(
     "--debug_nans", action="store_true", help="stop at the first operation that makes a NaN, with its place (slow)"
   )

@@ -25,7 +25,12 @@ def main(argv: list[str] | None = None) -> None:
   """Parses the arguments, draws, writes PNG; expected errors end in one sentence."""
   parser = arguments.Parser(prog="python -m jaxpref.sample", description=__doc__)
   add = parser.add_argument
-  add("--model", default="tiny-sd", help="folder, hub name, shipped model or run (default: %(default)s)")
+  add(
+    "--model",
+    type=arguments.place,
+    default="tiny-sd",
+    help="folder, hub name, shipped model or run (default: %(default)s)",
+  )
   add(
     "--lora",
     nargs="+",
@@ -37,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
   prompts.add_argument("--prompt", help="one prompt")
   prompts.add_argument("--prompts", nargs="+", help=f"prompts, or one file of them: {', '.join(prompt_sets.ENDINGS)}")
   settings.add_arguments(parser)
-  add("--out", type=pathlib.Path, default=pathlib.Path("samples"), help="new folder, or NAME.png for one table")
+  add("--out", type=arguments.path, default=pathlib.Path("samples"), help="new folder, or NAME.png for one table")
   add("--overwrite", action="store_true", help="write into a folder that holds files")
   args = parser.parse_args(argv)
   with endings.one_sentence(ValueError, OSError, doing=f"drawing into {args.out}", again="run it again"):

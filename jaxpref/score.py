@@ -175,8 +175,8 @@ def main(argv: list[str]) -> None:
 def run() -> None:
   """The console entry point."""
   config_flags.DEFINE_config_file("config", None, "The recipe; change a field with --config.NAME=VALUE.")
-  flags.DEFINE_string("model", "yuvalkirstain/PickScore_v1", "The preference model: a folder or a hub name.")
-  flags.DEFINE_string("out", None, "The .npz file to write, or to continue.")
+  arguments.define_place("model", "yuvalkirstain/PickScore_v1", "The preference model: a folder or a hub name.")
+  arguments.define_place("out", None, "The .npz file to write, or to continue.")
   flags.DEFINE_integer("batch_size", 64, "Pairs scored at a time.", lower_bound=1)
   flags.mark_flags_as_required(["config", "out"])
   with endings.one_sentence(doing="scoring", again=AGAIN):

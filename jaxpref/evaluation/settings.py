@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxpref import arguments
 from jaxpref.data import prompt_sets
 from jaxpref.devices import sharding
 from jaxpref.evaluation import drawing
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default="stable_diffusion",
     help="of the model: %(default)s, package.module:NAME of your own; a run says which",
   )
-  add("--vae_model", help="a VAE's folder or hub name, in the place of the model's own")
+  add("--vae_model", type=arguments.place, help="a VAE's folder or hub name, in the place of the model's own")
   add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of computation and stored weights")
 
 

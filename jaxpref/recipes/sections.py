@@ -11,6 +11,8 @@ from typing import Any
 
 from ml_collections.config_dict import placeholder
 
+from jaxpref.recipes.places import Place, expand
+
 MAX_SEED = 2**32 - 1  # of Grain
 
 
@@ -103,7 +105,12 @@ def fields(kind: type, of: Any = None) -> dict[str, Any]:
 def _kinds(hint: Any) -> list[Any]:
   """Returns the types that a hint allows beside None."""
   union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-  return [kind for kind in (typing.get_args(hint) if union else (hint,)) if kind is not types.NoneType]
+  kinds = [kind for kind in (typing.get_args(hint) if union else (hint,)) if kind is not types.NoneType]
+  return [kind.__origin__ if typing.get_origin(kind) is typing.Annotated else kind for kind in kinds]
+
+
+def _is_place(hint: Any) -> bool:
+  return Place in (hint, *typing.get_args(hint))
 
 
 def read(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
@@ -128,7 +135,7 @@ def read(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
 
 def convert(kind: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
   """Returns the values in the types of the fields; arguments and errors as of `read`, but any may be left out."""
-  hints = typing.get_type_hints(kind)
+  hints = typing.get_type_hints(kind, include_extras=True)
   known = [field.name for field in dataclasses.fields(kind)]
   for name in values:
     if name not in known:
@@ -144,8 +151,13 @@ _WORDS = {int: "an integer", float: "a number", str: "a text", bool: "True or Fa
 def _value(hint: Any, value: Any, name: str) -> Any:
   """Returns a value in the type of its field."""
   kinds = _kinds(hint)
-  if value is None and hint not in kinds:
+  if value is None and hint not in kinds and hint != Place:
     return None
+  if isinstance(value, str) and _is_place(hint):
+    try:
+      return expand(value)
+    except ValueError as error:
+      raise ValueError(f"{name}={error}") from error
   for kind in kinds:
     origin = typing.get_origin(kind) or kind
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):

@@ -12,8 +12,16 @@ from jaxpref.devices import endings
 def main(argv: list[str] | None = None) -> None:
   """Parses the arguments, writes; expected errors end in one sentence."""
   parser = arguments.Parser(prog="python -m jaxpref.data.pickapic", description=__doc__)
-  parser.add_argument("--parquet", required=True, metavar="FOLDER", help="of the parquet files, or gs://...")
-  parser.add_argument("--out", required=True, metavar="FOLDER", help="of datasets, or gs://...; gets pickapic/VERSION/")
+  parser.add_argument(
+    "--parquet", type=arguments.place, required=True, metavar="FOLDER", help="of the parquet files, or gs://..."
+  )
+  parser.add_argument(
+    "--out",
+    type=arguments.place,
+    required=True,
+    metavar="FOLDER",
+    help="of datasets, or gs://...; gets pickapic/VERSION/",
+  )
   parser.add_argument("--version", choices=pickapic.VERSIONS, default="v2", help="of Pick-a-Pic (default: %(default)s)")
   parser.add_argument("--workers", type=int, default=1, help="processes that write files (default: %(default)s)")
   args = parser.parse_args(argv)
