@@ -290,6 +290,7 @@ class Spo(Section):
   def check_with(self, config: "Config", of: Facts) -> None:
     if of.section != "spo":
       return
+    self.rollout_steps()
     self.require(self.pool_size >= 2, "pool_size", "at least 2 candidates")
     self.require(self.minibatch >= 1, "minibatch", "at least 1 transition")
     self.require(0.0 <= self.threshold < 1.0, "threshold", "a softmax gap in [0, 1)")
@@ -336,7 +337,7 @@ class Grpo(Section):
   def check_with(self, config: "Config", of: Facts) -> None:
     if of.section != "grpo":
       return
-    self.require(self.num_inference_steps >= 1, "num_inference_steps", "at least 1 step")
+    self.rollout_steps()
     self.require(0.0 < self.eta <= 1.0, "eta", "a number in (0, 1]: steps without noise have no density")
     compared = self.group_size if self.advantage == "group" else self.group_size * config.batch_size
     many = self.group_size >= 1 and compared >= 2
@@ -426,6 +427,7 @@ class Evaluation(Section):
   def check(self) -> None:
     self.one_of("split", SPLITS)
     self.integers(1, "seeds_per_prompt", "num_inference_steps", "batch_size", "bootstrap_samples")
+    self.rollout_steps()
     self.guidance(self.guidance_scale)
     self.require(self.num_prompts >= 0, "num_prompts", "0 (no evaluation) or a number of prompts")
     self.require(0.0 <= self.eta <= 1.0, "eta", "a number in [0, 1]")
@@ -629,6 +631,7 @@ def check(config: AnyConfig) -> None:
   whole = typed(config)
   of = facts(whole)
   for part in (whole, *whole.sections()):
+    part.counts()
     part.check()
   if not isinstance(whole.options, Section) and hasattr(whole.options, "check"):
     whole.options.check()

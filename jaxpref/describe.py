@@ -50,9 +50,9 @@ def main(argv: list[str] | None = None) -> None:
   args = parser.parse_args(argv)
   doing = f"describing {' '.join(args.source)}"
   with endings.one_sentence(ValueError, OSError, doing=doing, again="run the same command again"):
-    for name, least in (("sample", 1), ("pictures", 0)):
-      if getattr(args, name) < least:
-        raise ValueError(f"--{name}={getattr(args, name)}; expected at least {least}.")
+    arguments.check_seed(args)
+    arguments.check_numbers(args, "sample")
+    arguments.check_numbers(args, "pictures", least=0)
     print(describe(args))
 
 

@@ -136,11 +136,11 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Model], list[prompt_sets.
     ValueError, FileNotFoundError: one sentence: argument, value, what was expected.
   """
   settings.check(args)
-  for name in ("score_batch_size", "pictures"):
-    if getattr(args, name) < 1:
-      raise ValueError(f"--{name}={getattr(args, name)}; expected at least 1.")
+  arguments.check_numbers(args, "score_batch_size", most=arguments.MAX_AT_A_TIME)
+  arguments.check_numbers(args, "pictures")
   models = parse_models(args.models)
   prompts = read_prompts(args.prompts, kind=args.prompts_kind, count=args.num_prompts)
+  drawing.check_count(len(prompts), args.seeds)
   names = [spec.partition("=")[0] for spec in args.scorers]
   for name in names:
     if names.count(name) > 1:

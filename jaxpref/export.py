@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
   )
   args = parser.parse_args(argv)
   with endings.one_sentence(ValueError, OSError, doing=f"exporting to {args.out}", again="run the same command again"):
+    arguments.check_numbers(args, "step", least=0)
     print(export(args.run, args.format, args.out, step=args.step, dtype=args.dtype))
 
 

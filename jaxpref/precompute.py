@@ -14,6 +14,7 @@ a bucket (gs://); each waits at the end until all have finished.
 jaxpref/data/latents.py describes the files.
 """
 
+import argparse
 import functools
 import importlib.metadata
 import itertools
@@ -200,9 +201,9 @@ def _run(
 def check(config: Config, *, rows_per_file: int, batch_size: int) -> None:
   """Refuses what cannot be precomputed, before anything is loaded; raises ValueError."""
   config_lib.check(config)
-  for name, value in (("rows_per_file", rows_per_file), ("batch_size", batch_size)):
-    if value < 1:
-      raise ValueError(f"--{name}={value}; expected at least 1.")
+  counts = argparse.Namespace(rows_per_file=rows_per_file, batch_size=batch_size)
+  arguments.check_numbers(counts, "rows_per_file")
+  arguments.check_numbers(counts, "batch_size", most=arguments.MAX_AT_A_TIME)
   if inputs.precomputable(config_lib.facts(config)) is None:
     raise ValueError(
       f"config.objective={config.objective!r} needs the VAE while it trains, so nothing can be precomputed for it; "

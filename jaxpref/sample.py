@@ -58,6 +58,7 @@ def draw(args: argparse.Namespace) -> None:
     prompts = [prompt_sets.check_prompt(args.prompt, option="--prompt")]
   else:
     prompts = prompt_sets.given(args.prompts, option="--prompts")
+  drawing.check_count(len(prompts), args.seeds)
   mesh = sharding.make_mesh()
   model, weights, tokenize = settings.load(args.model, loras, args, mesh)
   names = [f"{p:04d}_{i}{slug(prompt)}.png" for p, prompt in enumerate(prompts) for i in range(args.seeds)]

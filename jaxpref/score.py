@@ -177,7 +177,7 @@ def run() -> None:
   config_flags.DEFINE_config_file("config", None, "The recipe; change a field with --config.NAME=VALUE.")
   arguments.define_place("model", "yuvalkirstain/PickScore_v1", "The preference model: a folder or a hub name.")
   arguments.define_place("out", None, "The .npz file to write, or to continue.")
-  flags.DEFINE_integer("batch_size", 64, "Pairs scored at a time.", lower_bound=1)
+  flags.DEFINE_integer("batch_size", 64, "Pairs scored at a time.", lower_bound=1, upper_bound=arguments.MAX_AT_A_TIME)
   flags.mark_flags_as_required(["config", "out"])
   with endings.one_sentence(doing="scoring", again=AGAIN):
     app.run(main, flags_parser=arguments.parse_flags)

@@ -113,6 +113,8 @@ def _by_hand(
   for name in ("JAX_PROCESS_ID", "JOB_COMPLETION_INDEX"):
     index = _integer(environment, name) if index is None else index
   found = {"--coordinator_address": address, "--num_processes": count, "--process_id": index}
+  if count is not None and count < 1:
+    raise ValueError(f"--num_processes={count}; expected at least 1.")
   if count == 1 and index in (None, 0):
     return None
   missing = [name for name, value in found.items() if value is None]

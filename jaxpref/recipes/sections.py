@@ -13,7 +13,9 @@ from ml_collections.config_dict import placeholder
 
 from jaxpref.recipes.places import Place, expand
 
-MAX_SEED = 2**32 - 1  # of Grain
+MAX_SEED = 2**32 - 1  # of Grain, and of JAX's keys, for which larger ones are others
+MAX_COUNT = 2**31 - 1  # steps, rows and pictures are numbered by 32 bits
+MAX_STEPS = 1000  # of a rollout: the times of a noise schedule
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:
@@ -62,6 +64,17 @@ class Section:
   def integers(self, least: int, *fields: str) -> None:
     for field in fields:
       self.require(getattr(self, field) >= least, field, f"an integer of at least {least}")
+
+  def rollout_steps(self) -> None:
+    expected = f"an integer from 1 to {MAX_STEPS}, the times of a noise schedule"
+    self.require(1 <= getattr(self, "num_inference_steps") <= MAX_STEPS, "num_inference_steps", expected)  # noqa: B009
+
+  def counts(self) -> None:
+    """Refuses integers that 32 bits do not hold."""
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if isinstance(value, int) and field.name != "seed":
+        self.require(abs(value) <= MAX_COUNT, field.name, f"an integer of at most {MAX_COUNT} (2^31 - 1)")
 
   def not_negative(self, *fields: str) -> None:
     for field in fields:

@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--workers", type=int, default=1, help="processes that write files (default: %(default)s)")
   args = parser.parse_args(argv)
   with endings.one_sentence(ValueError, OSError, doing=f"writing into {args.out}", again="run the same command again"):
+    arguments.check_numbers(args, "workers")
     print(pickapic.prepare(args.parquet, args.out, version=args.version, workers=args.workers))
 
 
