@@ -33,7 +33,11 @@ def run() -> None:
     sys.exit(f"error: jaxpref {command} is no command{hint}; expected one of {', '.join(COMMANDS)}.")
   if given == command:
     del sys.argv[1]
-  runpy.run_module(f"jaxpref.{'main' if command == 'train' else command}", run_name="__main__", alter_sys=True)
+  try:
+    runpy.run_module(f"jaxpref.{'main' if command == 'train' else command}", run_name="__main__", alter_sys=True)
+  except KeyboardInterrupt:  # while its libraries are read
+    print(f"\njaxpref {command} was interrupted before it began.", file=sys.stderr)
+    sys.exit(130)
 
 
 if __name__ == "__main__":

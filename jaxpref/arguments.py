@@ -17,6 +17,10 @@ import ml_collections
 from absl import flags, logging
 
 from jaxpref import config as config_lib
+from jaxpref.recipes import places
+from jaxpref.recipes.sections import MAX_COUNT, MAX_SEED
+
+MAX_AT_A_TIME = 2**16  # rows or pictures of one call
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,6 +61,50 @@ class _Store(argparse._StoreAction):
         print(f"warning: {option_string} is given twice; {values} counts, not {before}.", file=sys.stderr)
       parser.given[self.dest] = values
     setattr(namespace, self.dest, values)
+
+
+def place(text: str) -> str:
+  """Reads an option that may be a path, for `type`: ~ is the home."""
+  try:
+    return places.expand(text)
+  except ValueError as error:
+    raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def path(text: str) -> pathlib.Path:
+  """Reads an option that is a path of this machine, for `type`."""
+  return pathlib.Path(place(text))
+
+
+def check_numbers(args: argparse.Namespace, *names: str, least: int = 1, most: int = MAX_COUNT) -> None:
+  """Refuses integers outside of what is used; None stands for an option that was not given.
+
+  Raises:
+    ValueError: one sentence: argument, value, what was expected.
+  """
+  for name in names:
+    value = getattr(args, name)
+    if value is not None and not least <= value <= most:
+      raise ValueError(f"--{name}={value}; expected {f'at least {least}' if value < least else f'at most {most}'}.")
+
+
+def check_seed(args: argparse.Namespace) -> None:
+  """Refuses a seed that would draw what another one draws; raises ValueError."""
+  if not 0 <= args.seed <= MAX_SEED:
+    raise ValueError(f"--seed={args.seed}; expected an integer from 0 to {MAX_SEED} (2^32 - 1).")
+
+
+class _PlaceParser(flags.ArgumentParser):
+  def parse(self, argument: str) -> str:
+    return places.expand(argument)
+
+  def flag_type(self) -> str:
+    return "string"
+
+
+def define_place(name: str, default: str | None, help: str) -> Any:
+  """Defines a flag that may be a path, for commands with a recipe; returns its holder."""
+  return flags.DEFINE(_PlaceParser(), name, default, help)
 
 
 # ---- Recipes -----------------------------------------------------------------------------------------------------

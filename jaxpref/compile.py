@@ -32,11 +32,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from jaxpref import arguments
-from jaxpref.devices import chips, sharding
+from jaxpref.devices import chips, endings, sharding
 from jaxpref.devices.chips import GIB
 from jaxpref.objectives import catalog
 from jaxpref.planning import flops as flops_lib
 from jaxpref.planning import hlo, plan
+
+AGAIN = "run the same command again"
 
 # For programs that are only to be looked at: a TPU's compiler spends most of its time on the instructions of each
 # convolution's tile, and takes several times less with small tiles (the default is 16 MiB and more) and less effort.
@@ -225,20 +227,22 @@ def main(argv: list[str]) -> None:
   del argv
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
+  with endings.one_sentence(ValueError, OSError, doing="compiling", again=AGAIN):
+    _main()
+
+
+def _main() -> None:
   topology, out = flags.FLAGS.topology, flags.FLAGS.out
   chip = chips.CHIPS.get((topology or "").partition(":")[0])
-  try:
-    config = plan.without_weights(flags.FLAGS.config)
-    devices = topology_devices(topology) if topology else jax.devices()
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    config.mesh.update(dict(mesh.shape))  # what was -1 is known now
-    online = catalog.method(config).facts.online
-    sharding.check_batch_size(mesh, config.batch_size, 1 if online else config.accumulation)
-    print(f"compiling a step of {config.objective} for {len(devices)} x {devices[0].device_kind} ...", file=sys.stderr)
-    options = compiler_options(chip, quick=flags.FLAGS.quick)
-    report = compile_step(config, mesh, compiler_options=options)
-  except (ValueError, OSError) as error:
-    sys.exit(f"error: {error}")
+  config = plan.without_weights(flags.FLAGS.config)
+  devices = topology_devices(topology) if topology else jax.devices()
+  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  config.mesh.update(dict(mesh.shape))  # what was -1 is known now
+  online = catalog.method(config).facts.online
+  sharding.check_batch_size(mesh, config.batch_size, 1 if online else config.accumulation)
+  print(f"compiling a step of {config.objective} for {len(devices)} x {devices[0].device_kind} ...", file=sys.stderr)
+  options = compiler_options(chip, quick=flags.FLAGS.quick)
+  report = compile_step(config, mesh, compiler_options=options)
   print(table(report, chip))
   print(f"\nlowered in {report['lower_seconds']:.0f} s, compiled in {report['compile_seconds']:.0f} s")
   if chip:
@@ -274,7 +278,7 @@ def run() -> None:
   flags.DEFINE_bool(
     "quick", True, "For TPUs: small tiles, which compile in a fifth of the time; their program is slower."
   )
-  flags.DEFINE_string("out", None, "A JSON file for the report.")
+  arguments.define_place("out", None, "A JSON file for the report.")
   flags.mark_flag_as_required("config")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no process has a TPU, so several can compile
@@ -283,7 +287,8 @@ def run() -> None:
     # What libtpu asks its machine for, and complains about on stderr where there is none; the topology counts.
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-  app.run(main, flags_parser=arguments.parse_flags)
+  with endings.one_sentence(doing="compiling", again=AGAIN):
+    app.run(main, flags_parser=arguments.parse_flags)
 
 
 if __name__ == "__main__":

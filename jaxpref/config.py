@@ -3,7 +3,7 @@
 A section is a dataclass. Its `check` refuses values that can never be. Its `check_with` refuses what does not fit the
 method, which it asks for its `Facts`, or the rest of the config. Recipes and the command line change an
 `ml_collections.ConfigDict` that has these fields; what trains reads the dataclasses (`typed`). A field whose default is
-None has a type but no value, and can be set on the command line.
+None has a type but no value, and can be set on the command line. In a field that is a Place, ~ is your home.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from jaxpref.recipes.facts import (
   load_named,
   own_method,
 )
+from jaxpref.recipes.places import Place
 from jaxpref.recipes.rewards import PREFERENCE_MODEL, is_function, reward_terms
 from jaxpref.recipes.sections import Section, convert, fields, read
 
@@ -56,15 +57,15 @@ class Data(Section):
   # emoji (embedded: pairs, images, prompts); tfds (a folder of pairs, such as Pick-a-Pic's), pairs_file (.jsonl
   # or .csv), rankings (HPDv2's .json); unpaired_file (for kto); prompts (spo, grpo); precomputed (a folder)
   source: str = "emoji"
-  path: str | None = None  # of the folder or file, for all but emoji
-  images: str | None = None  # rankings: the folder of the images, where it is not the published one
+  path: Place | None = None  # of the folder or file, for all but emoji
+  images: Place | None = None  # rankings: the folder of the images, where it is not the published one
   ranking_pairs: str = "all"  # rankings: all pairs of a ranking, or winner: those of its best image with the others
   preferred_style: str = "openmoji"  # emoji: twemoji, noto or openmoji, the outlined one
   subset: str = "core"  # emoji
   split: str = "train"
   validation_share: float = 0.0  # of the prompts of split "train", which are held out and become split "validation"
   labels: str = "given"  # or scores: the image with the higher score wins
-  scores: str | None = None  # written by jaxpref.score, instead of those that the source may have
+  scores: Place | None = None  # written by jaxpref.score, instead of those that the source may have
   ties: str = "drop"  # drop; keep, at 0.5 (spm); or soft: labels are probabilities, by the scores where there are any
   min_gap: float = 0.0  # pairs whose scores give probabilities less than this apart are ties
   only_labelled: bool = False  # leave out pairs that nobody judged (Pick-a-Pic's has_label)
@@ -130,7 +131,7 @@ class Lora(Section):
   alpha: float | None = None  # default: the rank
   targets: str = r"(to_q|to_k|to_v|to_out\.0)$"
   init: str = "kaiming"  # of A: kaiming (PEFT's default) or gaussian, of deviation 1 / rank (larger for small ranks)
-  init_from: str | None = None  # a LoRA file (diffusers, PEFT or kohya) to continue from; it says the targets
+  init_from: Place | None = None  # a LoRA file (diffusers, PEFT or kohya) to continue from; it says the targets
 
   def check(self) -> None:
     self.require(self.rank >= 0, "rank", "0 (full training) or a positive rank")
@@ -289,6 +290,7 @@ class Spo(Section):
   def check_with(self, config: "Config", of: Facts) -> None:
     if of.section != "spo":
       return
+    self.rollout_steps()
     self.require(self.pool_size >= 2, "pool_size", "at least 2 candidates")
     self.require(self.minibatch >= 1, "minibatch", "at least 1 transition")
     self.require(0.0 <= self.threshold < 1.0, "threshold", "a softmax gap in [0, 1)")
@@ -335,7 +337,7 @@ class Grpo(Section):
   def check_with(self, config: "Config", of: Facts) -> None:
     if of.section != "grpo":
       return
-    self.require(self.num_inference_steps >= 1, "num_inference_steps", "at least 1 step")
+    self.rollout_steps()
     self.require(0.0 < self.eta <= 1.0, "eta", "a number in (0, 1]: steps without noise have no density")
     compared = self.group_size if self.advantage == "group" else self.group_size * config.batch_size
     many = self.group_size >= 1 and compared >= 2
@@ -419,12 +421,13 @@ class Evaluation(Section):
   # After the run python -m jaxpref.evaluate compares base and aligned model by these, with commas between them:
   # names of docs/evaluation.md, or a function of your own as package.module:function.
   scorers: str = ""
-  prompts: str = "emoji"  # for them: a file, or emoji (those of `split`); num_prompts of it, 0: all
+  prompts: Place = "emoji"  # for them: a file, or emoji (those of `split`); num_prompts of it, 0: all
   diversity: str = ""  # the CLIP that measures it; one of the scorers by itself
 
   def check(self) -> None:
     self.one_of("split", SPLITS)
     self.integers(1, "seeds_per_prompt", "num_inference_steps", "batch_size", "bootstrap_samples")
+    self.rollout_steps()
     self.guidance(self.guidance_scale)
     self.require(self.num_prompts >= 0, "num_prompts", "0 (no evaluation) or a number of prompts")
     self.require(0.0 <= self.eta <= 1.0, "eta", "a number in [0, 1]")
@@ -454,14 +457,14 @@ class Config(Section):
   family: str = "stable_diffusion"  # of the model: Stable Diffusion 1.x, 2.x, SDXL; or package.module:NAME of your own
   # What is loaded. Each is a folder, a hub name, "tiny-sd" (shipped), "random:PRESET", or
   # "drawn:PRESET" (random, too: see jaxpref/files/loading.py).
-  model: str = "tiny-sd"
-  vae_model: str | None = None  # a VAE's folder or hub name, instead of the model's own
-  preference_model: str | None = None  # spo, grpo: a reward; spm: what to start from
+  model: Place = "tiny-sd"
+  vae_model: Place | None = None  # a VAE's folder or hub name, instead of the model's own
+  preference_model: Place | None = None  # spo, grpo: a reward; spm: what to start from
   # What spo and grpo are rewarded by: "" is preference_model, or a weighted sum of it and names of docs/evaluation.md,
   # such as "pickscore:1,aesthetic:0.1"; grpo also takes a function of your own, package.module:function.
   reward: str = ""
   reward_timeout: float = 600.0  # seconds that such a function may take for the images of an iteration
-  judge: str | None = None  # evaluation only
+  judge: Place | None = None  # evaluation only
   mesh: Mesh = Mesh()
   max_bad_steps: int = 5  # steps in a row whose loss or gradient is not finite, and whose update is left out; then stop
   profile_steps: str = ""  # START:STOP, e.g. 10:13: a profile of these steps in WORKDIR/profile
@@ -629,6 +632,7 @@ def check(config: AnyConfig) -> None:
   whole = typed(config)
   of = facts(whole)
   for part in (whole, *whole.sections()):
+    part.counts()
     part.check()
   if not isinstance(whole.options, Section) and hasattr(whole.options, "check"):
     whole.options.check()

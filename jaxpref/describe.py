@@ -12,7 +12,6 @@ import io
 import json
 import os
 import pathlib
-import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from jaxpref import arguments
 from jaxpref.data import index as index_lib
 from jaxpref.data import records, sources
 from jaxpref.data.files import PROGRESS_AFTER
+from jaxpref.devices import endings
 from jaxpref.evaluation import pictures
 
 SIDE, FRAME, GAP, COLUMNS = 128, 4, 12, 3  # of the picture: an image, its frame and the space, in pixels; records a row
@@ -37,24 +37,23 @@ def main(argv: list[str] | None = None) -> None:
   """Parses the arguments, prints; expected errors end in one sentence."""
   parser = arguments.Parser(prog="python -m jaxpref.describe", description=__doc__)
   add = parser.add_argument
-  add("source", nargs="+", metavar="SOURCE", help="folder or file")
+  add("source", type=arguments.place, nargs="+", metavar="SOURCE", help="folder or file")
   add("--kind", choices=sources.KINDS, help="of SOURCE (default: by its name and first lines)")
   add("--split", action="append", help="of a tfds dataset; may be repeated (default: all)")
-  add("--images", metavar="FOLDER", help="of rankings (default: the one named as the file)")
+  add("--images", type=arguments.place, metavar="FOLDER", help="of rankings (default: the one named as the file)")
   add("--pairs", choices=("all", "winner"), default="all", help="of rankings (default: %(default)s)")
-  add("--tokenizer", type=pathlib.Path, metavar="FOLDER", help="a CLIP tokenizer, to count tokens (default: none)")
+  add("--tokenizer", type=arguments.path, metavar="FOLDER", help="a CLIP tokenizer, to count tokens (default: none)")
   add("--sample", type=int, default=200, metavar="N", help="records whose images are looked at (default: %(default)s)")
   add("--pictures", type=int, default=36, metavar="N", help="records in the picture (default: %(default)s)")
   add("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
-  add("--out", type=pathlib.Path, metavar="FOLDER", help="where stats.json and the pictures go (default: none)")
+  add("--out", type=arguments.path, metavar="FOLDER", help="where stats.json and the pictures go (default: none)")
   args = parser.parse_args(argv)
-  try:
-    for name, least in (("sample", 1), ("pictures", 0)):
-      if getattr(args, name) < least:
-        raise ValueError(f"--{name}={getattr(args, name)}; expected at least {least}.")
+  doing = f"describing {' '.join(args.source)}"
+  with endings.one_sentence(ValueError, OSError, doing=doing, again="run the same command again"):
+    arguments.check_seed(args)
+    arguments.check_numbers(args, "sample")
+    arguments.check_numbers(args, "pictures", least=0)
     print(describe(args))
-  except (ValueError, OSError) as error:
-    sys.exit(f"error: {error}")
 
 
 def describe(args: argparse.Namespace) -> str:

@@ -28,11 +28,12 @@ from tqdm import tqdm
 from jaxpref import arguments
 from jaxpref.config import Config
 from jaxpref.data import emoji, lease, paths, prompt_sets
-from jaxpref.devices import distributed, sharding
+from jaxpref.devices import distributed, endings, sharding
 from jaxpref.evaluation import comparison, drawing, settings
 from jaxpref.evaluation import folder as evaluation_folder
 from jaxpref.files import adapters
 from jaxpref.files import family as families
+from jaxpref.recipes import places
 from jaxpref.rewards import published
 
 Model = tuple[str, tuple[adapters.LoraFile, ...]]  # as of --model and --lora of jaxpref.sample
@@ -55,11 +56,9 @@ def main(argv: list[str] | None = None) -> None:
   args.scorers = [name for spec in args.scorers for name in spec.split(",") if name]
   by_hand = {name: getattr(args, name) for name in ("coordinator_address", "num_processes", "process_id")}
   expected = (ValueError, OSError)
-  try:
+  with endings.one_sentence(*expected, doing=f"evaluating into {args.out}", again="the same command goes on"):
     with distributed.joined(distributed.find_launch(args.distributed, **by_hand), args.out, expected=expected):
       evaluate(args)
-  except expected as error:
-    sys.exit(f"error: {error}")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -76,6 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
   )
   add(
     "--prompts",
+    type=arguments.place,
     required=True,
     help="emoji (the embedded test captions), emoji:SPLIT, or a file of prompts: docs/evaluation.md",
   )
@@ -96,11 +96,11 @@ def make_parser() -> argparse.ArgumentParser:
   add(
     "--geneval_layout",
     "--geneval-layout",
-    type=pathlib.Path,
+    type=arguments.path,
     metavar="FOLDER",
     help="also lay out pictures for GenEval's own scorer",
   )
-  add("--out", type=pathlib.Path, default=pathlib.Path("evaluation"), help="new folder, or one to continue")
+  add("--out", type=arguments.path, default=pathlib.Path("evaluation"), help="new folder, or one to continue")
   parser.set_defaults(set_aside=False)
   return parser
 
@@ -136,11 +136,11 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Model], list[prompt_sets.
     ValueError, FileNotFoundError: one sentence: argument, value, what was expected.
   """
   settings.check(args)
-  for name in ("score_batch_size", "pictures"):
-    if getattr(args, name) < 1:
-      raise ValueError(f"--{name}={getattr(args, name)}; expected at least 1.")
+  arguments.check_numbers(args, "score_batch_size", most=arguments.MAX_AT_A_TIME)
+  arguments.check_numbers(args, "pictures")
   models = parse_models(args.models)
   prompts = read_prompts(args.prompts, kind=args.prompts_kind, count=args.num_prompts)
+  drawing.check_count(len(prompts), args.seeds)
   names = [spec.partition("=")[0] for spec in args.scorers]
   for name in names:
     if names.count(name) > 1:
@@ -254,7 +254,7 @@ def parse_models(specs: Sequence[str]) -> dict[str, Model]:
         raise FileNotFoundError(
           f"--models {spec!r}: there is no file {loras[0].path}; give a LoRA of diffusers, PEFT or kohya."
         )
-    found[name] = (source, tuple(loras))
+    found[name] = (places.expand(source), tuple(loras))
   return found
 
 

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from jaxpref import arguments
 from jaxpref import config as config_lib
+from jaxpref.devices import endings
 from jaxpref.files import adapters
 from jaxpref.files import family as families
 from jaxpref.training import build, checkpoint
@@ -27,10 +28,10 @@ TEXT_TO_IMAGE = tuple(name for name, facts in config_lib.FACTS.items() if facts.
 def main(argv: list[str] | None = None) -> None:
   """Parses the arguments, writes; expected errors end in one sentence."""
   parser = arguments.Parser(prog="python -m jaxpref.export", description=__doc__)
-  parser.add_argument("run", type=pathlib.Path, metavar="RUN", help="work folder: config.json and checkpoints/")
+  parser.add_argument("run", type=arguments.path, metavar="RUN", help="work folder: config.json and checkpoints/")
   parser.add_argument("--format", choices=("pipeline", "lora", "kohya"), required=True, help="see above")
   parser.add_argument(
-    "--out", type=pathlib.Path, required=True, metavar="PATH", help="new folder, or new file NAME.safetensors"
+    "--out", type=arguments.path, required=True, metavar="PATH", help="new folder, or new file NAME.safetensors"
   )
   parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint (default: the last one)")
   parser.add_argument(
@@ -39,10 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     help="precision of the files (default: float16 for a pipeline, float32 for an adapter, which is small)",
   )
   args = parser.parse_args(argv)
-  try:
+  with endings.one_sentence(ValueError, OSError, doing=f"exporting to {args.out}", again="run the same command again"):
+    arguments.check_numbers(args, "step", least=0)
     print(export(args.run, args.format, args.out, step=args.step, dtype=args.dtype))
-  except (ValueError, OSError) as error:
-    sys.exit(f"error: {error}")
 
 
 def export(

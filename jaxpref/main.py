@@ -18,19 +18,20 @@ from ml_collections import config_flags
 from jaxpref import arguments
 from jaxpref import config as config_lib
 from jaxpref.config import Config
-from jaxpref.devices import chips, distributed
+from jaxpref.devices import chips, distributed, endings
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
   "The recipe, e.g. configs/spo_tiny.py or configs/spo_sdxl.py:smoke; change a field with --config.NAME=VALUE.",
 )
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = arguments.define_place(
   "workdir",
   None,
   "Folder of checkpoints, metrics and results, the same for all processes; the same command resumes, and is refused "
   "while the first one still runs. Default: runs/NAME of the recipe.",
 )
+AGAIN = "the same command goes on from the last checkpoint"
 distributed.define_flags()
 flags.mark_flag_as_required("config")
 
@@ -42,7 +43,7 @@ def _default_workdir() -> str:
 
 def set_defaults(environment: MutableMapping[str, str]) -> None:
   """Sets the environment variables of libraries that nobody has set; to be called before JAX is imported."""
-  caches = environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  caches = os.path.expanduser(environment.get("XDG_CACHE_HOME") or "~/.cache")
   # A compiled step is kept, so that the second start of a run does not wait for it.
   environment.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(caches, "jaxpref", "compiled"))
   environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # a start has a hundred small programs
@@ -65,12 +66,10 @@ def main(argv: list[str]) -> None:
   from jaxpref.training import loop
 
   expected = (ValueError, OSError, loop.NonFiniteError) if logging.get_verbosity() <= 0 else ()
-  try:
+  with endings.one_sentence(*expected, doing=f"training in {workdir}", again=AGAIN):
     launch = distributed.find_launch(**distributed.given_flags())
     with distributed.joined(launch, workdir, expected=expected):
       run_and_evaluate(config_lib.typed(_CONFIG.value), workdir)
-  except expected as error:
-    sys.exit(f"error: {error}")
 
 
 def run_and_evaluate(config: Config, workdir: str) -> None:
@@ -92,7 +91,8 @@ def run_and_evaluate(config: Config, workdir: str) -> None:
 def run() -> None:
   """The console entry point."""
   set_defaults(os.environ)  # now, as reading the options of an objective of your own imports JAX
-  app.run(main, flags_parser=arguments.parse_flags)
+  with endings.one_sentence(doing="training", again=AGAIN):
+    app.run(main, flags_parser=arguments.parse_flags)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ a bucket (gs://); each waits at the end until all have finished.
 jaxpref/data/latents.py describes the files.
 """
 
+import argparse
 import dataclasses
 import functools
 import importlib.metadata
@@ -35,12 +36,13 @@ from jaxpref import arguments
 from jaxpref import config as config_lib
 from jaxpref.config import AnyConfig, Config
 from jaxpref.data import batching, latents, lease, paths
-from jaxpref.devices import chips, distributed, sharding
+from jaxpref.devices import chips, distributed, endings, sharding
 from jaxpref.files import family as families
 from jaxpref.models.base import Model
 from jaxpref.training import inputs
 
 GIB = 2.0**30
+AGAIN = "the same command goes on"
 WAIT_SECONDS = 5.0  # between two looks at the files of other processes
 # What is not finite is refused; float16 ends at 65504.
 REMEDY = "set config.dtype=float32, or config.vae_model to a VAE that is made for half precision"
@@ -270,9 +272,9 @@ def _write_prompts(
 def check(config: Config, *, rows_per_file: int, batch_size: int) -> None:
   """Refuses what cannot be precomputed, before anything is loaded; raises ValueError."""
   config_lib.check(config)
-  for name, value in (("rows_per_file", rows_per_file), ("batch_size", batch_size)):
-    if value < 1:
-      raise ValueError(f"--{name}={value}; expected at least 1.")
+  counts = argparse.Namespace(rows_per_file=rows_per_file, batch_size=batch_size)
+  arguments.check_numbers(counts, "rows_per_file")
+  arguments.check_numbers(counts, "batch_size", most=arguments.MAX_AT_A_TIME)
   if inputs.precomputable(config_lib.facts(config)) is None:
     raise ValueError(
       f"config.objective={config.objective!r} needs the VAE while it trains, so nothing can be precomputed for it; "
@@ -421,7 +423,7 @@ def main(argv: list[str]) -> None:
   if not options["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   expected = (ValueError, OSError) if logging.get_verbosity() <= 0 else ()
-  try:
+  with endings.one_sentence(*expected, doing=f"precomputing into {options.out}", again=AGAIN):
     if options.verify:
       problems = verify(options.out)
       sys.exit("\n".join(f"error: {p}" for p in problems) if problems else 0)
@@ -430,20 +432,19 @@ def main(argv: list[str]) -> None:
     launch = distributed.find_launch(**distributed.given_flags())
     with distributed.joined(launch, options.out, expected=expected):
       run(options.config, options.out, rows_per_file=options.rows_per_file, batch_size=options.batch_size)
-  except expected as error:
-    sys.exit(f"error: {error}")
 
 
 def start() -> None:
   """The console entry point."""
   config_flags.DEFINE_config_file("config", None, "The recipe; change a field with --config.NAME=VALUE.")
-  flags.DEFINE_string("out", None, "The folder to make, to continue or to verify.")
+  arguments.define_place("out", None, "The folder to make, to continue or to verify.")
   flags.DEFINE_integer("rows_per_file", 2048, "Pairs or images in a file; what is lost at most when a process dies.")
   flags.DEFINE_integer("batch_size", 8, "Images, or prompts, on each device at a time.")
   flags.DEFINE_bool("verify", False, "Compare all files with the checksums of manifest.json.")
   distributed.define_flags()
   flags.mark_flag_as_required("out")
-  app.run(main, flags_parser=arguments.parse_flags)
+  with endings.one_sentence(doing="precomputing", again=AGAIN):
+    app.run(main, flags_parser=arguments.parse_flags)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ too, and where: in which fields and records of the batch, at which times, in the
 
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 import optax
 
 from jaxpref import arguments, export
-from jaxpref.devices import chips, sharding
+from jaxpref.devices import chips, endings, sharding
 from jaxpref.training import build, checkpoint, loop, metrics, monitor
 
 TIMESTEPS = 1000  # of the schedules of all Stable Diffusion models
@@ -26,18 +25,15 @@ NOT_FINITE = ("nan", "inf", "-inf")  # as a report has them
 def main(argv: list[str] | None = None) -> None:
   """Parses the arguments and prints; expected errors end in one sentence."""
   parser = arguments.Parser(prog="python -m jaxpref.replay", description=__doc__)
-  parser.add_argument("folder", type=pathlib.Path, metavar="FOLDER", help="bad_step_... in the work folder of a run")
+  parser.add_argument("folder", type=arguments.path, metavar="FOLDER", help="bad_step_... in the work folder of a run")
   parser.add_argument(
     "--debug_nans", action="store_true", help="stop at the first operation that makes a NaN, with its place (slow)"
   )
   args = parser.parse_args(argv)
   jax.config.update("jax_debug_nans", args.debug_nans)
-  try:
+  # The FloatingPointError of jax_debug_nans passes, with the traceback that was asked for.
+  with endings.one_sentence(ValueError, OSError, doing=f"replaying {args.folder}", again="run the same command again"):
     print(replay(args.folder))
-  except FloatingPointError:  # of jax_debug_nans, with the traceback that was asked for
-    raise
-  except (ValueError, OSError) as error:
-    sys.exit(f"error: {error}")
 
 
 def replay(folder: pathlib.Path) -> str:

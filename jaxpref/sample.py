@@ -8,14 +8,13 @@ import argparse
 import json
 import pathlib
 import re
-import sys
 from typing import Any
 
 import numpy as np
 
 from jaxpref import arguments
 from jaxpref.data import prompt_sets
-from jaxpref.devices import sharding
+from jaxpref.devices import endings, sharding
 from jaxpref.evaluation import drawing, pictures, settings
 from jaxpref.files import adapters
 
@@ -26,7 +25,12 @@ def main(argv: list[str] | None = None) -> None:
   """Parses the arguments, draws, writes PNG; expected errors end in one sentence."""
   parser = arguments.Parser(prog="python -m jaxpref.sample", description=__doc__)
   add = parser.add_argument
-  add("--model", default="tiny-sd", help="folder, hub name, shipped model or run (default: %(default)s)")
+  add(
+    "--model",
+    type=arguments.place,
+    default="tiny-sd",
+    help="folder, hub name, shipped model or run (default: %(default)s)",
+  )
   add(
     "--lora",
     nargs="+",
@@ -38,13 +42,11 @@ def main(argv: list[str] | None = None) -> None:
   prompts.add_argument("--prompt", help="one prompt")
   prompts.add_argument("--prompts", nargs="+", help=f"prompts, or one file of them: {', '.join(prompt_sets.ENDINGS)}")
   settings.add_arguments(parser)
-  add("--out", type=pathlib.Path, default=pathlib.Path("samples"), help="new folder, or NAME.png for one table")
+  add("--out", type=arguments.path, default=pathlib.Path("samples"), help="new folder, or NAME.png for one table")
   add("--overwrite", action="store_true", help="write into a folder that holds files")
   args = parser.parse_args(argv)
-  try:
+  with endings.one_sentence(ValueError, OSError, doing=f"drawing into {args.out}", again="run it again"):
     draw(args)
-  except (ValueError, OSError) as error:
-    sys.exit(f"error: {error}")
 
 
 def draw(args: argparse.Namespace) -> None:
@@ -56,6 +58,7 @@ def draw(args: argparse.Namespace) -> None:
     prompts = [prompt_sets.check_prompt(args.prompt, option="--prompt")]
   else:
     prompts = prompt_sets.given(args.prompts, option="--prompts")
+  drawing.check_count(len(prompts), args.seeds)
   mesh = sharding.make_mesh()
   model, weights, tokenize = settings.load(args.model, loras, args, mesh)
   names = [f"{p:04d}_{i}{slug(prompt)}.png" for p, prompt in enumerate(prompts) for i in range(args.seeds)]

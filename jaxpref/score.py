@@ -13,7 +13,6 @@ import concurrent.futures
 import dataclasses
 import itertools
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,7 +29,7 @@ from jaxpref import config as config_lib
 from jaxpref.config import AnyConfig
 from jaxpref.data import index as index_lib
 from jaxpref.data import lease, records, sources
-from jaxpref.devices import sharding
+from jaxpref.devices import endings, sharding
 from jaxpref.files import loading, tokenizers
 from jaxpref.models.preference import StepAwareCLIPModel
 from jaxpref.models.vae import to_float
@@ -38,6 +37,7 @@ from jaxpref.rewards import networks
 from jaxpref.rewards.loading import load_scorer, scorer_fingerprint
 from jaxpref.training import inputs
 
+AGAIN = "the same command goes on"
 SAVE_SECONDS = 60  # between two writes of what is scored so far
 
 
@@ -163,13 +163,11 @@ def main(argv: list[str]) -> None:
   del argv
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
-  try:
+  out = pathlib.Path(flags.FLAGS.out)
+  with endings.one_sentence(ValueError, OSError, doing=f"scoring into {out}", again=AGAIN):
     config = config_lib.typed(flags.FLAGS.config)
     config_lib.check(config)
-    out = pathlib.Path(flags.FLAGS.out)
     scored = score(config, model=flags.FLAGS.model, out=out, batch_size=flags.FLAGS.batch_size)
-  except (ValueError, OSError) as error:
-    sys.exit(f"error: {error}")
   agrees, unreadable = index_lib.score_agreement(scored), int(np.isneginf(scored.scores()[0]).sum())
   print(f"{out}: {len(scored)} pairs, {unreadable} unreadable; agrees with {agrees:.1%} of the labels, ties aside")
 
@@ -177,11 +175,12 @@ def main(argv: list[str]) -> None:
 def run() -> None:
   """The console entry point."""
   config_flags.DEFINE_config_file("config", None, "The recipe; change a field with --config.NAME=VALUE.")
-  flags.DEFINE_string("model", "yuvalkirstain/PickScore_v1", "The preference model: a folder or a hub name.")
-  flags.DEFINE_string("out", None, "The .npz file to write, or to continue.")
-  flags.DEFINE_integer("batch_size", 64, "Pairs scored at a time.", lower_bound=1)
+  arguments.define_place("model", "yuvalkirstain/PickScore_v1", "The preference model: a folder or a hub name.")
+  arguments.define_place("out", None, "The .npz file to write, or to continue.")
+  flags.DEFINE_integer("batch_size", 64, "Pairs scored at a time.", lower_bound=1, upper_bound=arguments.MAX_AT_A_TIME)
   flags.mark_flags_as_required(["config", "out"])
-  app.run(main, flags_parser=arguments.parse_flags)
+  with endings.one_sentence(doing="scoring", again=AGAIN):
+    app.run(main, flags_parser=arguments.parse_flags)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ import safetensors
 import safetensors.numpy
 
 from jaxpref.data import batching, lease, paths
+from jaxpref.recipes import places
 
 FORMAT = 1
 PLAN, MANIFEST, PROMPTS = "plan.json", "manifest.json", "prompts.safetensors"
@@ -115,7 +116,7 @@ def check_plan(folder: Any, plan: Mapping[str, Any]) -> None:
     return
   old = _flat(_read_plan(folder, names))
   for field, value in _flat(json.loads(json.dumps(plan))).items():
-    if old.get(field) != value:
+    if not places.same(old.get(field), value):
       if field.startswith("weights."):
         raise ValueError(
           f"--out={folder} was begun with other weights of the {field.removeprefix('weights.')}, though of the same "

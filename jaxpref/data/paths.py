@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from jaxpref.recipes import places
+
 Path = str | os.PathLike
 # Scheme -> the package through which fsspec reaches it.
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
@@ -33,7 +35,7 @@ def open_path(path: Path) -> Any:
   text = os.fspath(path)
   scheme, separator, _ = text.partition("://")
   if not separator:
-    return pathlib.Path(text).expanduser()
+    return pathlib.Path(places.expand(text))
   if not isinstance(path, str):
     return path  # of etils already
   if scheme not in PACKAGES:

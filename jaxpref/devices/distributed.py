@@ -23,6 +23,8 @@ from typing import Any, NoReturn
 
 from absl import flags
 
+from jaxpref.devices import endings
+
 MODES = ("auto", "true", "false")
 
 START_SECONDS = 300  # how long processes wait for each other at the start
@@ -111,6 +113,8 @@ def _by_hand(
   for name in ("JAX_PROCESS_ID", "JOB_COMPLETION_INDEX"):
     index = _integer(environment, name) if index is None else index
   found = {"--coordinator_address": address, "--num_processes": count, "--process_id": index}
+  if count is not None and count < 1:
+    raise ValueError(f"--num_processes={count}; expected at least 1.")
   if count == 1 and index in (None, 0):
     return None
   missing = [name for name, value in found.items() if value is None]
@@ -264,7 +268,7 @@ def joined(
   try:
     yield
   except BaseException as error:
-    if launch is None or (isinstance(error, SystemExit) and not error.code):
+    if launch is None or (isinstance(error, SystemExit) and error.code in (None, 0, endings.INTERRUPTED)):
       raise
     leave(error, folder, expected=expected)
 
@@ -405,7 +409,8 @@ _BETWEEN = re.compile(
 def leave(error: BaseException, folder: str | os.PathLike, *, expected: tuple[type[BaseException], ...]) -> NoReturn:
   """Ends this process, one of several, which cannot go on: prints why, and does not wait for the others.
 
-  The exit code is RUN_AGAIN where an operation between processes failed, as another one is the cause; 1 otherwise.
+  The exit code is RUN_AGAIN where an operation between processes failed, as another one is the cause; 130 after Ctrl-C;
+  1 otherwise.
 
   Args:
     error: what was raised.
@@ -415,6 +420,8 @@ def leave(error: BaseException, folder: str | os.PathLike, *, expected: tuple[ty
 
   state: Any = runtime.global_state
   between = _BETWEEN.match(str(error)) is not None
+  interrupted = isinstance(error, KeyboardInterrupt)
+  words = "it was interrupted" if interrupted else endings.in_words(error, f"working on {folder}")
   try:
     if between:
       why = f"another process of this run has ended ({_first_line(error)})"
@@ -422,17 +429,21 @@ def leave(error: BaseException, folder: str | os.PathLike, *, expected: tuple[ty
         why = state.client.key_value_try_get("jaxpref/failed")
       _say(f"error: {why}; {advice(folder)}")
     else:
-      one_sentence = isinstance(error, expected)
-      _say(f"error: {error}" if one_sentence else "".join(traceback.format_exception(error)).rstrip())
+      if interrupted:
+        _say(f"interrupted; {advice(folder)}")
+      elif isinstance(error, expected):
+        _say(f"error: {words}")
+      else:
+        _say("".join(traceback.format_exception(error)).rstrip())
       me = f"process {state.process_id} of {state.num_processes} (host {socket.gethostname()})"
       with contextlib.suppress(RuntimeError):  # another one was first
-        state.client.key_value_set("jaxpref/failed", f"{me} failed: {_first_line(error)}")
+        state.client.key_value_set("jaxpref/failed", f"{me} failed: {_first_line(words)}")
       # Process 0 last: the others end when it does, before they can say anything.
       time.sleep(2 * SETTLE_SECONDS if state.process_id == 0 else SETTLE_SECONDS)
     sys.stdout.flush()
     sys.stderr.flush()
   finally:
-    os._exit(RUN_AGAIN if between else 1)
+    os._exit(RUN_AGAIN if between else endings.INTERRUPTED if interrupted else 1)
 
 
 def advice(folder: str | os.PathLike) -> str:

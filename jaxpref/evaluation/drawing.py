@@ -13,8 +13,17 @@ from jaxpref.devices import chips, sharding
 from jaxpref.diffusion import VariancePreserving, samplers
 from jaxpref.models.base import Model, guided
 from jaxpref.models.vae import to_uint8
+from jaxpref.recipes.sections import MAX_COUNT
 
 SAMPLERS = ("ddim", "dpmpp_2m")
+
+
+def check_count(prompts: int, seeds: int) -> None:
+  """Refuses more pictures than there are numbers for, each of which has its own noise; raises ValueError."""
+  if prompts * seeds > MAX_COUNT:
+    raise ValueError(
+      f"--seeds={seeds}: {prompts} prompts make {prompts * seeds} pictures; expected at most {MAX_COUNT}."
+    )
 
 
 # (parameters by component, prompts i32[n, L], numbers of the pictures i32[n]) -> u8[n, H, W, 3]

@@ -10,12 +10,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxpref import arguments
 from jaxpref.data import prompt_sets
 from jaxpref.devices import sharding
 from jaxpref.evaluation import drawing
 from jaxpref.files import adapters
 from jaxpref.files import family as families
 from jaxpref.models.base import Model
+from jaxpref.recipes.sections import MAX_STEPS
+
+MAX_SEEDS = 10**6  # pictures of a prompt
+MAX_PIXELS = 2**14  # a side
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default="stable_diffusion",
     help="of the model: %(default)s, package.module:NAME of your own; a run says which",
   )
-  add("--vae_model", help="a VAE's folder or hub name, in the place of the model's own")
+  add("--vae_model", type=arguments.place, help="a VAE's folder or hub name, in the place of the model's own")
   add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of computation and stored weights")
 
 
@@ -85,10 +90,12 @@ def of_draw(args: argparse.Namespace, model: Model, tokenize: Callable[[list[str
 
 def check(args: argparse.Namespace) -> None:
   """Refuses settings of `add_arguments` that cannot work."""
-  for name in ("seeds", "steps", "batch_size", "height", "width"):
-    value = getattr(args, name)
-    if value is not None and value < 1:
-      raise ValueError(f"--{name}={value}; expected at least 1.")
+  arguments.check_seed(args)
+  arguments.check_numbers(args, "seeds", most=MAX_SEEDS)
+  arguments.check_numbers(args, "steps", most=MAX_STEPS)
+  arguments.check_numbers(args, "batch_size", most=arguments.MAX_AT_A_TIME)
+  arguments.check_numbers(args, "height", "width", most=MAX_PIXELS)
+  arguments.check_numbers(args, "clip_skip", least=0)
   for name in ("eta", "guidance_rescale"):
     if not 0.0 <= getattr(args, name) <= 1.0:
       raise ValueError(f"--{name}={getattr(args, name)}; expected 0 to 1.")

@@ -33,6 +33,7 @@ import numpy as np
 from jaxpref.files.tensors import save_tree
 from jaxpref.models import lora
 from jaxpref.models.unet import UNetConfig
+from jaxpref.recipes import places
 from jaxpref.recipes.messages import listed
 
 Path = str | os.PathLike[str]
@@ -221,7 +222,7 @@ def load_lora(file: Path, config: UNetConfig, params: lora.Tree) -> tuple[dict[s
     FileNotFoundError, ValueError: one sentence on what is missing or does not fit. A file that also adapts text
       encoders is refused: what is trained and written is the UNet's adapter alone.
   """
-  file = pathlib.Path(file)
+  file = pathlib.Path(places.expand(os.fspath(file)))
   found, peft = _read(file)
   text = sorted(found.keys() - {"unet"})
   if text:
@@ -251,7 +252,7 @@ def load_pipeline_lora(
   Raises:
     FileNotFoundError, ValueError: one sentence on what is missing or does not fit.
   """
-  file = pathlib.Path(file)
+  file = pathlib.Path(places.expand(os.fspath(file)))
   found, peft = _read(file)
   if not found:
     raise ValueError(f"{file} holds no adapter; give the path of a LoRA file for Stable Diffusion.")
@@ -287,14 +288,14 @@ def parse_lora_file(text: str) -> LoraFile:
   """
   path, colon, number = text.rpartition(":")
   if not colon or not path.endswith(".safetensors"):
-    return LoraFile(pathlib.Path(text))
+    return LoraFile(pathlib.Path(places.expand(text)))
   try:
     strength = float(number)
   except ValueError:
     strength = math.nan
   if not math.isfinite(strength):
     raise ValueError(f"LoRA {text}: the strength is {number!r}; expected a number, such as {path}:0.8.")
-  return LoraFile(pathlib.Path(path), strength)
+  return LoraFile(pathlib.Path(places.expand(path)), strength)
 
 
 def load_pipeline_loras(

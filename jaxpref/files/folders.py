@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -14,6 +15,7 @@ from flax import linen as nn
 from jaxpref.files import hub
 from jaxpref.files.tensors import MisfitError, Path, Tree, check_tree, load_tree, save_tree
 from jaxpref.models.deduce import contradicted_fields
+from jaxpref.recipes import places
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def resolve_folder(name: Path, weights: str = "*.safetensors") -> pathlib.Path:
   Raises:
     FileNotFoundError: neither is to be had.
   """
-  folder = pathlib.Path(name)
+  folder = pathlib.Path(places.expand(os.fspath(name)))
   if folder.is_dir():
     return folder
   if folder.is_file():

@@ -11,7 +11,11 @@ from typing import Any
 
 from ml_collections.config_dict import placeholder
 
-MAX_SEED = 2**32 - 1  # of Grain
+from jaxpref.recipes.places import Place, expand
+
+MAX_SEED = 2**32 - 1  # of Grain, and of JAX's keys, for which larger ones are others
+MAX_COUNT = 2**31 - 1  # steps, rows and pictures are numbered by 32 bits
+MAX_STEPS = 1000  # of a rollout: the times of a noise schedule
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:
@@ -61,6 +65,17 @@ class Section:
     for field in fields:
       self.require(getattr(self, field) >= least, field, f"an integer of at least {least}")
 
+  def rollout_steps(self) -> None:
+    expected = f"an integer from 1 to {MAX_STEPS}, the times of a noise schedule"
+    self.require(1 <= getattr(self, "num_inference_steps") <= MAX_STEPS, "num_inference_steps", expected)  # noqa: B009
+
+  def counts(self) -> None:
+    """Refuses integers that 32 bits do not hold."""
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if isinstance(value, int) and field.name != "seed":
+        self.require(abs(value) <= MAX_COUNT, field.name, f"an integer of at most {MAX_COUNT} (2^31 - 1)")
+
   def not_negative(self, *fields: str) -> None:
     for field in fields:
       self.require(0.0 <= getattr(self, field) < math.inf, field, "a number of at least 0")
@@ -103,7 +118,12 @@ def fields(kind: type, of: Any = None) -> dict[str, Any]:
 def _kinds(hint: Any) -> list[Any]:
   """Returns the types that a hint allows beside None."""
   union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-  return [kind for kind in (typing.get_args(hint) if union else (hint,)) if kind is not types.NoneType]
+  kinds = [kind for kind in (typing.get_args(hint) if union else (hint,)) if kind is not types.NoneType]
+  return [kind.__origin__ if typing.get_origin(kind) is typing.Annotated else kind for kind in kinds]
+
+
+def _is_place(hint: Any) -> bool:
+  return Place in (hint, *typing.get_args(hint))
 
 
 def read(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
@@ -128,7 +148,7 @@ def read(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
 
 def convert(kind: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
   """Returns the values in the types of the fields; arguments and errors as of `read`, but any may be left out."""
-  hints = typing.get_type_hints(kind)
+  hints = typing.get_type_hints(kind, include_extras=True)
   known = [field.name for field in dataclasses.fields(kind)]
   for name in values:
     if name not in known:
@@ -144,8 +164,13 @@ _WORDS = {int: "an integer", float: "a number", str: "a text", bool: "True or Fa
 def _value(hint: Any, value: Any, name: str) -> Any:
   """Returns a value in the type of its field."""
   kinds = _kinds(hint)
-  if value is None and hint not in kinds:
+  if value is None and hint not in kinds and hint != Place:
     return None
+  if isinstance(value, str) and _is_place(hint):
+    try:
+      return expand(value)
+    except ValueError as error:
+      raise ValueError(f"{name}={error}") from error
   for kind in kinds:
     origin = typing.get_origin(kind) or kind
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):

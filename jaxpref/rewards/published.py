@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from jaxpref.devices import chips, sharding
 from jaxpref.files import folders, hub, tensors
 from jaxpref.models.vae import to_uint8
+from jaxpref.recipes import places
 from jaxpref.rewards import networks
 
 Array = jax.Array
@@ -155,7 +156,7 @@ def _parse(spec: str) -> tuple[str, str | None]:
       f"scorer {spec!r} is unknown, expected one of {', '.join(PUBLISHED)}, one of them as NAME=FOLDER, or a function "
       "of your own as package.module:function."
     )
-  return name, str(pathlib.Path(folder).expanduser()) if equals else None  # the shell leaves the ~ after = alone
+  return name, places.expand(folder) if equals else None  # the shell leaves the ~ after = alone
 
 
 def _batched(network: networks.Network, *, batch_size: int, mesh: Mesh | None) -> ScoreFn:

@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpref.data import lease
 from jaxpref.devices import sharding
+from jaxpref.recipes import places
 from jaxpref.recipes.messages import listed
 
 FORMAT = 1  # of the record
@@ -484,7 +485,9 @@ def check_workdir(
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
       raise ValueError(f"{path} is not valid JSON ({error}); choose another --workdir.") from error
     differ = [
-      key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not key.startswith(may_change)
+      key
+      for key in sorted(old.keys() | new.keys())
+      if not (places.same(old.get(key), new.get(key)) or key.startswith(may_change))
     ]
     if differ:
       key = differ[0]

@@ -19,6 +19,7 @@ from jaxpref.files import family as families
 from jaxpref.files import folders, loading, tensors
 from jaxpref.models.base import Model
 from jaxpref.objectives import catalog
+from jaxpref.recipes import places
 
 logger = logging.getLogger(__name__)
 
@@ -276,7 +277,7 @@ def open_precomputed(config: Config) -> latents.Precomputed:
   ignored += ["data.flip"] if made["data.flip"] else []
   for field, value in now.items():
     found = made.get(field, defaults[field])
-    if field not in ignored and found != value:
+    if field not in ignored and not places.same(found, value):
       raise ValueError(
         f"{data.folder} was precomputed with config.{field}={found!r}, expected {value!r} as in this config; "
         "change the config, or run python -m jaxpref.precompute with it."

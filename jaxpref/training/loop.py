@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import signal
 import sys
@@ -20,7 +21,7 @@ from jaxpref import config as config_lib
 from jaxpref import reference
 from jaxpref.config import AnyConfig, Config
 from jaxpref.data import batching, lease
-from jaxpref.devices import chips, distributed, sharding
+from jaxpref.devices import chips, distributed, endings, sharding
 from jaxpref.models.attention import cuda_capability
 from jaxpref.objectives import catalog
 from jaxpref.training import build, checkpoint, host, monitor, optim, step, validation
@@ -353,8 +354,8 @@ def _train(
           _save(run, training, done)
         if stopping:
           training.saver.wait()
-          _say(f"stopped at step {done} by a signal; the same command resumes. {goodput}")
-          sys.exit(0)
+          _say(f"stopped at step {done} by {stop.cause}; the same command resumes. {goodput}")
+          sys.exit(stop.code)
   finally:
     if said := profiler.close():
       _say(said)
@@ -434,24 +435,53 @@ def _stop_at_bad_step(run: _Run, training: _Training, watch: watch_lib.Watch, se
   )
 
 
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[Callable[[int], bool]]:
-  """A function of the step just done: whether to save it and stop, as SIGTERM came inside the block (preemption).
+class _Stop:
+  """Whether to save the step just done and stop, as SIGTERM (preemption) or Ctrl-C came.
 
-  Several processes all stop at the same step, whichever of them got the signal: JAX handles it there.
+  Several processes all stop at the same step, whichever of them got the signal: JAX handles SIGTERM there.
   """
-  if jax.process_count() > 1:
-    yield multihost_utils.reached_preemption_sync_point
+
+  def __init__(self) -> None:
+    self._asked, self._by_hand = False, False
+
+  def __call__(self, done: int) -> bool:
+    return multihost_utils.reached_preemption_sync_point(done) if jax.process_count() > 1 else self._asked
+
+  def terminated(self, *_: Any) -> None:
+    self._asked = True
+
+  def interrupted(self) -> None:
+    """Called by another thread."""
+    self._asked = self._by_hand = True
+    tqdm.write("stopping: this step is finished and saved first; Ctrl-C again stops at once.", file=sys.stderr)
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  @property
+  def cause(self) -> str:
+    return "Ctrl-C" if self._by_hand else "a signal"
+
+  @property
+  def code(self) -> int:
+    return endings.INTERRUPTED if self._by_hand else 0
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[_Stop]:
+  """Handles SIGTERM and Ctrl-C inside the block; not outside the main thread, where the embedding program does."""
+  stop, before = _Stop(), None
+  if jax.process_count() == 1:
     with contextlib.suppress(ValueError):  # not in the main thread
-      signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what comes after the last step can be done again
-    return
-  stop: list[int] = []
+      before = signal.signal(signal.SIGTERM, stop.terminated)
+  last = "stopped at once; the same command resumes at the last checkpoint."
   try:
-    before = signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
-  except ValueError:  # not in the main thread: the embedding program handles signals
-    yield lambda done: False
-    return
-  try:
-    yield lambda done: bool(stop)
+    with endings.ctrl_c(stop.interrupted, last=last):
+      yield stop
+    if stop.code:  # while the last step was saved
+      raise KeyboardInterrupt
   finally:
-    signal.signal(signal.SIGTERM, before)
+    if jax.process_count() > 1:
+      with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what comes after the last step can be done again
+    elif before is not None:
+      signal.signal(signal.SIGTERM, before)

@@ -298,6 +298,9 @@ def test_what_is_raised_is_said_and_told(leave):
   code, said, _ = leave(TypeError("no sentence"), {})
   assert code == "exit code 1" and said.startswith("Traceback") and said.endswith("TypeError: no sentence")
   assert leave(SystemExit(0), {}) == (0, "", {})  # stopped by SIGTERM: JAX's exit barrier, as at any end
+  assert leave(SystemExit(130), {}) == (130, "", {})  # by Ctrl-C, which all heard of
+  told = {"jaxpref/failed": f"{me} failed: it was interrupted"}
+  assert leave(KeyboardInterrupt(), {}) == ("exit code 130", f"interrupted; {ADVICE}", told)
   assert leave(SystemExit("error: a"), {})[0] == "exit code 1"
 
 

@@ -119,8 +119,9 @@ def states(folder):
   return found
 
 
-def test_an_interrupted_run_ends_like_one_that_was_not(run, monkeypatch):
-  """Stopped by SIGTERM between two checkpoints; the rows are logged every other step. Batches were drawn ahead."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_an_interrupted_run_ends_like_one_that_was_not(run, monkeypatch, capsys, number, code):
+  """Stopped between two checkpoints by a signal; the rows are logged every other step. Batches were drawn ahead."""
   options = {"num_steps": 9, "logging.every": 2, "reference.mode": "update", "reference.tau": 3}
   run(toy_config(**options), folder="whole")
 
@@ -131,15 +132,18 @@ def test_an_interrupted_run_ends_like_one_that_was_not(run, monkeypatch):
     if len(taken) == 5:
       while batches.next < 7:  # the two that come after the batch of step 5
         time.sleep(0.01)
-      os.kill(os.getpid(), signal.SIGTERM)
+      os.kill(os.getpid(), number)
+      time.sleep(0.3)
     return taken[-1]
 
-  before, batches = signal.getsignal(signal.SIGTERM), Batches()
+  before, batches = signal.getsignal(number), Batches()
   with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
     patch.setattr(batching.Prefetched, "__next__", terminate_in_step_5)
     run(toy_config(**options), batches)
-  assert stopped.value.code == 0 and batches.next == 7
-  assert signal.getsignal(signal.SIGTERM) == before
+  assert stopped.value.code == code and batches.next == 7
+  assert signal.getsignal(number) == before
+  cause = {0: "a signal", 130: "Ctrl-C"}[code]
+  assert f"stopped at step 5 by {cause}; the same command resumes." in capsys.readouterr().err
   step, (_, data_state) = max(states(run.folder / "run").items())
   assert step == 5 and data_state["batches"] == {"next_batch": 5}  # between the checkpoints of 4 and 6
   run(toy_config(**options))

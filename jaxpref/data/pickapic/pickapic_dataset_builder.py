@@ -9,6 +9,7 @@ import concurrent.futures
 import functools
 import json
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -143,10 +144,17 @@ def _by_processes(write: Callable[[Any], None], jobs: Sequence[Any], workers: in
         bar.update()
       return
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), mp_context=spawn) as pool:
-      for future in concurrent.futures.as_completed([pool.submit(write, job) for job in jobs]):
-        future.result()
-        bar.update()
+    usual = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a word
+    with concurrent.futures.ProcessPoolExecutor(
+      min(workers, len(jobs)), mp_context=spawn, initializer=signal.signal, initargs=usual
+    ) as pool:
+      try:
+        for future in concurrent.futures.as_completed([pool.submit(write, job) for job in jobs]):
+          future.result()
+          bar.update()
+      except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 def _by_beam(write: Callable[[Any], None], jobs: Sequence[Any], config: Any) -> None:
