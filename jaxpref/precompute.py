@@ -36,6 +36,7 @@ from jaxpref.config import AnyConfig, Config
 from jaxpref.data import batching, latents, lease, paths
 from jaxpref.devices import chips, distributed, sharding
 from jaxpref.files import family as families
+from jaxpref.files import loading
 from jaxpref.models.base import Model
 from jaxpref.training import inputs
 
@@ -116,7 +117,7 @@ def _run(
   everywhere = sharding.replicated(mesh)
   of = families.get(config.family)
   pipe = of.load(
-    config.model,
+    loading.model_name(config),
     dtype=config.dtype,
     seed=config.seed,
     param_dtype=config.dtype,

@@ -17,7 +17,7 @@ from jaxpref import arguments
 from jaxpref.data import prompt_sets
 from jaxpref.devices import sharding
 from jaxpref.evaluation import drawing, pictures, settings
-from jaxpref.files import adapters
+from jaxpref.files import adapters, loading
 
 TABLE_ROWS = 24  # prompts in a folder's grid.png
 
@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
   parser = arguments.Parser(prog="python -m jaxpref.sample", description=__doc__)
   add = parser.add_argument
   add("--model", default="tiny-sd", help="folder, hub name, shipped model or run (default: %(default)s)")
+  add("--unet_model", help="a UNet's folder or hub name, in the place of the model's own")
   add(
     "--lora",
     nargs="+",
@@ -57,7 +58,7 @@ def draw(args: argparse.Namespace) -> None:
   else:
     prompts = prompt_sets.given(args.prompts, option="--prompts")
   mesh = sharding.make_mesh()
-  model, weights, tokenize = settings.load(args.model, loras, args, mesh)
+  model, weights, tokenize = settings.load(loading.with_unet(args.model, args.unet_model), loras, args, mesh)
   names = [f"{p:04d}_{i}{slug(prompt)}.png" for p, prompt in enumerate(prompts) for i in range(args.seeds)]
   batches = drawing.draw(
     model,
