@@ -459,6 +459,7 @@ class Config(Section):
   # "drawn:PRESET" (random, too: see jaxpref/files/loading.py).
   model: Place = "tiny-sd"
   vae_model: Place | None = None  # a VAE's folder or hub name, instead of the model's own
+  unet_model: Place | None = None  # a UNet's folder or hub name, instead of the model's own
   preference_model: Place | None = None  # spo, grpo: a reward; spm: what to start from
   # What spo and grpo are rewarded by: "" is preference_model, or a weighted sum of it and names of docs/evaluation.md,
   # such as "pickscore:1,aesthetic:0.1"; grpo also takes a function of your own, package.module:function.
@@ -513,6 +514,9 @@ class Config(Section):
     self.require(not encoded, "train_text_encoder", "False: the prompts of precomputed data are encoded")
     expected = "nothing for this objective: it is for those with a UNet"
     self.require(not self.vae_model or of.trains in ("denoiser", "scorer"), "vae_model", expected)
+    own = of.trains == "denoiser" and self.family == "stable_diffusion"
+    expected = "nothing for this objective or family: it trains no UNet of Stable Diffusion"
+    self.require(not self.unet_model or own, "unet_model", expected)
     self.require(of.online or not self.reward, "reward", f"nothing for {self.objective}: it is for spo and grpo")
     terms = reward_terms(self) if of.online else {PREFERENCE_MODEL: 1.0}
     needed, given = of.scorer and PREFERENCE_MODEL in terms, bool(self.preference_model)
@@ -670,7 +674,7 @@ def smoke(config: ml_collections.ConfigDict, preset: str) -> None:
     preset: of `jaxpref.models.presets`: "sd15-miniature" or "sdxl-miniature".
   """
   config.model = f"random:{preset}"
-  config.vae_model = None
+  config.vae_model = config.unet_model = None
   of = facts(config)
   if of.scorer:
     config.preference_model = f"random:{preset}"

@@ -31,9 +31,10 @@ from jaxpref.data import emoji, lease, paths, prompt_sets
 from jaxpref.devices import distributed, endings, sharding
 from jaxpref.evaluation import comparison, drawing, settings
 from jaxpref.evaluation import folder as evaluation_folder
-from jaxpref.files import adapters
+from jaxpref.files import adapters, loading
 from jaxpref.files import family as families
 from jaxpref.recipes import places
+from jaxpref.recipes.messages import listed
 from jaxpref.rewards import published
 
 Model = tuple[str, tuple[adapters.LoraFile, ...]]  # as of --model and --lora of jaxpref.sample
@@ -72,6 +73,13 @@ def make_parser() -> argparse.ArgumentParser:
     metavar="NAME=MODEL",
     help="a folder, hub name, shipped model or run; NAME=MODEL+a.safetensors:0.8+b.safetensors adds 0.8 of one LoRA, "
     "and another one",
+  )
+  add(
+    "--unet_model",
+    nargs="+",
+    default=[],
+    metavar="NAME=UNET",
+    help="a UNet's folder or hub name, in the place of that model's own",
   )
   add(
     "--prompts",
@@ -113,7 +121,7 @@ def arguments_of_run(config: Config, workdir: str) -> argparse.Namespace:
   """
   e = config.evaluation
   prompts = f"emoji:{e.split}" if e.prompts == "emoji" else e.prompts
-  command = ["--models", f"base={config.model}", f"aligned={workdir}", "--prompts", prompts, "--scorers"]
+  command = ["--models", f"base={loading.model_name(config)}", f"aligned={workdir}", "--prompts", prompts, "--scorers"]
   command += [name.strip() for name in e.scorers.split(",")]
   command += [f"--vae_model={config.vae_model}"] if config.vae_model else []
   command += [f"--diversity={e.diversity}"] if e.diversity else []
@@ -138,7 +146,7 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Model], list[prompt_sets.
   settings.check(args)
   arguments.check_numbers(args, "score_batch_size", most=arguments.MAX_AT_A_TIME)
   arguments.check_numbers(args, "pictures")
-  models = parse_models(args.models)
+  models = with_unets(parse_models(args.models), args.unet_model)
   prompts = read_prompts(args.prompts, kind=args.prompts_kind, count=args.num_prompts)
   drawing.check_count(len(prompts), args.seeds)
   names = [spec.partition("=")[0] for spec in args.scorers]
@@ -255,6 +263,24 @@ def parse_models(specs: Sequence[str]) -> dict[str, Model]:
           f"--models {spec!r}: there is no file {loras[0].path}; give a LoRA of diffusers, PEFT or kohya."
         )
     found[name] = (places.expand(source), tuple(loras))
+  return found
+
+
+def with_unets(models: dict[str, Model], specs: Sequence[str]) -> dict[str, Model]:
+  """The models of `parse_models`, some of them with another UNet, by NAME=UNET.
+
+  Raises:
+    ValueError: a name that none of the models has, or that is there twice.
+  """
+  found = dict(models)
+  for spec in specs:
+    name, equals, other = spec.partition("=")
+    if not equals or not other or name not in models:
+      raise ValueError(f"--unet_model {spec!r}; expected NAME=UNET with the name of a model, one of {listed(models)}.")
+    source, loras = found[name]
+    if loading.split_unet(source)[1]:
+      raise ValueError(f"--unet_model {spec!r}: {name} has another UNet already; give each model one.")
+    found[name] = (loading.with_unet(source, other), loras)
   return found
 
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from jaxpref import arguments
 from jaxpref import config as config_lib
 from jaxpref.devices import endings
-from jaxpref.files import adapters
+from jaxpref.files import adapters, loading
 from jaxpref.files import family as families
 from jaxpref.training import build, checkpoint
 
@@ -39,14 +39,26 @@ def main(argv: list[str] | None = None) -> None:
     choices=("float32", "float16", "bfloat16"),
     help="precision of the files (default: float16 for a pipeline, float32 for an adapter, which is small)",
   )
+  parser.add_argument(
+    "--unet_model",
+    type=arguments.place,
+    metavar="UNET",
+    help="where config.unet_model of the run is now: a folder or hub name",
+  )
   args = parser.parse_args(argv)
   with endings.one_sentence(ValueError, OSError, doing=f"exporting to {args.out}", again="run the same command again"):
     arguments.check_numbers(args, "step", least=0)
-    print(export(args.run, args.format, args.out, step=args.step, dtype=args.dtype))
+    print(export(args.run, args.format, args.out, step=args.step, dtype=args.dtype, unet_model=args.unet_model))
 
 
 def export(
-  run: pathlib.Path, form: str, out: pathlib.Path, *, step: int | None = None, dtype: str | None = None
+  run: pathlib.Path,
+  form: str,
+  out: pathlib.Path,
+  *,
+  step: int | None = None,
+  dtype: str | None = None,
+  unet_model: str | None = None,
 ) -> pathlib.Path:
   """Writes what `run` has trained; arguments as of the command.
 
@@ -56,6 +68,9 @@ def export(
     ValueError, OSError: one sentence on what is missing or does not fit.
   """
   config = read_config(run)
+  if unet_model is not None:
+    config.unet_model = unet_model
+  name = loading.model_name(config)
   if config_lib.facts(config).trains != "denoiser":
     raise ValueError(
       f"{run} trained config.objective={config.objective!r}, expected one of {', '.join(TEXT_TO_IMAGE)}; a finished "
@@ -81,12 +96,12 @@ def export(
   scale = 1.0 if adapter is None else build.adapter_scale(config, adapters.adapter_rank(adapter))
   if form == "pipeline":
     kept = [name for name in of.networks if name not in params]
-    pipe = of.load(config.model, dtype=config.dtype, seed=config.seed, vae_model=config.vae_model, components=kept)
+    pipe = of.load(name, dtype=config.dtype, seed=config.seed, vae_model=config.vae_model, components=kept)
     of_files = jnp.dtype(dtype or "float16")
-    families.save_trained(of, out, pipe, params, scale=scale, name=config.model, dtype=of_files)
+    families.save_trained(of, out, pipe, params, scale=scale, name=name, dtype=of_files)
     return out
   file.parent.mkdir(parents=True, exist_ok=True)
-  of.save_adapter(file, adapter, scale, name=config.model, form=form, dtype=jnp.dtype(dtype or "float32"))
+  of.save_adapter(file, adapter, scale, name=name, form=form, dtype=jnp.dtype(dtype or "float32"))
   return file
 
 

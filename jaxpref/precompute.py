@@ -38,6 +38,7 @@ from jaxpref.config import AnyConfig, Config
 from jaxpref.data import batching, latents, lease, paths
 from jaxpref.devices import chips, distributed, endings, sharding
 from jaxpref.files import family as families
+from jaxpref.files import loading
 from jaxpref.models.base import Model
 from jaxpref.training import inputs
 
@@ -157,7 +158,7 @@ def _run(
   everywhere = sharding.replicated(mesh)
   of = families.get(config.family)
   pipe = of.load(
-    config.model,
+    loading.model_name(config),
     dtype=config.dtype,
     seed=config.seed,
     param_dtype=config.dtype,

@@ -16,7 +16,7 @@ from jaxpref import arguments
 from jaxpref.data import prompt_sets
 from jaxpref.devices import endings, sharding
 from jaxpref.evaluation import drawing, pictures, settings
-from jaxpref.files import adapters
+from jaxpref.files import adapters, loading
 
 TABLE_ROWS = 24  # prompts in a folder's grid.png
 
@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     default="tiny-sd",
     help="folder, hub name, shipped model or run (default: %(default)s)",
   )
+  add("--unet_model", type=arguments.place, help="a UNet's folder or hub name, in the place of the model's own")
   add(
     "--lora",
     nargs="+",
@@ -60,7 +61,7 @@ def draw(args: argparse.Namespace) -> None:
     prompts = prompt_sets.given(args.prompts, option="--prompts")
   drawing.check_count(len(prompts), args.seeds)
   mesh = sharding.make_mesh()
-  model, weights, tokenize = settings.load(args.model, loras, args, mesh)
+  model, weights, tokenize = settings.load(loading.with_unet(args.model, args.unet_model), loras, args, mesh)
   names = [f"{p:04d}_{i}{slug(prompt)}.png" for p, prompt in enumerate(prompts) for i in range(args.seeds)]
   batches = drawing.draw(
     model,

@@ -335,6 +335,19 @@ def test_a_preference_model_asks_for_held_out_pairs_before_it_is_trained(pairs_f
   build.build(c)
 
 
+def test_another_unet_is_trained_and_exported(tmp_path):
+  pipe = random_pipeline("sd15-miniature")
+  halved = {**pipe.params, "unet": jax.tree.map(lambda x: x / 2, pipe.params["unet"])}
+  folder = pipelines.save_pipeline(tmp_path / "model", dataclasses.replace(pipe, params=halved))
+  c = settings(unet_model=str(folder / "unet"))
+  experiment = build.build(c)
+  a, b = (tree["conv_in"]["kernel"] for tree in (experiment.params["unet"], halved["unet"]))
+  np.testing.assert_array_equal(a, b)
+  c.objective = "contrastive"
+  with pytest.raises(ValueError, match="unet_model=.*; expected nothing for this objective"):
+    config.check(c)
+
+
 def test_another_vae_takes_the_place_of_the_models_own(tmp_path):
   pipe = random_pipeline("sd15-miniature")
   halved = {**pipe.params, "vae": jax.tree.map(lambda x: x / 2, pipe.params["vae"])}

@@ -72,6 +72,27 @@ def run(models, out, *arguments, names=("one", "two"), prompts="prompts.txt", sc
                  *arguments])  # fmt: skip
 
 
+def test_a_model_with_another_unet_is_drawn_and_has_its_own_fingerprint(models, tmp_path):
+  """Its pictures are those of a folder in which the UNet was exchanged."""
+  exchanged = shutil.copytree(models / "one", tmp_path / "exchanged")
+  shutil.rmtree(exchanged / "unet")
+  shutil.copytree(models / "two" / "unet", exchanged / "unet")
+  names = ("one", f"other={models / 'one'}", f"exchanged={exchanged}")
+  run(models, tmp_path / "out", f"--unet=other={models / 'two'}", names=names)
+  found = {name: pictures(tmp_path / "out", name) for name in ("one", "other", "exchanged")}
+  assert found["other"] == found["exchanged"] != found["one"]
+  manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())["models"]
+  assert manifest["other"]["weights"] == manifest["exchanged"]["weights"] != manifest["one"]["weights"]
+  drawn = [evaluation_folder.fingerprint(f"random:tiny-sd{u}", ()) for u in ("", f"+unet={models / 'two'}")]
+  assert drawn[0] == "random:tiny-sd" and drawn[1].startswith("random:tiny-sd+") and "unet" not in drawn[1]
+  for unet, sentence in (
+    ("nobody=x", "expected NAME=UNET with the name of a model, one of one, other"),
+    ("x", "NAME="),
+  ):
+    with pytest.raises(ValueError, match=sentence):
+      evaluate.with_unets({"one": ("a", ()), "other": ("b", ())}, [unet])
+
+
 def pictures(folder, model):
   return {p.name: p.read_bytes() for p in sorted((folder / "images" / model).iterdir())}
 

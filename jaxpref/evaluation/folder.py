@@ -17,7 +17,7 @@ from PIL import Image
 import jaxpref
 from jaxpref.data import lease, paths, prompt_sets
 from jaxpref.evaluation.settings import model_folder
-from jaxpref.files import adapters, folders, tensors
+from jaxpref.files import adapters, folders, loading, tensors
 from jaxpref.files import family as families
 
 PACKAGES = ("jax", "flax", "numpy", "transformers", "pillow")
@@ -181,11 +181,12 @@ def fingerprint(source: str, loras: Sequence[adapters.LoraFile], family: str = "
   """Returns a hash of the weights that a model of `parse_models` has."""
   plain = all(strength == 1.0 for _, strength in loras)
   strengths = "" if plain else "".join(f":{strength:g}" for _, strength in loras)
-  if source.partition(":")[0] in ("random", "zeros"):
+  if source.partition(":")[0] in ("random", "zeros") and not loading.split_unet(source)[1]:
     return source + "".join(f"+{_fingerprint([file])}" for file, _ in loras) + strengths
   of = families.get(families.of_run(source, family), "--family")
   files = [f for of_part in of.weight_files(model_folder(source)).values() for f in of_part]
-  return _fingerprint([*files, *(file for file, _ in loras)]) + strengths
+  drawn = loading.split_unet(source)[0] + "+" if source.partition(":")[0] in ("random", "zeros") else ""
+  return drawn + _fingerprint([*files, *(file for file, _ in loras)]) + strengths
 
 
 def fingerprint_of_vae(source: str) -> str:

@@ -14,7 +14,7 @@ from jaxpref import arguments
 from jaxpref.data import prompt_sets
 from jaxpref.devices import sharding
 from jaxpref.evaluation import drawing
-from jaxpref.files import adapters
+from jaxpref.files import adapters, loading
 from jaxpref.files import family as families
 from jaxpref.models.base import Model
 from jaxpref.recipes.sections import MAX_STEPS
@@ -111,6 +111,9 @@ def check(args: argparse.Namespace) -> None:
 
 def model_folder(name: str) -> str:
   """The model's name, or the exported model of a run where that is the name of a work folder."""
+  model, other = loading.split_unet(name)
+  if other:
+    return loading.with_unet(model_folder(model), other)
   folder = pathlib.Path(name)
   if (folder / "model_index.json").is_file() or not (folder / "config.json").is_file():
     return name

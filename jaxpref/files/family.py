@@ -212,6 +212,7 @@ class StableDiffusionFamily:
     return adapters.merge_text_encoders(dict(pipe.params), text_encoders) | {"unet_lora": adapter}, scale
 
   def without_values(self, name: str) -> str:
+    name, _ = loading.split_unet(name)
     preset = self.published.get(name, name if name in loading.SHIPPED else name.partition(":")[2])
     if preset in presets.PRESETS:
       return f"zeros:{preset}"
@@ -226,10 +227,13 @@ class StableDiffusionFamily:
     return f"zeros:{folder}"
 
   def weight_files(self, name: str) -> dict[str, list[pathlib.Path]]:
+    _, unet = loading.split_unet(name)
+    replaced = {"unet": tensors.weight_files(pipelines.unet_folder(unet))} if unet else {}
     if loading.preset_of(name) is not None:
-      return {}
+      return replaced
     folder = folders.resolve_folder(loading.folder_of(name), "*/*.safetensors")
-    return {n: tensors.weight_files(folder / n) for n in self.networks if (folder / n).is_dir()}
+    found = [n for n in self.networks if (folder / n).is_dir()]
+    return {n: replaced[n] if n in replaced else tensors.weight_files(folder / n) for n in found}
 
 
 FAMILIES: dict[str, Family] = {"stable_diffusion": StableDiffusionFamily()}
@@ -281,7 +285,7 @@ def save_trained(
 
 def of_run(name: str, given: str) -> str:
   """The family of --model: the one given, or that of the run whose work folder or export it is."""
-  folder = pathlib.Path(name)
+  folder = pathlib.Path(loading.split_unet(name)[0])
   for place in (folder / "config.json", folder.parent / "config.json"):
     if given == "stable_diffusion" and place.is_file():
       try:

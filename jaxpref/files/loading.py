@@ -1,4 +1,4 @@
-"""Models by name: a folder, a hub name, a shipped model, or `random:PRESET`.
+"""Models by name: a folder, a hub name, a shipped model, or `random:PRESET`; each also as NAME+unet=UNET.
 
 `random:PRESET` has the same numbers on every device, and numpy draws them; `drawn:PRESET` is for measurements at full
 size: the device draws the weights in seconds, each in its final precision.
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpref.config import AnyConfig
 from jaxpref.diffusion import VariancePreserving
 from jaxpref.files import folders, pipelines, tokenizers
 from jaxpref.models import presets
@@ -26,16 +27,37 @@ _ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 SHIPPED = ("tiny-sd", "tiny-clip", "tiny-spm", "tiny-judge")
 
 
+UNET = "+unet="  # in the name of a model, before the folder or hub name of a UNet that takes the place of its own
+
+
+def with_unet(model: str, unet: str | None) -> str:
+  """Returns the name of a model whose UNet is another's, if one is given."""
+  return f"{model}{UNET}{unet}" if unet else model
+
+
+def model_name(config: AnyConfig) -> str:
+  """Returns the name of config.model with its config.unet_model: MODEL, or MODEL+unet=UNET."""
+  return with_unet(config.model, config.unet_model)
+
+
+def split_unet(name: str) -> tuple[str, str | None]:
+  """Returns MODEL and UNET of MODEL+unet=UNET: a UNet by itself in the place of the model's own; or a name and None."""
+  model, separator, unet = str(name).partition(UNET)
+  return (model, unet) if separator else (name, None)
+
+
 def folder_of(name: str) -> str | pathlib.Path:
-  """The folder of a shipped model, or the name itself: a folder or a hub name."""
+  """The folder of a shipped model, or the name itself: a folder or a hub name; of MODEL+unet=UNET that of MODEL."""
+  name, _ = split_unet(name)
   return _ASSETS / name if name in SHIPPED else name
 
 
 def preset_of(name: str) -> presets.Preset | None:
   """Returns the preset of random:PRESET, drawn:PRESET or zeros:PRESET; None for other names, which are loaded.
 
-  zeros:FOLDER has the shapes that the config.json files of a model folder describe.
+  zeros:FOLDER has the shapes that the config.json files of a model folder describe. Of MODEL+unet=UNET that of MODEL.
   """
+  name, _ = split_unet(name)
   kind, colon, preset = name.partition(":")
   if kind == "zeros" and preset not in presets.PRESETS and (pathlib.Path(preset) / "model_index.json").is_file():
     return pipelines.read_preset(preset)
@@ -102,6 +124,16 @@ def load_text_to_image(
         f"{expected}; choose a VAE that was made for this model."
       )
     return dataclasses.replace(pipe, vae=vae, params={**pipe.params, "vae": params})
+  base, unet = split_unet(name)
+  if unet:
+    of_unet = (lambda shapes: sharding({"unet": shapes})["unet"]) if callable(sharding) else sharding
+    others = [c for c in components if c != "unet"]
+    pipe = load_text_to_image(
+      base, dtype=dtype, seed=seed, param_dtype=param_dtypes, sharding=sharding, components=others
+    )
+    return pipelines.replace_unet(
+      pipe, unet, param_dtype=param_dtypes["unet"], sharding=of_unet, with_params="unet" in components
+    )
   if (preset := preset_of(name)) is not None:
     if name.startswith("drawn:"):
       return _draw_text_to_image(
@@ -112,7 +144,10 @@ def load_text_to_image(
         sharding=sharding,
         components=components,
       )
-    pipe = pipelines.random_pipeline(preset, seed, dtype=jnp.dtype(dtype), init=initialiser(name))
+    known = name.partition(":")[2]
+    pipe = pipelines.random_pipeline(
+      known if known in presets.PRESETS else preset, seed, dtype=jnp.dtype(dtype), init=initialiser(name)
+    )
     chosen = {k: v for k, v in pipe.params.items() if k in components}
     params = {k: jax.tree.map(lambda x, k=k: x.astype(param_dtypes[k]), v) for k, v in chosen.items()}
     if sharding is not None:
@@ -125,6 +160,8 @@ def load_text_to_image(
 
 def unet_config(name: str) -> UNetConfig:
   """Of a pipeline, without reading its weights; name as for `load_text_to_image`."""
+  if unet := split_unet(name)[1]:
+    return UNetConfig.from_dict(folders.read_json(pipelines.unet_folder(unet) / "config.json"))
   if (preset := preset_of(name)) is not None:
     return preset.unet
   file = folders.resolve_folder(folder_of(name), "*/*.safetensors") / "unet" / "config.json"

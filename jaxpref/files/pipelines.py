@@ -346,3 +346,56 @@ def load_vae(
   shapes = presets.abstract_params(module)
   shardings = sharding(shapes) if callable(sharding) else sharding
   return module, load_network(module, weight_files(folder), shapes, param_dtype, shardings)
+
+
+def unet_folder(name: Path) -> pathlib.Path:
+  """Returns the folder of a UNet that is published by itself: the one named, or `unet` in it."""
+  folder = resolve_folder(name, "unet/*.safetensors")
+  if (folder / "unet" / "config.json").is_file():
+    return folder / "unet"
+  return resolve_folder(name, "diffusion_pytorch_model*.safetensors")
+
+
+def replace_unet(
+  pipe: Pipeline,
+  name: Path,
+  *,
+  param_dtype: Any = jnp.float32,
+  sharding: Sharding = None,
+  with_params: bool = True,
+) -> Pipeline:
+  """Returns a pipeline with a UNet that is published by itself in the place of its own.
+
+  Args:
+    pipe: may be without the UNet's parameters.
+    name: as of `unet_folder`: with config.json and diffusion_pytorch_model.safetensors.
+    param_dtype: as for `load_pipeline`.
+    sharding: as for `load_pipeline`, of the UNet's parameter tree.
+    with_params: whether its parameters are read.
+
+  Raises:
+    ValueError: it was made for another model.
+  """
+  folder, own = unet_folder(name), pipe.unet.config
+  config = UNetConfig.from_dict(read_json(folder / "config.json"))
+  if config.sample_size is None:
+    config = dataclasses.replace(config, sample_size=own.sample_size)
+  for field in ("in_channels", "out_channels", "addition_embed_type", "projection_class_embeddings_input_dim"):
+    _same_field(folder, field, getattr(config, field), getattr(own, field))
+  widths = (c.per_level("cross_attention_dim")[0] for c in (config, own))
+  _same_field(folder, "cross_attention_dim", *widths)
+  module = UNet2DConditionModel(config, pipe.unet.dtype)
+  params = {k: v for k, v in pipe.params.items() if k != "unet"}
+  if with_params:
+    shapes = presets.abstract_params(module)
+    shardings = sharding(shapes) if callable(sharding) else sharding
+    params["unet"] = load_network(module, weight_files(folder), shapes, param_dtype, shardings)
+  return dataclasses.replace(pipe, unet=module, params=params)
+
+
+def _same_field(folder: pathlib.Path, field: str, found: Any, expected: Any) -> None:
+  if found != expected:
+    raise ValueError(
+      f"{folder / 'config.json'}: {field} is {found}, expected {expected} as of the model's own UNet; choose a UNet "
+      "that was made for this model."
+    )

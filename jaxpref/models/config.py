@@ -76,7 +76,7 @@ class ModelConfig:
       )
     if ignored := [k for k in given if k in IGNORED and k not in fields]:
       warnings.warn(
-        f"{cls.CLASS_NAME} config: {', '.join(ignored)} were ignored: they do not change the network.", stacklevel=3
+        f"{cls.CLASS_NAME} config: ignored {', '.join(ignored)}, which do not change the network.", stacklevel=3
       )
     kwargs = {k: _freeze(v) for k, v in given.items() if k in fields}
     return cls(**kwargs)

@@ -27,7 +27,8 @@ LORA_RANK = 64  # of the adapter that `changes` propose in the place of full tra
 def without_weights(config: ConfigDict) -> ConfigDict:
   """The same recipe on shapes alone, and on the embedded data resized to the model's images.
 
-  Whatever the rewards are, one preference model of the preset stands for them.
+  Another VAE or UNet than the model's own counts as its own. Whatever the rewards are, one preference model of the
+  preset stands for them.
   Of precomputed data, the folder of `data.path` is not looked at, and need not be there.
 
   Raises:
@@ -38,7 +39,7 @@ def without_weights(config: ConfigDict) -> ConfigDict:
   preset = model.partition(":")[2]
   with config.unlocked():
     config.model = model
-    config.vae_model = None
+    config.vae_model = config.unet_model = None
     config.reward, scored = "", catalog.method(config).facts.scorer
     config.preference_model = f"zeros:{preset if preset in presets.PRESETS else 'sd15'}" if scored else None
     config.judge = None

@@ -148,7 +148,7 @@ def _load(
   """The config's pipeline: parameters float32 where trained, else in the dtype of the computation."""
   of = families.get(config.family)
   return of.load(
-    config.model,
+    loading.model_name(config),
     dtype=config.dtype,
     seed=config.seed,
     param_dtype={name: "float32" if name in trained else config.dtype for name in of.networks},
@@ -267,14 +267,14 @@ def _export(config: Config, pipe: Any, scale: float, params: Any, folder: pathli
     # What was not trained is written as it was read, not rounded to bfloat16. Of several processes one writes, and it
     # cannot compute by itself with arrays that are spread over all.
     pipe = of.load(
-      config.model,
+      loading.model_name(config),
       dtype=config.dtype,
       seed=config.seed,
       param_dtype="float32" if config.dtype == "float32" else "float16",
       vae_model=config.vae_model,
       components=[name for name in of.networks if name not in params],
     )
-  families.save_trained(of, folder, pipe, params, scale=scale, name=config.model, dtype=jnp.float16)
+  families.save_trained(of, folder, pipe, params, scale=scale, name=loading.model_name(config), dtype=jnp.float16)
 
 
 # ---- Preference model ------------------------------------------------------------------------------------------

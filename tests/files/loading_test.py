@@ -1,5 +1,6 @@
 """Folders of another architecture or without a part, names that draw weights, and how loading is measured."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from jaxpref.files import family as families
 from jaxpref.files import folders, loading, pipelines, tokenizers
 from jaxpref.files.tensors import load_tree, save_tree, weight_files
 from jaxpref.models import clip, presets
@@ -241,3 +243,37 @@ def test_drawn_weights_follow_the_seed_and_lie_where_they_belong():
   assert_same(a, b)
   assert not all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(c), strict=True))
   assert all(x.sharding == device for x in jax.tree.leaves(a))
+
+
+# ---- a UNet by itself ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["unet/", "alone", "named"])
+def test_another_unet_takes_the_place_of_the_models_own(layout, folder, tmp_path):
+  """Its config.json may have keys of an average of weights; what the rest computes stays."""
+  own = pipelines.load_pipeline(folder)
+  halved = jax.tree.map(lambda x: x / 2, own.params["unet"])
+  place = tmp_path / "dpo" / "unet"
+  place.mkdir(parents=True)
+  (place / "config.json").write_text(json.dumps(own.unet.config.to_dict() | {"decay": 0.99, "sample_size": None}))
+  save_tree(place / "diffusion_pytorch_model.safetensors", halved)
+  name = f"{folder}+unet={place if layout == 'alone' else place.parent}"
+  if layout == "named":
+    name = loading.with_unet(str(folder), str(place))
+  with pytest.warns(UserWarning, match="ignored decay, which"):
+    found = loading.load_text_to_image(name, dtype="float32")
+  assert_same(found.params, {**own.params, "unet": halved})
+  assert found.unet == own.unet and found.tokenizer.get_vocab() == own.tokenizer.get_vocab()
+  with pytest.warns(UserWarning, match="decay"):
+    rest = loading.load_text_to_image(name, dtype="float32", components=("vae",))
+    assert loading.unet_config(name) == dataclasses.replace(own.unet.config, sample_size=None)
+  assert set(rest.params) == {"vae"}
+  files = families.get("stable_diffusion").weight_files(name)
+  assert files["unet"] == [place / "diffusion_pytorch_model.safetensors"]
+  assert files["vae"] == [folder / "vae" / "diffusion_pytorch_model.safetensors"]
+  edit(place / "config.json", cross_attention_dim=32)
+  with (
+    pytest.warns(UserWarning, match="decay"),
+    pytest.raises(ValueError, match="cross_attention_dim is 32, expected 24 as of the model's own UNet; choose"),
+  ):
+    loading.load_text_to_image(name, dtype="float32", components=())
