@@ -32,6 +32,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from jaxpref import arguments
+from jaxpref.data import paths
 from jaxpref.devices import chips, endings, sharding
 from jaxpref.devices.chips import GIB
 from jaxpref.objectives import catalog
@@ -234,6 +235,8 @@ def main(argv: list[str]) -> None:
 def _main() -> None:
   topology, out = flags.FLAGS.topology, flags.FLAGS.out
   chip = chips.CHIPS.get((topology or "").partition(":")[0])
+  if out:
+    _check_out(pathlib.Path(out))
   config = plan.without_weights(flags.FLAGS.config)
   devices = topology_devices(topology) if topology else jax.devices()
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
@@ -266,6 +269,12 @@ def _main() -> None:
     arguments = [a for a in sys.argv[1:] if not a.startswith("--out")]
     report |= {"command": " ".join(["python -m jaxpref.compile", *arguments]), "jax": jax.__version__}
     pathlib.Path(out).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _check_out(file: pathlib.Path) -> None:
+  if file.is_dir() or not file.parent.is_dir():
+    raise ValueError(f"--out={file}; expected a file, in a folder that is there.")
+  paths.check_writable(file, "--out")
 
 
 def run() -> None:

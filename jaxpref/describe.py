@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from jaxpref import arguments
 from jaxpref.data import index as index_lib
-from jaxpref.data import records, sources
+from jaxpref.data import paths, records, sources
 from jaxpref.data.files import PROGRESS_AFTER
 from jaxpref.devices import endings
 from jaxpref.evaluation import pictures
@@ -62,6 +62,10 @@ def describe(args: argparse.Namespace) -> str:
   Returns:
     The text to print.
   """
+  if args.out is not None:
+    if args.out.exists() and not args.out.is_dir():
+      raise ValueError(f"--out={args.out} is a file; name a folder.")
+    paths.check_writable(args.out, "--out")
   count_tokens = None if args.tokenizer is None else _token_counter(args.tokenizer)
   opened = _open_all(args)
   if args.out is not None:

@@ -168,6 +168,8 @@ def evaluate(args: argparse.Namespace) -> None:
     prompt_sets.check_geneval(prompts)
   if args.out.exists() and not args.out.is_dir():
     raise ValueError(f"--out={args.out} is a file; name a folder.")
+  if args.geneval_layout:
+    paths.check_writable(args.geneval_layout, "--geneval_layout")
   with lease.hold(args.out) as held:
     _evaluate(args, models, prompts, sizes, held)
 

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from jaxpref import arguments
 from jaxpref import config as config_lib
+from jaxpref.data import paths
 from jaxpref.devices import endings
 from jaxpref.files import adapters, loading
 from jaxpref.files import family as families
@@ -83,6 +84,7 @@ def export(
     file = out / adapters.DIFFUSERS_FILE
   if any(out.iterdir()) if out.is_dir() else out.exists():
     raise FileExistsError(f"--out={out} exists and is not empty; choose another, or delete it.")
+  paths.check_writable(out, "--out")
 
   params, step = checkpoint.load_params(run, step)
   end = "" if step == config.num_steps else f"; it is not the end of the run, which is step {config.num_steps}"

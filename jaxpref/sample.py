@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxpref import arguments
-from jaxpref.data import prompt_sets
+from jaxpref.data import paths, prompt_sets
 from jaxpref.devices import endings, sharding
 from jaxpref.evaluation import drawing, pictures, settings
 from jaxpref.files import adapters, loading
@@ -100,6 +100,7 @@ def check(args: argparse.Namespace) -> None:
     raise ValueError(f"--out={args.out} is a file; name a folder, or a file that ends in .png.")
   elif args.out.is_dir() and any(args.out.iterdir()) and not args.overwrite:
     raise ValueError(f"--out={args.out} exists and is not empty; choose another folder, or pass --overwrite.")
+  paths.check_writable(args.out, "--out")
 
 
 def slug(prompt: str) -> str:

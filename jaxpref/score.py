@@ -167,6 +167,7 @@ def main(argv: list[str]) -> None:
   with endings.one_sentence(ValueError, OSError, doing=f"scoring into {out}", again=AGAIN):
     config = config_lib.typed(flags.FLAGS.config)
     config_lib.check(config)
+    inputs.check_packages(config)
     scored = score(config, model=flags.FLAGS.model, out=out, batch_size=flags.FLAGS.batch_size)
   agrees, unreadable = index_lib.score_agreement(scored), int(np.isneginf(scored.scores()[0]).sum())
   print(f"{out}: {len(scored)} pairs, {unreadable} unreadable; agrees with {agrees:.1%} of the labels, ties aside")

@@ -1,5 +1,6 @@
 """What is wrong is said in one sentence, before anything is compiled or written."""
 
+import collections
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ from jaxpref import config
 from jaxpref.data import emoji_pairs
 from jaxpref.files import pipelines, tokenizers
 from jaxpref.training import loop, step
+from tests import bad_commands
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -86,6 +88,69 @@ def test_a_hub_name_without_network(tmp_path):
   assert seconds < 120  # nearly all of it imports
 
 
+class Server:
+  """`python -m tests.bad_commands` in a folder of its own."""
+
+  def __init__(self, place):
+    self.place = place
+    command, pipe = [sys.executable, "-m", "tests.bad_commands"], subprocess.PIPE
+    self.environment = bad_commands.prepare(place)
+    self.process = subprocess.Popen(
+      command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, cwd=place, env=self.environment
+    )
+
+  def files(self):
+    return {path: path.stat().st_size if path.is_file() else 0 for path in self.place.rglob("*")}
+
+  def ask(self, command, arguments):
+    self.process.stdin.write(json.dumps([command, arguments]) + "\n")
+    self.process.stdin.flush()
+    return json.loads(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+  found = Server(tmp_path_factory.mktemp("place"))
+  yield found
+  found.process.stdin.close()
+  found.process.wait(60)
+
+
+def check_said(server, code, said, sentence):
+  assert code in (1, 2), said
+  assert "Traceback" not in said and "Errno" not in said, said
+  last = said.strip().splitlines()[-1].replace(str(server.place / "home"), "HOME")
+  assert "error: " in last and sentence in last, said
+
+
+@pytest.mark.parametrize(
+  ("command", "arguments", "sentence"), bad_commands.TABLE, ids=lambda v: " ".join(v) if isinstance(v, list) else ""
+)
+def test_every_command_refuses_what_cannot_work_in_one_sentence_and_writes_nothing(
+  server, command, arguments, sentence
+):
+  before = server.files()
+  check_said(server, *server.ask(command, arguments), sentence)
+  assert server.files() == before
+
+
+def test_the_table_has_ten_inputs_for_each_command():
+  counts = collections.Counter(command for command, _, _ in bad_commands.TABLE)
+  assert counts.keys() == bad_commands.MODULES.keys() and min(counts.values()) >= 10 and counts.total() >= 150
+
+
+@pytest.mark.parametrize("command", bad_commands.MODULES)
+def test_what_is_refused_is_refused_by_the_real_command(server, command):
+  """The first of the table that is no lack of an argument, in a process of its own."""
+  _, arguments, sentence = [row for row in bad_commands.TABLE if row[0] == command and row[1]][0]
+  module = bad_commands.MODULES[command][0].removesuffix(".__main__")
+  done = subprocess.run(
+    [sys.executable, "-m", module, *arguments],
+    cwd=server.place, env=server.environment, capture_output=True, text=True, timeout=120,
+  )  # fmt: skip
+  check_said(server, done.returncode, done.stderr, sentence)
+
+
 # ---------------------------------------------------------------------------------------------
 # In this process: `main` prints what `loop.run` raises
 
@@ -149,6 +214,9 @@ def made(pipeline, monkeypatch):
     ({"seed": -1}, "config.seed=-1; expected an integer from 0 to 4294967295"),
     ({"seed": 2**32}, "config.seed=4294967296; expected an integer from 0 to 4294967295"),
     ({"evaluation__seed": -1}, "config.evaluation.seed=-1; expected an integer from 0 to 4294967295"),
+    ({"num_steps": 2**31}, "config.num_steps=2147483648; expected an integer of at most 2147483647"),
+    ({"spo__minibatch": 2**40}, "config.spo.minibatch=1099511627776; expected an integer of at most 2147483647"),
+    ({"evaluation__num_inference_steps": 1001}, "config.evaluation.num_inference_steps=1001; expected .* 1 to 1000"),
     ({"lora__alpha": float("inf")}, "config.lora.alpha=inf; expected a number above 0"),
     ({"spo__decode_size": -8}, "config.spo.decode_size=-8; expected 0"),
     ({"spm__decode_size": -8}, "config.spm.decode_size=-8; expected 0"),

@@ -8,7 +8,10 @@ import pytest
 
 from jaxpref import __main__ as commands
 from jaxpref import config as config_lib
-from jaxpref.data import emoji
+from jaxpref import describe, evaluate, export, replay, sample
+from jaxpref.data import emoji, paths
+from jaxpref.data.pickapic import __main__ as pickapic_command
+from jaxpref.training import inputs
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -85,3 +88,53 @@ def test_recipes_that_cannot_be_read(tmp_path, recipe, sentence):
 
 def test_the_choices_of_the_config_are_those_of_the_code():
   assert config_lib.STYLES == emoji.STYLES and config_lib.SPLITS == emoji.SPLITS
+
+
+@pytest.mark.parametrize(
+  ("module", "work", "arguments"),
+  [
+    (sample, "draw", ["--prompt=x"]),
+    (evaluate, "evaluate", ["--models=a=b", "--prompts=emoji"]),
+    (export, "export", ["run", "--format=lora", "--out=o"]),
+    (describe, "describe", ["source"]),
+    (replay, "replay", ["folder"]),
+    (pickapic_command.pickapic, "prepare", ["--parquet=p", "--out=o"]),
+  ],
+  ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_ctrl_c_ends_a_command_in_one_sentence_with_exit_code_130(
+  monkeypatch, tmp_path, capsys, module, work, arguments
+):
+  def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(module, work, interrupted)
+  main = pickapic_command.main if work == "prepare" else module.main
+  with pytest.raises(SystemExit) as ended:
+    main(arguments)
+  said = capsys.readouterr().err.strip()
+  assert ended.value.code == 130 and " was interrupted; " in said and said.count("\n") == 0
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_libraries_are_read_is_no_traceback(monkeypatch, capsys):
+  def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(sys, "argv", ["jaxpref", "sample"])
+  monkeypatch.setattr(commands.runpy, "run_module", interrupted)
+  with pytest.raises(SystemExit) as ended:
+    commands.run()
+  assert ended.value.code == 130
+  assert capsys.readouterr().err.strip() == "jaxpref sample was interrupted before it began."
+
+
+def test_a_package_for_a_bucket_is_looked_for_before_anything_is_loaded(monkeypatch):
+  monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None)
+  paths.check_package("data/pairs.jsonl")
+  config = config_lib.replace(config_lib.default(), {"data.path": "s3://bucket/pairs"})
+  with pytest.raises(
+    ValueError, match="s3://bucket/pairs cannot be reached without the package s3fs; pip install s3fs"
+  ):
+    inputs.check_packages(config)

@@ -6,6 +6,7 @@ goes wrong with a bucket is an OSError of one sentence.
 """
 
 import contextlib
+import importlib.util
 import io
 import os
 import pathlib
@@ -46,6 +47,16 @@ def open_path(path: Path) -> Any:
   with _one_sentence(place):
     place.exists()
   return place
+
+
+def check_package(path: Path) -> None:
+  """Raises ValueError if a path is in a bucket, and no package that reaches it is installed; opens nothing."""
+  package = PACKAGES.get(os.fspath(path).partition("://")[0]) if is_remote(path) else None
+  if package is not None and not any(map(importlib.util.find_spec, (package, "tensorflow"))):
+    raise ValueError(
+      f"{path} cannot be reached without the package {package}; pip install {package}, or copy the data to this "
+      "machine."
+    )
 
 
 def is_remote(path: Path) -> bool:
@@ -225,6 +236,27 @@ def cannot_be_written(path: Path) -> Iterator[None]:
     reason = getattr(error, "strerror", None) or error
     raise CannotBeWritten(
       f"{path} cannot be written ({reason}); free some space or choose another folder, and run the same command again."
+    ) from error
+
+
+def check_writable(path: pathlib.Path, option: str) -> None:
+  """Refuses a place of this machine where nothing can be written; leaves nothing there.
+
+  Args:
+    path: a folder or file that may have to be made, with folders around it.
+    option: that it was given as, for messages.
+
+  Raises:
+    CannotBeWritten: see there.
+  """
+  nearest = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
+  try:
+    with tempfile.TemporaryFile(dir=nearest):
+      pass
+  except OSError as error:
+    raise CannotBeWritten(
+      f"{option}={path} cannot be written ({error.strerror or error}); choose another place, or get the right to this "
+      "one."
     ) from error
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import jaxpref
 from jaxpref import config as config_lib
 from jaxpref.config import Config
-from jaxpref.data import batching, emoji, latents, pipeline, sources
+from jaxpref.data import batching, emoji, latents, paths, pipeline, sources
 from jaxpref.data import index as index_lib
 from jaxpref.devices import sharding
 from jaxpref.files import family as families
@@ -225,6 +225,12 @@ def precomputable(objective_facts: config_lib.Facts) -> str | None:
 
 # Fields of config.data that do not change what the frozen networks make of them: training decides on these.
 _OF_TRAINING = ("caption_dropout", "num_threads", "num_workers")
+
+
+def check_packages(config: Config) -> None:
+  """Raises ValueError if the data lie in a bucket, and no package that reaches it is installed."""
+  for place in (config.data.path, config.data.images, config.data.scores, config.evaluation.prompts):
+    paths.check_package(place or "")
 
 
 def precomputed_fields(config: Config) -> dict[str, Any]:

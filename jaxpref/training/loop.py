@@ -24,7 +24,7 @@ from jaxpref.data import batching, lease
 from jaxpref.devices import chips, distributed, endings, sharding
 from jaxpref.models.attention import cuda_capability
 from jaxpref.objectives import catalog
-from jaxpref.training import build, checkpoint, host, monitor, optim, step, validation
+from jaxpref.training import build, checkpoint, host, inputs, monitor, optim, step, validation
 from jaxpref.training import metrics as metrics_lib
 from jaxpref.training import watch as watch_lib
 
@@ -175,6 +175,8 @@ def run(config: AnyConfig, workdir: str) -> dict[str, Any]:
   goodput = monitor.Goodput("start")
   config = config_lib.typed(config)
   config_lib.check(config)
+  metrics_lib.check_packages(config.logging.wandb_project)
+  inputs.check_packages(config)
   capability = cuda_capability()
   if config.dtype == "bfloat16" and capability is not None and capability < 8.0:
     raise ValueError(

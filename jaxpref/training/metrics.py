@@ -4,6 +4,7 @@ Inside a step a metric is a pair (sum, count) of arrays. Pairs of micro-batches 
 end, so a mean is never a mean of means. A pair of vectors is a mean per bin (e.g. reward by timestep).
 """
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -25,6 +26,14 @@ def to_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
     entries = [(name, value)] if value.ndim == 0 else [(f"{name}_{i:02d}", v) for i, v in enumerate(value)]
     flat |= {k: float(v) for k, v in entries if k in ("loss", "grad_norm") or not np.isnan(v)}
   return flat
+
+
+def check_packages(wandb_project: str) -> None:
+  """Raises ValueError if a package that `Writer` needs for its arguments is not installed."""
+  if wandb_project and importlib.util.find_spec("wandb") is None:
+    raise ValueError(
+      f"config.logging.wandb_project={wandb_project!r}, but wandb is not installed; pip install 'jaxpref[wandb]'."
+    )
 
 
 class Writer:
@@ -55,12 +64,8 @@ class Writer:
     self._board = EventsWriter(str(board / "events"))
     self._add_event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))  # hides later events
     if wandb_project:
-      try:
-        import wandb
-      except ImportError as error:
-        raise ValueError(
-          "config.logging.wandb_project is set but wandb is not installed; pip install 'jaxpref[wandb]'."
-        ) from error
+      import wandb
+
       file = path.with_name("wandb_run.txt")  # so that a run that continues goes on with its curves
       name = file.read_text().strip() if file.is_file() else secrets.token_hex(4)
       file.write_text(f"{name}\n")

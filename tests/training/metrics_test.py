@@ -90,7 +90,8 @@ def test_a_run_that_continues_goes_on_with_its_run_of_wandb(tmp_path, monkeypatc
   assert begun[0] == begun[1] != begun[2]
 
 
-def test_wandb_that_is_missing_is_named(tmp_path, monkeypatch):
-  monkeypatch.setitem(sys.modules, "wandb", None)
-  with pytest.raises(ValueError, match=r"wandb_project is set.*pip install"):
-    metrics.Writer(tmp_path, first_step=0, wandb_project="p")
+def test_wandb_that_is_missing_is_named(monkeypatch):
+  monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+  metrics.check_packages("")
+  with pytest.raises(ValueError, match=r"config.logging.wandb_project='p', but wandb is not installed; pip install"):
+    metrics.check_packages("p")

@@ -228,6 +228,7 @@ def prepare(parquet: Any, out: Any, *, version: str = "v2", workers: int = 1) ->
   paths.check_array_record(out)
   if not place.is_dir() or not any(place.iterdir()):
     raise FileNotFoundError(f"{place} is no folder, or an empty one; expected the parquet files of Pick-a-Pic.")
+  find_shards(place)  # the builder makes folders before it looks
   builder = Builder(config=version, data_dir=os.fspath(out))
   builder.workers = workers
   # The library would announce a download of unknown size.
