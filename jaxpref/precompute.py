@@ -79,7 +79,7 @@ def run(
     ValueError, OSError: one sentence on what is missing, does not fit, or cannot be written.
   """
   config = config_lib.typed(config)
-  check(config, out, rows_per_file=rows_per_file, batch_size=batch_size)
+  check(config, rows_per_file=rows_per_file, batch_size=batch_size)
   folder = paths.open_path(out)
   index = jax.process_index() if process_index is None else process_index
   count = jax.process_count() if process_count is None else process_count
@@ -270,11 +270,10 @@ def _write_prompts(
   return names
 
 
-def check(config: Config, out: str | os.PathLike, *, rows_per_file: int, batch_size: int) -> None:
+def check(config: Config, *, rows_per_file: int, batch_size: int) -> None:
   """Refuses what cannot be precomputed, before anything is loaded; raises ValueError."""
   config_lib.check(config)
   inputs.check_packages(config)
-  paths.check_package(out)
   counts = argparse.Namespace(rows_per_file=rows_per_file, batch_size=batch_size)
   arguments.check_numbers(counts, "rows_per_file")
   arguments.check_numbers(counts, "batch_size", most=arguments.MAX_AT_A_TIME)

@@ -250,7 +250,7 @@ def made(pipeline, monkeypatch):
     ({"loss__safeguard": 0.5, "objective": "kto"}, "config.loss.safeguard=0.5; expected None for kto"),
     ({"train_text_encoder": True}, "train_text_encoder=True; expected False"),
     ({"data__source": "prompts"}, "data.source='prompts'; expected another source for objective dpo: this one is for"),
-    ({"objective": "spo"}, "preference_model=None; expected the folder of a preference model"),
+    ({"objective": "spo"}, "preference_model=None; expected the folder of a step-aware preference model"),
     (
       {"objective": "spo", "spo__inner_steps": 4, "preference_model": "x"},
       r"spo.inner_steps=4; .*divides num_inference_steps - warmup_steps = 16",

@@ -255,7 +255,7 @@ SPO = {"objective": "spo", "preference_model": "tiny-spm"}
     ),
     ({"vae_model": "x", "objective": "contrastive"}, "vae_model='x'; expected nothing for this objective"),
     ({"data__path": "mine.jsonl"}, "data.path='mine.jsonl'; expected nothing for data.source=emoji; set data.source"),
-    ({"objective": "spo", "preference_model": ""}, "preference_model=''; expected the folder of a preference model"),
+    ({"objective": "spo", "preference_model": ""}, "preference_model=''; expected the folder of a step-aware"),
     ({"objective": "spm"}, "preference_model=None; expected the folder of a CLIP"),
     (SPO | {"spo__eta": 0.0}, r"spo.eta=0.0; expected a number in \(0, 1\]: without noise"),
     (SPO | {"spo__warmup_steps": 0}, "spo.warmup_steps=0; expected at least 1 step before the first pool"),

@@ -6,7 +6,6 @@ goes wrong with a bucket is an OSError of one sentence.
 """
 
 import contextlib
-import importlib.util
 import io
 import os
 import pathlib
@@ -47,16 +46,6 @@ def open_path(path: Path) -> Any:
   with _one_sentence(place):
     place.exists()
   return place
-
-
-def check_package(path: Path) -> None:
-  """Raises ValueError if a path is in a bucket, and no package that reaches it is installed; opens nothing."""
-  package = PACKAGES.get(os.fspath(path).partition("://")[0]) if is_remote(path) else None
-  if package is not None and not any(map(importlib.util.find_spec, (package, "tensorflow"))):
-    raise ValueError(
-      f"{path} cannot be reached without the package {package}; pip install {package}, or copy the data to this "
-      "machine."
-    )
 
 
 def is_remote(path: Path) -> bool:

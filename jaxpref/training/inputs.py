@@ -228,9 +228,10 @@ _OF_TRAINING = ("caption_dropout", "num_threads", "num_workers")
 
 
 def check_packages(config: Config) -> None:
-  """Raises ValueError if the data lie in a bucket, and no package that reaches it is installed."""
+  """Raises ValueError if the data lie in a bucket and the package that reaches it is missing; OSError if it is away."""
   for place in (config.data.path, config.data.images, config.data.scores, config.evaluation.prompts):
-    paths.check_package(place or "")
+    if place and paths.is_remote(place):
+      paths.open_path(place)
 
 
 def precomputed_fields(config: Config) -> dict[str, Any]:
