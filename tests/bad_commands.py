@@ -319,6 +319,7 @@ def prepare(place):
   (place / "begun" / "config.json").write_text("{}")
   own = {"HOME": str(place / "home"), "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
   own |= {"JAXPREF_DATA_DIR": f"{place}-datasets", "JAX_COMPILATION_CACHE_DIR": f"{place}-compiled"}
+  own["PYTHONDONTWRITEBYTECODE"] = "1"  # of the recipes
   return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | own
 
 

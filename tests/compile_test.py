@@ -34,6 +34,7 @@ def reports():
   return [compile.compile_step(config, mesh) for mesh in meshes]
 
 
+@pytest.mark.slow
 def test_the_report_of_a_compiled_step(reports):
   report = reports[0]
   assert report["temporaries"] > 0
@@ -44,6 +45,7 @@ def test_the_report_of_a_compiled_step(reports):
   assert "| peak |" in shown and "| of | 16.00 |" in shown and "seconds at its peak" in shown
 
 
+@pytest.mark.slow
 def test_splitting_the_batch_splits_operations_and_sums_gradients(reports):
   one, four = reports
   assert four["flop"] == pytest.approx(one["flop"] / 4)

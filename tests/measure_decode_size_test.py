@@ -24,6 +24,7 @@ def test_pairs_of_other_scores():
   np.testing.assert_allclose(found["order_kept"], 1 / 3)
 
 
+@pytest.mark.slow
 def test_smaller_pictures_cost_fewer_operations(monkeypatch):
   """On a miniature, by what its VAE saves: every candidate is decoded once (and resized for the preference model)."""
   smoke = types.SimpleNamespace(get_config=lambda: spo_sd15.get_config("smoke"))

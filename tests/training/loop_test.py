@@ -119,6 +119,15 @@ def states(folder):
   return found
 
 
+@pytest.fixture
+def sigint_is_heard():
+  """In the background of a script it is ignored."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("sigint_is_heard")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_an_interrupted_run_ends_like_one_that_was_not(run, monkeypatch, capsys, number, code):
   """Stopped between two checkpoints by a signal; the rows are logged every other step. Batches were drawn ahead."""
