@@ -22,6 +22,7 @@ def test_cases_are_the_recipes_on_random_weights(case, size):
     assert config.model == f"drawn:{size}" and config.dtype == "bfloat16"
 
 
+@pytest.mark.slow
 def test_a_case_is_timed_and_reported(tmp_path, monkeypatch):
   monkeypatch.setattr(bench, "matrix_peak", lambda dtype: (1e11, dtype))
   seen = []

@@ -106,6 +106,7 @@ def free_port():
     return free.getsockname()[1]
 
 
+@pytest.mark.slow  # rewards/base_test.py has its parts
 def test_a_reward_of_ones_own_on_two_processes(mine, tmp_path):
   """Each scores the pictures that lie there."""
   codes, said = processes(mine, free_port(), "--config.reward=mine:colours:0.05", f"--workdir={tmp_path / 'run'}")
