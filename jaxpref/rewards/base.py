@@ -72,7 +72,7 @@ class HostReward(Protocol):
 
 
 class Scores(NamedTuple):
-  """Of N samples.
+  """What rewards say of N samples.
 
   Attributes:
     total: f32[N] the weighted sum, in logits; what is learnt from.
@@ -103,7 +103,7 @@ class Weighted:
 
   @property
   def tokenizers(self) -> Mapping[str, Tokenize]:
-    """Of all of them."""
+    """Those of all rewards."""
     return {field: of_field for reward, _ in self.graph for field, of_field in reward.tokenizers.items()}
 
   def prompts(self, weights: Any, batch: Batch) -> tuple[Any, ...]:
@@ -111,14 +111,14 @@ class Weighted:
     return tuple(reward.prompts(weights, batch) for reward, _ in self.graph)
 
   def score(self, weights: Any, images: jax.Array, t: jax.Array, prompts: tuple[Any, ...]) -> Scores:
-    """Of those in the graph, see `Reward.score`."""
+    """The sum of those in the graph, see `Reward.score`."""
     if not self.graph:
       return Scores(jnp.zeros(len(images)), {})
     of_each = zip(self.graph, prompts, strict=True)
     return self.summed({reward.name: reward.score(weights, images, t, rows) for (reward, _), rows in of_each})
 
   def score_pictures(self, weights: Any, batch: Batch, images: jax.Array) -> Scores:
-    """Of finished pictures f32[N,H,W,3] in [-1, 1], whose prompts are the rows of the batch."""
+    """Scores finished pictures f32[N,H,W,3] in [-1, 1], whose prompts are the rows of the batch."""
     times = jnp.zeros(len(images), jnp.int32)
     return self.score(weights, images, times, self.prompts(weights, batch))
 

@@ -93,21 +93,10 @@ def compile_iteration(
 
   Args:
     halves: of `step.make_halves`.
-    shardings: of the state.
+    captions: the prompts by their `record`.
+    shardings: of the state, which is donated.
     arguments: state, frozen parameters and a batch, or their shapes.
   """
-  draw, learn = compile_halves(halves, rewards, mesh, shardings, arguments)
-  return Iteration(draw, learn, rewards, captions, mesh)
-
-
-def compile_halves(
-  halves: tuple[step.DrawFn, step.LearnFn],
-  rewards: Sequence[tuple[HostReward, float]],
-  mesh: jax.sharding.Mesh,
-  shardings: Any,
-  arguments: tuple[Any, Any, Any],
-) -> tuple[Any, Any]:
-  """The programs (state, frozen, batch) -> (drawn, records) and (state, frozen, batch, drawn, scores) -> step's."""
   draw, learn = (sharding.on_mesh(mesh, half) for half in halves)
   state, frozen, batch = arguments
   options = chips.compiler_options()
@@ -126,4 +115,5 @@ def compile_halves(
   count = shapes.images.shape[0]
   scores = {r.name: jax.ShapeDtypeStruct((count,), np.float32, sharding=whole) for r, _ in rewards}
   learning = jax.jit(learn, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
-  return drawing, learning.lower(state, frozen, batch, placed._replace(images=None), scores).compile()
+  compiled = learning.lower(state, frozen, batch, placed._replace(images=None), scores).compile()
+  return Iteration(drawing, compiled, rewards, captions, mesh)

@@ -148,37 +148,9 @@ def timesteps(objective: Objective, size: int, *, seed: int, step: int, accumula
   return jnp.stack(drawn, axis=1).reshape(size) if drawn else None
 
 
-def make_step(
-  objective: Objective,
-  optimizer: optax.GradientTransformation,
-  *,
-  seed: int,
-  accumulation: int = 1,
-  moving: MovingReference | None = None,
-  constrain: Callable[[Any], Any] = lambda tree: tree,
-  row_multiple: int = 1,
-) -> StepFn:
-  """The training step of a method.
-
-  An update whose loss or gradient is not finite is left out, of the metrics of an online method, too, and counted in
-  `skipped_updates`.
-
-  Args:
-    accumulation: micro-batches that an update is split into; the same update, in less memory.
-    moving: how the reference does; None: it stays.
-    constrain: pins the leading axis of an online method's minibatch to the devices.
-    row_multiple: its micro-batches are filled up with masked rows to a multiple of it: the devices that share them.
-  """
-  halves = make_halves(
-    objective,
-    optimizer,
-    seed=seed,
-    accumulation=accumulation,
-    moving=moving,
-    constrain=constrain,
-    row_multiple=row_multiple,
-  )
-  return joined(*halves)
+def make_step(objective: Objective, optimizer: optax.GradientTransformation, **options: Any) -> StepFn:
+  """The training step of a method whose rewards, if it has any, are in the graph; options as of `make_halves`."""
+  return joined(*make_halves(objective, optimizer, **options))
 
 
 def joined(draw: DrawFn, learn: LearnFn) -> StepFn:
@@ -196,9 +168,16 @@ def make_halves(
   constrain: Callable[[Any], Any] = lambda tree: tree,
   row_multiple: int = 1,
 ) -> tuple[DrawFn, LearnFn]:
-  """`make_step` in two: what is drawn, and what is learnt of it and its scores by rewards on the host, by name.
+  """The training step of a method in two: what is drawn, and what is learnt of it.
 
-  Arguments as of `make_step`. Offline nothing is drawn.
+  Between them rewards on the host score what was drawn, by name. Offline nothing is drawn. An update whose loss or
+  gradient is not finite is left out, of the metrics of an online method, too, and counted in `skipped_updates`.
+
+  Args:
+    accumulation: micro-batches that an update is split into; the same update, in less memory.
+    moving: how the reference does; None: it stays.
+    constrain: pins the leading axis of an online method's minibatch to the devices.
+    row_multiple: its micro-batches are filled up with masked rows to a multiple of it: the devices that share them.
   """
 
   def models_of(frozen: Frozen) -> Callable[[Any, State], Weights]:

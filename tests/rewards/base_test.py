@@ -99,9 +99,8 @@ def python_reward(function, seconds=60.0):
 def test_a_function_on_the_host_does_what_the_same_in_the_graph_does():
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   arguments = (state_of(PARAMS, ADAMW), FROZEN, BATCH)
-  own = dataclasses.replace(python_reward(light))
   for weight, graph in ((3.0, ()), (3.0, ((STUB, 1.0),))):
-    reward = Weighted(graph, ((own, weight),))
+    reward = Weighted(graph, ((python_reward(light), weight),))
     halves = step.make_halves(grpo_of(reward), ADAMW, seed=SEED)
     places = jax.tree.map(lambda _: sharding.replicated(mesh), arguments[0])
     run = host.compile_iteration(halves, reward.host, ["a", "b", "c", "d"], mesh, places, arguments)

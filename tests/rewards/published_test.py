@@ -436,9 +436,8 @@ def test_every_scorer_gives_its_numbers_in_the_graph(every_network):
 
     found = score(weights, batch, np.float32(between))
     expected = published.load(spec, preferred_style="noto").score(list(images), prompts)
-    assert np.ptp(expected) > 0
-    # A level of 255 in few places: see above.
-    np.testing.assert_allclose(found, expected, atol=2e-3 * max(1.0, np.ptp(expected)), err_msg=spec)
+    # A level of 255 in few places (see above) is little beside what tells these images apart.
+    np.testing.assert_allclose(found, expected, atol=0.005 * np.ptp(expected), rtol=0, err_msg=spec)
 
 
 # ---- Diversity -------------------------------------------------------------------------------------------------------
