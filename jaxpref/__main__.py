@@ -17,6 +17,8 @@ import difflib
 import runpy
 import sys
 
+from jaxpref.devices import endings
+
 COMMANDS = ("train", "sample", "evaluate", "export", "score", "precompute", "describe", "compile", "replay")
 
 
@@ -33,11 +35,8 @@ def run() -> None:
     sys.exit(f"error: jaxpref {command} is no command{hint}; expected one of {', '.join(COMMANDS)}.")
   if given == command:
     del sys.argv[1]
-  try:
-    runpy.run_module(f"jaxpref.{'main' if command == 'train' else command}", run_name="__main__", alter_sys=True)
-  except KeyboardInterrupt:  # while its libraries are read
-    print(f"\njaxpref {command} was interrupted before it began.", file=sys.stderr)
-    sys.exit(130)
+  endings.begin()
+  runpy.run_module(f"jaxpref.{'main' if command == 'train' else command}", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -163,8 +163,12 @@ def test_names_of_methods_are_compared_in_the_config_and_the_catalog_alone():
 
 
 def test_the_package_itself_imports_nothing():
+  """But for what a command needs before it imports anything: how it ends at Ctrl-C."""
   tree = ast.parse((PACKAGE / "__init__.py").read_text())
-  assert not [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+  assert [n.names[0].name for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)] == ["sys"]
+  code = "import sys; import jaxpref; print([name for name in sys.modules if name.startswith('jaxpref.')])"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+  assert done.stdout == "[]\n"
 
 
 def test_the_checker_sees_every_way_to_import():

@@ -4,11 +4,12 @@ import _thread
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -71,11 +72,43 @@ def one_sentence(*expected: type[BaseException], doing: str, again: str) -> Iter
       sys.exit(f"error: {in_words(error, doing)}")
 
 
+def begin() -> None:
+  """Has Ctrl-C end the program in one sentence and with exit code 130 until a block of `one_sentence` begins.
+
+  For programs alone: what is imported by others leaves their signals as they are. Where Ctrl-C is ignored, or somebody
+  else's, it stays so.
+  """
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _not_begun)
+
+
+def is_command(argv: Sequence[str], interpreter: Sequence[str]) -> bool:
+  """Returns whether Python is about to run a module of this package by -m, whose packages it imports first.
+
+  >>> is_command(["-m", "--help"], ["python", "-u", "-m", "jaxpref.sample", "--help"])
+  True
+  >>> is_command(["-m", "jaxpref.x"], ["python", "-m", "pytest", "jaxpref.x"])
+  False
+
+  Args:
+    argv: `sys.argv`, which begins with "-m" at that time alone.
+    interpreter: `sys.orig_argv`.
+  """
+  module = interpreter[-len(argv)] if argv[:1] == ["-m"] else ""
+  return re.fullmatch(r"(-\w*m)?jaxpref(\..*)?", module) is not None
+
+
+def _not_begun(*_: Any) -> None:
+  """Ends at once: nothing is there to be finished, and an import may take a KeyboardInterrupt for its own error."""
+  _say("interrupted before it began.")
+  os._exit(INTERRUPTED)
+
+
 @contextlib.contextmanager
 def ctrl_c(first: Callable[[], Any] | None = None, *, last: str = "") -> Iterator[None]:
   """Has the first Ctrl-C inside the block call a function, and the second end the process at once.
 
-  The function, and the end, come from a thread: the main one may be in a compiler, which hears of no signal.
+  The function, and the end, come from threads: the main one may be in a compiler, which hears of no signal.
   Outside the main thread the block does nothing, nor where SIGINT is ignored, as by nohup.
 
   Args:
@@ -123,7 +156,7 @@ def ctrl_c(first: Callable[[], Any] | None = None, *, last: str = "") -> Iterato
         _say(last or "stopped at once.")
         os._exit(INTERRUPTED)
       if first is not None:
-        first()
+        threading.Thread(target=first, name="first ctrl-c", daemon=True).start()  # it may wait for other processes
     os.close(receiver)
 
   receiver, sender = os.pipe()
@@ -137,7 +170,7 @@ def ctrl_c(first: Callable[[], Any] | None = None, *, last: str = "") -> Iterato
   finally:
     ended.set()
     sys.unraisablehook = hook
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, signal.default_int_handler if before is _not_begun else before)
     signal.set_wakeup_fd(descriptor)
     os.close(sender)
 
