@@ -33,6 +33,7 @@ HEARTBEAT_SECONDS = 20  # without a heartbeat, after which JAX gives a process u
 EXIT_SECONDS = 60  # how long processes wait for each other at the end of a run
 SETTLE_SECONDS = 2  # from an error to the end, so that processes that fail alike say so by themselves
 RUN_AGAIN = 75  # EX_TEMPFAIL, the exit code where nothing is wrong with this process
+_INTERRUPTED = "jaxpref/interrupted"  # the key of what `tell_interrupted` tells
 _words = itertools.count()  # numbers what process 0 tells the others
 
 
@@ -358,6 +359,29 @@ def word_of_first(text: str, *, seconds: float = 3600.0) -> str:
   return client.blocking_key_value_get(key, int(seconds * 1000))[1:]
 
 
+def tell_interrupted() -> bool:
+  """Lets all processes know that somebody pressed Ctrl-C; returns whether this one is the first to say so."""
+  from jax._src import distributed as runtime
+
+  client: Any = runtime.global_state.client
+  if client is not None:
+    try:
+      client.key_value_set(_INTERRUPTED, str(runtime.global_state.process_id))
+    except RuntimeError:  # another one was first, or they are at their ends
+      return False
+  return True
+
+
+def was_interrupted() -> bool:
+  """Returns whether any process has called `tell_interrupted`."""
+  from jax._src import distributed as runtime
+
+  client: Any = runtime.global_state.client
+  with contextlib.suppress(RuntimeError):  # there is no such key
+    return client is not None and bool(client.key_value_try_get(_INTERRUPTED))
+  return False
+
+
 def check_shared(workdir: str | os.PathLike) -> None:
   """Waits until process 0 has made the work folder, and checks that this process sees the same one.
 
@@ -409,8 +433,8 @@ _BETWEEN = re.compile(
 def leave(error: BaseException, folder: str | os.PathLike, *, expected: tuple[type[BaseException], ...]) -> NoReturn:
   """Ends this process, one of several, which cannot go on: prints why, and does not wait for the others.
 
-  The exit code is RUN_AGAIN where an operation between processes failed, as another one is the cause; 130 after Ctrl-C;
-  1 otherwise.
+  The exit code is 130 after Ctrl-C, here or, as far as this one knows, at another process; RUN_AGAIN where an operation
+  between processes failed otherwise, as another one is the cause; else 1.
 
   Args:
     error: what was raised.
@@ -419,8 +443,12 @@ def leave(error: BaseException, folder: str | os.PathLike, *, expected: tuple[ty
   from jax._src import distributed as runtime
 
   state: Any = runtime.global_state
-  between = _BETWEEN.match(str(error)) is not None
-  interrupted = isinstance(error, KeyboardInterrupt)
+  pressed = isinstance(error, KeyboardInterrupt)
+  if pressed:
+    tell_interrupted()
+  broken = not pressed and _BETWEEN.match(str(error)) is not None
+  interrupted = pressed or (broken and was_interrupted())
+  between = broken and not interrupted
   words = "it was interrupted" if interrupted else endings.in_words(error, f"working on {folder}")
   try:
     if between:
@@ -429,15 +457,17 @@ def leave(error: BaseException, folder: str | os.PathLike, *, expected: tuple[ty
         why = state.client.key_value_try_get("jaxpref/failed")
       _say(f"error: {why}; {advice(folder)}")
     else:
+      me, first = f"process {state.process_id} of {state.num_processes} (host {socket.gethostname()})", False
+      with contextlib.suppress(RuntimeError):  # another one was first
+        state.client.key_value_set("jaxpref/failed", f"{me} failed: {_first_line(words)}")
+        first = True
       if interrupted:
-        _say(f"interrupted; {advice(folder)}")
+        if first or not pressed:  # a terminal interrupts all of them
+          _say(f"interrupted; {advice(folder)}")
       elif isinstance(error, expected):
         _say(f"error: {words}")
       else:
         _say("".join(traceback.format_exception(error)).rstrip())
-      me = f"process {state.process_id} of {state.num_processes} (host {socket.gethostname()})"
-      with contextlib.suppress(RuntimeError):  # another one was first
-        state.client.key_value_set("jaxpref/failed", f"{me} failed: {_first_line(words)}")
       # Process 0 last: the others end when it does, before they can say anything.
       time.sleep(2 * SETTLE_SECONDS if state.process_id == 0 else SETTLE_SECONDS)
     sys.stdout.flush()

@@ -4,10 +4,10 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
@@ -24,7 +24,7 @@ from jaxpref.data import batching, lease
 from jaxpref.devices import chips, distributed, endings, sharding
 from jaxpref.models.attention import cuda_capability
 from jaxpref.objectives import catalog
-from jaxpref.training import build, checkpoint, host, inputs, monitor, optim, step, validation
+from jaxpref.training import build, checkpoint, host, monitor, optim, step, validation
 from jaxpref.training import metrics as metrics_lib
 from jaxpref.training import watch as watch_lib
 
@@ -175,8 +175,7 @@ def run(config: AnyConfig, workdir: str) -> dict[str, Any]:
   goodput = monitor.Goodput("start")
   config = config_lib.typed(config)
   config_lib.check(config)
-  metrics_lib.check_packages(config.logging.wandb_project)
-  inputs.check_packages(config)
+  metrics_lib.check_wandb(config.logging.wandb_project)
   capability = cuda_capability()
   if config.dtype == "bfloat16" and capability is not None and capability < 8.0:
     raise ValueError(
@@ -189,6 +188,7 @@ def run(config: AnyConfig, workdir: str) -> dict[str, Any]:
   make_optimizer(config)
   folder = pathlib.Path(workdir)
   _check_folder(config, folder)  # before anything is written into it
+  build.look_for(config)
   with lease.hold(folder) as held:
     _check_folder(config, folder)  # it may have changed until now
     return _run(config, folder, mesh, held, goodput)
@@ -440,14 +440,21 @@ def _stop_at_bad_step(run: _Run, training: _Training, watch: watch_lib.Watch, se
 class _Stop:
   """Whether to save the step just done and stop, as SIGTERM (preemption) or Ctrl-C came.
 
-  Several processes all stop at the same step, whichever of them got the signal: JAX handles SIGTERM there.
+  Several processes all stop at the same step, whichever of them got the signal: JAX handles SIGTERM there, and Ctrl-C
+  becomes one. The first that is interrupted tells the others, and says so.
   """
 
   def __init__(self) -> None:
     self._asked, self._by_hand = False, False
+    self._lock, self._closed = threading.Lock(), False
 
   def __call__(self, done: int) -> bool:
-    return multihost_utils.reached_preemption_sync_point(done) if jax.process_count() > 1 else self._asked
+    if jax.process_count() == 1:
+      return self._asked
+    stopping = multihost_utils.reached_preemption_sync_point(done)
+    if stopping:  # this process may have heard of no signal
+      self._by_hand = distributed.was_interrupted()
+    return stopping
 
   def terminated(self, *_: Any) -> None:
     self._asked = True
@@ -455,9 +462,22 @@ class _Stop:
   def interrupted(self) -> None:
     """Called by another thread."""
     self._asked = self._by_hand = True
-    tqdm.write("stopping: this step is finished and saved first; Ctrl-C again stops at once.", file=sys.stderr)
+    if distributed.tell_interrupted():
+      tqdm.write("stopping: this step is finished and saved first; Ctrl-C again stops at once.", file=sys.stderr)
+    with self._lock:
+      if jax.process_count() > 1 and not self._closed:
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)  # which has come when this returns
+
+  def close(self) -> None:
+    """No step follows; a signal ends the process as usual from now on."""
+    with self._lock:
+      self._closed = True
+
+  def too_late(self) -> bool:
+    """Whether Ctrl-C came when the last step was being saved; the same in all processes, if it came a while ago."""
     if jax.process_count() > 1:
-      os.kill(os.getpid(), signal.SIGTERM)
+      self._by_hand |= bool(distributed.word_of_first("interrupted" if distributed.was_interrupted() else ""))
+    return self._by_hand
 
   @property
   def cause(self) -> str:
@@ -479,9 +499,10 @@ def _stop_on_signal() -> Iterator[_Stop]:
   try:
     with endings.ctrl_c(stop.interrupted, last=last):
       yield stop
-    if stop.code:  # while the last step was saved
+    if stop.too_late():
       raise KeyboardInterrupt
   finally:
+    stop.close()
     if jax.process_count() > 1:
       with contextlib.suppress(ValueError):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what comes after the last step can be done again

@@ -283,6 +283,18 @@ def leave(monkeypatch, tmp_path, capsys):
   return leave
 
 
+def test_whoever_is_interrupted_first_says_so_and_all_know(monkeypatch):
+  from jax._src import distributed as runtime
+
+  assert distributed.tell_interrupted() and not distributed.was_interrupted()  # alone
+  monkeypatch.setattr(runtime.global_state, "client", Client({}))
+  assert not distributed.was_interrupted()
+  assert [distributed.tell_interrupted() for _ in range(2)] == [True, False]
+  assert distributed.was_interrupted()
+  monkeypatch.setattr(runtime.global_state, "client", Client(None))
+  assert not distributed.tell_interrupted() and not distributed.was_interrupted()
+
+
 ADVICE = "run the same command on all hosts again: it resumes at step 40."
 
 
@@ -299,9 +311,17 @@ def test_what_is_raised_is_said_and_told(leave):
   assert code == "exit code 1" and said.startswith("Traceback") and said.endswith("TypeError: no sentence")
   assert leave(SystemExit(0), {}) == (0, "", {})  # stopped by SIGTERM: JAX's exit barrier, as at any end
   assert leave(SystemExit(130), {}) == (130, "", {})  # by Ctrl-C, which all heard of
-  told = {"jaxpref/failed": f"{me} failed: it was interrupted"}
+  told = {"jaxpref/interrupted": "1", "jaxpref/failed": f"{me} failed: it was interrupted"}
   assert leave(KeyboardInterrupt(), {}) == ("exit code 130", f"interrupted; {ADVICE}", told)
+  assert leave(KeyboardInterrupt(), dict(told)) == ("exit code 130", "", told)  # another one has said so
   assert leave(SystemExit("error: a"), {})[0] == "exit code 1"
+
+
+def test_what_breaks_off_after_ctrl_c_at_another_process_is_interrupted_too(leave):
+  told = {"jaxpref/interrupted": "0"}
+  code, said, _ = leave(ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"), told)
+  assert (code, said) == ("exit code 130", f"interrupted; {ADVICE}")
+  assert leave(ValueError("record 3 cannot be read."), {"jaxpref/interrupted": "0"})[0] == "exit code 1"
 
 
 @pytest.mark.parametrize(
@@ -356,6 +376,11 @@ distributed.join(distributed.Launch("by hand", "localhost:{port}", 2, 0, detecti
 # True processes, on a toy objective
 
 
+def hear_sigint():
+  """In the background of a script it is ignored."""
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Run:
   """The processes of a run of `toy_training.py`, started together."""
 
@@ -382,7 +407,8 @@ class Run:
     for i, log in enumerate(self.logs):
       with log.open("w") as file:
         arguments = [*command, *group, *([f"--process_id={i}"] if group else [])]
-        self.processes.append(subprocess.Popen(arguments, env=environment, cwd=folder.parent, stdout=file, stderr=file))
+        streams = dict(stdout=file, stderr=file, preexec_fn=hear_sigint)
+        self.processes.append(subprocess.Popen(arguments, env=environment, cwd=folder.parent, **streams))
 
   def wait_for_step(self, step):
     """Until its checkpoint, or a later one, is there."""
@@ -513,6 +539,48 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, before, af
   np.testing.assert_allclose(*exported, rtol=1e-5)
   losses = [[row["loss"] for row in metrics.read(f / "metrics.jsonl")] for f in (run.folder, whole.folder)]
   np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+STOPPING = "stopping: this step is finished and saved first; Ctrl-C again stops at once."
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pressed", [[0, 1], [0], [1]], ids=str)
+def test_ctrl_c_stops_all_processes_at_the_same_step_with_exit_code_130(tmp_path, pressed):
+  """At all of them, as a terminal does it, or at one alone."""
+  run = Run(tmp_path / "run", 2, steps=400, PACE=0.2)
+  run.wait_for_step(4)
+  for i in pressed:
+    run.processes[i].send_signal(signal.SIGINT)
+  assert run.end() == [130, 130], run.said()
+  stopped = max(steps_of(run.folder))
+  said = run.said()
+  assert sum(text.count("stopping") for text in said) == sum(text.count(STOPPING) for text in said) == 1, said
+  assert f"stopped at step {stopped} by Ctrl-C; the same command resumes." in said[0]
+  assert "stopped" not in said[1] and "Traceback" not in "".join(said)
+  again = Run(run.folder, 2, steps=stopped + 2)
+  assert again.end() == [0, 0], again.said()
+  assert f"at step {stopped}" in again.said()[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pressed", [[0, 1], [0], [1]], ids=str)
+def test_a_second_ctrl_c_stops_at_once(tmp_path, pressed):
+  """Steps take long enough that none is done in between. Process 0 has JAX's coordination service in it."""
+  run = Run(tmp_path / "run", 2, steps=400, save_every=1, SLOW="1 6")
+  run.wait_for_step(1)
+  for _ in range(2):
+    for i in pressed:
+      run.processes[i].send_signal(signal.SIGINT)
+    time.sleep(2)
+  pressed_last = time.monotonic()
+  codes = run.end()
+  assert time.monotonic() - pressed_last < 25
+  assert [codes[i] for i in pressed] == [130] * len(pressed)
+  assert all(
+    run.said()[i].endswith("stopped at once; the same command resumes at the last checkpoint.") for i in pressed
+  )
+  assert codes[0] == 130 and codes[1] in ((130, -signal.SIGABRT) if pressed == [0] else (130,)), run.said()
 
 
 JOIN = """

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src import distributed as distributed_runtime
 
 from jaxpref import config
 from jaxpref import main as main_lib
@@ -162,6 +163,68 @@ def test_an_interrupted_run_ends_like_one_that_was_not(run, monkeypatch, capsys,
   assert last[0] == last[1] and last[0][0] == 9
   exported = [(run.folder / f / "export").read_text() for f in ("run", "whole")]
   assert exported[0] == exported[1]
+
+
+class Service:
+  """Of the processes of a run: what they tell each other."""
+
+  def __init__(self):
+    self.values = {}
+
+  def key_value_set(self, key, value):
+    if key in self.values:
+      raise RuntimeError("ALREADY_EXISTS")
+    self.values[key] = value
+
+  def key_value_try_get(self, key):
+    if key not in self.values:
+      raise RuntimeError("NOT_FOUND")
+    return self.values[key]
+
+
+@pytest.fixture
+def stops(monkeypatch):
+  """What two processes of a run ask whether to stop, and the SIGTERMs that JAX has seen; its sync point is step 7."""
+  terminated = []
+  before = signal.signal(signal.SIGTERM, lambda *_: terminated.append(1))
+  monkeypatch.setattr(distributed_runtime.global_state, "client", Service())
+  monkeypatch.setattr(distributed_runtime.global_state, "process_id", 0)
+  monkeypatch.setattr(loop.jax, "process_count", lambda: 2)
+  reached = lambda step: bool(terminated) and step == 7
+  monkeypatch.setattr(loop.multihost_utils, "reached_preemption_sync_point", reached)
+  yield loop._Stop(), loop._Stop(), terminated
+  signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("pressed", [(0,), (1,), (0, 1)])
+def test_ctrl_c_at_some_processes_stops_all_at_one_step_with_one_code(stops, capsys, pressed):
+  *both, _ = stops
+  for i in pressed:
+    both[i].interrupted()
+  assert [[stop(done) for done in (5, 6, 7)] for stop in both] == [[False, False, True]] * 2
+  assert [(stop.code, stop.cause) for stop in both] == [(130, "Ctrl-C")] * 2
+  assert capsys.readouterr().err.count("stopping: this step is finished and saved first") == 1
+
+
+def test_processes_that_are_terminated_stop_with_code_0(stops):
+  *both, terminated = stops
+  terminated.append(1)
+  assert all(stop(7) for stop in both)
+  assert [(stop.code, stop.cause) for stop in both] == [(0, "a signal")] * 2
+
+
+@pytest.mark.parametrize("pressed", [(0,), (1,), (0, 1)])
+def test_processes_agree_on_a_ctrl_c_that_comes_while_the_last_step_is_saved(stops, pressed):
+  *both, terminated = stops
+  assert not any(stop(done) for done in (7, 8) for stop in both)
+  for i in pressed:
+    both[i].interrupted()
+  assert all(stop.too_late() for stop in both)
+  terminated.clear()
+  for stop in both:
+    stop.close()
+    stop.interrupted()
+  assert not terminated  # it would end the process
 
 
 def test_a_finished_run_is_not_trained_again(run):
