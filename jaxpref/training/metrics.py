@@ -5,6 +5,7 @@ end, so a mean is never a mean of means. A pair of vectors is a mean per bin (e.
 """
 
 import importlib.util
+import inspect
 import json
 import os
 import pathlib
@@ -28,12 +29,33 @@ def to_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
   return flat
 
 
-def check_packages(wandb_project: str) -> None:
-  """Raises ValueError if a package that `Writer` needs for its arguments is not installed."""
-  if wandb_project and importlib.util.find_spec("wandb") is None:
+def check_wandb(project: str) -> None:
+  """Raises ValueError if `Writer` could not start a run of a project: wandb or its API key is missing.
+
+  Without a key wandb asks for one at a terminal, and waits.
+  """
+  if not project:
+    return
+  if importlib.util.find_spec("wandb") is None:
     raise ValueError(
-      f"config.logging.wandb_project={wandb_project!r}, but wandb is not installed; pip install 'jaxpref[wandb]'."
+      f"config.logging.wandb_project={project!r}, but wandb is not installed; pip install 'jaxpref[wandb]'."
     )
+  if jax.process_index() == 0 and not _wandb_can_start():
+    raise ValueError(
+      f"config.logging.wandb_project={project!r}, but wandb has no API key; run wandb login, set WANDB_API_KEY, or set "
+      "WANDB_MODE=offline and upload the run later by wandb sync."
+    )
+
+
+def _wandb_can_start() -> bool:
+  """Whether wandb needs no API key or has one; asks neither the user nor the network."""
+  import wandb
+
+  if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):  # of WANDB_MODE, or of wandb offline
+    return True
+  if "prompt" in inspect.signature(wandb.login).parameters:
+    return bool(wandb.login(prompt=False, verify=False))
+  return bool(wandb.api.api_key)  # of versions that would ask
 
 
 class Writer:
@@ -69,7 +91,13 @@ class Writer:
       file = path.with_name("wandb_run.txt")  # so that a run that continues goes on with its curves
       name = file.read_text().strip() if file.is_file() else secrets.token_hex(4)
       file.write_text(f"{name}\n")
-      self._wandb = wandb.init(id=name, project=wandb_project, dir=str(workdir), config=config, resume="allow")
+      try:
+        self._wandb = wandb.init(id=name, project=wandb_project, dir=str(workdir), config=config, resume="allow")
+      except Exception as error:  # of several types: the key is refused, the network is away
+        raise ValueError(
+          f"config.logging.wandb_project={wandb_project!r}: wandb cannot start a run ({error}); mend that, or set "
+          "WANDB_MODE=offline and upload the run later by wandb sync."
+        ) from error
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Writes one row of host floats; those that are not finite are left out, since JSON knows none."""

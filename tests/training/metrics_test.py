@@ -1,5 +1,6 @@
 """The file that survives a restart."""
 
+import importlib.machinery
 import json
 import re
 import resource
@@ -92,6 +93,56 @@ def test_a_run_that_continues_goes_on_with_its_run_of_wandb(tmp_path, monkeypatc
 
 def test_wandb_that_is_missing_is_named(monkeypatch):
   monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
-  metrics.check_packages("")
+  metrics.check_wandb("")
   with pytest.raises(ValueError, match=r"config.logging.wandb_project='p', but wandb is not installed; pip install"):
-    metrics.check_packages("p")
+    metrics.check_wandb("p")
+
+
+class StandIn(types.ModuleType):
+  """What is asked of wandb, of a version as now or as 0.19; at a terminal `init` would wait for a key.
+
+  Its spec is what `find_spec` looks at.
+  """
+
+  __spec__ = importlib.machinery.ModuleSpec("wandb", None)
+
+  def __init__(self, *, key=None, mode="online", old=False):
+    super().__init__("wandb")
+    self.__spec__ = StandIn.__spec__
+    self.key, self.mode = key, mode
+    self.login = self.old_login if old else self.new_login
+    self.api = types.SimpleNamespace(api_key=key)
+
+  def setup(self):
+    return types.SimpleNamespace(settings=types.SimpleNamespace(mode=self.mode))
+
+  def new_login(self, key=None, verify=True, prompt=True):
+    assert not prompt and not verify, "it asks the user, or the network"
+    return self.key is not None
+
+  def old_login(self, key=None, verify=False):
+    pytest.fail("it asks the user")
+
+  def init(self, **kwargs):
+    raise RuntimeError("the key is refused")
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["now", "0.19"])
+def test_wandb_without_a_key_is_refused_before_it_could_ask_for_one(monkeypatch, old):
+  monkeypatch.setitem(sys.modules, "wandb", StandIn(old=old))
+  with pytest.raises(ValueError, match="'p', but wandb has no API key; run wandb login, .*or set WANDB_MODE=offline"):
+    metrics.check_wandb("p")
+  for mode in ("offline", "disabled"):
+    monkeypatch.setitem(sys.modules, "wandb", StandIn(old=old, mode=mode))
+    metrics.check_wandb("p")
+  monkeypatch.setitem(sys.modules, "wandb", StandIn(old=old, key="k"))
+  metrics.check_wandb("p")
+  monkeypatch.setattr(metrics.jax, "process_index", lambda: 1)  # which writes nothing
+  monkeypatch.setitem(sys.modules, "wandb", StandIn(old=old))
+  metrics.check_wandb("p")
+
+
+def test_wandb_that_cannot_start_a_run_says_so_in_one_sentence(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", StandIn(key="k"))
+  with pytest.raises(ValueError, match="='p': wandb cannot start a run .the key is refused.; mend that, or set WANDB"):
+    metrics.Writer(tmp_path, first_step=0, wandb_project="p")
