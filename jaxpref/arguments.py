@@ -17,8 +17,8 @@ import ml_collections
 from absl import flags, logging
 
 from jaxpref import config as config_lib
-from jaxpref.recipes import places
-from jaxpref.recipes.sections import MAX_COUNT, MAX_SEED
+from jaxpref.recipes import places, sections
+from jaxpref.recipes.sections import MAX_COUNT
 
 MAX_AT_A_TIME = 2**16  # rows or pictures of one call
 
@@ -83,15 +83,13 @@ def check_numbers(args: argparse.Namespace, *names: str, least: int = 1, most: i
     ValueError: one sentence: argument, value, what was expected.
   """
   for name in names:
-    value = getattr(args, name)
-    if value is not None and not least <= value <= most:
-      raise ValueError(f"--{name}={value}; expected {f'at least {least}' if value < least else f'at most {most}'}.")
+    if (value := getattr(args, name)) is not None:
+      sections.check_count(value, f"--{name}", least=least, most=most)
 
 
 def check_seed(args: argparse.Namespace) -> None:
   """Refuses a seed that would draw what another one draws; raises ValueError."""
-  if not 0 <= args.seed <= MAX_SEED:
-    raise ValueError(f"--seed={args.seed}; expected an integer from 0 to {MAX_SEED} (2^32 - 1).")
+  sections.check_seed(args.seed, "--seed")
 
 
 class _PlaceParser(flags.ArgumentParser):

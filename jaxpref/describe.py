@@ -50,9 +50,6 @@ def main(argv: list[str] | None = None) -> None:
   args = parser.parse_args(argv)
   doing = f"describing {' '.join(args.source)}"
   with endings.one_sentence(ValueError, OSError, doing=doing, again="run the same command again"):
-    arguments.check_seed(args)
-    arguments.check_numbers(args, "sample")
-    arguments.check_numbers(args, "pictures", least=0)
     print(describe(args))
 
 
@@ -61,7 +58,12 @@ def describe(args: argparse.Namespace) -> str:
 
   Returns:
     The text to print.
+  Raises:
+    ValueError, OSError: one sentence on what is missing or does not fit.
   """
+  arguments.check_seed(args)
+  arguments.check_numbers(args, "sample")
+  arguments.check_numbers(args, "pictures", least=0)
   if args.out is not None:
     if args.out.exists() and not args.out.is_dir():
       raise ValueError(f"--out={args.out} is a file; name a folder.")

@@ -13,16 +13,16 @@ from jaxpref.devices import chips, sharding
 from jaxpref.diffusion import VariancePreserving, samplers
 from jaxpref.models.base import Model, guided
 from jaxpref.models.vae import to_uint8
-from jaxpref.recipes.sections import MAX_COUNT
+from jaxpref.recipes import sections
 
 SAMPLERS = ("ddim", "dpmpp_2m")
 
 
 def check_count(prompts: int, seeds: int) -> None:
   """Refuses more pictures than there are numbers for, each of which has its own noise; raises ValueError."""
-  if prompts * seeds > MAX_COUNT:
+  if prompts * seeds > sections.MAX_COUNT:
     raise ValueError(
-      f"--seeds={seeds}: {prompts} prompts make {prompts * seeds} pictures; expected at most {MAX_COUNT}."
+      f"--seeds={seeds}: {prompts} prompts make {prompts * seeds} pictures; expected at most {sections.MAX_COUNT}."
     )
 
 
@@ -57,8 +57,10 @@ def make_sampler(
     size: height and width in pixels; the model's own by default.
     mesh: splits each batch over its devices, on which the weights are.
   Raises:
-    ValueError: an unknown sampler.
+    ValueError: an unknown sampler, a seed or a number of steps that is out of range.
   """
+  sections.check_seed(seed)
+  sections.check_count(num_inference_steps, "num_inference_steps", most=sections.MAX_STEPS)
   if sampler not in SAMPLERS:
     raise ValueError(f"sampler={sampler!r}, expected one of {', '.join(SAMPLERS)}.")
   latent_shape = model.latent_shape if size is None else model.latent_shape_for(*size)
@@ -119,7 +121,12 @@ def draw_by(
   Yields:
     numbers i64[n] of pictures, in order, and the pictures u8[n, H, W, 3]; n at most the batch size.
     2 * P * S * num_inference_steps UNet evaluations in all with guidance, S = seeds_per_prompt.
+  Raises:
+    ValueError: a count that is out of range.
   """
+  sections.check_count(seeds_per_prompt, "seeds_per_prompt")
+  sections.check_count(batch_size, "batch_size")
+  sections.check_count(max(input_ids.shape[0], 1) * seeds_per_prompt, "prompts * seeds_per_prompt")
   if numbers is None:
     numbers = np.arange(input_ids.shape[0] * seeds_per_prompt)
   unit = 1 if mesh is None else sharding.batch_devices(mesh)

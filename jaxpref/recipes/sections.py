@@ -24,6 +24,36 @@ def nearest(name: Any, known: Iterable[str]) -> str:
   return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def check_seed(value: int, name: str = "seed") -> None:
+  """Refuses a seed that would draw what another one draws.
+
+  >>> check_seed(2**32)
+  Traceback (most recent call last):
+  ValueError: seed=4294967296; expected an integer from 0 to 4294967295 (2^32 - 1).
+
+  Args:
+    value: the seed.
+    name: as its user has it, such as --seed.
+
+  Raises:
+    ValueError: it is out of range, or no integer.
+  """
+  if not _is_integer(value) or not 0 <= value <= MAX_SEED:
+    raise ValueError(f"{name}={value}; expected an integer from 0 to {MAX_SEED} (2^32 - 1).")
+
+
+def check_count(value: int, name: str, *, least: int = 1, most: int = MAX_COUNT) -> None:
+  """Refuses an integer outside of what is used; arguments and errors as of `check_seed`."""
+  if not _is_integer(value):
+    raise ValueError(f"{name}={value!r}; expected an integer.")
+  if not least <= value <= most:
+    raise ValueError(f"{name}={value}; expected {f'at least {least}' if value < least else f'at most {most}'}.")
+
+
+def _is_integer(value: Any) -> bool:
+  return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
 @dataclasses.dataclass(frozen=True)
 class Section:
   """Fields of a config, with the checks of their values. A section has the name of its class, in lower case."""

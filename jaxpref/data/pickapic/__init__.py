@@ -26,6 +26,7 @@ from jaxpref.data import index as index_lib
 from jaxpref.data import paths, records
 from jaxpref.data.files import PROGRESS_AFTER
 from jaxpref.recipes.messages import listed
+from jaxpref.recipes.sections import check_count
 
 logger = logging.getLogger(__name__)
 VERSIONS = ("v1", "v2")
@@ -218,8 +219,7 @@ def prepare(parquet: Any, out: Any, *, version: str = "v2", workers: int = 1) ->
   """
   if version not in VERSIONS:
     raise ValueError(f"version={version!r}; expected one of {', '.join(VERSIONS)}.")
-  if workers < 1:
-    raise ValueError(f"workers={workers}; expected at least 1.")
+  check_count(workers, "workers")
   import tensorflow_datasets as tfds
 
   from jaxpref.data.pickapic.pickapic_dataset_builder import Builder
