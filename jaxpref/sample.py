@@ -17,6 +17,7 @@ from jaxpref.data import paths, prompt_sets
 from jaxpref.devices import endings, sharding
 from jaxpref.evaluation import drawing, pictures, settings
 from jaxpref.files import adapters, loading
+from jaxpref.files import family as families
 
 TABLE_ROWS = 24  # prompts in a folder's grid.png
 
@@ -120,7 +121,7 @@ def start_folder(args: argparse.Namespace, prompts: list[str], names: list[str])
     for name in earlier:
       (args.out / name).unlink(missing_ok=True)
   found: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in ("prompt", "prompts", "out", "overwrite")}
-  found["lora"] = args.lora or None
+  found |= {"lora": args.lora or None, "family": families.of_run(args.model, args.family)}
   found["images"] = [
     {"file": name, "prompt": prompts[i // args.seeds], "index": i % args.seeds} for i, name in enumerate(names)
   ]

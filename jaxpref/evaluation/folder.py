@@ -177,7 +177,7 @@ def forget_scores(folder: pathlib.Path, model: str) -> None:
       file.unlink(missing_ok=True)
 
 
-def fingerprint(source: str, loras: Sequence[adapters.LoraFile], family: str = "stable_diffusion") -> str:
+def fingerprint(source: str, loras: Sequence[adapters.LoraFile], family: str | None = None) -> str:
   """Returns a hash of the weights that a model of `parse_models` has."""
   plain = all(strength == 1.0 for _, strength in loras)
   strengths = "" if plain else "".join(f":{strength:g}" for _, strength in loras)

@@ -41,8 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--batch_size", type=int, default=8, help="pictures at a time, of each process (default: %(default)s)")
   add(
     "--family",
-    default="stable_diffusion",
-    help="of the model: %(default)s, package.module:NAME of your own; a run says which",
+    help=f"of the model: {families.DEFAULT}, package.module:NAME of your own (default: a run's own, else the first)",
   )
   add("--vae_model", type=arguments.place, help="a VAE's folder or hub name, in the place of the model's own")
   add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of computation and stored weights")
@@ -59,9 +58,9 @@ def load(
   """
   everywhere = sharding.replicated(mesh)
   of = families.get(families.of_run(name, args.family), "--family")
-  pipe = of.load(
-    model_folder(name), dtype=args.dtype, param_dtype=args.dtype, sharding=everywhere, vae_model=args.vae_model
-  )
+  folder = model_folder(name)
+  families.look_for(of, folder, vae_model=args.vae_model, loras=[file for file, _ in loras])
+  pipe = of.load(folder, dtype=args.dtype, param_dtype=args.dtype, sharding=everywhere, vae_model=args.vae_model)
   weights = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
   scale = 1.0
   if loras:

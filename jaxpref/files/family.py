@@ -4,6 +4,7 @@ A family is an object with the functions of `Family`; `config.family` names one 
 package.module:NAME (docs/extending.md).
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -236,7 +237,8 @@ class StableDiffusionFamily:
     return {n: replaced[n] if n in replaced else tensors.weight_files(folder / n) for n in found}
 
 
-FAMILIES: dict[str, Family] = {"stable_diffusion": StableDiffusionFamily()}
+DEFAULT = "stable_diffusion"
+FAMILIES: dict[str, Family] = {DEFAULT: StableDiffusionFamily()}
 
 
 def get(name: str, field: str = "config.family") -> Family:
@@ -283,13 +285,35 @@ def save_trained(
     family.save_adapter(folder / adapters.DIFFUSERS_FILE, adapter, scale, name=name)
 
 
-def of_run(name: str, given: str) -> str:
-  """The family of --model: the one given, or that of the run whose work folder or export it is."""
+def look_for(
+  family: Family, name: str, *, vae_model: str | None = None, loras: Sequence[str | pathlib.Path] = ()
+) -> None:
+  """Looks for what a model is loaded from, without reading weights; a hub's is fetched.
+
+  Names mean to a family of one's own what it makes of them, so that it finds out by itself.
+
+  Args:
+    name: of `Family.load`.
+    vae_model: the same.
+    loras: of `Family.load_adapter` or `Family.with_adapters`.
+
+  Raises:
+    FileNotFoundError, ValueError: as those.
+  """
+  if isinstance(family, StableDiffusionFamily):
+    loading.look_for(name, vae_model)
+    for file in loras:
+      adapters.look_for(file)
+
+
+def of_run(name: str, given: str | None) -> str:
+  """The family of --model: the one given, else that of the run whose work folder or export it is, else DEFAULT."""
+  if given is not None:
+    return given
   folder = pathlib.Path(loading.split_unet(name)[0])
   for place in (folder / "config.json", folder.parent / "config.json"):
-    if given == "stable_diffusion" and place.is_file():
-      try:
-        return json.loads(place.read_text(encoding="utf-8")).get("family", given)
-      except (ValueError, AttributeError):
-        return given
-  return given
+    if place.is_file():
+      with contextlib.suppress(ValueError, AttributeError):  # of something else
+        return json.loads(place.read_text(encoding="utf-8")).get("family", DEFAULT)
+      return DEFAULT
+  return DEFAULT

@@ -277,3 +277,12 @@ def test_another_unet_takes_the_place_of_the_models_own(layout, folder, tmp_path
     pytest.raises(ValueError, match="cross_attention_dim is 32, expected 24 as of the model's own UNet; choose"),
   ):
     loading.load_text_to_image(name, dtype="float32", components=())
+
+
+def test_the_family_of_a_model_is_the_one_given_or_that_of_its_run_or_stable_diffusion(tmp_path):
+  assert families.of_run("tiny-sd", None) == families.of_run(str(tmp_path), None) == "stable_diffusion"
+  for text, found in (('{"family": "mine:OWN"}', "mine:OWN"), ("{}", "stable_diffusion"), ("{", "stable_diffusion")):
+    (tmp_path / "config.json").write_text(text)
+    for name in (tmp_path, tmp_path / "export"):
+      assert families.of_run(str(name), None) == found
+      assert families.of_run(str(name), "stable_diffusion") == "stable_diffusion"
