@@ -163,7 +163,7 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Model], list[prompt_sets.
 def evaluate(args: argparse.Namespace) -> None:
   """Draws, scores, writes, and prints the table. Several processes of JAX share the work."""
   models, prompts = check(args)
-  sizes = check_sizes(models, height=args.height, width=args.width, family=args.family)
+  sizes = check_sizes(models, height=args.height, width=args.width, family=args.family, vae_model=args.vae_model)
   if args.geneval_layout:
     prompt_sets.check_geneval(prompts)
   if args.out.exists() and not args.out.is_dir():
@@ -282,7 +282,7 @@ def with_unets(models: dict[str, Model], specs: Sequence[str]) -> dict[str, Mode
     source, loras = found[name]
     if loading.split_unet(source)[1]:
       raise ValueError(f"--unet_model {spec!r}: {name} has another UNet already; give each model one.")
-    found[name] = (loading.with_unet(source, other), loras)
+    found[name] = (loading.with_unet(source, places.expand(other)), loras)
   return found
 
 
@@ -301,18 +301,24 @@ def read_prompts(name: str, *, kind: str | None = None, count: int | None = None
 
 
 def check_sizes(
-  models: dict[str, Model], *, height: int | None, width: int | None, family: str = "stable_diffusion"
+  models: dict[str, Model],
+  *,
+  height: int | None,
+  width: int | None,
+  family: str | None = None,
+  vae_model: str | None = None,
 ) -> dict[str, list[int]]:
   """Height and width of each model's pictures, from its configs alone.
 
   Raises:
     ValueError: they differ, so that pictures cannot be compared.
-    FileNotFoundError: a model is not there.
+    FileNotFoundError: a model, a LoRA or the VAE is not there.
   """
   found = {}
-  for name, (source, _) in models.items():
-    of = families.get(families.of_run(source, family), "--family")
-    model = of.model(of.load(settings.model_folder(source), dtype="float32", components=()))
+  for name, (source, loras) in models.items():
+    of, folder = families.get(families.of_run(source, family), "--family"), settings.model_folder(source)
+    families.look_for(of, folder, vae_model=vae_model, loras=[file for file, _ in loras])
+    model = of.model(of.load(folder, dtype="float32", components=()))
     found[name] = [height or model.image_size, width or model.image_size]
   first = next(iter(found))
   for name, size in found.items():

@@ -21,6 +21,7 @@ from jaxpref.data import paths
 from jaxpref.devices import endings
 from jaxpref.files import adapters, loading
 from jaxpref.files import family as families
+from jaxpref.recipes import sections
 from jaxpref.training import build, checkpoint
 
 TEXT_TO_IMAGE = tuple(name for name, facts in config_lib.FACTS.items() if facts.trains == "denoiser")
@@ -48,7 +49,6 @@ def main(argv: list[str] | None = None) -> None:
   )
   args = parser.parse_args(argv)
   with endings.one_sentence(ValueError, OSError, doing=f"exporting to {args.out}", again="run the same command again"):
-    arguments.check_numbers(args, "step", least=0)
     print(export(args.run, args.format, args.out, step=args.step, dtype=args.dtype, unet_model=args.unet_model))
 
 
@@ -68,6 +68,8 @@ def export(
   Raises:
     ValueError, OSError: one sentence on what is missing or does not fit.
   """
+  if step is not None:
+    sections.check_count(step, "--step", least=0)
   config = read_config(run)
   if unet_model is not None:
     config.unet_model = unet_model
@@ -86,10 +88,12 @@ def export(
     raise FileExistsError(f"--out={out} exists and is not empty; choose another, or delete it.")
   paths.check_writable(out, "--out")
 
+  of = families.get(config.family)
+  if form == "pipeline":  # for an adapter by itself its model need not be there
+    families.look_for(of, name, vae_model=config.vae_model)
   params, step = checkpoint.load_params(run, step)
   end = "" if step == config.num_steps else f"; it is not the end of the run, which is step {config.num_steps}"
   print(f"exporting step {step} of {run}{end}", file=sys.stderr)
-  of = families.get(config.family)
   adapter = params.get(f"{of.denoiser}_lora")
   if adapter is None and form != "pipeline":
     raise ValueError(

@@ -91,6 +91,8 @@ def run(
     "rows_per_file": rows_per_file,
   }
   latents.check_plan(folder, plan)  # before anything is looked at that takes time
+  inputs.look_for(config)
+  families.look_for(families.get(config.family), loading.model_name(config), vae_model=config.vae_model)
   plan |= {"weights": inputs.encoder_fingerprints(config), "data": inputs.data_fingerprint(config)}
   latents.check_plan(folder, plan)
   if is_complete(folder):
@@ -273,7 +275,6 @@ def _write_prompts(
 def check(config: Config, *, rows_per_file: int, batch_size: int) -> None:
   """Refuses what cannot be precomputed, before anything is loaded; raises ValueError."""
   config_lib.check(config)
-  inputs.check_packages(config)
   counts = argparse.Namespace(rows_per_file=rows_per_file, batch_size=batch_size)
   arguments.check_numbers(counts, "rows_per_file")
   arguments.check_numbers(counts, "batch_size", most=arguments.MAX_AT_A_TIME)

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from jaxpref import arguments, export
+from jaxpref import config as config_lib
 from jaxpref.devices import chips, endings, sharding
 from jaxpref.training import build, checkpoint, loop, metrics, monitor
 
@@ -49,6 +50,7 @@ def replay(folder: pathlib.Path) -> str:
     config.mesh.update(data=1, fsdp=1, tensor=1)
     config.judge = None
   mesh = sharding.make_mesh(**config.mesh, devices=jax.devices()[:1])
+  build.look_for(config_lib.typed(config))
   experiment = build.build(config)
   optimizer, _ = loop.make_optimizer(config)
   init_state = loop.state_initializer(experiment, optimizer)

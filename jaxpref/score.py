@@ -26,15 +26,16 @@ from tqdm import tqdm
 
 from jaxpref import arguments
 from jaxpref import config as config_lib
-from jaxpref.config import AnyConfig
+from jaxpref.config import AnyConfig, Config
 from jaxpref.data import index as index_lib
 from jaxpref.data import lease, records, sources
 from jaxpref.devices import endings, sharding
 from jaxpref.files import loading, tokenizers
 from jaxpref.models.preference import StepAwareCLIPModel
 from jaxpref.models.vae import to_float
+from jaxpref.recipes import sections
 from jaxpref.rewards import networks
-from jaxpref.rewards.loading import load_scorer, scorer_fingerprint
+from jaxpref.rewards.loading import load_scorer, look_for_scorer, scorer_fingerprint
 from jaxpref.training import inputs
 
 AGAIN = "the same command goes on"
@@ -117,12 +118,18 @@ def score(config: AnyConfig, *, model: str, out: pathlib.Path, batch_size: int) 
   """
   if out.suffix != ".npz":
     raise ValueError(f"--out={out}; expected a file that ends in .npz.")
+  sections.check_count(batch_size, "batch_size", most=arguments.MAX_AT_A_TIME)
+  config = config_lib.typed(config)
+  config_lib.check(config)
+  inputs.look_for(config, scores=False)
+  look_for_scorer(model)
   with lease.hold(out.parent, name=f"{out.name}.{lease.NAME}") as held:
     return _score(config, held, model=model, out=out, batch_size=batch_size)
 
 
-def _score(config: AnyConfig, held: lease.Held, *, model: str, out: pathlib.Path, batch_size: int) -> index_lib.Index:
+def _score(config: Config, held: lease.Held, *, model: str, out: pathlib.Path, batch_size: int) -> index_lib.Index:
   """The work of `score`, on a file that this process alone writes."""
+  tokenizer = loading.load_tokenizer(model, config.model)
   source = inputs.open_pairs(config)
   fingerprint = sources.content_fingerprint(source)
   scores = np.full((len(source), 2), np.nan, np.float32)
@@ -133,7 +140,6 @@ def _score(config: AnyConfig, held: lease.Held, *, model: str, out: pathlib.Path
   mesh = sharding.make_mesh()
   module, params = load_scorer(model, dtype=config.dtype, param_dtype=config.dtype, sharding=sharding.replicated(mesh))
   params = jax.device_put(params, sharding.replicated(mesh))
-  tokenizer = loading.load_tokenizer(model, config.model)
   length = module.config.text_config.max_position_embeddings
 
   def save() -> index_lib.Index:
@@ -165,10 +171,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
   out = pathlib.Path(flags.FLAGS.out)
   with endings.one_sentence(ValueError, OSError, doing=f"scoring into {out}", again=AGAIN):
-    config = config_lib.typed(flags.FLAGS.config)
-    config_lib.check(config)
-    inputs.check_packages(config)
-    scored = score(config, model=flags.FLAGS.model, out=out, batch_size=flags.FLAGS.batch_size)
+    scored = score(flags.FLAGS.config, model=flags.FLAGS.model, out=out, batch_size=flags.FLAGS.batch_size)
   agrees, unreadable = index_lib.score_agreement(scored), int(np.isneginf(scored.scores()[0]).sum())
   print(f"{out}: {len(scored)} pairs, {unreadable} unreadable; agrees with {agrees:.1%} of the labels, ties aside")
 

@@ -64,6 +64,25 @@ TABLE = [
     [DPO, "--config.data.source=pairs_file", "--config.data.path=~/nothing.jsonl"],
     "there is no file HOME/nothing.jsonl",
   ),
+  ("train", [DPO, "--config.unet_model=~/nothing"], "model folder HOME/nothing does not exist"),
+  ("train", [DPO, "--config.judge=~/nothing"], "model folder HOME/nothing does not exist"),
+  (
+    "train",
+    [DPO, "--config.data.source=rankings", "--config.data.path=rankings.json", "--config.data.images=~/nothing"],
+    "rankings.json, entry 0: 'a.png' does not exist in HOME/nothing",
+  ),
+  (
+    "train",
+    [DPO, "--config.data.source=precomputed", "--config.data.path=~/nothing"],
+    "HOME/nothing has no precomputed data",
+  ),
+  (
+    "train",
+    [SPO, "--config.data.source=prompts", "--config.data.path=~/nothing.txt"],
+    "there is no file of prompts HOME/nothing.txt",
+  ),
+  ("train", [SPO, "--config.data.source=prompts", "--config.data.path=broken.json"], "broken.json is no JSON"),
+  ("train", [DPO, "--config.logging.wandb_project=p"], "config.logging.wandb_project='p', but wandb"),
   ("train", [DPO, "--config.data.source=tfds", "--config.data.path=empty"], "empty holds no dataset_info.json"),
   (
     "train",
@@ -123,6 +142,8 @@ TABLE = [
   ("sample", ["--prompt=cat", "--lora=~/nothing.safetensors"], "--lora: there is no file HOME/nothing.safetensors"),
   ("sample", ["--prompt=cat", "--lora=~/nothing.safetensors:0.5"], "--lora: there is no file HOME/nothing.safetensors"),
   ("sample", ["--prompt=cat", "--lora=broken.safetensors"], "broken.safetensors is not a readable safetensors file"),
+  ("sample", ["--prompt=cat", "--lora=prompts.txt"], "prompts.txt is not a .safetensors file"),
+  ("sample", ["--prompt=cat", "--unet_model=~/nothing"], "model folder HOME/nothing does not exist"),
   ("sample", ["--prompt=cat", "--lora=empty"], "--lora: there is no file empty"),
   ("sample", ["--prompts=~/nothing.txt"], "there is no file of prompts ~/nothing.txt"),
   ("sample", ["--prompts=empty.txt"], "empty.txt has no prompts"),
@@ -158,6 +179,12 @@ TABLE = [
     ["--models", "base=tiny-sd+~/nothing.safetensors", "--prompts=emoji", "--scorers", "judge"],
     "--models 'base=tiny-sd+~/nothing.safetensors': there is no f",
   ),
+  (
+    "evaluate",
+    ["--models", "base=tiny-sd+broken.safetensors", "--prompts=emoji", "--scorers", "judge"],
+    "broken.safetensors is not a readable safetensors file",
+  ),
+  ("evaluate", [*BASE, "--unet_model=base=~/nothing"], "model folder HOME/nothing does not exist"),
   ("evaluate", ["--models", "tiny-sd", "--prompts=emoji", "--scorers", "judge"], "--models 'tiny-sd'"),
   (
     "evaluate",
@@ -230,6 +257,11 @@ TABLE = [
   ("score", [DPO, "--out=~no-such-user/o.npz", "--model=tiny-spm"], "there is no user 'no-such-user'"),
   ("score", [DPO, "--out=~/o.txt", "--model=tiny-spm"], "--out=HOME/o.txt"),
   ("score", [DPO, "--out=o.npz", "--model=~/nothing"], "model folder HOME/nothing does not exist"),
+  (
+    "score",
+    [DPO, "--out=o.npz", "--model=tiny-spm", "--config.data.source=pairs_file", "--config.data.path=~/nothing.csv"],
+    "there is no file HOME/nothing.csv",
+  ),
   ("score", [DPO, "--out=o.npz", "--batch_size=0"], "--batch_size="),
   ("score", [DPO, "--out=o.npz", "--batch_size=99999999999"], "--batch_size="),
   ("score", [DPO, "--out=o.npz", "--config.seed=4294967301"], "config.seed=4294967301"),
@@ -247,6 +279,12 @@ TABLE = [
   ("precompute", [DPO, "--out=o", "--batch_size=99999999999"], "--batch_size=99999999999"),
   ("precompute", [SPO, "--out=o"], "config.objective='spo' needs the VAE while it trains"),
   ("precompute", [DPO, "--out=o", "--config.model=~/nothing"], "model folder HOME/nothing does not exist"),
+  ("precompute", [DPO, "--out=o", "--config.vae_model=~/nothing"], "model folder HOME/nothing does not exist"),
+  (
+    "precompute",
+    [DPO, "--out=o", "--config.data.source=pairs_file", "--config.data.path=~/nothing.csv"],
+    "there is no file HOME/nothing.csv",
+  ),
   ("precompute", [DPO, "--out=o", "--config.seed=-1"], "config.seed=-1"),
   ("precompute", ["--verify", "--out=~/nothing"], "HOME/nothing has no manifest.json"),
   ("precompute", ["--verify", "--out=full"], "full has no manifest.json"),
@@ -314,13 +352,16 @@ def prepare(place):
   (place / "prompts.txt").write_text("red apple\nvolcano\n")
   (place / "empty.txt").write_text("\n")
   (place / "broken.json").write_text("{")
+  ranking = {"prompt": "cat", "image_path": ["a.png", "b.png"], "human_preference": [1, 0]}
+  (place / "rankings.json").write_text(json.dumps([ranking]))
   (place / "broken.safetensors").write_bytes(b"xx")
   (place / "binary.txt").write_bytes(b"\xff\xfe\x00\x80")
   (place / "begun" / "config.json").write_text("{}")
   own = {"HOME": str(place / "home"), "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+  own |= {"WANDB_MODE": "online"}
   own |= {"JAXPREF_DATA_DIR": f"{place}-datasets", "JAX_COMPILATION_CACHE_DIR": f"{place}-compiled"}
   own["PYTHONDONTWRITEBYTECODE"] = "1"  # of the recipes
-  return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | own
+  return {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "WANDB_API_KEY")} | own
 
 
 def child(command, arguments):

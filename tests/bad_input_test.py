@@ -1,5 +1,6 @@
 """What is wrong is said in one sentence, before anything is compiled or written."""
 
+import argparse
 import collections
 import json
 import os
@@ -9,15 +10,19 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxpref import config
-from jaxpref.data import emoji_pairs
-from jaxpref.files import pipelines, tokenizers
-from jaxpref.training import loop, step
+from jaxpref import config, describe, evaluate, export, precompute, sample, score
+from jaxpref.data import emoji_pairs, lease, pickapic
+from jaxpref.evaluation import drawing
+from jaxpref.files import folders, loading, pipelines, tokenizers
+from jaxpref.rewards import loading as rewards_loading
+from jaxpref.rewards.loading import load_scorer
+from jaxpref.training import checkpoint, loop, step
 from tests import bad_commands
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -369,6 +374,145 @@ def test_a_dataset_without_one_of_its_files(refused, tmp_path):
   file.unlink()
   said = refused(settings(data__source="tfds", data__path=str(folder)), FileNotFoundError)
   assert f"lacks 1 of the 1 files of 'train', such as {file.name}; copy or prepare the dataset again" in said
+
+
+# ---------------------------------------------------------------------------------------------
+# What is not there
+
+
+@pytest.fixture
+def nothing_is_read(monkeypatch):
+  """No weights, and no folder is taken."""
+  for module in (folders, rewards_loading):
+    monkeypatch.setattr(module, "load_tree", lambda *a, **k: pytest.fail("weights were read"))
+  for name in ("random_pipeline", "load_pipeline"):
+    monkeypatch.setattr(pipelines, name, lambda *a, **k: pytest.fail("a model was made"))
+  monkeypatch.setattr(lease, "hold", lambda *a, **k: pytest.fail("the folder was taken"))
+
+
+MISSING = "model folder nothing does not exist"
+SPO = {"objective": "spo", "preference_model": "tiny-spm"}
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+@pytest.mark.parametrize(
+  ("fields", "sentence"),
+  [
+    ({"model": "nothing"}, MISSING),
+    ({"vae_model": "nothing"}, MISSING),
+    ({"unet_model": "nothing"}, MISSING),
+    ({"judge": "nothing"}, MISSING),
+    ({"lora__init_from": "nothing"}, "there is no LoRA file nothing"),
+    ({"data__source": "tfds", "data__path": "nothing"}, "nothing holds no dataset_info.json"),
+    ({"data__source": "pairs_file", "data__path": "nothing.csv"}, "there is no file nothing.csv"),
+    ({"data__source": "rankings", "data__path": "nothing.json"}, "there is no file nothing.json"),
+    ({"objective": "kto", "data__source": "unpaired_file", "data__path": "x.csv"}, "there is no file x.csv"),
+    ({"data__source": "precomputed", "data__path": "nothing"}, "nothing has no precomputed data"),
+    ({"data__scores": "nothing.npz", "data__labels": "scores"}, "No such file or directory: 'nothing.npz'"),
+    ({**SPO, "data__source": "prompts", "data__path": "nothing.txt"}, "there is no file of prompts nothing.txt"),
+    ({"objective": "spo", "preference_model": "nothing"}, MISSING),
+    ({"objective": "spm", "preference_model": "nothing"}, MISSING),
+    ({"objective": "grpo", "preference_model": "nothing", "reward": "preference_model:1"}, MISSING),
+    ({"objective": "grpo", "reward": "pickscore=nothing:1"}, MISSING),
+  ],
+  ids=lambda v: " ".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
+)
+def test_what_a_config_names_is_looked_for_before_weights_are_read_and_the_folder_is_taken(refused, fields, sentence):
+  assert sentence in refused(settings(**{"model": "tiny-sd"} | fields), FileNotFoundError)
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+@pytest.mark.parametrize(
+  ("main", "arguments", "sentence"),
+  [
+    (sample.main, ["--prompt=x", "--vae_model=nothing"], MISSING),
+    (sample.main, ["--prompt=x", "--unet_model=nothing"], MISSING),
+    (sample.main, ["--prompt=x", "--lora", "broken.safetensors"], "broken.safetensors is not a readable"),
+    (evaluate.main, ["--models", "a=tiny-sd", "b=tiny-sd+broken.safetensors"], "broken.safetensors is not a readable"),
+    (evaluate.main, ["--models", "a=tiny-sd", "b=nothing"], MISSING),
+    (evaluate.main, ["--models=a=tiny-sd", "--vae_model=nothing"], MISSING),
+    (evaluate.main, ["--models=a=tiny-sd", "--unet_model=a=nothing"], MISSING),
+  ],
+  ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_what_a_command_is_given_is_looked_for_before_weights_are_read(
+  tmp_path, monkeypatch, main, arguments, sentence
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "broken.safetensors").write_bytes(b"x")
+  monkeypatch.setattr(pipelines, "load_pipeline", configs_alone)
+  of_all = ["--prompts=emoji", "--scorers=tiny-clip"] if main is evaluate.main else []
+  with pytest.raises(SystemExit) as ended:
+    main([*arguments, *of_all])
+  assert sentence in ended.value.code
+
+
+LOAD_PIPELINE = pipelines.load_pipeline
+
+
+def configs_alone(*args, components, **kwargs):
+  assert not components, "weights are read"
+  return LOAD_PIPELINE(*args, components=components, **kwargs)
+
+
+def test_the_model_of_a_run_is_looked_for_before_its_checkpoint_is_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(checkpoint, "load_params", lambda *a: pytest.fail("a checkpoint was read"))
+  (tmp_path / "config.json").write_text(json.dumps({"objective": "dpo", "model": "nothing"}))
+  with pytest.raises(FileNotFoundError, match=MISSING):
+    export.export(tmp_path, "pipeline", tmp_path / "out")
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+def test_what_is_scored_and_by_what_is_looked_for_before_the_file_is_taken(tmp_path, monkeypatch):
+  options = {"model": "tiny-spm", "out": tmp_path / "o.npz", "batch_size": 8}
+  with pytest.raises(FileNotFoundError, match="there is no file nothing.csv"):
+    score.score(settings(data__source="pairs_file", data__path="nothing.csv"), **options)
+  with pytest.raises(FileNotFoundError, match=MISSING):  # the scores are what the command makes
+    score.score(settings(data__scores="o.npz"), **options | {"model": "nothing"})
+
+
+# ---------------------------------------------------------------------------------------------
+# Library calls
+
+
+@pytest.mark.parametrize(
+  ("arguments", "sentence"),
+  [
+    ({"seed": -1}, "seed=-1; expected an integer from 0 to 4294967295"),
+    ({"seed": 2**32}, "seed=4294967296; expected an integer from 0 to 4294967295"),
+    ({"seed": 0.5}, "seed=0.5; expected an integer from 0 to 4294967295"),
+    ({"num_inference_steps": 0}, "num_inference_steps=0; expected at least 1"),
+    ({"num_inference_steps": 1001}, "num_inference_steps=1001; expected at most 1000"),
+    ({"seeds_per_prompt": 0}, "seeds_per_prompt=0; expected at least 1"),
+    ({"seeds_per_prompt": 2**30}, "prompts * seeds_per_prompt=4294967296; expected at most 2147483647"),
+    ({"batch_size": 0}, "batch_size=0; expected at least 1"),
+  ],
+  ids=str,
+)
+def test_drawing_refuses_seeds_and_counts_under_their_own_names(arguments, sentence):
+  usual = {"seed": 0, "seeds_per_prompt": 1, "num_inference_steps": 1, "batch_size": 1, "guidance_scale": 1.0, "eta": 0}
+  model = types.SimpleNamespace(latent_shape=(2, 2, 4))
+  with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+    drawing.generate(model, {}, np.zeros((4, 8), np.int32), **usual | arguments)
+
+
+@pytest.mark.parametrize(
+  ("call", "sentence"),
+  [
+    (lambda: loading.load_text_to_image("tiny-sd", dtype="float32", seed=2**32), "seed=4294967296; expected"),
+    (lambda: load_scorer("random:sd15-miniature", dtype="float32", seed=-1), "seed=-1; expected"),
+    (lambda: score.score(settings(), model="x", out=pathlib.Path("o.npz"), batch_size=0), "batch_size=0; expected"),
+    (lambda: score.score(settings(seed=-1), model="x", out=pathlib.Path("o.npz"), batch_size=1), "config.seed=-1;"),
+    (lambda: export.export(pathlib.Path("x"), "lora", pathlib.Path("o"), step=-1), "--step=-1; expected at least 0"),
+    (lambda: pickapic.prepare("p", "o", workers=2**31), "workers=2147483648; expected at most 2147483647"),
+    (lambda: describe.describe(argparse.Namespace(seed=2**32, out=None)), "--seed=4294967296; expected"),
+    (lambda: precompute.run(settings(), "o", batch_size=0), "--batch_size=0; expected at least 1"),
+  ],
+  ids=["load", "scorer", "score", "score, seed", "export", "pickapic", "describe", "precompute"],
+)
+def test_the_functions_of_commands_refuse_seeds_and_counts_as_these_do(call, sentence):
+  with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+    call()
 
 
 # ---------------------------------------------------------------------------------------------

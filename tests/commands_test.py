@@ -1,6 +1,8 @@
 """`jaxpref COMMAND`, and recipes that cannot be read: one sentence each, before anything else happens."""
 
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -11,9 +13,18 @@ from jaxpref import config as config_lib
 from jaxpref import describe, evaluate, export, replay, sample
 from jaxpref.data import emoji, paths
 from jaxpref.data.pickapic import __main__ as pickapic_command
+from jaxpref.devices import endings
 from jaxpref.training import inputs
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_as_usual():
+  """As at a terminal; commands leave it so."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
 
 
 def called(monkeypatch, *arguments):
@@ -118,16 +129,57 @@ def test_ctrl_c_ends_a_command_in_one_sentence_with_exit_code_130(
   assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_while_libraries_are_read_is_no_traceback(monkeypatch, capsys):
-  def interrupted(*args, **kwargs):
-    raise KeyboardInterrupt
+SLOW = "import sys, time\nprint('reading', file=sys.stderr, flush=True)\ntime.sleep(60)\n"
+MODULES = [f"jaxpref.{'main' if name == 'train' else name}" for name in commands.COMMANDS]
 
-  monkeypatch.setattr(sys, "argv", ["jaxpref", "sample"])
-  monkeypatch.setattr(commands.runpy, "run_module", interrupted)
-  with pytest.raises(SystemExit) as ended:
-    commands.run()
-  assert ended.value.code == 130
-  assert capsys.readouterr().err.strip() == "jaxpref sample was interrupted before it began."
+
+def interrupted(folder, *command):
+  """Exit code and stderr of a program that gets Ctrl-C while it imports numpy, absl or jax: it stops there."""
+  for name in ("absl", "jax", "numpy"):
+    (folder / f"{name}.py").write_text(SLOW)
+  usual = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a script
+  path = os.pathsep.join([str(folder), str(REPOSITORY)])
+  environment = dict(os.environ, PYTHONPATH=path, PYTHONDONTWRITEBYTECODE="1")
+  process = subprocess.Popen(
+    [sys.executable, *command], env=environment, cwd=folder, stderr=subprocess.PIPE, text=True, preexec_fn=usual
+  )
+  assert process.stderr.readline() == "reading\n"
+  process.send_signal(signal.SIGINT)
+  said = process.communicate(timeout=60)[1]
+  return process.returncode, said
+
+
+@pytest.mark.parametrize("module", [*MODULES, "jaxpref.data.pickapic"])
+def test_ctrl_c_while_libraries_are_read_is_one_sentence_and_exit_code_130(tmp_path, module):
+  assert interrupted(tmp_path, "-m", module, "--config=x") == (130, "\ninterrupted before it began.\n")
+
+
+@pytest.mark.parametrize(
+  "command", [["-m", "jaxpref"], ["-c", "from jaxpref import __main__; __main__.run()"]], ids=str
+)
+def test_ctrl_c_of_the_one_command_while_libraries_are_read(tmp_path, command):
+  assert interrupted(tmp_path, *command, "sample") == (130, "\ninterrupted before it began.\n")
+
+
+def test_a_program_that_imports_the_package_keeps_its_ctrl_c(tmp_path):
+  """Also one that Python runs by -m."""
+  (tmp_path / "own").mkdir()
+  (tmp_path / "own" / "__init__.py").write_text("import jaxpref\n")
+  (tmp_path / "own" / "__main__.py").write_text("import jaxpref.sample\n")
+  for command in (["-m", "own", "jaxpref.sample"], ["-c", "import jaxpref.sample", "-m", "jaxpref.sample"]):
+    code, said = interrupted(tmp_path, *command)
+    assert code == -signal.SIGINT and said.splitlines()[-1] == "KeyboardInterrupt"
+
+
+def test_after_a_command_ctrl_c_is_as_usual():
+  with endings.one_sentence(doing="drawing", again="run it again"):
+    assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  endings.begin()
+  assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+  with endings.one_sentence(doing="drawing", again="run it again"):
+    pass
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_package_for_a_bucket_is_looked_for_before_anything_is_loaded(monkeypatch):
@@ -135,7 +187,7 @@ def test_a_package_for_a_bucket_is_looked_for_before_anything_is_loaded(monkeypa
     raise ValueError(f"{path} cannot be reached without the package s3fs")
 
   monkeypatch.setattr(paths, "open_path", missing)
-  inputs.check_packages(config_lib.replace(config_lib.default(), {"data.path": "data/pairs.jsonl"}))
+  inputs.look_for(config_lib.replace(config_lib.default(), {"data.path": "data/pairs.jsonl"}))
   config = config_lib.replace(config_lib.default(), {"data.path": "s3://bucket/pairs"})
   with pytest.raises(ValueError, match="s3://bucket/pairs cannot be reached without the package s3fs"):
-    inputs.check_packages(config)
+    inputs.look_for(config)

@@ -388,3 +388,20 @@ def open_source(
   if kind == "unpaired_file":
     return open_unpaired_file(path)
   raise ValueError(f"kind={kind!r}; expected one of {', '.join(KINDS[:-1])}.")
+
+
+def look_for(kind: str, path: Path, *, images: Path | None = None) -> None:
+  """Looks for a source of one of KINDS, without reading it; but prompts are read, as they are small.
+
+  Args:
+    images: as of `open_rankings`.
+
+  Raises:
+    FileNotFoundError, ValueError, OSError: there is nothing, in the words of the function that opens it.
+  """
+  if kind == "tfds":
+    find_dataset(path)
+  elif kind == "prompts":
+    read_prompts(path)
+  elif not paths.open_path(path).is_file() or (images and not paths.open_path(images).is_dir()):
+    open_source(kind, path, images=images)

@@ -427,14 +427,31 @@ def _made_for(layers: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str | None
   return _FAMILIES.get(min(widths, default=0))
 
 
-def _read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
-  """All tensors and the metadata of a file."""
+def look_for(file: Path) -> None:
+  """Looks for a LoRA file, without reading its tensors.
+
+  Raises:
+    FileNotFoundError, ValueError: it is not there, or no safetensors file.
+  """
   import safetensors
 
+  file = pathlib.Path(file)
   if not file.is_file():
     raise FileNotFoundError(f"there is no LoRA file {file}; give the path of one .safetensors file.")
   if file.suffix != ".safetensors":
     raise ValueError(f"{file} is not a .safetensors file, the only format that is read (pickles can run code).")
+  try:
+    with safetensors.safe_open(file, framework="numpy"):
+      pass
+  except safetensors.SafetensorError as e:
+    raise ValueError(f"{file} is not a readable safetensors file ({e}); download or write it again.") from e
+
+
+def _read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
+  """All tensors and the metadata of a file."""
+  import safetensors
+
+  look_for(file)
   try:
     with safetensors.safe_open(file, framework="numpy") as handle:
       tensors = {key: handle.get_tensor(key) for key in handle.keys()}

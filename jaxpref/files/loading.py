@@ -22,6 +22,7 @@ from jaxpref.files import folders, pipelines, tokenizers
 from jaxpref.models import presets
 from jaxpref.models.stable_diffusion import StableDiffusion
 from jaxpref.models.unet import UNetConfig
+from jaxpref.recipes.sections import check_seed
 
 _ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 SHIPPED = ("tiny-sd", "tiny-clip", "tiny-spm", "tiny-judge")
@@ -105,8 +106,10 @@ def load_text_to_image(
     components: the networks whose parameters are read.
 
   Raises:
-    ValueError: the VAE's latents are not those of the pipeline.
+    ValueError: the VAE's latents are not those of the pipeline, or the seed is out of range.
   """
+  check_seed(seed)
+  look_for_parts(name, vae_model)
   param_dtypes = dict.fromkeys(pipelines.NETWORKS, param_dtype) if isinstance(param_dtype, str) else param_dtype
   if vae_model and "vae" in components:
     others = [c for c in components if c != "vae"]
@@ -137,12 +140,7 @@ def load_text_to_image(
   if (preset := preset_of(name)) is not None:
     if name.startswith("drawn:"):
       return _draw_text_to_image(
-        name,
-        dtype=jnp.dtype(dtype),
-        seed=seed,
-        param_dtypes=param_dtypes,
-        sharding=sharding,
-        components=components,
+        name, dtype=jnp.dtype(dtype), seed=seed, param_dtypes=param_dtypes, sharding=sharding, components=components
       )
     known = name.partition(":")[2]
     pipe = pipelines.random_pipeline(
@@ -156,6 +154,29 @@ def load_text_to_image(
   return pipelines.load_pipeline(
     folder_of(name), dtype=jnp.dtype(dtype), param_dtype=param_dtypes, sharding=sharding, components=components
   )
+
+
+def look_for_parts(name: str, vae_model: str | None) -> None:
+  """Looks for the VAE and the UNet that take the place of a model's own, whose folders are fetched where hub names are.
+
+  Raises:
+    FileNotFoundError, ValueError: as `load_text_to_image`, before anything large is read.
+  """
+  if vae_model:
+    pipelines.vae_folder(vae_model)
+  if unet := split_unet(name)[1]:
+    folders.read_json(pipelines.unet_folder(unet) / "config.json")
+
+
+def look_for(name: str, vae_model: str | None = None) -> None:
+  """Looks for a pipeline of `load_text_to_image`, and fetches it where it is a hub name; reads no weights.
+
+  Raises:
+    FileNotFoundError, ValueError: as `load_text_to_image`.
+  """
+  if preset_of(name) is None:
+    folders.read_json(folders.resolve_folder(folder_of(name), "*/*.safetensors") / "model_index.json")
+  look_for_parts(name, vae_model)
 
 
 def unet_config(name: str) -> UNetConfig:

@@ -341,11 +341,23 @@ def load_vae(
     dtype, param_dtype: as for `load_pipeline`.
     sharding: as for `load_pipeline`, of the VAE's parameter tree.
   """
-  folder = resolve_folder(folder, "diffusion_pytorch_model*.safetensors")
+  folder = vae_folder(folder)
   module = AutoencoderKL(VAEConfig.from_dict(read_json(folder / "config.json")), dtype)
   shapes = presets.abstract_params(module)
   shardings = sharding(shapes) if callable(sharding) else sharding
   return module, load_network(module, weight_files(folder), shapes, param_dtype, shardings)
+
+
+def vae_folder(name: Path) -> pathlib.Path:
+  """Returns the folder of a VAE that is published by itself.
+
+  Raises:
+    FileNotFoundError: it is not there, or has no config.json.
+    ValueError: that is not valid JSON.
+  """
+  folder = resolve_folder(name, "diffusion_pytorch_model*.safetensors")
+  read_json(folder / "config.json")
+  return folder
 
 
 def unet_folder(name: Path) -> pathlib.Path:

@@ -15,6 +15,7 @@ from jaxpref.models import open_clip, presets
 from jaxpref.models.clip import CLIPModel
 from jaxpref.models.preference import Judge, JudgeConfig, StepAwareCLIPConfig, StepAwareCLIPModel
 from jaxpref.recipes.messages import listed
+from jaxpref.recipes.sections import check_seed
 
 
 def load_preference_model(
@@ -41,13 +42,7 @@ def load_preference_model(
   Raises:
     FileNotFoundError, ValueError: as `pipelines.load_pipeline`.
   """
-  folder = resolve_folder(folder, "model*.safetensors")  # not open_clip's copy of CLIP-H beside it
-  config_dict = read_json(folder / "config.json")
-  if not {"model_type", "text_config"} & config_dict.keys():
-    raise ValueError(
-      f"{folder / 'config.json'} describes no CLIP, expected a model_type or a text_config; point to "
-      "a folder that save_preference_model wrote, or a CLIP such as PickScore."
-    )
+  folder, config_dict = read_config(folder)
   module = StepAwareCLIPModel(StepAwareCLIPConfig.from_dict(config_dict), dtype)
   files = weight_files(folder)
   shapes = presets.abstract_params(module)
@@ -68,6 +63,22 @@ def load_preference_model(
   )
   added = jax.jit(fresh, out_shardings=out)()
   return module, _merge(added, clip_params)
+
+
+def read_config(folder: Path) -> tuple[pathlib.Path, dict[str, Any]]:
+  """Returns the folder of a preference model, fetched where it is a hub name, and its config.json.
+
+  Raises:
+    FileNotFoundError, ValueError: as `load_preference_model`.
+  """
+  folder = resolve_folder(folder, "model*.safetensors")  # not open_clip's copy of CLIP-H beside it
+  config_dict = read_json(folder / "config.json")
+  if not {"model_type", "text_config"} & config_dict.keys():
+    raise ValueError(
+      f"{folder / 'config.json'} describes no CLIP, expected a model_type or a text_config; point to "
+      "a folder that save_preference_model wrote, or a CLIP such as PickScore."
+    )
+  return folder, config_dict
 
 
 def load_clip(
@@ -163,7 +174,12 @@ def _save_single(folder: Path, architecture: str, module: nn.Module, params: Tre
 def load_scorer(
   name: str, *, dtype: str, param_dtype: str = "float32", seed: int = 0, sharding: Sharding = None
 ) -> tuple[StepAwareCLIPModel, Any]:
-  """Loads a step-aware preference model by folder, hub name, shipped name, or `random:PRESET`."""
+  """Loads a step-aware preference model by folder, hub name, shipped name, or `random:PRESET`.
+
+  Raises:
+    FileNotFoundError, ValueError: as `load_preference_model`; or the seed is out of range.
+  """
+  check_seed(seed)
   if (preset := loading.preset_of(name)) is not None:
     module = StepAwareCLIPModel(preset.preference, jnp.dtype(dtype))
     if name.startswith("drawn:"):
@@ -173,6 +189,28 @@ def load_scorer(
   return load_preference_model(
     loading.folder_of(name), dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), sharding=sharding
   )
+
+
+def look_for_scorer(name: str) -> None:
+  """Looks for what `load_scorer` loads, and fetches it where it is a hub name; reads no weights.
+
+  Raises:
+    FileNotFoundError, ValueError: as `load_scorer`.
+  """
+  if loading.preset_of(name) is None:
+    weight_files(read_config(loading.folder_of(name))[0])
+
+
+def look_for_judge(name: str | None, *, style: str) -> None:
+  """Looks for what `load_judge` loads, without reading weights.
+
+  Raises:
+    FileNotFoundError, ValueError: as `load_judge`.
+  """
+  if name and not name.startswith("random:"):
+    folder = resolve_folder(loading.folder_of(name))
+    _check_style(name, JudgeConfig.from_dict(read_json(folder / "config.json")), style)
+    weight_files(folder)
 
 
 def scorer_fingerprint(name: str) -> str:
@@ -196,14 +234,18 @@ def load_judge(name: str | None, *, style: str, num_classes: int) -> tuple[Judge
     params = presets.init_params(module, jax.random.key(1))
   else:
     module, params = open_judge(loading.folder_of(name))
-  if style not in module.config.styles:
-    raise ValueError(
-      f"judge {name} knows the styles {listed(module.config.styles) or '(none)'}, not "
-      f"config.data.preferred_style={style!r}; choose one of them or another judge."
-    )
+  _check_style(name, module.config, style)
   if num_classes > module.config.num_classes:
     raise ValueError(
       f"judge {name} knows {module.config.num_classes} captions, the data (config.data.subset) or "
       f"config.evaluation.candidates ask for {num_classes}; choose fewer or another judge."
     )
   return module, params
+
+
+def _check_style(name: str, config: JudgeConfig, style: str) -> None:
+  if style not in config.styles:
+    raise ValueError(
+      f"judge {name} knows the styles {listed(config.styles) or '(none)'}, not config.data.preferred_style={style!r}; "
+      "choose one of them or another judge."
+    )

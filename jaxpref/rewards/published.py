@@ -27,6 +27,7 @@ from jaxpref.files import folders, hub, tensors
 from jaxpref.models.vae import to_uint8
 from jaxpref.recipes import places
 from jaxpref.rewards import networks
+from jaxpref.rewards.loading import look_for_judge
 
 Array = jax.Array
 ScoreFn = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
@@ -264,7 +265,7 @@ def check(spec: str, *, preferred_style: str = "openmoji") -> None:
   elif name == "imagereward":
     networks.bert_tokenizer(folder)
   elif name == "judge":
-    networks.judge_network(folder, preferred_style, None)
+    look_for_judge(str(folder), style=preferred_style)
   elif name in CLIPS and name != "tiny-clip":
     networks.clip_tokenizer(name, folder)
 

@@ -7,7 +7,7 @@ from jaxpref.files import pipelines
 from jaxpref.recipes.rewards import PREFERENCE_MODEL, is_function, reward_terms
 from jaxpref.rewards import published
 from jaxpref.rewards.base import HostReward, Reward, Weighted
-from jaxpref.rewards.loading import load_scorer, scorer_fingerprint
+from jaxpref.rewards.loading import load_scorer, look_for_scorer, scorer_fingerprint
 from jaxpref.rewards.python import PythonReward
 from jaxpref.rewards.step_aware import COMPONENT, StepAware
 
@@ -21,6 +21,8 @@ def check(config: AnyConfig) -> None:
   terms = reward_terms(config)
   for spec in terms:
     if spec == PREFERENCE_MODEL:
+      assert config.preference_model is not None  # by config.check
+      look_for_scorer(config.preference_model)
       continue
     if not is_function(spec) and spec.partition("=")[0] not in published.PUBLISHED:
       names = ", ".join((PREFERENCE_MODEL, *published.PUBLISHED))

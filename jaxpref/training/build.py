@@ -26,7 +26,14 @@ from jaxpref.models.vae import AutoencoderKL
 from jaxpref.objectives import base, catalog, pretraining
 from jaxpref.rewards import terms
 from jaxpref.rewards.base import Weighted
-from jaxpref.rewards.loading import load_judge, load_scorer, save_judge, save_preference_model
+from jaxpref.rewards.loading import (
+  load_judge,
+  load_scorer,
+  look_for_judge,
+  look_for_scorer,
+  save_judge,
+  save_preference_model,
+)
 from jaxpref.training import inputs
 
 
@@ -70,6 +77,27 @@ class Experiment:
   captions: Callable[[], list[str]] = lambda: []
   held_out: Callable[[], Any] | None = None
   report: Callable[[Any], dict[str, Any]] = lambda params: {}
+
+
+def look_for(config: Config) -> None:
+  """Looks for everything that a config names by a path or a hub name, without reading weights; a hub's is fetched.
+
+  Raises:
+    FileNotFoundError, ValueError, OSError: one sentence on what is missing, that of what would load it.
+  """
+  inputs.look_for(config)
+  facts = catalog.method(config).facts
+  if facts.trains not in ("clip", "judge"):  # which start from nothing
+    loras = [config.lora.init_from] if config.lora.init_from else []
+    name, of = loading.model_name(config), families.get(config.family)
+    families.look_for(of, name, vae_model=config.vae_model, loras=loras)
+  if facts.trains == "scorer":
+    assert config.preference_model is not None  # by config.check
+    look_for_scorer(config.preference_model)
+  elif facts.trains == "denoiser":
+    look_for_judge(config.judge, style=config.data.preferred_style)
+    if facts.scorer:
+      terms.check(config)
 
 
 def build(config: AnyConfig, sharding: pipelines.Sharding = None, *, batch_devices: int = 1) -> Experiment:
@@ -179,8 +207,6 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
   # What is wrong is said now, not after gigabytes were read.
   if config.data.source == "precomputed":
     inputs.open_precomputed(config)
-  if method.facts.scorer:
-    terms.check(config)
   pipe = _load(config, sharding, trained=components, components=networks(config))
   frozen = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
   adapter, scale = initial_adapter(config, pipe), 1.0

@@ -227,11 +227,27 @@ def precomputable(objective_facts: config_lib.Facts) -> str | None:
 _OF_TRAINING = ("caption_dropout", "num_threads", "num_workers")
 
 
-def check_packages(config: Config) -> None:
-  """Raises ValueError if the data lie in a bucket and the package that reaches it is missing; OSError if it is away."""
-  for place in (config.data.path, config.data.images, config.data.scores, config.evaluation.prompts):
+def look_for(config: Config, *, scores: bool = True) -> None:
+  """Looks for the data and prompts that a config names by paths, before anything else is loaded.
+
+  Args:
+    scores: whether config.data.scores has to be there; `jaxpref.score` makes it.
+
+  Raises:
+    FileNotFoundError, ValueError, OSError: something is not there, cannot be reached, or a package for it is missing;
+      in the words of what reads it.
+  """
+  d = config.data
+  for place in (d.path, d.images, d.scores, config.evaluation.prompts):
     if place and paths.is_remote(place):
       paths.open_path(place)
+  if d.path and d.source == "precomputed":
+    latents.open_folder(d.path)
+  elif d.path and d.source in sources.KINDS:
+    sources.look_for(d.source, d.path, images=d.images if d.source == "rankings" else None)
+  pairs = catalog.method(config).facts.data in ("pair", "liked") and d.source in ("emoji", *sources.PAIR_KINDS)
+  if d.scores and scores and pairs:
+    paths.open_path(d.scores).stat()
 
 
 def precomputed_fields(config: Config) -> dict[str, Any]:
