@@ -40,7 +40,7 @@ from jaxpref.devices import chips, distributed, endings, sharding
 from jaxpref.files import family as families
 from jaxpref.files import loading
 from jaxpref.models.base import Model
-from jaxpref.training import inputs
+from jaxpref.training import build, inputs
 
 GIB = 2.0**30
 AGAIN = "the same command goes on"
@@ -91,6 +91,7 @@ def run(
     "rows_per_file": rows_per_file,
   }
   latents.check_plan(folder, plan)  # before anything is looked at that takes time
+  plan |= {"image_size": build.image_size(config)}
   plan |= {"weights": inputs.encoder_fingerprints(config), "data": inputs.data_fingerprint(config)}
   latents.check_plan(folder, plan)
   if is_complete(folder):
@@ -166,14 +167,10 @@ def _run(
     vae_model=config.vae_model,
     components=[name for name in of.networks if name != of.denoiser],
   )
-  model = of.model(pipe, vae_slicing=config.vae_slicing * mesh.size or None)
+  model = build.at_size(config, of.model(pipe, vae_slicing=config.vae_slicing * mesh.size or None))
   data = _open_data(config, model, pipe.tokenize)
   empty = pipe.tokenize([""])[0]
-  plan |= {
-    "image_size": model.image_size,
-    "num_rows": data.num_records,
-    "empty_prompt": latents.prompt_key(empty),
-  }
+  plan |= {"num_rows": data.num_records, "empty_prompt": latents.prompt_key(empty)}
   latents.start(folder, plan, process_index=index, process_count=count)
 
   # ---- Rows, prompts, and the end ----------------------------------------------------------------------------

@@ -146,10 +146,13 @@ def load_text_to_image(
       )
     known = name.partition(":")[2]
     pipe = pipelines.random_pipeline(
-      known if known in presets.PRESETS else preset, seed, dtype=jnp.dtype(dtype), init=initialiser(name)
+      known if known in presets.PRESETS else preset,
+      seed,
+      dtype=jnp.dtype(dtype),
+      init=initialiser(name),
+      components=components,
     )
-    chosen = {k: v for k, v in pipe.params.items() if k in components}
-    params = {k: jax.tree.map(lambda x, k=k: x.astype(param_dtypes[k]), v) for k, v in chosen.items()}
+    params = {k: jax.tree.map(lambda x, k=k: x.astype(param_dtypes[k]), v) for k, v in pipe.params.items()}
     if sharding is not None:
       params = jax.device_put(params, sharding(params) if callable(sharding) else sharding)
     return dataclasses.replace(pipe, params=params)
