@@ -144,13 +144,8 @@ def load_text_to_image(
         sharding=sharding,
         components=components,
       )
-    known = name.partition(":")[2]
     pipe = pipelines.random_pipeline(
-      known if known in presets.PRESETS else preset,
-      seed,
-      dtype=jnp.dtype(dtype),
-      init=initialiser(name),
-      components=components,
+      preset, seed, dtype=jnp.dtype(dtype), init=initialiser(name), components=components
     )
     params = {k: jax.tree.map(lambda x, k=k: x.astype(param_dtypes[k]), v) for k, v in pipe.params.items()}
     if sharding is not None:

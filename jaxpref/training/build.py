@@ -351,6 +351,8 @@ def _preference_model(
 
 
 def _autoencode(config: Config) -> Experiment:
+  if config.image_size is not None:
+    image_size(config)
   pipe = loading.load_text_to_image(config.model, dtype=config.dtype, seed=config.seed)
   size = at_size(config, loading.text_to_image(pipe)).image_size
 
