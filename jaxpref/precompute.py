@@ -87,11 +87,11 @@ def run(
   plan: dict[str, Any] = {
     "format": latents.FORMAT,
     "kind": inputs.precomputable(config_lib.facts(config)),
-    "config": inputs.precomputed_fields(config),
+    "config": inputs.precomputed_fields(config) | {"image_size": config.image_size},
     "rows_per_file": rows_per_file,
   }
   latents.check_plan(folder, plan)  # before anything is looked at that takes time
-  plan |= {"image_size": build.image_size(config)}
+  build.check_image_size(config)
   plan |= {"weights": inputs.encoder_fingerprints(config), "data": inputs.data_fingerprint(config)}
   latents.check_plan(folder, plan)
   if is_complete(folder):
@@ -170,7 +170,11 @@ def _run(
   model = build.at_size(config, of.model(pipe, vae_slicing=config.vae_slicing * mesh.size or None))
   data = _open_data(config, model, pipe.tokenize)
   empty = pipe.tokenize([""])[0]
-  plan |= {"num_rows": data.num_records, "empty_prompt": latents.prompt_key(empty)}
+  plan |= {
+    "image_size": model.image_size,
+    "num_rows": data.num_records,
+    "empty_prompt": latents.prompt_key(empty),
+  }
   latents.start(folder, plan, process_index=index, process_count=count)
 
   # ---- Rows, prompts, and the end ----------------------------------------------------------------------------

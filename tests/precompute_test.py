@@ -188,7 +188,7 @@ def test_images_whose_sides_differ_are_the_same_precomputed(tmp_path):
     trained.image_size = c.image_size = size
     with pytest.raises(ValueError, match="is of images of 16 x 24 pixels, random:sdxl-miniature wants (16|24) x 16"):
       build.build(trained).batches()
-    with pytest.raises(ValueError, match=r"was begun with image_size=\[16, 24\], and now it is"):
+    with pytest.raises(ValueError, match=r"was begun with config.image_size=\[16, 24\], and now it is"):
       precompute.run(c, tmp_path / "wide", **OPTIONS)
 
 

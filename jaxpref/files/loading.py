@@ -147,7 +147,8 @@ def load_text_to_image(
     pipe = pipelines.random_pipeline(
       preset, seed, dtype=jnp.dtype(dtype), init=initialiser(name), components=components
     )
-    params = {k: jax.tree.map(lambda x, k=k: x.astype(param_dtypes[k]), v) for k, v in pipe.params.items()}
+    chosen = {k: v for k, v in pipe.params.items() if k in components}
+    params = {k: jax.tree.map(lambda x, k=k: x.astype(param_dtypes[k]), v) for k, v in chosen.items()}
     if sharding is not None:
       params = jax.device_put(params, sharding(params) if callable(sharding) else sharding)
     return dataclasses.replace(pipe, params=params)

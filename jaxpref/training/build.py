@@ -25,7 +25,7 @@ from jaxpref.models.base import Model
 from jaxpref.models.preference import Judge
 from jaxpref.models.vae import AutoencoderKL
 from jaxpref.objectives import base, catalog, pretraining
-from jaxpref.recipes.sizes import Size, sides
+from jaxpref.recipes.sizes import sides
 from jaxpref.rewards import terms
 from jaxpref.rewards.base import Weighted
 from jaxpref.rewards.loading import load_judge, load_scorer, save_judge, save_preference_model
@@ -86,6 +86,7 @@ def build(config: AnyConfig, sharding: pipelines.Sharding = None, *, batch_devic
   """
   config = config_lib.typed(config)
   from_nothing = {"vae": _autoencode, "clip": _contrastive, "judge": _classify}
+  check_image_size(config)
   trains = catalog.method(config).facts.trains
   if trains in from_nothing:
     return from_nothing[trains](config)
@@ -114,9 +115,10 @@ def at_size(config: Config, model: Model) -> Model:
   return model.at_size(height, width)
 
 
-def image_size(config: Config) -> Size:
-  """The size of the images that a config trains on, from the model's configs alone; raises as `at_size`."""
-  return at_size(config, families.get(config.family).model(_load(config, None, components=()))).image_size
+def check_image_size(config: Config) -> None:
+  """Raises as `at_size`, before any weights are read."""
+  if config.image_size is not None:
+    at_size(config, families.get(config.family).model(_load(config, None, components=())))
 
 
 def _check_decode_size(config: Config, model: Model) -> None:
@@ -208,8 +210,6 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
     inputs.open_precomputed(config)
   if method.facts.scorer:
     terms.check(config)
-  if config.image_size is not None:
-    image_size(config)
   pipe = _load(config, sharding, trained=components, components=networks(config))
   frozen = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
   adapter, scale = initial_adapter(config, pipe), 1.0
@@ -312,8 +312,6 @@ def _export(config: Config, pipe: Any, scale: float, params: Any, folder: pathli
 def _preference_model(
   config: Config, sharding: pipelines.Sharding, vae_slicing: int | None, batch_devices: int
 ) -> Experiment:
-  if config.image_size is not None:
-    image_size(config)
   pipe = _load(config, sharding)
   model, tokenize = at_size(config, families.get(config.family).model(pipe, vae_slicing=vae_slicing)), pipe.tokenize
   _check_decode_size(config, model)
@@ -351,8 +349,6 @@ def _preference_model(
 
 
 def _autoencode(config: Config) -> Experiment:
-  if config.image_size is not None:
-    image_size(config)
   pipe = loading.load_text_to_image(config.model, dtype=config.dtype, seed=config.seed)
   size = at_size(config, loading.text_to_image(pipe)).image_size
 
