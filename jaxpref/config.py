@@ -27,6 +27,7 @@ from jaxpref.recipes.facts import (
 from jaxpref.recipes.places import Place
 from jaxpref.recipes.rewards import PREFERENCE_MODEL, is_function, reward_terms
 from jaxpref.recipes.sections import Section, convert, fields, read
+from jaxpref.recipes.sizes import MAX_PIXELS, is_size
 
 REMAT = ("none", "attention", "block", "full")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
@@ -74,7 +75,7 @@ class Data(Section):
   flip_labels: float = 0.0  # share of labels that is flipped, for studies of noise
   caption_dropout: float = 0.0  # share of captions replaced by the empty prompt
   flip: bool = False  # mirror half of the pairs, both images of a pair together
-  random_crop: bool = False  # or the central square
+  random_crop: bool = False  # or the central part
   num_threads: int = 2
   num_workers: int = 0  # processes that decode images; 0: the threads do
 
@@ -92,7 +93,7 @@ class Data(Section):
     self.integers(0, "max_per_prompt", "num_threads", "num_workers")
     self.require(not self.keep_best or self.ties == "drop", "keep_best", "False unless ties are dropped")
     cropped = self.source == "precomputed" and self.random_crop
-    self.require(not cropped, "random_crop", "False: precomputed images are central squares")
+    self.require(not cropped, "random_crop", "False: precomputed images are central parts")
 
   def check_with(self, config: "Config", of: Facts) -> None:
     what = SOURCES[self.source][1]
@@ -278,14 +279,14 @@ class Spo(Section):
   next_latent: str = "random"  # random, winner or loser
   pool_last_step: bool = False  # a pool in the last step, too (SD 1.5's rollout), with inner_steps 0
   step_aware: bool = True  # False: the preference model is told time 0 at every step
-  decode_size: int = 0  # pixels a side that predictions are decoded at, for the preference model; 0: the images'
+  decode_size: int = 0  # of predictions' shorter side, in pixels, for the preference model; 0: the images' own
   ratio_clip: float = 0.1
   minibatch: int = 32  # transitions of one update
 
   def check(self) -> None:
     self.one_of("next_latent", ("random", "winner", "loser"))
     self.guidance(self.guidance_scale)
-    self.require(self.decode_size >= 0, "decode_size", "0 (the images' own size) or pixels a side")
+    self.require(self.decode_size >= 0, "decode_size", "0 (the images' own size) or pixels of the shorter side")
 
   def check_with(self, config: "Config", of: Facts) -> None:
     if of.section != "spo":
@@ -359,7 +360,7 @@ class Spm(Section):
 
   def check(self) -> None:
     self.guidance(self.guidance_scale)
-    self.require(self.decode_size >= 0, "decode_size", "0 (the images' own size) or pixels a side")
+    self.require(self.decode_size >= 0, "decode_size", "0 (the images' own size) or pixels of the shorter side")
 
   def check_with(self, config: "Config", of: Facts) -> None:
     started = of.section != "spm" or bool(config.preference_model)
@@ -466,6 +467,8 @@ class Config(Section):
   reward: str = ""
   reward_timeout: float = 600.0  # seconds that such a function may take for the images of an iteration
   judge: Place | None = None  # evaluation only
+  # Pixels of the images that are trained on and drawn: a side, or (height, width); None: by the UNet's sample_size.
+  image_size: int | tuple[int, int] | None = None
   mesh: Mesh = Mesh()
   max_bad_steps: int = 5  # steps in a row whose loss or gradient is not finite, and whose update is left out; then stop
   profile_steps: str = ""  # START:STOP, e.g. 10:13: a profile of these steps in WORKDIR/profile
@@ -499,6 +502,8 @@ class Config(Section):
     self.integers(1, "num_steps", "batch_size", "accumulation", "max_bad_steps")
     self.require(self.vae_slicing >= 0, "vae_slicing", "0 (all at once) or a number of images")
     self.require(0.0 < self.reward_timeout < math.inf, "reward_timeout", "a number of seconds above 0")
+    expected = f"pixels of a side, or of height and width, each from 1 to {MAX_PIXELS}: 512, or 768,512"
+    self.require(self.image_size is None or is_size(self.image_size), "image_size", expected)
 
   def check_with(self, config: "Config", of: Facts) -> None:
     self.require(
@@ -512,6 +517,9 @@ class Config(Section):
     self.require(not self.train_text_encoder or whole, "train_text_encoder", expected)
     encoded = self.data.source == "precomputed" and self.train_text_encoder
     self.require(not encoded, "train_text_encoder", "False: the prompts of precomputed data are encoded")
+    sized = of.trains in ("clip", "judge")
+    expected = f"None for {self.objective}: its network takes squares of one size"
+    self.require(self.image_size is None or not sized, "image_size", expected)
     expected = "nothing for this objective: it is for those with a UNet"
     self.require(not self.vae_model or of.trains in ("denoiser", "scorer"), "vae_model", expected)
     own = of.trains == "denoiser" and self.family == "stable_diffusion"
@@ -674,7 +682,7 @@ def smoke(config: ml_collections.ConfigDict, preset: str) -> None:
     preset: of `jaxpref.models.presets`: "sd15-miniature" or "sdxl-miniature".
   """
   config.model = f"random:{preset}"
-  config.vae_model = config.unet_model = None
+  config.vae_model = config.unet_model = config.image_size = None
   of = facts(config)
   if of.scorer:
     config.preference_model = f"random:{preset}"

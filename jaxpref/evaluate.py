@@ -32,9 +32,9 @@ from jaxpref.devices import distributed, endings, sharding
 from jaxpref.evaluation import comparison, drawing, settings
 from jaxpref.evaluation import folder as evaluation_folder
 from jaxpref.files import adapters, loading
-from jaxpref.files import family as families
 from jaxpref.recipes import places
 from jaxpref.recipes.messages import listed
+from jaxpref.recipes.sizes import sides
 from jaxpref.rewards import published
 
 Model = tuple[str, tuple[adapters.LoraFile, ...]]  # as of --model and --lora of jaxpref.sample
@@ -129,6 +129,8 @@ def arguments_of_run(config: Config, workdir: str) -> argparse.Namespace:
   fields |= {"seeds": e.seeds_per_prompt, "seed": e.seed, "steps": e.num_inference_steps, "eta": e.eta}
   fields |= {"guidance_scale": e.guidance_scale, "batch_size": e.batch_size, "dtype": config.dtype}
   fields |= {"preferred_style": config.data.preferred_style, "out": pathlib.Path(workdir) / "evaluation"}
+  if config.image_size is not None:
+    fields["height"], fields["width"] = sides(config.image_size)
   if e.num_prompts:  # 0: all
     fields["num_prompts"] = min(e.num_prompts, len(read_prompts(prompts)))
   args = make_parser().parse_args(command + [f"--{name}={value}" for name, value in fields.items()])
@@ -163,7 +165,7 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Model], list[prompt_sets.
 def evaluate(args: argparse.Namespace) -> None:
   """Draws, scores, writes, and prints the table. Several processes of JAX share the work."""
   models, prompts = check(args)
-  sizes = check_sizes(models, height=args.height, width=args.width, family=args.family, vae_model=args.vae_model)
+  sizes = check_sizes(models, args)
   if args.geneval_layout:
     prompt_sets.check_geneval(prompts)
   if args.out.exists() and not args.out.is_dir():
@@ -300,26 +302,19 @@ def read_prompts(name: str, *, kind: str | None = None, count: int | None = None
   return prompts
 
 
-def check_sizes(
-  models: dict[str, Model],
-  *,
-  height: int | None,
-  width: int | None,
-  family: str | None = None,
-  vae_model: str | None = None,
-) -> dict[str, list[int]]:
+def check_sizes(models: dict[str, Model], args: argparse.Namespace) -> dict[str, list[int]]:
   """Height and width of each model's pictures, from its configs alone.
 
   Raises:
-    ValueError: they differ, so that pictures cannot be compared.
+    ValueError: they differ, so that pictures cannot be compared; or a model cannot draw them.
     FileNotFoundError: a model, a LoRA or the VAE is not there.
   """
   found = {}
   for name, (source, loras) in models.items():
-    of, folder = families.get(families.of_run(source, family), "--family"), settings.model_folder(source)
-    families.look_for(of, folder, vae_model=vae_model, loras=[file for file, _ in loras])
-    model = of.model(of.load(folder, dtype="float32", components=()))
-    found[name] = [height or model.image_size, width or model.image_size]
+    of = families.get(families.of_run(source, args.family), "--family")
+    files = [file for file, _ in loras]
+    families.look_for(of, settings.model_folder(source), vae_model=args.vae_model, loras=files)
+    found[name] = list(settings.check_size(source, args))
   first = next(iter(found))
   for name, size in found.items():
     if size != found[first]:

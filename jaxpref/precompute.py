@@ -40,7 +40,7 @@ from jaxpref.devices import chips, distributed, endings, sharding
 from jaxpref.files import family as families
 from jaxpref.files import loading
 from jaxpref.models.base import Model
-from jaxpref.training import inputs
+from jaxpref.training import build, inputs
 
 GIB = 2.0**30
 AGAIN = "the same command goes on"
@@ -87,12 +87,13 @@ def run(
   plan: dict[str, Any] = {
     "format": latents.FORMAT,
     "kind": inputs.precomputable(config_lib.facts(config)),
-    "config": inputs.precomputed_fields(config),
+    "config": inputs.precomputed_fields(config) | {"image_size": config.image_size},
     "rows_per_file": rows_per_file,
   }
   latents.check_plan(folder, plan)  # before anything is looked at that takes time
   inputs.look_for(config)
   families.look_for(families.get(config.family), loading.model_name(config), vae_model=config.vae_model)
+  build.check_image_size(config)
   plan |= {"weights": inputs.encoder_fingerprints(config), "data": inputs.data_fingerprint(config)}
   latents.check_plan(folder, plan)
   if is_complete(folder):
@@ -168,7 +169,7 @@ def _run(
     vae_model=config.vae_model,
     components=[name for name in of.networks if name != of.denoiser],
   )
-  model = of.model(pipe, vae_slicing=config.vae_slicing * mesh.size or None)
+  model = build.at_size(config, of.model(pipe, vae_slicing=config.vae_slicing * mesh.size or None))
   data = _open_data(config, model, pipe.tokenize)
   empty = pipe.tokenize([""])[0]
   plan |= {

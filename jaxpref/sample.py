@@ -61,8 +61,9 @@ def draw(args: argparse.Namespace) -> None:
   else:
     prompts = prompt_sets.given(args.prompts, option="--prompts")
   drawing.check_count(len(prompts), args.seeds)
-  mesh = sharding.make_mesh()
-  model, weights, tokenize = settings.load(loading.with_unet(args.model, args.unet_model), loras, args, mesh)
+  mesh, name = sharding.make_mesh(), loading.with_unet(args.model, args.unet_model)
+  settings.check_size(name, args)
+  model, weights, tokenize = settings.load(name, loras, args, mesh)
   names = [f"{p:04d}_{i}{slug(prompt)}.png" for p, prompt in enumerate(prompts) for i in range(args.seeds)]
   batches = drawing.draw(
     model,

@@ -172,6 +172,26 @@ def test_sdxl_takes_the_same_steps_at_each_images_size(tmp_path):
   assert distance(found_last, last) < 0.05 * distance(first, last)
 
 
+def test_images_whose_sides_differ_are_the_same_precomputed(tmp_path):
+  c = recipe("sdxl-miniature", image_size=(16, 24))
+  assert precompute.run(c, tmp_path / "wide", **OPTIONS)
+  trained = trained_on(c, tmp_path / "wide")
+  assert latents.open_folder(tmp_path / "wide").manifest["image_size"] == [16, 24]
+  found, whole = next(build.build(trained).batches()), build.build(c)
+  batch = next(whole.batches())
+  moments = jax.jit(functools.partial(inputs.stored_moments, whole.model))(whole.frozen, batch["pixels_1"])
+  assert batch["pixels_1"].shape == (4, 16, 24, 3) and found["moments_1"].shape == moments.shape
+  np.testing.assert_allclose(found["moments_1"], moments, atol=2e-2)
+  np.testing.assert_array_equal(found["sizes_1"], batch["sizes_1"])
+  assert (found["sizes_1"][:, 4:] == (16, 24)).all()
+  for size in (None, (24, 16)):
+    trained.image_size = c.image_size = size
+    with pytest.raises(ValueError, match="is of images of 16 x 24 pixels, random:sdxl-miniature wants (16|24) x 16"):
+      build.build(trained).batches()
+    with pytest.raises(ValueError, match=r"was begun with config.image_size=\[16, 24\], and now it is"):
+      precompute.run(c, tmp_path / "wide", **OPTIONS)
+
+
 class Encoder(StubModel):
   """A stub whose latents are drawn, from a mean and a variance."""
 
@@ -383,7 +403,9 @@ def test_what_cannot_be_trained_on_a_folder(folder, fields, sentence):
 def test_a_folder_of_other_sizes_or_without_mirrored_images_is_refused(folder, tmp_path, monkeypatch):
   monkeypatch.setattr(latents, "open_folder", lambda path: dataclasses.replace(data, manifest=data.manifest | change))
   data, change = latents_open(folder), {"image_size": 32}
-  with pytest.raises(ValueError, match="is of images of 32 pixels, random:sd15-miniature wants 16; make it again"):
+  with pytest.raises(
+    ValueError, match="is of images of 32 x 32 pixels, random:sd15-miniature wants 16 x 16; set config.im"
+  ):
     build.build(trained_on(recipe(), folder)).batches()
   change = {"config": data.manifest["config"] | {"data.flip": False}}
   with pytest.raises(ValueError, match=r"was precomputed with config.data.flip=False, expected True"):

@@ -1,6 +1,7 @@
 """What a model is conditioned on, and how it is guided, against the pipelines of torch diffusers; long prompts."""
 
 import dataclasses
+import json
 import warnings
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from jaxpref.diffusion import samplers
 from jaxpref.evaluation import drawing
 from jaxpref.files import loading, pipelines, tokenizers
+from jaxpref.models import presets
 from jaxpref.models.base import guided
 from jaxpref.models.vae import to_uint8
 from jaxpref.planning import flops
@@ -194,6 +196,33 @@ def test_all_options_together_draw_what_diffusers_draws(models):
   assert np.abs(ours - expected).mean() <= 0.05  # of 255; measured: 0
   for name, other in without.items():
     assert np.abs(other - expected).mean() > 0.3, f"{name} shows nothing"
+
+
+def test_a_model_of_another_size_draws_what_diffusers_draws(models):
+  """Which tells SDXL this size, height first."""
+  model, params, pipe, theirs = models
+  wide = model.at_size(16, 24)
+  assert wide.image_size == (16, 24) and wide.latent_shape == (8, 12, 4)
+  found = draw((wide, params, pipe, theirs))
+  expected = pictures(theirs, noise(wide.latent_shape), height=16, width=24)
+  assert found.shape == (2, 16, 24, 3) and expected.std() > 5
+  assert np.abs(found - expected).mean() <= 0.05
+
+
+def test_a_pair_in_sample_size_is_the_size_that_diffusers_draws(tmp_path):
+  """Diffusers' pipeline of SDXL takes one number only."""
+  preset = presets.get_preset("one-level")
+  preset = dataclasses.replace(preset, unet=dataclasses.replace(preset.unet, sample_size=(8, 12)))
+  folder = pipelines.save_pipeline(tmp_path / "model", pipelines.random_pipeline(preset, 3))
+  assert json.loads((folder / "unet" / "config.json").read_text())["sample_size"] == [8, 12]
+  pipe = pipelines.load_pipeline(folder)
+  theirs = CLASSES["sd15-miniature"].from_pretrained(folder, dtype=torch.float32)
+  theirs.set_progress_bar_config(disable=True)
+  model, params = loading.text_to_image(pipe), dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
+  found = draw((model, params, pipe, theirs))
+  expected = pictures(theirs, noise(model.latent_shape))
+  assert model.image_size == (16, 24) and found.shape == expected.shape == (2, 16, 24, 3)
+  assert np.abs(found - expected).mean() <= 0.05
 
 
 def test_an_empty_negative_prompt_draws_what_diffusers_draws(models):

@@ -35,7 +35,7 @@ from jaxpref.data import records
 Tokenize = Callable[[list[str]], np.ndarray]
 Batch = dict[str, np.ndarray]
 # (position, whether the caption is dropped, whether images are mirrored) -> a row of a batch; with random crops also
-# where the squares lie, a `records.Place`. Of a row's fields `caption` becomes `input_ids`, and `skipped` is noted.
+# where the crops lie, a `records.Place`. Of a row's fields `caption` becomes `input_ids`, and `skipped` is noted.
 Row = Callable[..., Mapping[str, Any]]
 
 CAPTIONS_KEPT = 100_000  # whose token ids are remembered

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from jaxpref.data import batching, emoji, records
+from jaxpref.recipes.sizes import Size, sides
 
 # ---- Pairs -------------------------------------------------------------------------------------------------------
 
 
 def _pixels(image: np.ndarray, flip: bool) -> np.ndarray:
-  """u8[S, S, 3], mirrored or not; the model makes floats of it, so that a batch is small."""
+  """u8[H, W, 3], mirrored or not; the model makes floats of it, so that a batch is small."""
   if not flip:
     return image
   mirrored = np.empty_like(image)
@@ -34,7 +35,7 @@ def _pair_fields(record: Mapping[str, Any], index: int) -> dict[str, Any]:
 @dataclasses.dataclass(frozen=True)
 class _PairRow:
   reader: records.Reader
-  image_size: int
+  image_size: Size
   labels: np.ndarray
   weights: np.ndarray | None
 
@@ -96,7 +97,7 @@ def pair_batches(
   source: records.Source,
   *,
   batch_size: int,
-  image_size: int,
+  image_size: Size,
   tokenize: batching.Tokenize,
   seed: int,
   caption_dropout: float = 0.0,
@@ -120,13 +121,14 @@ def pair_batches(
       preferred, 0: image_1, 0.5: tie) and optionally num_example_per_prompt, weight, id, and original_size_0 and
       original_size_1: [height, width] of an image that is stored smaller than it was, for SDXL's size conditioning.
     batch_size: pairs in a batch, over all processes.
-    image_size: side of the images; others are cropped to a square and resampled, see `records.decode`.
+    image_size: of the images: side of squares, or (height, width); others are cropped to this shape and resampled, see
+      `records.decode`.
     tokenize: captions -> i32[n, L]; called for those of a batch that are not remembered.
     seed: of order, dropout, flips and crops.
     caption_dropout: share of pairs whose caption is replaced by the empty one.
     drop_ties: leave out the pairs with label 0.5.
     flip: mirror half of the pairs, both images of a pair alike.
-    random_crop: crop to a square drawn for each pair and epoch, at the same place in both images (in the same share of
+    random_crop: crop to a part drawn for each pair and epoch, at the same place in both images (in the same share of
       what is left out, where their sizes differ); else to the central one.
     kept: i64[M], the records to use; None: all.
     labels: f32[M], of the records that are kept: the probability that image_0 is preferred, in place of label_0.
@@ -137,7 +139,7 @@ def pair_batches(
     num_workers: processes that prepare batches ahead, in place of the threads; 0: none. The source is pickled for them.
 
   Returns:
-    Batches of input_ids i32[B, L], pixels_0 and pixels_1 u8[B, S, S, 3], sizes_0 and sizes_1 f32[B, 6] (of each
+    Batches of input_ids i32[B, L], pixels_0 and pixels_1 u8[B, H, W, 3], sizes_0 and sizes_1 f32[B, 6] (of each
     image, see `records.sizes`), label_0 f32[B], num_example_per_prompt i32[B], weight f32[B], which is
     1 / num_example_per_prompt where nothing else is given, and record i32[B], the place of the pair in the source.
     B = batch_size / process_count.
@@ -184,7 +186,7 @@ def pair_batches(
 
 
 def emoji_images(
-  image_size: int,
+  image_size: Size,
   *,
   subset: str = "core",
   split: str | None = "train",
@@ -192,14 +194,19 @@ def emoji_images(
 ) -> list[dict[str, Any]]:
   """The embedded images as a source: one record for each emoji and style.
 
+  Args:
+    image_size: side of the images, or (height, width), to which the squares are cropped as by `records.decode`.
+    subset, split: of the emoji.
+    styles: each drawing is a record.
+
   Returns:
-    Records with image u8[S, S, 3], caption, style (index into `emoji.STYLES`), class_id and id.
+    Records with image u8[H, W, 3], caption, style (index into `emoji.STYLES`), class_id and id.
   """
   chosen = emoji.load_index(subset, split)
   class_ids = [e.class_id for e in chosen]
   source = []
   for style in styles:
-    tiles = emoji.load_tiles(style, image_size, class_ids=class_ids)
+    tiles = _tiles(style, image_size, class_ids)
     for e, tile in zip(chosen, tiles, strict=True):
       source.append(
         {
@@ -213,6 +220,15 @@ def emoji_images(
   return source
 
 
+def _tiles(style: str, image_size: Size, class_ids: Sequence[int]) -> np.ndarray:
+  """u8[N, H, W, 3] of a style."""
+  height, width = sides(image_size)
+  if height == width:
+    return emoji.load_tiles(style, height, class_ids=class_ids)
+  tiles = emoji.load_tiles(style, class_ids=class_ids)
+  return np.stack([records.decode(tile, image_size)[0] for tile in tiles])
+
+
 def _image_fields(record: Mapping[str, Any], index: int, *, with_captions: bool) -> dict[str, Any]:
   found: dict[str, Any] = {"style": int(record.get("style", -1)), "class_id": int(record.get("class_id", -1))}
   if with_captions:
@@ -223,7 +239,7 @@ def _image_fields(record: Mapping[str, Any], index: int, *, with_captions: bool)
 @dataclasses.dataclass(frozen=True)
 class _ImageRow:
   reader: records.Reader
-  image_size: int
+  image_size: Size
   with_captions: bool
 
   def __call__(self, position: int, dropped: bool, flipped: bool, place: records.Place | None = None) -> dict[str, Any]:
@@ -246,7 +262,7 @@ def image_batches(
   source: records.Source | None = None,
   *,
   batch_size: int,
-  image_size: int,
+  image_size: Size,
   tokenize: batching.Tokenize | None = None,
   seed: int,
   subset: str = "core",
@@ -267,7 +283,7 @@ def image_batches(
       and class_id (integers), id, and original_size: [height, width] of an image that is stored smaller than it was;
       None: the embedded emoji. None is read before its turn.
     batch_size: images in a batch, over all processes.
-    image_size: side of the images.
+    image_size: of the images: side of squares, or (height, width).
     tokenize: captions -> i32[n, L]; None: no input_ids.
     seed: of order, dropout, flips and crops.
     subset: of the emoji, "core" or "all".
@@ -275,14 +291,14 @@ def image_batches(
     styles: of the emoji; each drawing is a record.
     caption_dropout: share of images whose caption is replaced by the empty one.
     flip: mirror half of the images.
-    random_crop: crop to a square drawn for each image and epoch; else to the central one.
+    random_crop: crop to a part drawn for each image and epoch; else to the central one.
     process_index: this process.
     process_count: processes that share each batch.
     num_threads: threads that prepare batches ahead.
     num_workers: processes that do, in place of the threads; 0: none.
 
   Returns:
-    Batches of pixels u8[B, S, S, 3], sizes f32[B, 6] (see `records.sizes`), style i32[B] and class_id i32[B] (-1
+    Batches of pixels u8[B, H, W, 3], sizes f32[B, 6] (see `records.sizes`), style i32[B] and class_id i32[B] (-1
     where the source has none), label f32[B] where the source has it, input_ids i32[B, L], and record i32[B], the place
     of the image in the source.
 

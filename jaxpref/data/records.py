@@ -6,6 +6,7 @@ u8[H, W, 3] arrays; strings may be bytes, as tfds gives them.
 
 import io
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from jaxpref.data import paths, samples
 from jaxpref.recipes.messages import listed
+from jaxpref.recipes.sizes import Size, sides
 
 logger = logging.getLogger(__name__)
 LABELS = (0.0, 0.5, 1.0)
@@ -171,12 +173,12 @@ def label_of(record: Mapping[str, Any], index: int) -> float:
 
 
 class Framing(NamedTuple):
-  """What an image was before it was made a square: the size conditioning of SDXL (arXiv 2307.01952, Section 2.2).
+  """What an image was before it was cropped: the size conditioning of SDXL (arXiv 2307.01952, Section 2.2).
 
   Attributes:
     height, width: of the original, before any resizing, in pixels.
     top, left, right: what the crop leaves out above, to the left and to the right, in pixels of the image resized so
-      that its shorter side is the side of the square; to the nearest pixel.
+      that it just covers the crop; to the nearest pixel.
   """
 
   height: int
@@ -186,19 +188,19 @@ class Framing(NamedTuple):
   right: int
 
 
-# Where a square lies in an image: the shares of the rows above it and of the columns to its left among all that it
+# Where a crop lies in an image: the shares of the rows above it and of the columns to its left among all that it
 # leaves out, both in [0, 1).
 Place = tuple[float, float]
 
 
-def framing_of(height: int, width: int, image_size: int, place: Place | None = None) -> Framing:
-  """The framing of an image of a size in pixels, of which a square is resized to `image_size`; see `decode`."""
-  top, left, side = _square(height, width, place)
-  scale = image_size / side
-  return Framing(height, width, round(top * scale), round(left * scale), round((width - side - left) * scale))
+def framing_of(height: int, width: int, image_size: Size, place: Place | None = None) -> Framing:
+  """The framing of an image of a size in pixels, of which a crop is resized to `image_size`; see `decode`."""
+  top, left, rows, columns = _crop(height, width, image_size, place)
+  down, right = (n / old for n, old in zip(sides(image_size), (rows, columns), strict=True))
+  return Framing(height, width, round(top * down), round(left * right), round((width - columns - left) * right))
 
 
-def sizes(framing: Framing, image_size: int, *, flip: bool = False) -> np.ndarray:
+def sizes(framing: Framing, image_size: Size, *, flip: bool = False) -> np.ndarray:
   """SDXL's f32[6]: original height, width, crop top, left, target height, width, in the order of diffusers.
 
   As in diffusers' train_text_to_image_sdxl.py, original height and width are those before the resize, and the crop is
@@ -209,11 +211,11 @@ def sizes(framing: Framing, image_size: int, *, flip: bool = False) -> np.ndarra
 
   Args:
     framing: of the image.
-    image_size: side of the square, the target size.
-    flip: the square was mirrored.
+    image_size: the target size: side of a square, or (height, width).
+    flip: the crop was mirrored.
   """
   left = framing.right if flip else framing.left
-  return np.asarray([framing.height, framing.width, framing.top, left, image_size, image_size], np.float32)
+  return np.asarray([framing.height, framing.width, framing.top, left, *sides(image_size)], np.float32)
 
 
 def original_size(record: Mapping[str, Any], index: int, image_field: str) -> tuple[int, int] | None:
@@ -239,12 +241,22 @@ def original_size(record: Mapping[str, Any], index: int, image_field: str) -> tu
   return height, width
 
 
-def _square(height: int, width: int, place: Place | None) -> tuple[int, int, int]:
-  """Top, left and side of the largest square, central (None) or at a place; whole pixels, all equally likely."""
-  side = min(height, width)
+def _crop(height: int, width: int, image_size: Size, place: Place | None) -> tuple[int, int, int, int]:
+  """Top, left, height and width of the largest part of an image that has the shape of `image_size`.
+
+  It is as high or as wide as the image; the other side is rounded. It is central (None), or at a place. All are whole
+  pixels, and all places are equally likely.
+  """
+  high, wide = sides(image_size)
+  rows, columns = min(height, _rounded(width * high, wide)), min(width, _rounded(height * wide, high))
   if place is None:
-    return (height - side) // 2, (width - side) // 2, side
-  return int(place[0] * (height - side + 1)), int(place[1] * (width - side + 1)), side
+    return (height - rows) // 2, (width - columns) // 2, rows, columns
+  return int(place[0] * (height - rows + 1)), int(place[1] * (width - columns + 1)), rows, columns
+
+
+def _rounded(pixels: int, by: int) -> int:
+  """Returns pixels / by to the nearest whole number, and at least 1."""
+  return max(1, (2 * pixels + by) // (2 * by))
 
 
 # How a picture is turned upright by the value of EXIF's orientation; viewers do so, and with them who judged it.
@@ -279,10 +291,10 @@ def open_image(image: bytes | np.ndarray) -> Image.Image:
   return _open(image)[0]
 
 
-def _open(image: bytes | np.ndarray, at_least: int | None = None) -> tuple[Image.Image, tuple[int, int], int]:
+def _open(image: bytes | np.ndarray, at_least: Size | None = None) -> tuple[Image.Image, tuple[int, int], int]:
   """The picture; its height and width in the file, upright; and by how much the decoder made it smaller.
 
-  By 1, or with `at_least`, the length that the sides of the picture keep, by 2 or 4.
+  By 1, or with `at_least`, the size that the picture still covers when it is upright, by 2 or 4.
   """
   if isinstance(image, np.ndarray):
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
@@ -293,7 +305,9 @@ def _open(image: bytes | np.ndarray, at_least: int | None = None) -> tuple[Image
     width, height = picture.size
     reduced = 1
     if at_least and picture.format == "JPEG":
-      reduced = next((n for n in (4, 2) if min(height, width) >= n * at_least), 1)
+      upright = (width, height) if _orientation(picture) >= 5 else (height, width)
+      times = min(old // new for old, new in zip(upright, sides(at_least), strict=True))
+      reduced = next((n for n in (4, 2) if times >= n), 1)
       picture.draft(None, (width // reduced, height // reduced))  # type: ignore[arg-type]
     raw = samples.raw_mode(picture)
     picture.load()
@@ -315,8 +329,8 @@ def _open(image: bytes | np.ndarray, at_least: int | None = None) -> tuple[Image
     raise UnreadableImage(str(error) or type(error).__name__) from error
 
 
-def decode(image: bytes | np.ndarray, image_size: int, place: Place | None = None) -> tuple[np.ndarray, Framing]:
-  """Decodes, crops to a square as high or as wide as the image, and resamples with antialiasing (Lanczos).
+def decode(image: bytes | np.ndarray, image_size: Size, place: Place | None = None) -> tuple[np.ndarray, Framing]:
+  """Decodes, crops to a part as high or as wide as the image, and resamples with antialiasing (Lanczos).
 
   JPEG files that are at least 2 (4) times as large as needed are decoded at a half (a quarter) of their size, which the
   format allows, and resampled from there: at twice the size that takes a fifth of the time. Against resampling the
@@ -325,20 +339,22 @@ def decode(image: bytes | np.ndarray, image_size: int, place: Place | None = Non
 
   Args:
     image: an image file's bytes (transparency becomes white), or u8[H, W, 3].
-    image_size: side of the result in pixels.
-    place: where the square lies; None: in the middle.
+    image_size: of the result in pixels: side of a square, or (height, width), whose shape the part has. Its sides are
+      whole pixels, so that the shape differs by half a pixel of the image at most.
+    place: where the part lies; None: in the middle.
 
   Returns:
-    u8[image_size, image_size, 3]; and the size of the image as it was given, and where the square lies in it.
+    u8[height, width, 3]; and the size of the image as it was given, and where the part lies in it.
 
   Raises:
     UnreadableImage: the bytes are corrupt or truncated.
   """
   picture, (height, width), reduced = _open(image, at_least=image_size)
-  if picture.size != (image_size, image_size):
-    top, left, side = _square(height, width, place)
-    box = (left / reduced, top / reduced, (left + side) / reduced, (top + side) / reduced)
-    picture = picture.resize((image_size, image_size), Image.Resampling.LANCZOS, box=box)
+  high, wide = sides(image_size)
+  if picture.size != (wide, high):
+    top, left, rows, columns = _crop(height, width, image_size, place)
+    box = (left / reduced, top / reduced, (left + columns) / reduced, (top + rows) / reduced)
+    picture = picture.resize((wide, high), Image.Resampling.LANCZOS, box=box)
   elif isinstance(image, np.ndarray):
     return image, framing_of(height, width, image_size)
   return np.asarray(picture), framing_of(height, width, image_size, place)
@@ -371,7 +387,7 @@ class Reader:
   def __init__(
     self,
     source: Source,
-    image_size: int,
+    image_size: Size,
     *,
     image_fields: Sequence[str],
     convert: Callable[[Mapping[str, Any], int], dict[str, Any]],
@@ -382,7 +398,7 @@ class Reader:
 
     Args:
       source: the records.
-      image_size: side of the decoded images.
+      image_size: of the decoded images, see `decode`.
       image_fields: the fields that hold images.
       convert: (record, index) -> the other fields wanted.
       kept: indices of the records to use; None: all.
@@ -398,7 +414,7 @@ class Reader:
     self._skipped: dict[int, Skip] = {}
     self._warns = True
     self._lock = threading.Lock()
-    size = len(self.kept) * len(self._image_fields) * image_size * image_size * 3
+    size = len(self.kept) * len(self._image_fields) * math.prod(sides(image_size)) * 3
     self._cache: dict[int, dict[str, Any]] | None = {} if size <= CACHE_BYTES else None
 
   def __getstate__(self) -> dict[str, Any]:
@@ -434,7 +450,7 @@ class Reader:
       )
 
   def __getitem__(self, position: int) -> dict[str, Any]:
-    """`read` with the squares in the middle."""
+    """`read` with the crops in the middle."""
     return self.read(position)
 
   def read(self, position: int, place: Place | None = None) -> dict[str, Any]:
@@ -442,10 +458,10 @@ class Reader:
 
     Args:
       position: in `kept`.
-      place: where the squares lie in all of its images, see `decode`; None: in the middle.
+      place: where the crops lie in all of its images, see `decode`; None: in the middle.
 
     Returns:
-      Images u8[S, S, 3]; the converted fields; `framing`, a dict with a `Framing` for each image field, whose size is
+      Images u8[H, W, 3]; the converted fields; `framing`, a dict with a `Framing` for each image field, whose size is
       the record's `original_size` of the image where there is one, that of the stored image otherwise; `position`, of
       the record that was read; and `skipped`, a list of `Skip` for the records that were stepped over.
 

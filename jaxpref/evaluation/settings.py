@@ -18,9 +18,9 @@ from jaxpref.files import adapters, loading
 from jaxpref.files import family as families
 from jaxpref.models.base import Model
 from jaxpref.recipes.sections import MAX_STEPS
+from jaxpref.recipes.sizes import MAX_PIXELS, sides
 
 MAX_SEEDS = 10**6  # pictures of a prompt
-MAX_PIXELS = 2**14  # a side
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +72,6 @@ def load(
 
 def of_draw(args: argparse.Namespace, model: Model, tokenize: Callable[[list[str]], np.ndarray]) -> dict[str, Any]:
   """The arguments of `drawing.draw` that follow from those of the command."""
-  size = (args.height or model.image_size, args.width or model.image_size) if args.height or args.width else None
   return dict(
     seeds_per_prompt=args.seeds,
     num_inference_steps=args.steps,
@@ -83,8 +82,38 @@ def of_draw(args: argparse.Namespace, model: Model, tokenize: Callable[[list[str
     guidance_rescale=args.guidance_rescale,
     sampler=args.scheduler,
     karras=args.karras,
-    size=size,
+    size=size_of(args, model) if args.height or args.width else None,
   )
+
+
+def size_of(args: argparse.Namespace, model: Model) -> tuple[int, int]:
+  """Height and width that --height and --width ask for; the model's own where they say nothing.
+
+  Raises:
+    ValueError: the model cannot draw pictures of this size.
+  """
+  height, width = sides(model.image_size)
+  height, width = args.height or height, args.width or width
+  if args.height or args.width:
+    try:
+      model.latent_shape_for(height, width)
+    except ValueError as error:
+      given = [f"--{name}={getattr(args, name)}" for name in ("height", "width") if getattr(args, name)]
+      raise ValueError(f"{' '.join(given)}: {error}") from error
+  return height, width
+
+
+def check_size(name: str, args: argparse.Namespace) -> tuple[int, int]:
+  """`size_of` the model's configs alone, before its weights are read.
+
+  Args:
+    name: as of --model.
+  Raises:
+    ValueError: as of `size_of`.
+    FileNotFoundError: the model is not there.
+  """
+  of = families.get(families.of_run(name, args.family), "--family")
+  return size_of(args, of.model(of.load(model_folder(name), dtype="float32", components=())))
 
 
 def check(args: argparse.Namespace) -> None:

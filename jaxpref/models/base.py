@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.diffusion import Process
+from jaxpref.recipes.sizes import Size
 
 Weights = Mapping[str, Any]
 Cond = dict[str, Any]
@@ -34,8 +35,8 @@ class Model(Protocol):
     ...
 
   @property
-  def image_size(self) -> int:
-    """Height and width of the images in pixels."""
+  def image_size(self) -> Size:
+    """Of the images in pixels: the side of squares, or (height, width)."""
     ...
 
   @property
@@ -50,6 +51,10 @@ class Model(Protocol):
 
   def latent_shape_for(self, height: int, width: int) -> tuple[int, int, int]:
     """(h, w, C) of the latents of images of a size in pixels; raises ValueError for one that cannot be."""
+    ...
+
+  def at_size(self, height: int, width: int) -> "Model":
+    """The model with another `image_size`, in pixels; only `config.image_size` asks for it."""
     ...
 
   def predict(self, weights: Weights, x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
@@ -97,7 +102,7 @@ class Model(Protocol):
     ...
 
   def decode(self, weights: Weights, latents: jax.Array, *, size: int = 0) -> jax.Array:
-    """Images f32[B,H,W,3], about [-1, 1], of scaled latents; of another `size` in pixels a side where it is not 0."""
+    """Images f32[B,H,W,3], about [-1, 1], of scaled latents; the shorter side of `size` pixels where it is not 0."""
     ...
 
 

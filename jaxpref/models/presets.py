@@ -21,6 +21,7 @@ from jaxpref.models.clip import (
 from jaxpref.models.preference import Judge, JudgeConfig, StepAwareCLIPConfig
 from jaxpref.models.unet import UNet2DConditionModel, UNetConfig
 from jaxpref.models.vae import AutoencoderKL, VAEConfig
+from jaxpref.recipes.sizes import sides
 
 # What the networks of SD1.5 and SDXL were trained with, for a deterministic sampler.
 SCHEDULER = {
@@ -53,7 +54,7 @@ class Preset:
   """The architectures of one pipeline and of the models that judge its pictures.
 
   Attributes:
-    unet: denoiser; `sample_size` times the VAE's factor is the picture's size in pixels.
+    unet: denoiser; `sample_size`, a side or (height, width), times the VAE's factor is the picture's size in pixels.
     vae: autoencoder.
     text_encoder: first (or only) text encoder.
     text_encoder_2: SDXL's second text encoder, the one with a projection, or None.
@@ -286,8 +287,7 @@ def example_inputs(module: nn.Module) -> tuple[Any, ...]:
   c = module.config
   match module:
     case UNet2DConditionModel():
-      size = c.sample_size or 8
-      height, width = (size, size) if isinstance(size, int) else size
+      height, width = sides(c.sample_size or 8)
       added = None
       if c.addition_embed_type == "text_time":
         pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim

@@ -18,6 +18,7 @@ from jaxpref.models.base import Cond, Weights
 from jaxpref.models.clip import CLIPTextModel, layer_norm
 from jaxpref.models.unet import UNet2DConditionModel
 from jaxpref.models.vae import AutoencoderKL, scale_latents, to_float, unscale_latents
+from jaxpref.recipes.sizes import Size, of_sides, sides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class StableDiffusion:
       with, 1 for "the layer before that".
     vae_slicing: images that the VAE encodes or decodes at a time, on all devices together; None for all of a batch.
       At 1024 x 1024 pixels an image takes gigabytes on the way.
+    size: height and width of the images in pixels; None for those of the UNet's `sample_size`.
   """
 
   unet: UNet2DConditionModel
@@ -42,6 +44,7 @@ class StableDiffusion:
   zero_empty_prompt: bool = False
   clip_skip: int | None = None
   vae_slicing: int | None = None
+  size: tuple[int, int] | None = None
   denoiser = "unet"
 
   @property
@@ -50,21 +53,27 @@ class StableDiffusion:
     return self.vae.config.downscale
 
   @property
-  def image_size(self) -> int:
-    """Height and width of the images in pixels, from the UNet's `sample_size`."""
-    return self._latent_size * self.unit
-
-  @property
-  def _latent_size(self) -> int:
-    size = self.unet.config.sample_size
-    if not isinstance(size, int):
-      raise ValueError(f"unet config: sample_size={size!r}, expected one number, the side of square latents; set it.")
-    return size
+  def image_size(self) -> Size:
+    """Of the images in pixels: the side of squares, or (height, width)."""
+    height, width, _ = self.latent_shape
+    return of_sides(height * self.unit, width * self.unit)
 
   @property
   def latent_shape(self) -> tuple[int, int, int]:
     """(h, w, C) of one sample's latents."""
-    return (self._latent_size, self._latent_size, self.unet.config.in_channels)
+    if self.size is not None:
+      return self.latent_shape_for(*self.size)
+    size = self.unet.config.sample_size
+    if size is None:
+      raise ValueError(
+        "unet config: sample_size=None, expected the side of square latents, or [height, width]; set it."
+      )
+    return (*sides(size), self.unet.config.in_channels)
+
+  def at_size(self, height: int, width: int) -> "StableDiffusion":
+    """The model of images of another size in pixels; raises ValueError as `latent_shape_for`."""
+    self.latent_shape_for(height, width)
+    return dataclasses.replace(self, size=(height, width))
 
   def latent_shape_for(self, height: int, width: int) -> tuple[int, int, int]:
     """(h, w, C) of the latents of images of a size in pixels, another than the model's own."""
@@ -136,8 +145,8 @@ class StableDiffusion:
     second = self.text_encoder_2.apply({"params": weights["text_encoder_2"]}, ids_2)
     layer = -((clip_skip or 0) + 2)
     if time_ids is None:
-      size = float(self.image_size)
-      time_ids = jnp.asarray([[size, size, 0.0, 0.0, size, size]], jnp.float32)
+      size = sides(self.image_size)
+      time_ids = jnp.asarray([[*size, 0.0, 0.0, *size]], jnp.float32)
     return {
       "encoder_hidden_states": jnp.concatenate([e["hidden_states"][layer] for e in (first, second)], axis=-1),
       "added_cond_kwargs": {
@@ -190,13 +199,14 @@ class StableDiffusion:
     """Images f32[B,H,W,3], about [-1, 1], of scaled latents f32[B,h,w,C].
 
     Args:
-      size: height and width of smaller images, in pixels: the latents are shrunk first (linear, antialiased), so that
+      size: the shorter side of smaller images, in pixels: the latents are shrunk first (linear, antialiased), so that
         the VAE computes (size / H)^2 as much. What it makes is near to the whole images shrunk, and not the same.
         0: the latents' own.
     """
     if size:
-      height, width, _ = self.latent_shape_for(size, size)
-      shape = (latents.shape[0], height, width, latents.shape[3])
+      height, width = latents.shape[1:3]
+      smaller = (size * height // min(height, width), size * width // min(height, width))
+      shape = (latents.shape[0], *self.latent_shape_for(*smaller)[:2], latents.shape[3])
       latents = jax.image.resize(latents, shape, "linear")
     return self._vae("decode", weights, unscale_latents(self.vae.config, latents))
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxpref.models.attention import Transformer2DModel
 from jaxpref.models.config import ModelConfig
 from jaxpref.models.resnet import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv3x3, dense
+from jaxpref.recipes.sizes import is_size
 
 Dtype = Any
 
@@ -81,6 +82,8 @@ class UNetConfig(ModelConfig):
 
   def __post_init__(self):
     levels = len(self.block_out_channels)
+    expected = "the side of square latents, or [height, width]"
+    self._require(self.sample_size is None or is_size(self.sample_size), "sample_size", expected)
     for key, known in (
       ("down_block_types", ("DownBlock2D", "CrossAttnDownBlock2D")),
       ("up_block_types", ("UpBlock2D", "CrossAttnUpBlock2D")),

@@ -188,7 +188,7 @@ def convert(kind: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any
   return {name: _value(hints[name], value, prefix + name) for name, value in values.items()}
 
 
-_WORDS = {int: "an integer", float: "a number", str: "a text", bool: "True or False"}
+_WORDS = {int: "an integer", float: "a number", str: "a text", bool: "True or False", tuple: "a tuple"}
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:
@@ -207,7 +207,10 @@ def _value(hint: Any, value: Any, name: str) -> Any:
       return read(typing.cast(type, kind), value, f"{name}.")
     if origin is float and isinstance(value, int) and not isinstance(value, bool):
       return float(value)
+    if origin is tuple and isinstance(value, list):  # as JSON has them
+      return tuple(value)
     if origin is Any or not isinstance(origin, type) or isinstance(value, origin):
       return value
-  expected = " or ".join(_WORDS.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
+  origins = [typing.get_origin(kind) or kind for kind in kinds]
+  expected = " or ".join(_WORDS.get(kind, getattr(kind, "__name__", str(kind))) for kind in origins)
   raise ValueError(f"{name}={value!r}; expected {expected}.")

@@ -5,6 +5,7 @@ One function an objective family; with `inputs.py` and `train.py` the only place
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from jaxpref.models.base import Model
 from jaxpref.models.preference import Judge
 from jaxpref.models.vae import AutoencoderKL
 from jaxpref.objectives import base, catalog, pretraining
+from jaxpref.recipes.sizes import sides
 from jaxpref.rewards import terms
 from jaxpref.rewards.base import Weighted
 from jaxpref.rewards.loading import (
@@ -112,6 +114,7 @@ def build(config: AnyConfig, sharding: pipelines.Sharding = None, *, batch_devic
   """
   config = config_lib.typed(config)
   from_nothing = {"vae": _autoencode, "clip": _contrastive, "judge": _classify}
+  check_image_size(config)
   trains = catalog.method(config).facts.trains
   if trains in from_nothing:
     return from_nothing[trains](config)
@@ -121,17 +124,43 @@ def build(config: AnyConfig, sharding: pipelines.Sharding = None, *, batch_devic
   return _text_to_image(config, sharding, vae_slicing)
 
 
+def at_size(config: Config, model: Model) -> Model:
+  """The model of `config.image_size`, if it says one.
+
+  Raises:
+    ValueError: the model cannot draw images of this size.
+  """
+  if config.image_size is None:
+    return model
+  try:
+    height, width = sides(config.image_size)
+    model.latent_shape_for(height, width)
+  except ValueError as error:
+    raise ValueError(f"config.image_size={config.image_size}: {error}") from error
+  if not hasattr(model, "at_size"):
+    expected = f"None, as the models of config.family={config.family!r} have no at_size (docs/extending.md)"
+    raise ValueError(f"config.image_size={config.image_size}; expected {expected}.")
+  return model.at_size(height, width)
+
+
+def check_image_size(config: Config) -> None:
+  """Raises as `at_size`, before any weights are read."""
+  if config.image_size is not None:
+    at_size(config, families.get(config.family).model(_load(config, None, components=())))
+
+
 def _check_decode_size(config: Config, model: Model) -> None:
   """Refuses sizes that the objective's predictions cannot be decoded at."""
   section = catalog.method(config).options
   size = None if section is None else getattr(getattr(config, section), "decode_size", None)
   if size is None:
     return
-  unit = model.unit
-  if size % unit or not 0 <= size <= model.image_size:
+  shorter, longer = sorted(sides(model.image_size))
+  unit = model.unit * shorter // math.gcd(shorter, longer)  # so that the longer side is a multiple of model.unit, too
+  if size % unit or not 0 <= size <= shorter:
     raise ValueError(
       f"config.{section}.decode_size={size}; expected 0 (the images' own size) or a multiple of {unit} up to "
-      f"{model.image_size}, the pixels of {config.model}'s images."
+      f"{shorter}, the pixels of {config.model}'s images."
     )
 
 
@@ -218,7 +247,7 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
       frozen[adapter_name] = adapter
   # What the functions below hold on to stays in memory: not the parameters that training replaces.
   pipe = dataclasses.replace(pipe, params={k: v for k, v in pipe.params.items() if k not in components})
-  model = of.model(pipe, remat=config.remat, lora_scale=scale, vae_slicing=vae_slicing)
+  model = at_size(config, of.model(pipe, remat=config.remat, lora_scale=scale, vae_slicing=vae_slicing))
   _check_steps(config, model)
   _check_decode_size(config, model)
   num_classes = max(emoji.num_classes(config.data.subset), config.evaluation.candidates)
@@ -310,7 +339,7 @@ def _preference_model(
   config: Config, sharding: pipelines.Sharding, vae_slicing: int | None, batch_devices: int
 ) -> Experiment:
   pipe = _load(config, sharding)
-  model, tokenize = families.get(config.family).model(pipe, vae_slicing=vae_slicing), pipe.tokenize
+  model, tokenize = at_size(config, families.get(config.family).model(pipe, vae_slicing=vae_slicing)), pipe.tokenize
   _check_decode_size(config, model)
   assert config.preference_model is not None  # by config.check
   scorer, params = load_scorer(config.preference_model, dtype=config.dtype, seed=config.seed, sharding=sharding)
@@ -347,11 +376,11 @@ def _preference_model(
 
 def _autoencode(config: Config) -> Experiment:
   pipe = loading.load_text_to_image(config.model, dtype=config.dtype, seed=config.seed)
-  image_size = loading.text_to_image(pipe).image_size
+  size = at_size(config, loading.text_to_image(pipe)).image_size
 
   def export(params: Any, folder: pathlib.Path) -> None:
     """With the scaling factor that gives the training images' latents unit variance."""
-    images = np.stack([r["image"] for r in pipeline.emoji_images(image_size, subset=config.data.subset, split=None)])
+    images = np.stack([r["image"] for r in pipeline.emoji_images(size, subset=config.data.subset, split=None)])
     encode = jax.jit(lambda x: pipe.vae.apply({"params": params["vae"]}, x, method="encode")[0])
     latents = np.concatenate([encode(np.float32(images[i : i + 64]) / 127.5 - 1) for i in range(0, len(images), 64)])
     vae = AutoencoderKL(
@@ -364,7 +393,7 @@ def _autoencode(config: Config) -> Experiment:
     params={"vae": pipe.params["vae"]},
     frozen={},
     objective=pretraining.Autoencoding(pipe.vae, **config.vae.to_dict()),
-    batches=lambda: inputs.image_batches(config, image_size, None),
+    batches=lambda: inputs.image_batches(config, size, None),
     export=export,
     images_per_step=config.batch_size,
   )

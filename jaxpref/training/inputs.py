@@ -20,6 +20,7 @@ from jaxpref.files import folders, loading, tensors
 from jaxpref.models.base import Model
 from jaxpref.objectives import catalog
 from jaxpref.recipes import places
+from jaxpref.recipes.sizes import Size, in_words, sides
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def _shared_data_arguments(config: Config) -> dict[str, Any]:
 
 
 def pair_batches(
-  config: Config, image_size: int, tokenize: Callable[[list[str]], np.ndarray], **processes: int
+  config: Config, image_size: Size, tokenize: Callable[[list[str]], np.ndarray], **processes: int
 ) -> batching.Batches:
   """The pairs of `pairs_source`; `processes` may hold another process_index and process_count than this run's."""
   return pipeline.pair_batches(
@@ -154,7 +155,7 @@ def pair_batches(
 
 
 def image_batches(
-  config: Config, image_size: int, tokenize: Callable[[list[str]], np.ndarray] | None, source: Any = None
+  config: Config, image_size: Size, tokenize: Callable[[list[str]], np.ndarray] | None, source: Any = None
 ) -> batching.Batches:
   """Images of a source, or of the embedded emoji."""
   return pipeline.image_batches(
@@ -200,7 +201,7 @@ def prompt_batches(
   )
 
 
-def offline_batches(config: Config, image_size: int, tokenize: Callable[[list[str]], np.ndarray]) -> batching.Batches:
+def offline_batches(config: Config, image_size: Size, tokenize: Callable[[list[str]], np.ndarray]) -> batching.Batches:
   """The data of an objective that trains on images or pairs."""
   if config.data.source == "precomputed":
     return _precomputed_batches(config, image_size)
@@ -316,11 +317,14 @@ def open_precomputed(config: Config) -> latents.Precomputed:
   return data
 
 
-def _precomputed_batches(config: Config, image_size: int) -> batching.Batches:
+def _precomputed_batches(config: Config, image_size: Size) -> batching.Batches:
   data = open_precomputed(config)
   size = data.manifest["image_size"]
-  if size != image_size:
-    raise ValueError(f"{data.folder} is of images of {size} pixels, {config.model} wants {image_size}; make it again.")
+  if sides(size) != sides(image_size):
+    raise ValueError(
+      f"{data.folder} is of images of {in_words(size)} pixels, {config.model} wants {in_words(image_size)}; set "
+      "config.image_size to that, or make it again."
+    )
   return latents.batches(
     data,
     caption_dropout=config.data.caption_dropout,

@@ -45,15 +45,20 @@ def candidate_scores(config: Any, sizes: Sequence[int], num_prompts: int) -> tup
   from jaxpref.files import loading
   from jaxpref.models.base import guided, repeat_cond
   from jaxpref.objectives import spo
+  from jaxpref.recipes.sizes import sides
   from jaxpref.rewards import step_aware
   from jaxpref.rewards.base import Scores
   from jaxpref.rewards.loading import load_scorer
+  from jaxpref.training import build
 
   pipe = loading.load_text_to_image(config.model, dtype=config.dtype, param_dtype=config.dtype)
-  model = loading.text_to_image(pipe, vae_slicing=config.vae_slicing or None)
+  model = build.at_size(config, loading.text_to_image(pipe, vae_slicing=config.vae_slicing or None))
+  side, width = sides(model.image_size)
+  if side != width:
+    raise ValueError(f"--config: images of {side} x {width} pixels; expected a recipe of squares.")
   for size in sizes:
     if model.latent_shape_for(size, size) > model.latent_shape:
-      raise ValueError(f"--sizes: {size} is more than the {model.image_size} pixels of {config.model}'s images.")
+      raise ValueError(f"--sizes: {size} is more than the {side} pixels of {config.model}'s images.")
   scorer, spm = load_scorer(config.preference_model, dtype=config.dtype, param_dtype=config.dtype)
   weights = dict(pipe.params) | {"empty_ids": pipe.tokenize([""]), "spm": spm}
   batches = pipeline.prompt_batches(batch_size=BATCH, tokenize=pipe.tokenize, seed=config.seed, split="validation")
@@ -104,7 +109,7 @@ def candidate_scores(config: Any, sizes: Sequence[int], num_prompts: int) -> tup
     parts = [np.asarray(run(weights, ids, jax.random.key(i))) for i, ids in enumerate(every)]
     scores[name] = np.concatenate(parts)[:num_prompts]
     print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-  return model.image_size, scores
+  return side, scores
 
 
 def compared(truth: np.ndarray, scores: np.ndarray, threshold: float) -> dict[str, float]:

@@ -68,9 +68,9 @@ def check_batch(config: Any, experiment: Any) -> dict[str, np.ndarray]:
   rng, size = np.random.default_rng(2), config.batch_size
   batch = {"input_ids": np.asarray(experiment.tokenize(["a red apple", "cat", "two dogs", ""][:size]))}
   if config.objective == "dpo":
-    side = experiment.model.image_size
+    height, width, _ = (n * experiment.model.unit for n in experiment.model.latent_shape)
     for i in (0, 1):
-      batch[f"pixels_{i}"] = rng.integers(0, 256, (size, side, side, 3), np.uint8)
+      batch[f"pixels_{i}"] = rng.integers(0, 256, (size, height, width, 3), np.uint8)
       if experiment.model.text_encoder_2 is not None:
         batch[f"sizes_{i}"] = rng.integers(0, 1024, (size, 6)).astype(np.float32)
     batch["label_0"] = np.arange(size, dtype=np.float32) % 2

@@ -85,10 +85,12 @@ def captions(judge_name: str, seeds: int) -> list[dict[str, Any]]:
   from jaxpref.data import emoji
   from jaxpref.evaluation import judging
   from jaxpref.files import loading
+  from jaxpref.recipes.sizes import sides
   from jaxpref.rewards.loading import load_judge
 
   pipe = loading.load_text_to_image("tiny-sd", dtype="float32")
   model = loading.text_to_image(pipe)
+  side, _ = sides(model.image_size)  # of squares
   weights = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
   judge, params = load_judge(judge_name, style="openmoji", num_classes=emoji.num_classes("core"))
   assert judge is not None
@@ -98,7 +100,7 @@ def captions(judge_name: str, seeds: int) -> list[dict[str, Any]]:
     right = {}
     redraw = redrawer(model, start=start)
     for style in emoji.STYLES:
-      tiles = emoji.load_tiles(style, model.image_size, class_ids=classes)
+      tiles = emoji.load_tiles(style, side, class_ids=classes)
       pictures = np.stack([redraw(weights, tiles, jax.random.key(s)) for s in range(seeds)], axis=1)
       scores = judging.score(judge, params, pictures, classes, style=style, candidates=CANDIDATES, seed=0)
       right[style] = scores["correct"].mean(axis=1)
