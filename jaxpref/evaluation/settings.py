@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default="stable_diffusion",
     help="of the model: %(default)s, package.module:NAME of your own; a run says which",
   )
-  add("--vae_model", type=arguments.place, help="a VAE's folder or hub name, in the place of the model's own")
+  add("--vae_model", type=arguments.place, help="a VAE's folder, hub name or file, in the place of the model's own")
   add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of computation and stored weights")
 
 
