@@ -1,4 +1,4 @@
-"""Checkpoints in one file: what `from_single_file` of diffusers loads of them, what tells their kind, what is refused."""
+"""Checkpoints in one file: what diffusers loads of them, too, what tells their topology, and what is refused."""
 
 import dataclasses
 import json
