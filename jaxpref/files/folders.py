@@ -51,16 +51,11 @@ def resolve_folder(name: Path, weights: str = "*.safetensors") -> pathlib.Path:
   folder = pathlib.Path(places.expand(os.fspath(name)))
   if folder.is_dir():
     return folder
-  if folder.suffix in PICKLES and folder.is_file():
-    raise ValueError(
-      f"{name} is a pickle, which can run code and is never loaded; take the model as .safetensors, or convert one "
-      "that you trust: diffusers' StableDiffusionPipeline.from_single_file, then save_pretrained."
-    )
+  refuse_pickles(name)
   if folder.is_file():
     raise FileNotFoundError(
       f"{name} is a file, expected a model folder in the layout of diffusers; unpack or convert the checkpoint to one."
     )
-  refuse_missing(name)
   if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(name)):
     raise FileNotFoundError(
       f"model folder {name} does not exist, expected a folder in the layout of diffusers or a "
@@ -69,11 +64,16 @@ def resolve_folder(name: Path, weights: str = "*.safetensors") -> pathlib.Path:
   return hub.fetch(str(name), weights)
 
 
-def refuse_missing(name: Path) -> None:
-  """Raises FileNotFoundError if a name is that of a checkpoint file which does not exist."""
+def refuse_pickles(name: Path) -> None:
+  """Raises one sentence if a name is that of a pickle, or of a checkpoint file that does not exist."""
   file = pathlib.Path(places.expand(os.fspath(name)))
   if file.suffix in (".safetensors", ".ckpt") and not file.exists():
     raise FileNotFoundError(f"there is no file {name}; check the path.")
+  if file.suffix in PICKLES and file.is_file():
+    raise ValueError(
+      f"{name} is a pickle, which can run code and is never loaded; take the model as .safetensors, or convert one "
+      "that you trust: diffusers' StableDiffusionPipeline.from_single_file, then save_pretrained."
+    )
 
 
 def check_network(module: nn.Module, files: Sequence[Source], shapes: Tree) -> None:

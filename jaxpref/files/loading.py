@@ -70,7 +70,7 @@ def checkpoint_of(name: str) -> tuple[pathlib.Path, str | None] | None:
   model, folder = split_config(name)
   file = single_file.find(model)
   if file is None and folder is not None and not model.startswith("zeros:"):
-    folders.refuse_missing(model)
+    folders.refuse_pickles(model)
     raise ValueError(
       f"{single_file.CONFIG} is for a checkpoint in one .safetensors file, and {model} is none: leave it out; a folder "
       "has its own config.json files."

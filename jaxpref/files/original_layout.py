@@ -6,7 +6,7 @@ network. Names that it does not know are kept, so that what reads them can tell 
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from jaxpref.files.tensors import Piece
 from jaxpref.models.clip import CLIPTextConfig
@@ -220,6 +220,7 @@ def pieces_alone(component: str, shapes: Shapes, config: UNetConfig | VAEConfig)
   return pieces(component, shapes, config)
 
 
-def _converter(component: str, has: str):
+def _converter(component: str, has: str) -> Callable[..., Pieces]:
+  """Returns the function of a network, whose place has this name."""
   converters = {"unet": unet, "vae": vae}
   return converters.get(component) or (open_clip if has == _OPEN_CLIP else clip)

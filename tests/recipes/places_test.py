@@ -16,8 +16,8 @@ from jaxpref.rewards import published
 from jaxpref.training import checkpoint
 
 FIELDS = (
-  "model", "model_config", "vae_model", "unet_model", "preference_model", "judge", "data.path", "data.images", "data.scores", "lora.init_from",
-  "evaluation.prompts",
+  "model", "model_config", "vae_model", "unet_model", "preference_model", "judge", "data.path", "data.images",
+  "data.scores", "lora.init_from", "evaluation.prompts",
 )  # fmt: skip
 
 
