@@ -457,10 +457,11 @@ class Config(Section):
   vae_slicing: int = 0  # images that the VAE encodes or decodes at a time on each device; 0: all of a batch
   family: str = "stable_diffusion"  # of the model: Stable Diffusion 1.x, 2.x, SDXL; or package.module:NAME of your own
   # What is loaded. Each is a folder, a hub name, "tiny-sd" (shipped), "random:PRESET", or
-  # "drawn:PRESET" (random, too: see jaxpref/files/loading.py).
+  # "drawn:PRESET" (random, too: see jaxpref/files/loading.py); the model may be a checkpoint in one .safetensors file.
   model: Place = "tiny-sd"
-  vae_model: Place | None = None  # a VAE's folder or hub name, instead of the model's own
-  unet_model: Place | None = None  # a UNet's folder or hub name, instead of the model's own
+  model_config: Place | None = None  # of such a file: a folder of config.json files that says its topology
+  vae_model: Place | None = None  # a VAE's folder, hub name or file, instead of the model's own
+  unet_model: Place | None = None  # a UNet's folder, hub name or file, instead of the model's own
   preference_model: Place | None = None  # spo, grpo: a reward; spm: what to start from
   # What spo and grpo are rewarded by: "" is preference_model, or a weighted sum of it and names of docs/evaluation.md,
   # such as "pickscore:1,aesthetic:0.1"; grpo also takes a function of your own, package.module:function.
@@ -522,6 +523,9 @@ class Config(Section):
     self.require(self.image_size is None or not sized, "image_size", expected)
     expected = "nothing for this objective: it is for those with a UNet"
     self.require(not self.vae_model or of.trains in ("denoiser", "scorer"), "vae_model", expected)
+    known = of.trains in ("denoiser", "scorer") and self.family == "stable_diffusion"
+    expected = "nothing for this objective or family: it is for checkpoints of Stable Diffusion"
+    self.require(not self.model_config or known, "model_config", expected)
     own = of.trains == "denoiser" and self.family == "stable_diffusion"
     expected = "nothing for this objective or family: it trains no UNet of Stable Diffusion"
     self.require(not self.unet_model or own, "unet_model", expected)
@@ -682,7 +686,7 @@ def smoke(config: ml_collections.ConfigDict, preset: str) -> None:
     preset: of `jaxpref.models.presets`: "sd15-miniature" or "sdxl-miniature".
   """
   config.model = f"random:{preset}"
-  config.vae_model = config.unet_model = config.image_size = None
+  config.model_config = config.vae_model = config.unet_model = config.image_size = None
   of = facts(config)
   if of.scorer:
     config.preference_model = f"random:{preset}"

@@ -15,7 +15,7 @@ import io
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ from jaxpref.devices import distributed, endings, sharding
 from jaxpref.evaluation import comparison, drawing, settings
 from jaxpref.evaluation import folder as evaluation_folder
 from jaxpref.files import adapters, loading
+from jaxpref.files import family as families
 from jaxpref.recipes import places
 from jaxpref.recipes.messages import listed
 from jaxpref.recipes.sizes import sides
@@ -68,18 +69,26 @@ def make_parser() -> argparse.ArgumentParser:
   add = parser.add_argument
   add(
     "--models",
+    "--model",
     nargs="+",
     required=True,
     metavar="NAME=MODEL",
-    help="a folder, hub name, shipped model or run; NAME=MODEL+a.safetensors:0.8+b.safetensors adds 0.8 of one LoRA, "
-    "and another one",
+    help="a folder, hub name, checkpoint file, shipped model or run; "
+    "NAME=MODEL+a.safetensors:0.8+b.safetensors adds 0.8 of one LoRA, and another one",
+  )
+  add(
+    "--model_config",
+    nargs="+",
+    default=[],
+    metavar="NAME=FOLDER",
+    help="of a checkpoint file: a folder of config.json files that says its topology, where it is not a published one",
   )
   add(
     "--unet_model",
     nargs="+",
     default=[],
     metavar="NAME=UNET",
-    help="a UNet's folder or hub name, in the place of that model's own",
+    help="a UNet's folder, hub name or file, in the place of that model's own",
   )
   add(
     "--prompts",
@@ -148,7 +157,7 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Model], list[prompt_sets.
   settings.check(args)
   arguments.check_numbers(args, "score_batch_size", most=arguments.MAX_AT_A_TIME)
   arguments.check_numbers(args, "pictures")
-  models = with_unets(parse_models(args.models), args.unet_model)
+  models = with_unets(with_configs(parse_models(args.models), args.model_config), args.unet_model)
   prompts = read_prompts(args.prompts, kind=args.prompts_kind, count=args.num_prompts)
   drawing.check_count(len(prompts), args.seeds)
   names = [spec.partition("=")[0] for spec in args.scorers]
@@ -259,7 +268,10 @@ def parse_models(specs: Sequence[str]) -> dict[str, Model]:
     if name in found:
       raise ValueError(f"--models names {name!r} twice; give each model its own name.")
     loras: list[adapters.LoraFile] = []
-    while part := re.fullmatch(r"(.+)\+([^+]*\.safetensors(?::[^+/]*)?)", source):
+    # A checkpoint's own name may have a plus in it, and a UNet may be a file.
+    while not pathlib.Path(source).is_file() and (
+      part := re.fullmatch(r"(.+)\+(?!unet=)([^+]*\.safetensors(?::[^+/]*)?)", source)
+    ):
       source = part[1]
       loras.insert(0, adapters.parse_lora_file(part[2]))
       if not loras[0].path.is_file():
@@ -277,15 +289,32 @@ def with_unets(models: dict[str, Model], specs: Sequence[str]) -> dict[str, Mode
     ValueError: a name that none of the models has, or that is there twice.
   """
   found = dict(models)
-  for spec in specs:
-    name, equals, other = spec.partition("=")
-    if not equals or not other or name not in models:
-      raise ValueError(f"--unet_model {spec!r}; expected NAME=UNET with the name of a model, one of {listed(models)}.")
+  for name, other in _by_name("--unet_model", "UNET", models, specs):
     source, loras = found[name]
     if loading.split_unet(source)[1]:
-      raise ValueError(f"--unet_model {spec!r}: {name} has another UNet already; give each model one.")
-    found[name] = (loading.with_unet(source, places.expand(other)), loras)
+      raise ValueError(f"--unet_model {name}={other}: {name} has another UNet already; give each model one.")
+    found[name] = (loading.with_unet(source, other), loras)
   return found
+
+
+def with_configs(models: dict[str, Model], specs: Sequence[str]) -> dict[str, Model]:
+  """The models of `parse_models`, some of them with the folder of their topology, by NAME=FOLDER; raises likewise."""
+  found = dict(models)
+  for name, folder in _by_name("--model_config", "FOLDER", models, specs):
+    source, loras = found[name]
+    if loading.split_config(source)[1]:
+      raise ValueError(f"--model_config {name}={folder}: {name} has one already; give each model one.")
+    found[name] = (loading.with_config(source, folder), loras)
+  return found
+
+
+def _by_name(option: str, what: str, models: dict[str, Model], specs: Sequence[str]) -> Iterator[tuple[str, str]]:
+  """Yields the two halves of each NAME=WHAT."""
+  for spec in specs:
+    name, equals, value = spec.partition("=")
+    if not equals or not value or name not in models:
+      raise ValueError(f"{option} {spec!r}; expected NAME={what} with the name of a model, one of {listed(models)}.")
+    yield name, places.expand(value)
 
 
 def read_prompts(name: str, *, kind: str | None = None, count: int | None = None) -> list[prompt_sets.Prompt]:

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     "--unet_model",
     type=arguments.place,
     metavar="UNET",
-    help="where config.unet_model of the run is now: a folder or hub name",
+    help="where config.unet_model of the run is now: a folder, hub name or file",
   )
   args = parser.parse_args(argv)
   with endings.one_sentence(ValueError, OSError, doing=f"exporting to {args.out}", again="run the same command again"):

@@ -1,7 +1,8 @@
 """Draws prompts with a model: `python -m jaxpref.sample --model=runs/spo_tiny --prompts volcano "red apple"`.
 
-The model is a folder in the layout of diffusers, a hub name, a shipped model, or the work folder of a finished run. The
-same seed gives every model the same initial noise, so pictures of two models can be compared. All devices take part.
+The model is a folder in the layout of diffusers, a hub name, a checkpoint in one .safetensors file, a shipped model, or
+the work folder of a finished run. The same seed gives every model the same initial noise, so pictures of two models can
+be compared. All devices take part.
 """
 
 import argparse
@@ -30,9 +31,15 @@ def main(argv: list[str] | None = None) -> None:
     "--model",
     type=arguments.place,
     default="tiny-sd",
-    help="folder, hub name, shipped model or run (default: %(default)s)",
+    help="folder, hub name, checkpoint file, shipped model or run (default: %(default)s)",
   )
-  add("--unet_model", type=arguments.place, help="a UNet's folder or hub name, in the place of the model's own")
+  add(
+    "--model_config",
+    type=arguments.place,
+    metavar="FOLDER",
+    help="of a checkpoint file: a folder of config.json files that says its topology, where it is not a published one",
+  )
+  add("--unet_model", type=arguments.place, help="a UNet's folder, hub name or file, in the place of the model's own")
   add(
     "--lora",
     nargs="+",
@@ -61,7 +68,8 @@ def draw(args: argparse.Namespace) -> None:
   else:
     prompts = prompt_sets.given(args.prompts, option="--prompts")
   drawing.check_count(len(prompts), args.seeds)
-  mesh, name = sharding.make_mesh(), loading.with_unet(args.model, args.unet_model)
+  mesh = sharding.make_mesh()
+  name = loading.with_unet(loading.with_config(args.model, args.model_config), args.unet_model)
   settings.check_size(name, args)
   model, weights, tokenize = settings.load(name, loras, args, mesh)
   names = [f"{p:04d}_{i}{slug(prompt)}.png" for p, prompt in enumerate(prompts) for i in range(args.seeds)]

@@ -50,6 +50,13 @@ TABLE = [
   ("train", [DPO, "--config.model=~no-such-user/nothing"], "there is no user 'no-such-user'"),
   ("train", [DPO, "--config.model=file"], "file is a file"),
   ("train", [DPO, "--config.model="], "model_index.json is missing"),
+  ("train", [DPO, "--config.model=~/x.safetensors"], "there is no file HOME/x.safetensors"),
+  ("train", [DPO, "--config.model=broken.safetensors"], "broken.safetensors is not a readable safetensors file"),
+  ("train", [DPO, "--config.model=flux.safetensors"], "flux.safetensors is Flux, expected a whole checkpoint"),
+  ("train", [DPO, "--config.model=model.ckpt"], "model.ckpt is a pickle, which can run code and is never loaded"),
+  ("train", [DPO, "--config.model_config=empty"], "config.model_config (--model_config) is for a checkpoint in one"),
+  ("train", [DPO, "--config.unet_model=flux.safetensors"], "flux.safetensors is Flux, expected a UNet in the layout"),
+  ("train", [DPO, "--config.vae_model=flux.safetensors"], "flux.safetensors is Flux, expected a VAE in the layout"),
   ("train", [DPO, "--config.vae_model=~/nothing"], "model folder HOME/nothing does not exist"),
   ("train", [SPO, "--config.preference_model=~/nothing"], "model folder HOME/nothing does not exist"),
   ("train", [SPO, "--config.reward=pickscore=~/nothing:1"], "config.preference_model='tiny-spm'"),
@@ -153,6 +160,16 @@ TABLE = [
   ("sample", ["--prompt=cat", "--model=file"], "file is a file"),
   ("sample", ["--prompt=cat", "--model=begun"], "begun/model_index.json is missing"),
   ("sample", ["--prompt=cat", "--model="], "model_index.json is missing"),
+  ("sample", ["--prompt=cat", "--model=broken.safetensors"], "broken.safetensors is not a readable safetensors file"),
+  ("sample", ["--prompt=cat", "--model=flux.safetensors"], "flux.safetensors is Flux, expected a whole checkpoint"),
+  ("sample", ["--prompt=cat", "--model=model.ckpt"], "model.ckpt is a pickle, which can run code"),
+  (
+    "sample",
+    ["--prompt=cat", "--model=sd1.safetensors"],
+    "sd1.safetensors is Stable Diffusion 1, but the tokenizer of",
+  ),
+  ("sample", ["--prompt=cat", "--model=sd1.safetensors", "--model_config=empty"], "empty/model_index.json is missing"),
+  ("sample", ["--prompt=cat", "--model_config=empty"], "config.model_config (--model_config) is for a checkpoint in"),
   ("sample", ["--prompt=cat", "--vae_model=~/nothing"], "model folder HOME/nothing does not exist"),
   ("sample", ["--prompt=cat", "--lora=~/nothing.safetensors"], "--lora: there is no file HOME/nothing.safetensors"),
   ("sample", ["--prompt=cat", "--lora=~/nothing.safetensors:0.5"], "--lora: there is no file HOME/nothing.safetensors"),
@@ -246,6 +263,13 @@ TABLE = [
     "prompt 0",
   ),
   ("evaluate", [*BASE, "--vae_model=~/nothing"], "model folder HOME/nothing does not exist"),
+  ("evaluate", ["--models=base=flux.safetensors", *BASE[2:]], "flux.safetensors is Flux, expected a whole checkpoint"),
+  ("evaluate", [*BASE, "--model_config=base=empty"], "config.model_config (--model_config) is for a checkpoint in one"),
+  (
+    "evaluate",
+    [*BASE, "--model_config=empty"],
+    "--model_config 'empty'; expected NAME=FOLDER with the name of a model",
+  ),
   ("evaluate", [*BASE, "--num_processes=0", "--process_id=0", "--coordinator_address=a:1"], "--num_processes=0"),
   ("export", [], "the following arguments are required: RUN"),
   (
@@ -302,6 +326,8 @@ TABLE = [
     [DPO, "--out=o", "--config.data.source=pairs_file", "--config.data.path=~/nothing.csv"],
     "there is no file HOME/nothing.csv",
   ),
+  ("precompute", [DPO, "--out=o", "--config.model=flux.safetensors"], "flux.safetensors is Flux, expected a whole"),
+  ("precompute", [DPO, "--out=o", "--config.model_config=empty"], "config.model_config (--model_config) is for a"),
   ("precompute", [DPO, "--out=o", "--config.seed=-1"], "config.seed=-1"),
   ("precompute", [DPO, "--out=o", "--config.image_size=32,30"], "config.image_size=(32, 30): images of 32 x 30 pixels"),
   ("precompute", ["--verify", "--out=~/nothing"], "HOME/nothing has no manifest.json"),
@@ -336,6 +362,8 @@ TABLE = [
   ("compile", [*MINI, "--config.image_size=16,9"], "config.image_size=(16, 9): images of 16 x 9 pixels"),
   ("compile", [*MINI, "--config.mesh.data=3"], "mesh: data=3"),
   ("compile", [DPO, "--config.model=~/nothing"], "config.model=~/nothing: its shapes are not known here"),
+  ("compile", [DPO, "--config.model=flux.safetensors"], "flux.safetensors is Flux, expected a whole checkpoint"),
+  ("compile", [DPO, "--config.model=sd1.safetensors"], "(its UNet) does not hold the tensors that Stable Diffusion 1"),
   ("replay", [], "the following arguments are required: FOLDER"),
   ("replay", ["~/nothing"], "HOME/nothing holds no report.json"),
   ("replay", ["~no-such-user/x"], "there is no user 'no-such-user'"),
@@ -374,6 +402,12 @@ def prepare(place):
   ranking = {"prompt": "cat", "image_path": ["a.png", "b.png"], "human_preference": [1, 0]}
   (place / "rankings.json").write_text(json.dumps([ranking]))
   (place / "broken.safetensors").write_bytes(b"xx")
+  (place / "model.ckpt").write_bytes(b"xx")
+  unet = "model.diffusion_model."
+  _empty_tensors(place / "flux.safetensors", {f"{unet}double_blocks.0.img_attn.qkv.weight": (3, 3)})
+  known = {f"{unet}input_blocks.0.0.weight": (320, 4, 3, 3)}
+  known[f"{unet}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"] = (320, 768)
+  _empty_tensors(place / "sd1.safetensors", known)
   (place / "binary.txt").write_bytes(b"\xff\xfe\x00\x80")
   (place / "begun" / "config.json").write_text("{}")
   own = {"HOME": str(place / "home"), "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
@@ -381,6 +415,13 @@ def prepare(place):
   own |= {"JAXPREF_DATA_DIR": f"{place}-datasets", "JAX_COMPILATION_CACHE_DIR": f"{place}-compiled"}
   own["PYTHONDONTWRITEBYTECODE"] = "1"  # of the recipes
   return {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "WANDB_API_KEY")} | own
+
+
+def _empty_tensors(file, shapes):
+  import numpy as np
+  import safetensors.numpy
+
+  safetensors.numpy.save_file({name: np.zeros(shape, np.float16) for name, shape in shapes.items()}, file)
 
 
 def child(command, arguments):

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from jaxpref import config, export
-from jaxpref.files import adapters, loading, pipelines
+from jaxpref.files import adapters, folders, loading, pipelines
 from jaxpref.files import family as families
 from jaxpref.models import lora
 from jaxpref.training import build, checkpoint, step
@@ -103,6 +103,29 @@ def test_the_merged_pipeline(lora_run, base, tmp_path):
   found = pipelines.load_pipeline(tmp_path / "out")
   equal(found.params["unet"], lora.merge_lora(base.params["unet"], adapter, ALPHA / RANK))
   equal(found.params["vae"], base.params["vae"])
+
+
+def test_a_unet_that_has_moved_is_merged_from_where_it_is_now(base, tmp_path, monkeypatch):
+  run, place = tmp_path / "run", tmp_path / "moved"
+  params = {"unet_lora": lora.init_lora(jax.random.key(0), base.params["unet"], rank=RANK, targets=TARGETS)}
+  fields = {"lora.rank": RANK, "lora.alpha": ALPHA, "unet_model": "where/it/was"}
+  make_run(run, recipe(**fields), params, steps=(1,))
+  halved = jax.tree.map(lambda x: x / 2, base.params["unet"])
+  folders.save_network(place, "diffusion_pytorch_model", base.unet.config.to_dict(), halved, jnp.float32)
+  names = []
+
+  def load(name, **options):
+    names.append(name)
+    return pipelines.replace_unet(base, loading.split_unet(name)[1])
+
+  monkeypatch.setattr(loading, "load_text_to_image", load)
+  command = [str(run), "--format=pipeline", f"--out={tmp_path / 'out'}", "--dtype=float32"]
+  with pytest.raises(SystemExit, match="where/it/was does not exist"):
+    export.main(command)
+  export.main([*command, f"--unet_model={place}"])
+  assert names == [f"random:sd15-miniature+unet={at}" for at in ("where/it/was", place)]
+  adapter = trained(params, 1)["unet_lora"]
+  equal(pipelines.load_pipeline(tmp_path / "out").params["unet"], lora.merge_lora(halved, adapter, ALPHA / RANK))
 
 
 def test_a_fully_trained_pipeline(full_run, base, tmp_path):

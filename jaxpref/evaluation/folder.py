@@ -17,7 +17,7 @@ from PIL import Image
 import jaxpref
 from jaxpref.data import lease, paths, prompt_sets
 from jaxpref.evaluation.settings import model_folder
-from jaxpref.files import adapters, folders, loading, tensors
+from jaxpref.files import adapters, loading, tensors
 from jaxpref.files import family as families
 
 PACKAGES = ("jax", "flax", "numpy", "transformers", "pillow")
@@ -190,12 +190,11 @@ def fingerprint(source: str, loras: Sequence[adapters.LoraFile], family: str | N
 
 
 def fingerprint_of_vae(source: str) -> str:
-  """Of the weights of a VAE by itself, a folder or a hub name."""
+  """Of the weights of a VAE by itself, a folder, a hub name or a file."""
   if source.partition(":")[0] in ("random", "zeros"):
     return source
-  folder = folders.resolve_folder(source, "diffusion_pytorch_model*.safetensors")
-  return _fingerprint(tensors.weight_files(folder))
+  return _fingerprint(loading.vae_files(source))
 
 
-def _fingerprint(files: Sequence[pathlib.Path]) -> str:
+def _fingerprint(files: Sequence[tensors.Source]) -> str:
   return hashlib.sha256(" ".join(tensors.fingerprint([file]) for file in files).encode()).hexdigest()[:16]

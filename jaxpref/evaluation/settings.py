@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--family",
     help=f"of the model: {families.DEFAULT}, package.module:NAME of your own (default: a run's own, else the first)",
   )
-  add("--vae_model", type=arguments.place, help="a VAE's folder or hub name, in the place of the model's own")
+  add("--vae_model", type=arguments.place, help="a VAE's folder, hub name or file, in the place of the model's own")
   add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of computation and stored weights")
 
 

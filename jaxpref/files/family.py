@@ -134,13 +134,13 @@ class Family(Protocol):
     """
     ...
 
-  def weight_files(self, name: str) -> dict[str, list[pathlib.Path]]:
+  def weight_files(self, name: str) -> Mapping[str, Sequence[tensors.Source]]:
     """The files of weights by component; none of random ones, of which name and seed say it all."""
     ...
 
 
 class StableDiffusionFamily:
-  """Stable Diffusion 1.x and 2.x, and SDXL, in diffusers' folders. See `Family`."""
+  """Stable Diffusion 1.x and 2.x, and SDXL, in diffusers' folders or checkpoints in one file. See `Family`."""
 
   networks = pipelines.NETWORKS
   denoiser = "unet"
@@ -218,6 +218,9 @@ class StableDiffusionFamily:
     if preset in presets.PRESETS:
       return f"zeros:{preset}"
     try:
+      if loading.checkpoint_of(name) is not None:
+        loading.preset_of(f"zeros:{name}")
+        return f"zeros:{name}"
       folder = folders.resolve_folder(loading.folder_of(name), "*.no_weights")
       pipelines.read_preset(folder)
     except (FileNotFoundError, ValueError) as error:
@@ -227,14 +230,8 @@ class StableDiffusionFamily:
       ) from error
     return f"zeros:{folder}"
 
-  def weight_files(self, name: str) -> dict[str, list[pathlib.Path]]:
-    _, unet = loading.split_unet(name)
-    replaced = {"unet": tensors.weight_files(pipelines.unet_folder(unet))} if unet else {}
-    if loading.preset_of(name) is not None:
-      return replaced
-    folder = folders.resolve_folder(loading.folder_of(name), "*/*.safetensors")
-    found = [n for n in self.networks if (folder / n).is_dir()]
-    return {n: replaced[n] if n in replaced else tensors.weight_files(folder / n) for n in found}
+  def weight_files(self, name: str) -> Mapping[str, Sequence[tensors.Source]]:
+    return loading.weight_files(name)
 
 
 DEFAULT = "stable_diffusion"
@@ -310,7 +307,7 @@ def of_run(name: str, given: str | None) -> str:
   """The family of --model: the one given, else that of the run whose work folder or export it is, else DEFAULT."""
   if given is not None:
     return given
-  folder = pathlib.Path(loading.split_unet(name)[0])
+  folder = pathlib.Path(loading.split_config(name)[0])
   for place in (folder / "config.json", folder.parent / "config.json"):
     if place.is_file():
       with contextlib.suppress(ValueError, AttributeError):  # of something else

@@ -13,7 +13,7 @@ from typing import Any
 from flax import linen as nn
 
 from jaxpref.files import hub
-from jaxpref.files.tensors import MisfitError, Path, Tree, check_tree, load_tree, save_tree
+from jaxpref.files.tensors import PICKLES, MisfitError, Part, Path, Source, Tree, check_tree, load_tree, save_tree
 from jaxpref.models.deduce import contradicted_fields
 from jaxpref.recipes import places
 
@@ -51,6 +51,7 @@ def resolve_folder(name: Path, weights: str = "*.safetensors") -> pathlib.Path:
   folder = pathlib.Path(places.expand(os.fspath(name)))
   if folder.is_dir():
     return folder
+  refuse_pickles(name)
   if folder.is_file():
     raise FileNotFoundError(
       f"{name} is a file, expected a model folder in the layout of diffusers; unpack or convert the checkpoint to one."
@@ -63,7 +64,19 @@ def resolve_folder(name: Path, weights: str = "*.safetensors") -> pathlib.Path:
   return hub.fetch(str(name), weights)
 
 
-def check_network(module: nn.Module, files: Sequence[pathlib.Path], shapes: Tree) -> None:
+def refuse_pickles(name: Path) -> None:
+  """Raises one sentence if a name is that of a pickle, or of a checkpoint file that does not exist."""
+  file = pathlib.Path(places.expand(os.fspath(name)))
+  if file.suffix in (".safetensors", ".ckpt") and not file.exists():
+    raise FileNotFoundError(f"there is no file {name}; check the path.")
+  if file.suffix in PICKLES and file.is_file():
+    raise ValueError(
+      f"{name} is a pickle, which can run code and is never loaded; take the model as .safetensors, or convert one "
+      "that you trust: diffusers' StableDiffusionPipeline.from_single_file, then save_pretrained."
+    )
+
+
+def check_network(module: nn.Module, files: Sequence[Source], shapes: Tree) -> None:
   """Raises what `load_network` would about the tensors that there are; reads headers only."""
   with _naming_fields(module):
     check_tree(files, shapes)
@@ -79,10 +92,12 @@ def _naming_fields(module: nn.Module) -> Iterator[None]:
     if not fields:
       raise
     said = [f"{name} is {right} in the tensors, {wrong} in it" for name, (wrong, right) in fields.items()]
-    raise MisfitError(e.where, f"{', '.join(said)}; {e.problems}", e.found) from None
+    raise MisfitError(e.files, f"{', '.join(said)}; {e.problems}", e.found) from None
 
 
-def load_network(module: nn.Module, files: Sequence[Path], shapes: Tree, param_dtype: Any, sharding: Any) -> Tree:
+def load_network(
+  module: nn.Module, files: Sequence[Path | Part], shapes: Tree, param_dtype: Any, sharding: Any
+) -> Tree:
   """Reads the parameters of a network by `load_tree`; an error names the fields of config.json that do not fit.
 
   Args:

@@ -1,4 +1,6 @@
-"""Models by name: a folder, a hub name, a shipped model, or `random:PRESET`; each also as NAME+unet=UNET.
+"""Models by name: a folder, a hub name, a shipped model, `random:PRESET`, or a checkpoint in one file.
+
+Each may be NAME+unet=UNET, with another UNet; a file may be FILE+config=FOLDER, where FOLDER says its topology.
 
 `random:PRESET` has the same numbers on every device, and numpy draws them; `drawn:PRESET` is for measurements at full
 size: the device draws the weights in seconds, each in its final precision.
@@ -18,7 +20,7 @@ import numpy as np
 
 from jaxpref.config import AnyConfig
 from jaxpref.diffusion import VariancePreserving
-from jaxpref.files import folders, pipelines, tokenizers
+from jaxpref.files import folders, pipelines, single_file, tensors, tokenizers
 from jaxpref.models import presets
 from jaxpref.models.stable_diffusion import StableDiffusion
 from jaxpref.models.unet import UNetConfig
@@ -29,6 +31,7 @@ SHIPPED = ("tiny-sd", "tiny-clip", "tiny-spm", "tiny-judge")
 
 
 UNET = "+unet="  # in the name of a model, before the folder or hub name of a UNet that takes the place of its own
+CONFIG = "+config="  # in the name of a checkpoint file, before the folder that says its topology
 
 
 def with_unet(model: str, unet: str | None) -> str:
@@ -36,15 +39,44 @@ def with_unet(model: str, unet: str | None) -> str:
   return f"{model}{UNET}{unet}" if unet else model
 
 
+def with_config(model: str, folder: str | None) -> str:
+  """Returns the name of a checkpoint file whose topology a folder says, if one is given."""
+  base, unet = split_unet(model)
+  return with_unet(f"{base}{CONFIG}{folder}", unet) if folder else model
+
+
 def model_name(config: AnyConfig) -> str:
-  """Returns the name of config.model with its config.unet_model: MODEL, or MODEL+unet=UNET."""
-  return with_unet(config.model, config.unet_model)
+  """Returns the name of config.model with its model_config and unet_model: MODEL[+config=FOLDER][+unet=UNET]."""
+  return with_unet(with_config(config.model, config.model_config), config.unet_model)
 
 
 def split_unet(name: str) -> tuple[str, str | None]:
   """Returns MODEL and UNET of MODEL+unet=UNET: a UNet by itself in the place of the model's own; or a name and None."""
   model, separator, unet = str(name).partition(UNET)
   return (model, unet) if separator else (name, None)
+
+
+def split_config(name: str) -> tuple[str, str | None]:
+  """Returns FILE and FOLDER of FILE+config=FOLDER, or a name and None; the UNet of a name is left out."""
+  model, separator, folder = str(split_unet(name)[0]).partition(CONFIG)
+  return model, (str(folder_of(folder)) if separator else None)
+
+
+def checkpoint_of(name: str) -> tuple[pathlib.Path, str | None] | None:
+  """Returns the checkpoint file that a name means, and the folder that says its topology; None for other models.
+
+  Raises:
+    ValueError: there is such a folder for a model that is no file.
+  """
+  model, folder = split_config(name)
+  file = single_file.find(model)
+  if file is None and folder is not None and not model.startswith("zeros:"):
+    folders.refuse_pickles(model)
+    raise ValueError(
+      f"{single_file.CONFIG} is for a checkpoint in one .safetensors file, and {model} is none: leave it out; a folder "
+      "has its own config.json files."
+    )
+  return None if file is None else (file, folder)
 
 
 def folder_of(name: str) -> str | pathlib.Path:
@@ -56,10 +88,13 @@ def folder_of(name: str) -> str | pathlib.Path:
 def preset_of(name: str) -> presets.Preset | None:
   """Returns the preset of random:PRESET, drawn:PRESET or zeros:PRESET; None for other names, which are loaded.
 
-  zeros:FOLDER has the shapes that the config.json files of a model folder describe. Of MODEL+unet=UNET that of MODEL.
+  zeros:FOLDER has the shapes that the config.json files of a model folder describe, zeros:FILE[+config=FOLDER] those of
+  a checkpoint. Of MODEL+unet=UNET that of MODEL.
   """
   name, _ = split_unet(name)
   kind, colon, preset = name.partition(":")
+  if kind == "zeros" and (checkpoint := checkpoint_of(preset)) is not None:
+    return single_file.read_preset(*checkpoint)
   if kind == "zeros" and preset not in presets.PRESETS and (pathlib.Path(preset) / "model_index.json").is_file():
     return pipelines.read_preset(preset)
   return presets.get_preset(preset) if colon and kind in ("random", "drawn", "zeros") else None
@@ -102,7 +137,7 @@ def load_text_to_image(
   """A pipeline by folder, hub name, shipped name, or `random:PRESET`; arguments as of `pipelines.load_pipeline`.
 
   Args:
-    vae_model: folder or hub name of a VAE that takes the place of the pipeline's.
+    vae_model: folder or hub name of a VAE that takes the place of the pipeline's, or a file that holds one.
     components: the networks whose parameters are read.
 
   Raises:
@@ -117,6 +152,9 @@ def load_text_to_image(
       name, dtype=dtype, seed=seed, param_dtype=param_dtype, sharding=sharding, components=others
     )
     of_vae = (lambda shapes: sharding({"vae": shapes})["vae"]) if callable(sharding) else sharding
+    if (file := single_file.find(vae_model)) is not None:
+      params = single_file.load_alone(file, "vae", pipe.vae, param_dtype=param_dtypes["vae"], sharding=of_vae)
+      return dataclasses.replace(pipe, params={**pipe.params, "vae": params})
     vae, params = pipelines.load_vae(
       vae_model, dtype=jnp.dtype(dtype), param_dtype=param_dtypes["vae"], sharding=of_vae
     )
@@ -134,8 +172,19 @@ def load_text_to_image(
     pipe = load_text_to_image(
       base, dtype=dtype, seed=seed, param_dtype=param_dtypes, sharding=sharding, components=others
     )
+    if (file := single_file.find(unet)) is not None:
+      params = dict(pipe.params)
+      if "unet" in components:
+        params["unet"] = single_file.load_alone(
+          file, "unet", pipe.unet, param_dtype=param_dtypes["unet"], sharding=of_unet
+        )
+      return dataclasses.replace(pipe, params=params)
     return pipelines.replace_unet(
       pipe, unet, param_dtype=param_dtypes["unet"], sharding=of_unet, with_params="unet" in components
+    )
+  if (checkpoint := checkpoint_of(name)) is not None:
+    return single_file.load(
+      *checkpoint, dtype=jnp.dtype(dtype), param_dtype=param_dtypes, sharding=sharding, components=components
     )
   if (preset := preset_of(name)) is not None:
     if name.startswith("drawn:"):
@@ -161,9 +210,9 @@ def look_for_parts(name: str, vae_model: str | None) -> None:
   Raises:
     FileNotFoundError, ValueError: as `load_text_to_image`, before anything large is read.
   """
-  if vae_model:
+  if vae_model and single_file.find(vae_model) is None:
     pipelines.vae_folder(vae_model)
-  if unet := split_unet(name)[1]:
+  if (unet := split_unet(name)[1]) and single_file.find(unet) is None:
     folders.read_json(pipelines.unet_folder(unet) / "config.json")
 
 
@@ -173,19 +222,47 @@ def look_for(name: str, vae_model: str | None = None) -> None:
   Raises:
     FileNotFoundError, ValueError: as `load_text_to_image`.
   """
-  if preset_of(name) is None:
+  if (checkpoint := checkpoint_of(name)) is not None:
+    single_file.read_preset(*checkpoint)
+  elif preset_of(name) is None:
     folders.read_json(folders.resolve_folder(folder_of(name), "*/*.safetensors") / "model_index.json")
   look_for_parts(name, vae_model)
 
 
 def unet_config(name: str) -> UNetConfig:
   """Of a pipeline, without reading its weights; name as for `load_text_to_image`."""
-  if unet := split_unet(name)[1]:
+  base, unet = split_unet(name)
+  if unet and single_file.find(unet) is None:
     return UNetConfig.from_dict(folders.read_json(pipelines.unet_folder(unet) / "config.json"))
-  if (preset := preset_of(name)) is not None:
+  if (preset := preset_of(base)) is not None:
     return preset.unet
+  if (checkpoint := checkpoint_of(base)) is not None:
+    return single_file.read_preset(*checkpoint).unet
   file = folders.resolve_folder(folder_of(name), "*/*.safetensors") / "unet" / "config.json"
   return UNetConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def weight_files(name: str) -> dict[str, list[tensors.Source]]:
+  """Returns the files of a pipeline's weights, by component; none of random ones, of which name and seed say it all."""
+  base, unet = split_unet(name)
+  found: dict[str, list[tensors.Source]] = {}
+  if (checkpoint := checkpoint_of(base)) is not None:
+    found = single_file.weight_files(*checkpoint)
+  elif preset_of(base) is None:
+    folder = folders.resolve_folder(folder_of(base), "*/*.safetensors")
+    own = [n for n in pipelines.NETWORKS if (folder / n).is_dir() and not (unet and n == "unet")]
+    found = {n: list(tensors.weight_files(folder / n)) for n in own}
+  if unet:
+    file = single_file.find(unet)
+    found["unet"] = list(tensors.weight_files(pipelines.unet_folder(unet))) if file is None else [file]
+  return {n: found[n] for n in pipelines.NETWORKS if n in found}
+
+
+def vae_files(name: str) -> list[tensors.Source]:
+  """Returns the files of a VAE that takes the place of a model's own."""
+  if (file := single_file.find(name)) is not None:
+    return [file]
+  return list(tensors.weight_files(folders.resolve_folder(name, "diffusion_pytorch_model*.safetensors")))
 
 
 def text_to_image(
@@ -217,6 +294,8 @@ def load_tokenizer(*models: str) -> Any:
   for name in models:
     if preset_of(name) is not None:
       return tokenizers.tiny_tokenizer()
+    if (checkpoint := checkpoint_of(name)) is not None:
+      return single_file.tokenizer(*checkpoint)
     folder = folders.resolve_folder(folder_of(name), "tokenizer/*.safetensors")  # no weights
     for place in (folder / "tokenizer", folder):
       with contextlib.suppress(FileNotFoundError):

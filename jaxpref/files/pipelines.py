@@ -20,7 +20,7 @@ from jaxpref.files.folders import (
   save_network,
   write_json,
 )
-from jaxpref.files.tensors import Path, Sharding, Tree, weight_files
+from jaxpref.files.tensors import Path, Sharding, Source, Tree, weight_files
 from jaxpref.files.tokenizers import load_tokenizer_of, save_tokenizer, tiny_tokenizer_for, tokenize
 from jaxpref.models import presets
 from jaxpref.models.clip import CLIPTextConfig, CLIPTextModel
@@ -115,27 +115,26 @@ def load_pipeline(
       architecture is not implemented.
   """
   folder = resolve_folder(folder, "*/*.safetensors")  # not the single-file copies beside them
-  index = read_json(folder / "model_index.json")
-  zeros = index.get("force_zeros_for_empty_prompt")
-  modules = _read_modules(folder, index, dtype)
-  shapes = {name: presets.abstract_params(module) for name, module in modules.items() if name in components}
-  files = {name: weight_files(folder / name) for name in shapes}
-  # Small files first: what is wrong with them should show before gigabytes are read.
+  modules = read_modules(folder, dtype)
+  files = {name: weight_files(folder / name) for name in modules if name in components}
+  return load_params(open_pipeline(folder, dtype=dtype), files, folder, param_dtype=param_dtype, sharding=sharding)
+
+
+def open_pipeline(folder: pathlib.Path, *, dtype: Any = jnp.float32) -> Pipeline:
+  """Returns the pipeline of a folder without parameters, by its JSON files and tokenizers.
+
+  Raises:
+    FileNotFoundError, ValueError: as of `load_pipeline`, of these files.
+  """
+  zeros = read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt")
+  modules = read_modules(folder, dtype)
   scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
   schedule = schedule_from_config(scheduler_config)
   tokenizer = load_tokenizer_of(folder, "", modules["text_encoder"])
   tokenizer_2 = load_tokenizer_of(folder, "_2", modules["text_encoder_2"]) if "text_encoder_2" in modules else None
-  for name in shapes:
-    check_network(modules[name], files[name], shapes[name])
-  _check_parts(folder, modules)
-  shardings = sharding(shapes) if callable(sharding) else dict.fromkeys(shapes, sharding)
-  dtypes = param_dtype if isinstance(param_dtype, Mapping) else dict.fromkeys(shapes, param_dtype)
-  params = {
-    name: load_network(modules[name], files[name], shapes[name], dtypes[name], shardings[name]) for name in shapes
-  }
   return Pipeline(
     **modules,
-    params=params,
+    params={},
     schedule=schedule,
     scheduler_config=scheduler_config,
     tokenizer=tokenizer,
@@ -145,6 +144,38 @@ def load_pipeline(
   )
 
 
+def load_params(
+  pipe: Pipeline,
+  files: Mapping[str, Sequence[Source]],
+  folder: pathlib.Path,
+  *,
+  param_dtype: Any | Mapping[str, Any] = jnp.float32,
+  sharding: Sharding = None,
+) -> Pipeline:
+  """Returns a pipeline with the parameters of some networks; checks all before it reads any.
+
+  Args:
+    pipe: without parameters.
+    files: of each of these networks.
+    folder: that has the networks' config.json files, for messages.
+    param_dtype, sharding: as of `load_pipeline`.
+
+  Raises:
+    ValueError: a file or a config.json does not fit.
+  """
+  modules = {name: module for name in NETWORKS if (module := getattr(pipe, name)) is not None}
+  shapes = {name: presets.abstract_params(modules[name]) for name in files}
+  for name in shapes:
+    check_network(modules[name], files[name], shapes[name])
+  _check_parts(folder, modules)
+  shardings = sharding(shapes) if callable(sharding) else dict.fromkeys(shapes, sharding)
+  dtypes = param_dtype if isinstance(param_dtype, Mapping) else dict.fromkeys(shapes, param_dtype)
+  params = {
+    name: load_network(modules[name], files[name], shapes[name], dtypes[name], shardings[name]) for name in shapes
+  }
+  return dataclasses.replace(pipe, params=params)
+
+
 def read_preset(folder: Path) -> presets.Preset:
   """Returns the architectures of a model folder, from its JSON files alone.
 
@@ -152,14 +183,15 @@ def read_preset(folder: Path) -> presets.Preset:
     FileNotFoundError, ValueError: as of `load_pipeline`, of these files.
   """
   folder = pathlib.Path(folder)
-  modules = _read_modules(folder, read_json(folder / "model_index.json"), jnp.float32)
+  modules = read_modules(folder)
   _check_parts(folder, modules)
   scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
   return presets.Preset(**{name: module.config for name, module in modules.items()}, scheduler=scheduler)
 
 
-def _read_modules(folder: pathlib.Path, index: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
-  """The networks of a folder without parameters, by component."""
+def read_modules(folder: pathlib.Path, dtype: Any = jnp.float32) -> dict[str, Any]:
+  """Returns the networks of a folder without parameters, by component; raises as `load_pipeline` of these files."""
+  index = read_json(folder / "model_index.json")
   modules: dict[str, Any] = {}
   for name in NETWORKS:
     class_name = _component_class(index, name, folder)
@@ -176,7 +208,7 @@ def _read_modules(folder: pathlib.Path, index: Mapping[str, Any], dtype: Any) ->
 
 
 # What else than noise the UNet of a model that is not text to image takes, by its number of channels.
-_OTHER_INPUTS = {
+OTHER_INPUTS = {
   5: "a depth map as well",
   7: "a small image as well (an upscaler)",
   8: "an image to edit as well",
@@ -199,7 +231,7 @@ def _check_parts(folder: pathlib.Path, modules: Mapping[str, Any]) -> None:
 
   for field in ("in_channels", "out_channels"):
     require("vae", field, 3, "the colours of an image")
-  takes = f" (this UNet takes {_OTHER_INPUTS[unet.in_channels]})" if unet.in_channels in _OTHER_INPUTS else ""
+  takes = f" (this UNet takes {OTHER_INPUTS[unet.in_channels]})" if unet.in_channels in OTHER_INPUTS else ""
   require("unet", "in_channels", vae.latent_channels, f"the latent_channels of the vae{takes}")
   require("unet", "out_channels", vae.latent_channels, "the latent_channels of the vae")
   width = text.hidden_size + (text_2.hidden_size if text_2 else 0)
@@ -219,6 +251,18 @@ def _make_module(name: str, class_name: str, config: Mapping[str, Any], dtype: A
     return AutoencoderKL(VAEConfig.from_dict(config), dtype)
   with_projection = class_name == "CLIPTextModelWithProjection"
   return CLIPTextModel(CLIPTextConfig.from_dict(config), with_projection, dtype)
+
+
+def modules_of(preset: presets.Preset, dtype: Any = jnp.float32) -> dict[str, Any]:
+  """Returns the networks of a preset without parameters, by component."""
+  modules: dict[str, Any] = {
+    "unet": UNet2DConditionModel(preset.unet, dtype),
+    "vae": AutoencoderKL(preset.vae, dtype),
+    "text_encoder": CLIPTextModel(preset.text_encoder, False, dtype),
+  }
+  if preset.text_encoder_2 is not None:
+    modules["text_encoder_2"] = CLIPTextModel(preset.text_encoder_2, True, dtype)
+  return modules
 
 
 def random_pipeline(
@@ -244,13 +288,7 @@ def random_pipeline(
       f"random_pipeline: the preset's vocabulary has {preset.text_encoder.vocab_size} entries, "
       f"expected at least tiny-sd's {presets.TINY_VOCAB_SIZE}."
     )
-  modules: dict[str, Any] = {
-    "unet": UNet2DConditionModel(preset.unet, dtype),
-    "vae": AutoencoderKL(preset.vae, dtype),
-    "text_encoder": CLIPTextModel(preset.text_encoder, False, dtype),
-  }
-  if preset.text_encoder_2 is not None:
-    modules["text_encoder_2"] = CLIPTextModel(preset.text_encoder_2, True, dtype)
+  modules = modules_of(preset, dtype)
   keys = jax.random.split(jax.random.key(seed), len(modules))
   params = {
     name: init(module, key) for (name, module), key in zip(modules.items(), keys, strict=True) if name in components

@@ -35,7 +35,7 @@ Tree = dict[str, Any]
 # One sharding for all arrays, or a function from the tree of ShapeDtypeStructs to one of shardings.
 Sharding = jax.sharding.Sharding | Callable[[Tree], Any] | None
 
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
 _STEMS = ("diffusion_pytorch_model", "model")
 # Names that deprecated diffusers attention blocks (all published SD1.5 VAEs) use on disk, and
 # buffers of old transformers files that are no parameters.
@@ -44,6 +44,46 @@ _BUFFERS = re.compile(r"\.position_ids$")
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 _PIECE = 2**20  # bytes that are read at once
 _SAMPLE = 256  # bytes of a fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  """Where a tensor is in a file that has it under another name.
+
+  Attributes:
+    key: of a tensor of the file.
+    rows: begin and end of those that are taken; None: all.
+    transposed: whether the tensor is the transpose of a matrix of the file.
+  """
+
+  key: str
+  rows: tuple[int, int] | None = None
+  transposed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """One network of a safetensors file, under the names of diffusers and transformers.
+
+  Attributes:
+    file: that may hold more.
+    what: the network is, such as "its VAE".
+    described: what says the shapes of its tensors, for messages.
+    remedy: where they are others, for messages.
+    pieces: by name.
+  """
+
+  file: pathlib.Path
+  what: str
+  described: str
+  remedy: str
+  pieces: Mapping[str, Piece] = dataclasses.field(repr=False)
+
+  def __str__(self) -> str:
+    return f"{self.file} ({self.what})"
+
+
+Source = pathlib.Path | Part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,17 +117,17 @@ class MisfitError(ValueError):
   """Files do not hold the tensors that are expected.
 
   Attributes:
-    where: the files.
+    files: of the network.
     problems: the cause if it is known, and the first names of what does not fit.
     found: {name: shape} of the files.
   """
 
-  def __init__(self, where: str, problems: str, found: Mapping[str, tuple[int, ...]]):
-    super().__init__(
-      f"{where} does not hold the tensors that its config.json describes: {problems}; take weights "
-      "and config.json from the same model."
-    )
-    self.where, self.problems, self.found = where, problems, dict(found)
+  def __init__(self, files: Sequence[Source], problems: str, found: Mapping[str, tuple[int, ...]]):
+    described, remedy = "its config.json", "take weights and config.json from the same model"
+    if isinstance(files[0], Part):
+      described, remedy = files[0].described, files[0].remedy
+    super().__init__(f"{_where(files)} does not hold the tensors that {described} describes: {problems}; {remedy}.")
+    self.files, self.problems, self.found = files, problems, dict(found)
 
 
 def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple, Any]]:
@@ -164,7 +204,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
               f"{folder / index} names shards that are not there ({listed(missing)}); download the folder again."
             )
           return [folder / shard for shard in shards]
-  pickles = sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLES)
+  pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
   if pickles:
     raise ValueError(
       f"{folder} has its weights only as {listed(pickles)}, expected "
@@ -184,6 +224,20 @@ class _Stored:
   offset: int
   dtype: str
   shape: tuple[int, ...]
+  transposed: bool = False
+
+  @property
+  def itemsize(self) -> int:
+    return np.dtype(_DTYPES.get(self.dtype, np.uint8)).itemsize
+
+  def piece(self, piece: Piece) -> "_Stored":
+    """Rows of this tensor, or its transpose."""
+    offset, shape = self.offset, self.shape
+    if piece.rows is not None:
+      offset += piece.rows[0] * int(np.prod(shape[1:])) * self.itemsize
+      shape = (piece.rows[1] - piece.rows[0], *shape[1:])
+    shape = shape[::-1] if piece.transposed else shape
+    return dataclasses.replace(self, offset=offset, shape=shape, transposed=piece.transposed)
 
   def read(self, shape: tuple[int, ...], index: tuple[slice, ...], out: np.ndarray) -> None:
     """out[:] = self.reshape(shape)[index], cast, by plain reads of the rows that it takes.
@@ -197,6 +251,8 @@ class _Stored:
     """
     if not shape:
       shape, index, out = (1,), (slice(0, 1),), out.reshape(1)
+    if self.transposed:
+      shape, index, out = shape[::-1], index[::-1], out.T
     dtype = np.dtype(_DTYPES[self.dtype])
     row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
     step = max(1, _PIECE // max(1, row_bytes))
@@ -208,13 +264,14 @@ class _Stored:
 
 
 @contextlib.contextmanager
-def _open(files: Sequence[pathlib.Path]) -> Iterator[dict[str, _Stored]]:
+def _open(files: Sequence[Source]) -> Iterator[dict[str, _Stored]]:
   """Opens files -> {name: tensor}; reads headers only."""
   import safetensors
 
   with contextlib.ExitStack() as stack:
     tensors: dict[str, _Stored] = {}
-    for file in files:
+    for source in files:
+      file = source.file if isinstance(source, Part) else source
       if file.suffix != ".safetensors":
         raise ValueError(
           f"{file} is not a .safetensors file, the only format that is read (pickles can run "
@@ -227,20 +284,33 @@ def _open(files: Sequence[pathlib.Path]) -> Iterator[dict[str, _Stored]]:
         raise ValueError(f"{file} is not a readable safetensors file ({e}); download or write it again.") from e
       handle = stack.enter_context(open(file, "rb"))
       start = 8 + int.from_bytes(handle.read(8), "little")
-      for key, entry in json.loads(handle.read(start - 8)).items():
-        if key == "__metadata__":
-          continue
-        if key in tensors:
-          raise ValueError(
-            f"{file} holds {key}, which {tensors[key].file.name} holds too, expected each tensor "
-            "once; download the folder again."
-          )
-        shape = tuple(entry["shape"])
-        tensors[key] = _Stored(handle, start + entry["data_offsets"][0], entry["dtype"], shape)
+      held = {
+        key: _Stored(handle, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+        for key, entry in json.loads(handle.read(start - 8)).items()
+        if key != "__metadata__"
+      }
+      if isinstance(source, Part):
+        held = {name: held[piece.key].piece(piece) for name, piece in source.pieces.items()}
+      for key in held.keys() & tensors.keys():
+        raise ValueError(
+          f"{file} holds {key}, which {tensors[key].file.name} holds too, expected each tensor "
+          "once; download the folder again."
+        )
+      tensors |= held
     yield tensors
 
 
-def fingerprint(files: Sequence[pathlib.Path]) -> str:
+def read_shapes(file: pathlib.Path) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of the tensors of a safetensors file by name; reads its header only.
+
+  Raises:
+    ValueError: it is no safetensors, or cut off.
+  """
+  with _open([file]) as tensors:
+    return {key: tensor.shape for key, tensor in tensors.items()}
+
+
+def fingerprint(files: Sequence[Source]) -> str:
   """Of the tensors of safetensors files: their names, types, shapes and some bytes of each; cheap.
 
   Training a network, or converting it, changes it; splitting its files does not.
@@ -253,7 +323,7 @@ def fingerprint(files: Sequence[pathlib.Path]) -> str:
     for key in sorted(tensors):
       tensor = tensors[key]
       digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
-      size = int(np.prod(tensor.shape)) * np.dtype(_DTYPES.get(tensor.dtype, np.uint8)).itemsize
+      size = int(np.prod(tensor.shape)) * tensor.itemsize
       for place in (0, size // 2, size - _SAMPLE):
         tensor.file.seek(tensor.offset + max(0, place))
         digest.update(tensor.file.read(min(size, _SAMPLE)))
@@ -264,7 +334,9 @@ def _names(keys: Sequence[str]) -> str:
   return f"{len(keys)} ({listed(keys)})"
 
 
-def _match(where: str, tensors: Mapping[str, _Stored], entries: Mapping[str, _Entry]) -> dict[str, _Stored]:
+def _match(
+  files: Sequence[Source], tensors: Mapping[str, _Stored], entries: Mapping[str, _Entry]
+) -> dict[str, _Stored]:
   """{expected name: tensor}; raises one ValueError on all that does not fit, its cause first."""
   found = {key: tensor.shape for key, tensor in tensors.items()}
   names, unexpected = {key: key for key in found if key in entries}, []
@@ -291,11 +363,11 @@ def _match(where: str, tensors: Mapping[str, _Stored], entries: Mapping[str, _En
     kind, expected = kind_of(found), kind_of(entries)
     cause = [f"they are those of {kind}, expected {expected}"] if kind and expected and kind != expected else []
     whole = [f"{write_list(lists)} lists them all"] if any(len(keys) > SHOWN for keys in lists.values()) else []
-    raise MisfitError(where, "; ".join(cause + problems + whole), found)
+    raise MisfitError(files, "; ".join(cause + problems + whole), found)
   foreign = [f"{name} {tensors[name].dtype}" for name in names.values() if tensors[name].dtype not in _DTYPES]
   if foreign:
     raise ValueError(
-      f"{where} holds numbers of other types than {', '.join(_DTYPES)}: {_names(foreign)}; take the "
+      f"{_where(files)} holds numbers of other types than {', '.join(_DTYPES)}: {_names(foreign)}; take the "
       "model in half or single precision."
     )
   return {key: tensors[name] for key, name in names.items()}
@@ -322,18 +394,19 @@ def _read(
   return out
 
 
-def check_tree(files: Sequence[pathlib.Path], shapes: Mapping[str, Any]) -> None:
+def check_tree(files: Sequence[Source], shapes: Mapping[str, Any]) -> None:
   """Raises what `load_tree` would about the tensors' names, shapes and types; reads headers only."""
   with _open(files) as found:
-    _match(_where(files), found, _entries(shapes))
+    _match(files, found, _entries(shapes))
 
 
-def _where(files: Sequence[pathlib.Path]) -> str:
-  return str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files)} shards)"
+def _where(files: Sequence[Source]) -> str:
+  first = files[0]
+  return str(first) if isinstance(first, Part) or len(files) == 1 else f"{first.parent} ({len(files)} shards)"
 
 
 def load_tree(
-  files: Path | Sequence[Path],
+  files: Path | Part | Sequence[Path | Part],
   shapes: Mapping[str, Any],
   *,
   param_dtype: Any = jnp.float32,
@@ -344,7 +417,7 @@ def load_tree(
   Of an array that is spread over devices each process reads what its own devices take.
 
   Args:
-    files: one safetensors file, or all shards.
+    files: one safetensors file, all shards, or a part of a file.
     shapes: the tree of arrays or ShapeDtypeStructs to fill, e.g. `presets.abstract_params(module)`.
     param_dtype: dtype of the arrays returned.
     sharding: None (default device), one Sharding, or a tree of them like `shapes`.
@@ -357,13 +430,14 @@ def load_tree(
       of the whole list if it is long.
     ValueError: a file is no safetensors, or holds other numbers than floating-point ones.
   """
-  paths = [pathlib.Path(f) for f in ([files] if isinstance(files, str | os.PathLike) else files)]
+  several = [files] if isinstance(files, str | os.PathLike | Part) else files
+  paths = [f if isinstance(f, Part) else pathlib.Path(f) for f in several]
   entries = _entries(shapes)
   sharding = sharding(shapes) if callable(sharding) else sharding
   shardings = dict(_leaves(sharding)) if isinstance(sharding, Mapping) else None
   tree: Tree = {}
   with _open(paths) as found:
-    tensors = _match(_where(paths), found, entries)
+    tensors = _match(paths, found, entries)
     for path, group in itertools.groupby(entries.values(), key=lambda entry: entry.path):
       layers = list(group)
       stack = () if layers[0].layer is None else (len(layers),)

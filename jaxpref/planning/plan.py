@@ -16,6 +16,7 @@ from jaxpref import config as config_lib
 from jaxpref.config import Config
 from jaxpref.devices import sharding
 from jaxpref.files import family as families
+from jaxpref.files import loading
 from jaxpref.models import lora, presets
 from jaxpref.models.base import is_guided
 from jaxpref.objectives import catalog
@@ -35,11 +36,11 @@ def without_weights(config: ConfigDict) -> ConfigDict:
     ValueError: a model whose shapes are not known.
   """
   config = config.copy_and_resolve_references()
-  model = families.get(config.family).without_values(config.model)
+  model = families.get(config.family).without_values(loading.with_config(config.model, config.model_config))
   preset = model.partition(":")[2]
   with config.unlocked():
     config.model = model
-    config.vae_model = config.unet_model = None
+    config.model_config = config.vae_model = config.unet_model = None
     config.reward, scored = "", catalog.method(config).facts.scorer
     config.preference_model = f"zeros:{preset if preset in presets.PRESETS else 'sd15'}" if scored else None
     config.judge = None

@@ -16,7 +16,7 @@ from jaxpref.data import batching, emoji, latents, paths, pipeline, sources
 from jaxpref.data import index as index_lib
 from jaxpref.devices import sharding
 from jaxpref.files import family as families
-from jaxpref.files import folders, loading, tensors
+from jaxpref.files import loading, tensors
 from jaxpref.models.base import Model
 from jaxpref.objectives import catalog
 from jaxpref.recipes import places
@@ -253,7 +253,7 @@ def look_for(config: Config, *, scores: bool = True) -> None:
 
 def precomputed_fields(config: Config) -> dict[str, Any]:
   """The fields that decide what the frozen networks make of the data, as JSON values by dotted name."""
-  fields = {name: getattr(config, name) for name in ("model", "vae_model", "dtype", "seed")}
+  fields = {name: getattr(config, name) for name in ("model", "model_config", "vae_model", "dtype", "seed")}
   fields |= {f"data.{k}": v for k, v in config.data.to_dict().items() if k not in _OF_TRAINING}
   return json.loads(json.dumps(fields))
 
@@ -269,11 +269,10 @@ def data_fingerprint(config: Config) -> str:
 def encoder_fingerprints(config: Config) -> dict[str, str]:
   """Of the weights whose results are precomputed, by component; none of random ones: their name and seed say it all."""
   of = families.get(config.family)
-  files = dict(of.weight_files(config.model))
+  files = dict(of.weight_files(loading.with_config(config.model, config.model_config)))
   files.pop(of.denoiser, None)
   if config.vae_model:
-    folder = folders.resolve_folder(config.vae_model, "diffusion_pytorch_model*.safetensors")
-    files["vae"] = tensors.weight_files(folder)
+    files["vae"] = loading.vae_files(config.vae_model)
   return {name: tensors.fingerprint(of_network) for name, of_network in files.items()}
 
 

@@ -16,8 +16,8 @@ from jaxpref.rewards import published
 from jaxpref.training import checkpoint
 
 FIELDS = (
-  "model", "vae_model", "preference_model", "judge", "data.path", "data.images", "data.scores", "lora.init_from",
-  "evaluation.prompts",
+  "model", "model_config", "vae_model", "unet_model", "preference_model", "judge", "data.path", "data.images",
+  "data.scores", "lora.init_from", "evaluation.prompts",
 )  # fmt: skip
 
 
@@ -83,7 +83,13 @@ def test_a_run_that_was_begun_with_a_tilde_goes_on(home):
 
 
 COMMANDS = [
-  (sample.main, sample, "draw", ["--prompt=x", "--model=~/m", "--vae_model=~/v", "--out=~/o"], ("model", "vae_model")),
+  (
+    sample.main,
+    sample,
+    "draw",
+    ["--prompt=x", "--model=~/m", "--model_config=~/c", "--vae_model=~/v", "--out=~/o"],
+    ("model", "model_config", "vae_model"),
+  ),
   (
     evaluate.main,
     evaluate,
