@@ -183,6 +183,15 @@ def scorer_fingerprint(name: str) -> str:
   return tensors.fingerprint(weight_files(folder))
 
 
+def check_style(name: str, judge: Judge, style: str) -> None:
+  """Raises ValueError if a judge cannot tell the preferred style."""
+  if style not in judge.config.styles:
+    raise ValueError(
+      f"judge {name} knows the styles {listed(judge.config.styles) or '(none)'}, not "
+      f"config.data.preferred_style={style!r}; choose one of them or another judge."
+    )
+
+
 def load_judge(name: str | None, *, style: str, num_classes: int) -> tuple[Judge | None, Any]:
   """Loads a judge by folder, shipped name, or `random:PRESET`; None, or "" on the command line, for none.
 
@@ -196,11 +205,7 @@ def load_judge(name: str | None, *, style: str, num_classes: int) -> tuple[Judge
     params = presets.init_params(module, jax.random.key(1))
   else:
     module, params = open_judge(loading.folder_of(name))
-  if style not in module.config.styles:
-    raise ValueError(
-      f"judge {name} knows the styles {listed(module.config.styles) or '(none)'}, not "
-      f"config.data.preferred_style={style!r}; choose one of them or another judge."
-    )
+  check_style(name, module, style)
   if num_classes > module.config.num_classes:
     raise ValueError(
       f"judge {name} knows {module.config.num_classes} captions, the data (config.data.subset) or "
