@@ -20,7 +20,7 @@ from jaxpref.files import loading, pipelines
 from jaxpref.models import presets
 from jaxpref.objectives import catalog, spo
 from jaxpref.planning import plan
-from jaxpref.rewards import terms
+from jaxpref.rewards import published, shapes, terms
 from jaxpref.training import build, loop
 from scripts.parity import full_size_parity
 
@@ -279,6 +279,10 @@ def test_published_scorers_are_counted_without_their_files():
   assert found["aesthetic"]["bytes"] == 2 * clip_l_parameters() + 4 * head_parameters(768)
   assert {name: arguments[f"frozen {name}"] for name in found} == {n: of_it["bytes"] for n, of_it in found.items()}
   assert "frozen spm" not in arguments
+
+
+def test_the_shapes_of_every_published_scorer_are_known():
+  assert {*shapes.PUBLISHED, *shapes.SHIPPED} == set(published.PUBLISHED)
 
 
 def test_rewards_take_what_they_take_in_training():
