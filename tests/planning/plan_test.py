@@ -4,7 +4,6 @@ import dataclasses
 import fnmatch
 import functools
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from jaxpref.models import presets
 from jaxpref.objectives import catalog, spo
 from jaxpref.planning import plan
 from jaxpref.rewards import published, shapes, terms
+from jaxpref.rewards.loading import load_clip, load_preference_model
 from jaxpref.training import build, loop
 from scripts.parity import full_size_parity
 
@@ -231,6 +231,10 @@ def sizes(config):
   return plan.reward_sizes(planned.reward, planned.frozen), plan.argument_bytes(planned.state, planned.frozen)
 
 
+def count(tree):
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
 def torch_parameters(make):
   with torch.device("meta"):
     return sum(p.numel() for p in make().parameters())
@@ -286,16 +290,23 @@ def test_the_shapes_of_every_published_scorer_are_known():
 
 
 def test_rewards_take_what_they_take_in_training():
-  """Those with weights at hand; and a folder's config.json says as much as its weights."""
-  assets = pathlib.Path(plan.__file__).parents[1] / "assets"
-  config = rewarded(f"tiny-clip:1,judge:0.1,preference_model:1,pickscore={assets / 'tiny-clip'}:2")
+  """Those with weights at hand."""
+  config = rewarded("tiny-clip:1,judge:0.1,preference_model:1")
   config.preference_model = "random:one-level"
   found, arguments = sizes(config)
   assert arguments | {"batch": 0} == real_bytes(config) | {"batch": 0}
-  assert list(found) == ["tiny-clip", "judge", "preference_model", "pickscore"]
-  assert found["pickscore"] == found["tiny-clip"] and found["judge"]["parameters"] > 0
-  count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-  assert found["preference_model"]["parameters"] == count(terms.load(config)[1]["spm"])
+  loaded = terms.load(config)[1]
+  expected = {"tiny-clip": loaded["tiny-clip"], "judge": loaded["judge"], "preference_model": loaded["spm"]}
+  assert {name: of_it["parameters"] for name, of_it in found.items()} == {n: count(t) for n, t in expected.items()}
+
+
+@pytest.mark.parametrize("name", ["tiny-clip", "tiny-spm"])
+def test_the_config_of_a_folder_says_as_much_as_its_weights(name):
+  folder = loading.folder_of(name)
+  spec = shapes.without_values(f"pickscore={folder}")
+  found = jax.eval_shape(lambda: published.load_reward(spec, dtype="float32", placement=None, preferred_style="")[1])
+  expected = load_preference_model(folder)[1] if name == "tiny-spm" else load_clip(folder)[1]
+  assert jax.tree.map(jnp.shape, expected) == jax.tree.map(lambda s: s.shape, found)
 
 
 @pytest.mark.parametrize(
