@@ -149,7 +149,7 @@ class _Compiler:
 def _together(programs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
   """Of programs that run one after the other: the sums of their costs, and the memory of the one that takes most."""
   largest = max(programs.values(), key=lambda report: report["peak"])
-  found = {k: largest[k] for k in ("temporaries", "output", "peak") if k in largest}
+  found: dict[str, Any] = {k: largest[k] for k in _OF_PROGRAM[1:] if k in largest}
   for key in ("flop", "lower_seconds", "compile_seconds", "compile_cpu_seconds", "memory_bytes"):
     if all(key in report for report in programs.values()):
       found[key] = sum(report[key] for report in programs.values())

@@ -348,8 +348,8 @@ def _train(
         if done == first + 1:
           with goodput.phase("compile"), monitor.ticking(f"compiling the training step of {config.objective}"):
             train_step = compiled((training.state, run.frozen, batch))
-          if said := _memory(train_step):
-            _say(said)
+          if taken := _memory(train_step):
+            _say(taken)
           goodput.switch("step")
           watch.start_clock()
         if said := profiler.before_step(done, training.state):
