@@ -13,9 +13,12 @@ work space is not counted, and long attention goes in pieces where training take
 What it prints is of one chip. Memory is the compiler's. Operations are counted in the traced step
 (`jaxpref.planning.flops`, recomputation included) and divided by the devices; bytes are counted in the compiled program
 (`jaxpref.planning.hlo`). Times are what each resource takes at its peak, so that a step takes at least the longest of
-them. The updates of an SPO iteration are as many as if all pairs were valid.
+them. The updates of an SPO iteration are as many as if all pairs were valid. Rewards are counted by their names,
+without their weights. One that is a Python function runs between two programs: memory is that of the larger one, and
+what the function itself takes is not counted.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -38,6 +41,9 @@ from jaxpref.devices.chips import GIB
 from jaxpref.objectives import catalog
 from jaxpref.planning import flops as flops_lib
 from jaxpref.planning import hlo, plan
+from jaxpref.rewards.base import Weighted, scope
+from jaxpref.training import host
+from jaxpref.training import step as step_lib
 
 AGAIN = "run the same command again"
 
@@ -45,6 +51,7 @@ AGAIN = "run the same command again"
 # convolution's tile, and takes several times less with small tiles (the default is 16 MiB and more) and less effort.
 # What a step sends is the same; operands are read more often, and temporaries in HBM may be larger.
 TILES = "xla_tpu_scoped_vmem_limit_kib"
+_OF_PROGRAM = ("arguments", "temporaries", "output", "peak")
 QUICK: dict[str, Any] = {TILES: "5120", "xla_optimization_level": "EFFORT_O1"}
 
 
@@ -62,38 +69,98 @@ def compile_step(
     their sum `peak`; `flop`; `collectives`, as of `hlo.collective_bytes`; `memory_bytes`, read and written. And
     `lower_seconds`, `compile_seconds`, `compile_cpu_seconds` (of all threads). A program that the compiler refuses for
     want of memory has `refused`, and neither temporaries nor what is counted in compiled programs.
+
+    An online method also has `rewards` by name: `parameters`, `bytes`, `flop`, or `host`. With a reward on the host
+    there are `programs`, with these numbers of each; those of the step are sums, its memory that of the larger one.
   """
-  step, state, frozen, batch = plan.abstract_inputs(config, mesh)
-  shardings = jax.tree.map(lambda s: s.sharding, state)
-  updates = catalog.method(config).updates(config).count
-  started = time.perf_counter()
-  traced = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).trace(state, frozen, batch)
-  lowered = traced.lower()
-  report: dict[str, Any] = {
-    "arguments": plan.argument_bytes(state, frozen, batch),
-    "flop": flops_lib.of_jaxpr(traced.jaxpr.jaxpr, while_trips=updates) / mesh.size,
-    "lower_seconds": time.perf_counter() - started,
-  }
-  started, cpu_started = time.perf_counter(), time.process_time()
-  try:
-    compiled = _compile(lowered, dict(compiler_options or {}))
-  except jax.errors.JaxRuntimeError as error:
-    peak = _refused_bytes(str(error), sum(report["arguments"].values()))
-    if peak is None:
-      raise
-    return report | {"refused": True, "peak": peak, "compile_seconds": time.perf_counter() - started}
-  report["compile_seconds"] = time.perf_counter() - started
-  report["compile_cpu_seconds"] = time.process_time() - cpu_started
-  memory: Any = compiled.memory_analysis()
-  output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  text = compiled.as_text()
-  return report | {
-    "temporaries": memory.temp_size_in_bytes,
-    "output": output,
-    "peak": memory.argument_size_in_bytes + memory.temp_size_in_bytes + output,
-    "collectives": hlo.collective_bytes(text, while_trips=updates),
-    "memory_bytes": hlo.memory_bytes(text, while_trips=updates),
-  }
+  p = plan.planned(config, mesh)
+  shardings = jax.tree.map(lambda s: s.sharding, p.state)
+  inputs = (p.state, p.frozen, p.batch)
+  arguments = plan.argument_bytes(*inputs)
+  compiler = _Compiler(config, mesh.size, sum(arguments.values()), p.reward, dict(compiler_options or {}))
+  if p.reward is not None and p.reward.host:
+    with contextlib.suppress(_Refused):  # what the first program leaves on the devices is not known without it
+      host.compile_halves(p.halves, p.reward.host, mesh, shardings, inputs, compiler)
+    report = {"arguments": arguments} | _together(compiler.reports)
+  else:
+    step = sharding.on_mesh(mesh, step_lib.joined(*p.halves))
+    with contextlib.suppress(_Refused):
+      compiler("step", jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).trace(*inputs))
+    report = {"arguments": arguments} | {k: v for k, v in compiler.reports["step"].items() if k != "arguments"}
+  if p.reward is None:
+    return report
+  sizes = plan.reward_sizes(p.reward, p.frozen)
+  in_graph = {name: sizes[name] | {"flop": flop} for name, flop in compiler.of_rewards.items()}
+  return report | {"rewards": in_graph | {reward.name: {"host": True} for reward, _ in p.reward.host}}
+
+
+class _Refused(Exception):
+  """The compiler says that a program does not fit; its report says by how much."""
+
+
+class _Compiler:
+  """Compiles the programs of a step, and keeps what there is to report of each.
+
+  Attributes:
+    reports: by the name of a program.
+    of_rewards: operations of one device and step by the name of a reward in the graph.
+  """
+
+  def __init__(
+    self, config: ConfigDict, devices: int, arguments: int, reward: Weighted | None, options: dict[str, Any]
+  ):
+    """Args: `arguments` are the bytes on one device that the first program is given."""
+    self.reports: dict[str, dict[str, Any]] = {}
+    self.of_rewards = {} if reward is None else {r.name: 0.0 for r, _ in reward.graph}
+    self._trips = catalog.method(config).updates(config).count
+    self._devices, self._arguments, self._options = devices, arguments, options
+    self._started = time.perf_counter()
+
+  def _flop(self, traced: Any, scope: str | None = None) -> float:
+    return flops_lib.of_jaxpr(traced.jaxpr.jaxpr, while_trips=self._trips, scope=scope) / self._devices
+
+  def __call__(self, name: str, traced: Any) -> Any:
+    """The compiled program; raises `_Refused`."""
+    lowered = traced.lower()
+    report = self.reports[name] = {"flop": self._flop(traced)}
+    for reward in self.of_rewards:
+      self.of_rewards[reward] += self._flop(traced, scope(reward))
+    report["lower_seconds"] = time.perf_counter() - self._started
+    started, cpu_started = time.perf_counter(), time.process_time()
+    try:
+      compiled = _compile(lowered, self._options)
+    except jax.errors.JaxRuntimeError as error:
+      peak = _refused_bytes(str(error), self._arguments)
+      if peak is None:
+        raise
+      report |= {"refused": True, "peak": peak, "compile_seconds": time.perf_counter() - started}
+      raise _Refused from error
+    report["compile_seconds"] = time.perf_counter() - started
+    report["compile_cpu_seconds"] = time.process_time() - cpu_started
+    text = compiled.as_text()
+    report |= chips.program_bytes(compiled) | {
+      "collectives": hlo.collective_bytes(text, while_trips=self._trips),
+      "memory_bytes": hlo.memory_bytes(text, while_trips=self._trips),
+    }
+    self._started = time.perf_counter()
+    return compiled
+
+
+def _together(programs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+  """Of programs that run one after the other: the sums of their costs, and the memory of the one that takes most."""
+  largest = max(programs.values(), key=lambda report: report["peak"])
+  found: dict[str, Any] = {k: largest[k] for k in _OF_PROGRAM[1:] if k in largest}
+  for key in ("flop", "lower_seconds", "compile_seconds", "compile_cpu_seconds", "memory_bytes"):
+    if all(key in report for report in programs.values()):
+      found[key] = sum(report[key] for report in programs.values())
+  if any(report.get("refused") for report in programs.values()):
+    return found | {"refused": True, "programs": dict(programs)}
+  collectives: dict[str, dict[str, float]] = {}
+  for report in programs.values():
+    for kind, of_kind in report["collectives"].items():
+      before = collectives.get(kind, {"bytes": 0.0, "count": 0.0})
+      collectives[kind] = {k: before[k] + of_kind[k] for k in before}
+  return found | {"collectives": collectives, "programs": dict(programs)}
 
 
 def _compile(lowered: Any, options: dict[str, Any]) -> Any:
@@ -149,6 +216,16 @@ def table(report: Mapping[str, Any], chip: chips.Chip | None = None) -> str:
     lines += [f"| sent to others | {sent / GIB:.4g} GiB | {time_of('interconnect')} |"]
     for kind, found in report["collectives"].items():
       lines += [f"| by {found['count']:.0f} {kind} | {found['bytes'] / GIB:.4g} GiB | |"]
+  if "programs" in report:
+    lines += ["", "| program | given GiB | temporaries | output | peak | TFLOP |", "|---|---|---|---|---|---|"]
+    for name, program in report["programs"].items():
+      sizes = [f"{program[k] / GIB:.2f}" if k in program else "" for k in _OF_PROGRAM]
+      lines += [f"| {name} | {' | '.join(sizes)} | {program['flop'] / 1e12:.4g} |"]
+  if "rewards" in report:
+    lines += ["", "| reward | parameters | GiB on each device | TFLOP of each device and step |", "|---|---|---|---|"]
+    for name, r in report["rewards"].items():
+      in_graph = "host" not in r and f"{r['parameters']:,} | {r['bytes'] / GIB:.2f} | {r['flop'] / 1e12:.4g}"
+      lines += [f"| {name} | {in_graph or 'on the host | | '} |"]
   return "\n".join(lines)
 
 

@@ -135,6 +135,27 @@ def test_the_command_compiles_for_chips_that_are_not_there(tmp_path):
 
 
 @pytest.mark.compiler("libtpu")
+def test_both_programs_of_a_reward_on_the_host_compile_for_chips_that_are_not_there(tmp_path):
+  out, root = tmp_path / "report.json", pathlib.Path(__file__).parents[1]
+  (tmp_path / "mine.py").write_text("def light(images, prompts):\n  return [i.mean() for i in images]\n")
+  command = [sys.executable, "-m", "jaxpref.compile", "--config=configs/grpo_tiny.py", "--topology=v5e:2x2"]
+  model = ["--config.model=random:one-level", "--config.grpo.num_inference_steps=2", "--config.grpo.minibatch=8"]
+  done = subprocess.run(
+    [*command, *model, "--config.reward=preference_model:1,mine:light:0.1", f"--out={out}"],
+    cwd=root,
+    env=os.environ | {"PYTHONPATH": f"{tmp_path}:{root}"},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  report = json.loads(out.read_text())
+  peaks = [program["peak"] for program in report["programs"].values()]
+  assert len(peaks) == 2 and report["peak"] == max(peaks) and report["fits"]
+  assert report["rewards"]["mine:light"] == {"host": True} and "| mine:light | on the host |" in done.stdout
+
+
+@pytest.mark.compiler("libtpu")
 @pytest.mark.parametrize(
   "name, chips_expected",
   [("v5e:1x1", 1), ("v6e:1x1", 1), ("v5e:4x4", 16), ("v5e:16x16", 256), ("v4:2x2x1", 4), ("v5p:2x2x2", 8)],

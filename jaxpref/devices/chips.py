@@ -145,6 +145,22 @@ def bound(seconds: Mapping[str, Any]) -> str:
   return max(seconds, key=lambda name: seconds[name])
 
 
+def program_bytes(compiled: Any) -> dict[str, int]:
+  """What a compiled program takes of each device.
+
+  Returns:
+    Bytes of its `arguments`, `temporaries`, `output` that is not in the place of an argument, and their sum `peak`; {}
+    where the device's compiler does not say.
+  """
+  memory = compiled.memory_analysis()
+  if memory is None:
+    return {}
+  arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+  output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  peak = arguments + temporaries + output
+  return {"arguments": arguments, "temporaries": temporaries, "output": output, "peak": peak}
+
+
 @functools.cache
 def compiler_options() -> dict[str, Any] | None:
   """For `jax.jit` of networks on this machine's devices; None, XLA's own choice, but on CPUs.

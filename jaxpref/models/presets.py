@@ -82,8 +82,8 @@ def _vae(channels: tuple[int, ...], **fields: Any) -> VAEConfig:
   )
 
 
-# laion/CLIP-ViT-H-14, the architecture of PickScore; eos_token_id is 2 in its config.json.
-_CLIP_H = StepAwareCLIPConfig(
+# laion/CLIP-ViT-H-14, the architecture of PickScore and HPSv2; eos_token_id is 2 in its config.json.
+CLIP_H = StepAwareCLIPConfig(
   CLIPTextConfig(
     hidden_size=1024,
     intermediate_size=4096,
@@ -117,11 +117,25 @@ _CLIP_L_TEXT = CLIPTextConfig(
   eos_token_id=2,
 )
 
+# openai/clip-vit-large-patch14, which LAION's aesthetic predictor reads.
+CLIP_L = StepAwareCLIPConfig(
+  _CLIP_L_TEXT,
+  CLIPVisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    projection_dim=768,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    patch_size=14,
+  ),
+  projection_dim=768,
+)
+
 SD15 = Preset(
   unet=UNetConfig(sample_size=64, cross_attention_dim=768),
   vae=_vae((128, 256, 512, 512), sample_size=512, layers_per_block=2),
   text_encoder=_CLIP_L_TEXT,
-  preference=_CLIP_H,
+  preference=CLIP_H,
 )
 
 # The one that predicts v, at 768 pixels; its text encoder is CLIP-H's without the last layer.
@@ -162,7 +176,7 @@ SDXL = Preset(
     bos_token_id=0,
     eos_token_id=2,
   ),
-  preference=_CLIP_H,
+  preference=CLIP_H,
 )
 
 

@@ -4,6 +4,7 @@ Unlike the compiler's own cost analysis this counts the body of a loop as often 
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,24 +12,29 @@ import jax
 from jax.extend import core
 
 
-def count(fn: Callable[..., Any], *args: Any, while_trips: float = 1.0) -> float:
+def count(fn: Callable[..., Any], *args: Any, while_trips: float = 1.0, scope: str | None = None) -> float:
   """Operations of one call of a function, of all devices together.
 
   Args:
     fn: anything that can be traced.
     *args: arrays or ShapeDtypeStructs.
     while_trips: how often the body of a loop runs whose number of rounds is not known before (SPO's updates).
+    scope: count only what is traced within this `jax.named_scope`.
   """
-  return of_jaxpr(jax.make_jaxpr(fn)(*args).jaxpr, while_trips=while_trips)
+  return of_jaxpr(jax.make_jaxpr(fn)(*args).jaxpr, while_trips=while_trips, scope=scope)
 
 
-def of_jaxpr(jaxpr: core.Jaxpr, *, while_trips: float = 1.0) -> float:
+def of_jaxpr(jaxpr: core.Jaxpr, *, while_trips: float = 1.0, scope: str | None = None) -> float:
   """As `count`, of a function that was traced already."""
-  return sum(_of_equation(eqn, while_trips) for eqn in jaxpr.eqns)
+  return sum(_of_equation(eqn, while_trips, scope) for eqn in jaxpr.eqns)
 
 
-def _of_equation(eqn: Any, while_trips: float) -> float:
+def _of_equation(eqn: Any, while_trips: float, scope: str | None) -> float:
   name = eqn.primitive.name
+  if scope is not None and scope in re.split(r"[/()]", str(eqn.source_info.name_stack)):
+    scope = None  # and all that it runs
+  if scope is not None and name in ("dot_general", "conv_general_dilated"):
+    return 0.0
   if name == "dot_general":
     (contract, _), _ = eqn.params["dimension_numbers"]
     left = eqn.invars[0].aval.shape
@@ -40,11 +46,11 @@ def _of_equation(eqn: Any, while_trips: float) -> float:
     zeros = math.prod(eqn.params["lhs_dilation"])
     return 2.0 * math.prod(out) * math.prod(window) * kernel[dims.rhs_spec[1]] / zeros
   if name == "cond":
-    return max(of_jaxpr(branch.jaxpr, while_trips=while_trips) for branch in eqn.params["branches"])
+    return max(of_jaxpr(branch.jaxpr, while_trips=while_trips, scope=scope) for branch in eqn.params["branches"])
   times = {"scan": eqn.params.get("length", 1), "while": while_trips}.get(name, 1)
   if name == "shard_map":  # its arrays are those of one device
     times = eqn.params["mesh"].size
-  return times * sum(of_jaxpr(inner, while_trips=while_trips) for inner in _inner(eqn))
+  return times * sum(of_jaxpr(inner, while_trips=while_trips, scope=scope) for inner in _inner(eqn))
 
 
 def _inner(eqn: Any) -> list[core.Jaxpr]:

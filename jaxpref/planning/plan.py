@@ -20,7 +20,10 @@ from jaxpref.files import loading
 from jaxpref.models import lora, presets
 from jaxpref.models.base import is_guided
 from jaxpref.objectives import catalog
-from jaxpref.training import build, inputs, loop
+from jaxpref.recipes.rewards import PREFERENCE_MODEL, reward_terms
+from jaxpref.rewards import base as rewards
+from jaxpref.rewards import terms
+from jaxpref.training import build, inputs, loop, step
 
 LORA_RANK = 64  # of the adapter that `changes` propose in the place of full training
 
@@ -28,20 +31,23 @@ LORA_RANK = 64  # of the adapter that `changes` propose in the place of full tra
 def without_weights(config: ConfigDict) -> ConfigDict:
   """The same recipe on shapes alone, and on the embedded data resized to the model's images.
 
-  Another VAE or UNet than the model's own counts as its own. Whatever the rewards are, one preference model of the
-  preset stands for them.
+  Another VAE or UNet than the model's own counts as its own. The preference model is that of the preset; other rewards
+  are as published, or as the config.json of their folder describes them (`rewards.shapes`).
   Of precomputed data, the folder of `data.path` is not looked at, and need not be there.
 
   Raises:
-    ValueError: a model whose shapes are not known.
+    ValueError: a model or a reward whose shapes are not known.
   """
   config = config.copy_and_resolve_references()
+  of = catalog.method(config).facts
+  reward = terms.without_values(config) if of.online else ""
+  scored = of.scorer and (not of.online or PREFERENCE_MODEL in reward_terms(config))
   model = families.get(config.family).without_values(loading.with_config(config.model, config.model_config))
   preset = model.partition(":")[2]
   with config.unlocked():
     config.model = model
     config.model_config = config.vae_model = config.unet_model = None
-    config.reward, scored = "", catalog.method(config).facts.scorer
+    config.reward = reward
     config.preference_model = f"zeros:{preset if preset in presets.PRESETS else 'sd15'}" if scored else None
     config.judge = None
     config.lora.init_from = None
@@ -69,12 +75,25 @@ def _build(config: ConfigDict, batch_devices: int) -> tuple[build.Experiment, An
   return built[0], params, {name: tree for name, tree in frozen.items() if name not in unused}
 
 
-def abstract_inputs(config: ConfigDict, mesh: Mesh) -> tuple[Any, Any, Any, Any]:
-  """The training step of a config `without_weights`, and ShapeDtypeStructs of its arguments, with their shardings.
+@dataclasses.dataclass(frozen=True)
+class Planned:
+  """A training step, and ShapeDtypeStructs of its arguments, with their shardings.
 
-  Returns:
-    step, and what it takes: state, frozen, batch.
+  Attributes:
+    halves: of `step.make_halves`, not yet jitted.
+    reward: of online methods that have one.
+    state, frozen, batch: what the step takes.
   """
+
+  halves: tuple[step.DrawFn, step.LearnFn]
+  reward: rewards.Weighted | None
+  state: Any
+  frozen: Any
+  batch: Any
+
+
+def planned(config: ConfigDict, mesh: Mesh) -> Planned:
+  """The training step of a config `without_weights`."""
   experiment, params, frozen = _build(config, sharding.batch_devices(mesh))
   optimizer, _ = loop.make_optimizer(config)
   state, frozen = _placed(config, mesh, experiment, params, frozen)
@@ -86,7 +105,17 @@ def abstract_inputs(config: ConfigDict, mesh: Mesh) -> tuple[Any, Any, Any, Any]
     key: jax.ShapeDtypeStruct((config.batch_size, *value.shape[1:]), value.dtype, sharding=rows)
     for key, value in one.items()
   }
-  return loop.make_step(config, experiment, optimizer, mesh), state, frozen, batch
+  return Planned(loop.make_halves(config, experiment, optimizer, mesh), experiment.reward, state, frozen, batch)
+
+
+def abstract_inputs(config: ConfigDict, mesh: Mesh) -> tuple[Any, Any, Any, Any]:
+  """The training step of a config `without_weights` as one program, without rewards on the host; and its arguments.
+
+  Returns:
+    step, and what it takes: state, frozen, batch.
+  """
+  p = planned(config, mesh)
+  return sharding.on_mesh(mesh, step.joined(*p.halves)), p.state, p.frozen, p.batch
 
 
 def _precomputed(config: ConfigDict, experiment: build.Experiment, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,6 +162,17 @@ def argument_bytes(state: Any, frozen: Any, batch: Any = None) -> dict[str, int]
     **{f"frozen {name}": device_bytes(tree) for name, tree in frozen.items()},
     "batch": device_bytes(batch),
   }
+
+
+def reward_sizes(reward: rewards.Weighted | None, frozen: Any) -> dict[str, dict[str, int]]:
+  """Of each reward in the graph, by name: its `parameters`, and their `bytes` on one device.
+
+  Args:
+    frozen: as of `abstract_inputs`.
+  """
+  of_each = {} if reward is None else {r.name: frozen[r.component] for r, _ in reward.graph}
+  count = lambda tree: sum(s.size for s in jax.tree.leaves(tree))
+  return {name: {"parameters": count(tree), "bytes": device_bytes(tree)} for name, tree in of_each.items()}
 
 
 def device_bytes(tree: Any) -> int:

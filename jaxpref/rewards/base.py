@@ -22,11 +22,15 @@ class Reward(Protocol):
 
   Attributes:
     name: in metrics.
+    component: of the weights, that which holds its parameters.
     scale: constant, from its numbers into logits, of which SPO's threshold takes differences.
   """
 
   @property
   def name(self) -> str: ...
+
+  @property
+  def component(self) -> str: ...
 
   @property
   def scale(self) -> float: ...
@@ -57,7 +61,7 @@ class Reward(Protocol):
 class HostReward(Protocol):
   """A scorer of finished images outside the graph; rows of each process are scored there.
 
-  Attributes: as of `Reward`.
+  Attributes: name and scale as of `Reward`.
   """
 
   @property
@@ -69,6 +73,11 @@ class HostReward(Protocol):
   def score_images(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
     """f32[N] of u8[H,W,3] each; raises on whatever goes wrong."""
     ...
+
+
+def scope(name: str) -> str:
+  """The name by which a reward's operations are known in traced programs and profiles."""
+  return f"reward {name}"
 
 
 class Scores(NamedTuple):
@@ -108,14 +117,21 @@ class Weighted:
 
   def prompts(self, weights: Any, batch: Batch) -> tuple[Any, ...]:
     """See `Reward.prompts`."""
-    return tuple(reward.prompts(weights, batch) for reward, _ in self.graph)
+    found = []
+    for reward, _ in self.graph:
+      with jax.named_scope(scope(reward.name)):
+        found.append(reward.prompts(weights, batch))
+    return tuple(found)
 
   def score(self, weights: Any, images: jax.Array, t: jax.Array, prompts: tuple[Any, ...]) -> Scores:
     """The sum of those in the graph, see `Reward.score`."""
     if not self.graph:
       return Scores(jnp.zeros(len(images)), {})
-    of_each = zip(self.graph, prompts, strict=True)
-    return self.summed({reward.name: reward.score(weights, images, t, rows) for (reward, _), rows in of_each})
+    found = {}
+    for (reward, _), rows in zip(self.graph, prompts, strict=True):
+      with jax.named_scope(scope(reward.name)):
+        found[reward.name] = reward.score(weights, images, t, rows)
+    return self.summed(found)
 
   def score_pictures(self, weights: Any, batch: Batch, images: jax.Array) -> Scores:
     """Scores finished pictures f32[N,H,W,3] in [-1, 1], whose prompts are the rows of the batch."""

@@ -209,7 +209,7 @@ def look_for_judge(name: str | None, *, style: str) -> None:
   """
   if name and not name.startswith("random:"):
     folder = resolve_folder(loading.folder_of(name))
-    _check_style(name, JudgeConfig.from_dict(read_json(folder / "config.json")), style)
+    check_style(name, JudgeConfig.from_dict(read_json(folder / "config.json")), style)
     weight_files(folder)
 
 
@@ -234,7 +234,7 @@ def load_judge(name: str | None, *, style: str, num_classes: int) -> tuple[Judge
     params = presets.init_params(module, jax.random.key(1))
   else:
     module, params = open_judge(loading.folder_of(name))
-  _check_style(name, module.config, style)
+  check_style(name, module.config, style)
   if num_classes > module.config.num_classes:
     raise ValueError(
       f"judge {name} knows {module.config.num_classes} captions, the data (config.data.subset) or "
@@ -243,7 +243,8 @@ def load_judge(name: str | None, *, style: str, num_classes: int) -> tuple[Judge
   return module, params
 
 
-def _check_style(name: str, config: JudgeConfig, style: str) -> None:
+def check_style(name: str, config: JudgeConfig, style: str) -> None:
+  """Raises ValueError if a judge cannot tell the preferred style."""
   if style not in config.styles:
     raise ValueError(
       f"judge {name} knows the styles {listed(config.styles) or '(none)'}, not config.data.preferred_style={style!r}; "

@@ -17,10 +17,11 @@ from PIL import Image
 from jaxpref.data import records
 from jaxpref.files import folders, hub, loading, tensors, tokenizers
 from jaxpref.models import blip, clip
-from jaxpref.models.preference import StepAwareCLIPModel, ask_judge, bicubic_matrix
+from jaxpref.models.preference import Judge, StepAwareCLIPModel, ask_judge, bicubic_matrix
 from jaxpref.rewards.loading import load_clip, load_judge, load_preference_model
 
 Array = jax.Array
+Tokenize = Callable[[list[str]], np.ndarray]  # prompts -> i32[n, L]
 CLIP_L = "openai/clip-vit-large-patch14"
 
 # ---- Images as each model wants them ---------------------------------------------------------------------------------
@@ -177,6 +178,19 @@ def clip_network(name: str, folder: pathlib.Path, dtype: Any, placement: Any, *,
   """Scores by the cosine of image and text, or the embeddings of images alone."""
   module, params = _read_clip(folder, dtype, placement)
   files = weight_files(folder)
+  if embeddings:
+    return of_clip(name, module, params, None, files)
+  config: Any = module.config
+  tokenizer = tokenizers.tiny_tokenizer() if name == "tiny-clip" else clip_tokenizer(name, folder)
+  _check_vocabulary(name, tokenizer, config.text_config.vocab_size)
+  length = config.text_config.max_position_embeddings
+  return of_clip(name, module, params, lambda texts: tokenizers.tokenize(tokenizer, texts, length=length), files)
+
+
+def of_clip(
+  name: str, module: clip.CLIPModel, params: Any, tokenize: Tokenize | None, files: Sequence[pathlib.Path] = ()
+) -> Network:
+  """The scores of a CLIP; its embeddings of images where there is no tokenizer."""
   config: Any = module.config  # with image_mean and image_std
   size = config.vision_config.image_size
   resize, pixels = (padded_image, padded_pixels) if name.startswith("hpsv2") else (clip_image, clip_pixels)
@@ -191,19 +205,15 @@ def clip_network(name: str, folder: pathlib.Path, dtype: Any, placement: Any, *,
     return cosine if name.startswith("hpsv2") else 100.0 * cosine
 
   prepare, in_graph = lambda image: resize(image, size), lambda images: pixels(images, size)
-  if embeddings:
+  if tokenize is None:
     return Network(lambda params, _, images: embed(params, images), params, prepare, in_graph, None, files)
-  tokenizer = tokenizers.tiny_tokenizer() if name == "tiny-clip" else clip_tokenizer(name, folder)
-  _check_vocabulary(name, tokenizer, config.text_config.vocab_size)
-  length = config.text_config.max_position_embeddings
-  tokenize = lambda texts: tokenizers.tokenize(tokenizer, texts, length=length)
   text = lambda params, ids: _text_embeds(module, params, ids)
   return Network(score, params, prepare, in_graph, tokenize, files, text)
 
 
 def aesthetic_clip(folder: pathlib.Path) -> pathlib.Path:
   """The folder of the CLIP that the predictor's config.json names, or in `clip` beside it."""
-  place = folder / "clip" if (folder / "clip").is_dir() else _read_config(folder).get("clip") or ""
+  place = folder / "clip" if (folder / "clip").is_dir() else read_config(folder).get("clip") or ""
   place = place or CLIP_L
   try:
     return folders.resolve_folder(place, "model*.safetensors")
@@ -218,12 +228,21 @@ def aesthetic_network(folder: pathlib.Path, dtype: Any, placement: Any) -> Netwo
   """LAION's predictor: linear layers on the embedding of CLIP-L."""
   clip_folder = aesthetic_clip(folder)
   module, params = _read_clip(clip_folder, dtype, placement)
+  head_files = tensors.weight_files(folder)
+  head_params = tensors.load_tree(head_files, head_shapes(module), sharding=placement)
+  return of_aesthetic(module, {"clip": params, "head": head_params}, [*head_files, *weight_files(clip_folder)])
+
+
+def head_shapes(module: clip.CLIPModel) -> Any:
+  """ShapeDtypeStructs of the aesthetic predictor's own parameters."""
+  width = jnp.zeros((1, module.config.projection_dim))
+  return jax.eval_shape(blip.RewardHead().init, jax.random.key(0), width)["params"]
+
+
+def of_aesthetic(module: clip.CLIPModel, params: Any, files: Sequence[pathlib.Path] = ()) -> Network:
+  """The ratings by a CLIP and the head on it, whose parameters are `clip` and `head`."""
   config: Any = module.config
   head = blip.RewardHead()
-  width = jnp.zeros((1, config.projection_dim))
-  shapes = jax.eval_shape(head.init, jax.random.key(0), width)["params"]
-  head_files = tensors.weight_files(folder)
-  head_params = tensors.load_tree(head_files, shapes, sharding=placement)
 
   def score(params, unused_ids, images):
     pixels = _normalised(images, config.image_mean, config.image_std)
@@ -231,24 +250,37 @@ def aesthetic_network(folder: pathlib.Path, dtype: Any, placement: Any) -> Netwo
 
   size = config.vision_config.image_size
   prepare, pixels = lambda image: torchvision_image(image, size), lambda images: torchvision_pixels(images, size)
-  files = [*head_files, *weight_files(clip_folder)]
-  return Network(score, {"clip": params, "head": head_params}, prepare, pixels, None, files)
+  return Network(score, params, prepare, pixels, None, files)
 
 
 def imagereward_network(folder: pathlib.Path, dtype: Any, placement: Any) -> Network:
   """ImageReward, from a folder that scripts/assets/convert_scorer.py wrote."""
-  config = blip.ImageRewardConfig.from_dict(_read_config(folder))
+  config = blip.ImageRewardConfig.from_dict(read_config(folder))
   module, files = blip.ImageReward(config, dtype), tensors.weight_files(folder)
-  size, length = config.vision_config.image_size, config.text_length
-  example = jnp.zeros((1, length), jnp.int32), jnp.zeros((1, size, size, 3))
-  shapes = jax.eval_shape(module.init, jax.random.key(0), *example)["params"]
-  params = tensors.load_tree(files, shapes, param_dtype=dtype, sharding=placement)
+  length = config.text_length
+  params = tensors.load_tree(files, imagereward_shapes(module), param_dtype=dtype, sharding=placement)
   tokenizer = bert_tokenizer(folder)
   _check_vocabulary("imagereward", tokenizer, config.text_config.vocab_size)
 
   def tokenize(texts: list[str]) -> np.ndarray:
     out = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="np")
     return np.asarray(out["input_ids"], np.int32)
+
+  return of_imagereward(module, params, tokenize, files)
+
+
+def imagereward_shapes(module: blip.ImageReward) -> Any:
+  """ShapeDtypeStructs of its parameters."""
+  size = module.config.vision_config.image_size
+  example = jnp.zeros((1, module.config.text_length), jnp.int32), jnp.zeros((1, size, size, 3))
+  return jax.eval_shape(module.init, jax.random.key(0), *example)["params"]
+
+
+def of_imagereward(
+  module: blip.ImageReward, params: Any, tokenize: Tokenize, files: Sequence[pathlib.Path] = ()
+) -> Network:
+  """The rewards by an ImageReward."""
+  config, size = module.config, module.config.vision_config.image_size
 
   def score(params, ids, images):
     return module.apply({"params": params}, ids, _normalised(images, config.image_mean, config.image_std))
@@ -261,19 +293,24 @@ def judge_network(folder: pathlib.Path, style: str, placement: Any) -> Network:
   """The log-probability that the judge gives to a style."""
   module, params = load_judge(str(folder), style=style, num_classes=1)
   assert module is not None
-  size, column = module.config.image_size, module.config.styles.index(style)
   if placement is not None:
     params = jax.device_put(params, placement(params) if callable(placement) else placement)
+  return of_judge(module, params, style, tensors.weight_files(folder))
+
+
+def of_judge(module: Judge, params: Any, style: str, files: Sequence[pathlib.Path] = ()) -> Network:
+  """The log-probabilities of a style by a judge that knows it."""
+  size, column = module.config.image_size, module.config.styles.index(style)
 
   def score(params, unused_ids, images):
     log_probs, _ = ask_judge(module, params, images.astype(jnp.float32) / 127.5 - 1.0)
     return log_probs[:, column]
 
   prepare = lambda image: image if image.shape[:2] == (size, size) else clip_image(image, size)
-  return Network(score, params, prepare, lambda images: clip_pixels(images, size), None, tensors.weight_files(folder))
+  return Network(score, params, prepare, lambda images: clip_pixels(images, size), None, files)
 
 
-def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
   file = folder / "config.json"
   try:
     return json.loads(file.read_text(encoding="utf-8"))

@@ -26,7 +26,7 @@ from jaxpref.devices import chips, sharding
 from jaxpref.files import folders, hub, tensors
 from jaxpref.models.vae import to_uint8
 from jaxpref.recipes import places
-from jaxpref.rewards import networks
+from jaxpref.rewards import networks, shapes
 from jaxpref.rewards.loading import look_for_judge
 
 Array = jax.Array
@@ -258,6 +258,8 @@ def check(spec: str, *, preferred_style: str = "openmoji") -> None:
     _load_function(spec)
     return
   name, place = _parse(spec)
+  if place is not None and place.startswith(shapes.ZEROS):
+    return
   folder = _find(name, place)
   networks.weight_files(folder)
   if name == "aesthetic":
@@ -321,7 +323,7 @@ class Published:
   """The `Reward` of a scorer in the graph: its numbers are those of the scorer for pictures of 8 bits.
 
   Attributes:
-    name: of PUBLISHED, also that of its component of the weights.
+    name: of PUBLISHED.
     network: without its parameters.
     scale: from its numbers into logits.
   """
@@ -329,6 +331,10 @@ class Published:
   name: str
   network: networks.Network
   scale: float
+
+  @property
+  def component(self) -> str:
+    return self.name
 
   @property
   def tokenizers(self) -> dict[str, Callable[[list[str]], np.ndarray]]:
@@ -347,7 +353,7 @@ def load_reward(spec: str, *, dtype: str, placement: Any, preferred_style: str) 
   """A scorer as a reward in the graph, and its parameters.
 
   Args:
-    spec: NAME or NAME=FOLDER, as of `load`.
+    spec: NAME or NAME=FOLDER, as of `load`, or NAME=zeros:PLACE, on shapes alone (`rewards.shapes`).
     dtype: of the network and its parameters.
     placement: where these go as they are read, see `pipelines.load_pipeline`.
     preferred_style: of the judge.
@@ -356,7 +362,11 @@ def load_reward(spec: str, *, dtype: str, placement: Any, preferred_style: str) 
     ValueError, FileNotFoundError: one sentence on what is missing or does not fit.
   """
   name, place = _parse(spec)
-  network = _network(name, _find(name, place), dtype, placement, preferred_style)
+  if place is not None and place.startswith(shapes.ZEROS):
+    place = place.removeprefix(shapes.ZEROS)
+    network = shapes.network(name, place, dtype=jnp.dtype(dtype), preferred_style=preferred_style)
+  else:
+    network = _network(name, _find(name, place), dtype, placement, preferred_style)
   return Published(name, dataclasses.replace(network, params=None), PUBLISHED[name].logits), network.params
 
 

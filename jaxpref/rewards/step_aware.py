@@ -43,6 +43,7 @@ class StepAware:
 
   scorer: StepAwareCLIPModel
   name = "preference_model"
+  component = COMPONENT
   scale = 1.0
 
   @property

@@ -5,7 +5,7 @@ from typing import Any
 from jaxpref.config import AnyConfig
 from jaxpref.files import pipelines
 from jaxpref.recipes.rewards import PREFERENCE_MODEL, is_function, reward_terms
-from jaxpref.rewards import published
+from jaxpref.rewards import published, shapes
 from jaxpref.rewards.base import HostReward, Reward, Weighted
 from jaxpref.rewards.loading import load_scorer, look_for_scorer, scorer_fingerprint
 from jaxpref.rewards.python import PythonReward
@@ -18,18 +18,12 @@ def check(config: AnyConfig) -> None:
   Raises:
     ValueError, FileNotFoundError: a reward is unknown, not there, or the evaluation's judge; in one sentence.
   """
-  terms = reward_terms(config)
+  terms = _known_terms(config)
   for spec in terms:
     if spec == PREFERENCE_MODEL:
       assert config.preference_model is not None  # by config.check
       look_for_scorer(config.preference_model)
       continue
-    if not is_function(spec) and spec.partition("=")[0] not in published.PUBLISHED:
-      names = ", ".join((PREFERENCE_MODEL, *published.PUBLISHED))
-      raise ValueError(
-        f"config.reward={config.reward!r}: {spec} is unknown, expected {names}, one of them as NAME=FOLDER, or a "
-        "function of your own as package.module:function."
-      )
     published.check(spec, preferred_style=config.data.preferred_style)
     if spec.partition("=")[0] == "judge" and config.judge:
       own = scorer_fingerprint(spec.partition("=")[2] or "tiny-judge")
@@ -39,9 +33,34 @@ def check(config: AnyConfig) -> None:
           "trained on, as its numbers would say nothing then; choose another reward, preference_model say, or another "
           "judge."
         )
+
+
+def _known_terms(config: AnyConfig) -> dict[str, float]:
+  """`reward_terms`; raises ValueError where a name is unknown or stands there twice."""
+  terms = reward_terms(config)
+  for spec in terms:
+    if spec != PREFERENCE_MODEL and not is_function(spec) and spec.partition("=")[0] not in published.PUBLISHED:
+      names = ", ".join((PREFERENCE_MODEL, *published.PUBLISHED))
+      raise ValueError(
+        f"config.reward={config.reward!r}: {spec} is unknown, expected {names}, one of them as NAME=FOLDER, or a "
+        "function of your own as package.module:function."
+      )
   found = [spec.partition("=")[0] for spec in terms]
   if twice := [name for name in found if found.count(name) > 1]:
     raise ValueError(f"config.reward={config.reward!r}: {twice[0]} stands there twice; expected each name once.")
+  return terms
+
+
+def without_values(config: AnyConfig) -> str:
+  """`config.reward` with the same rewards on shapes alone, for planning; "" stays.
+
+  Raises:
+    ValueError: a reward is unknown.
+  """
+  if not config.reward:
+    return ""
+  named = lambda spec: spec if spec == PREFERENCE_MODEL or is_function(spec) else shapes.without_values(spec)
+  return ",".join(f"{named(spec)}:{weight!r}" for spec, weight in _known_terms(config).items())
 
 
 def load(config: AnyConfig, sharding: pipelines.Sharding = None) -> tuple[Weighted, dict[str, Any]]:

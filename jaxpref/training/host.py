@@ -12,6 +12,7 @@ from jaxpref.devices import chips, sharding
 from jaxpref.rewards.base import HostReward
 from jaxpref.training import step
 
+PROGRAMS = ("rollout", "experience and updates")
 _SAID = 1024  # bytes of an error's sentence that all processes are told
 
 
@@ -68,17 +69,28 @@ class Iteration:
     captions = [self.captions[i] for i in np.asarray(records)]
     per_prompt = drawn.images.shape[0] // len(captions)
     captions = [c for c in captions for _ in range(per_prompt)]
-    images: dict[int, np.ndarray] = {}
-    for shard in drawn.images.addressable_shards:
-      if shard.replica_id == 0:
-        first = shard.index[0].start or 0
-        images |= {first + i: image for i, image in enumerate(np.asarray(shard.data))}
+    images, drawn = _own_images(drawn.images), drawn._replace(images=None)  # the devices need not keep them
     found = score(self.rewards, images, captions)
     scores = {name: self._everywhere(values) for name, values in found.items()}
-    return self.learn(state, frozen, batch, drawn._replace(images=None), scores)
+    return self.learn(state, frozen, batch, drawn, scores)
+
+  @property
+  def programs(self) -> dict[str, Any]:
+    """Both, by their names."""
+    return dict(zip(PROGRAMS, (self.draw, self.learn), strict=True))
 
   def _everywhere(self, values: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(values.shape, sharding.replicated(self.mesh), lambda index: values[index])
+
+
+def _own_images(images: jax.Array) -> dict[int, np.ndarray]:
+  """u8[H,W,3] by their numbers: those that lie on this process's devices, each once."""
+  found: dict[int, np.ndarray] = {}
+  for shard in images.addressable_shards:
+    if shard.replica_id == 0:
+      first = shard.index[0].start or 0
+      found |= {first + i: image for i, image in enumerate(np.asarray(shard.data))}
+  return found
 
 
 def compile_iteration(
@@ -89,24 +101,43 @@ def compile_iteration(
   shardings: Any,
   arguments: tuple[Any, Any, Any],
 ) -> Iteration:
-  """Compiles both programs.
+  """Compiles both programs; arguments as of `compile_halves`.
+
+  Args:
+    captions: the prompts by their `record`.
+  """
+  options = chips.compiler_options()
+  compiled = lambda name, traced: traced.lower().compile(compiler_options=options)
+  draw, learn = compile_halves(halves, rewards, mesh, shardings, arguments, compiled)
+  return Iteration(draw, learn, rewards, captions, mesh)
+
+
+def compile_halves(
+  halves: tuple[step.DrawFn, step.LearnFn],
+  rewards: Sequence[tuple[HostReward, float]],
+  mesh: jax.sharding.Mesh,
+  shardings: Any,
+  arguments: tuple[Any, Any, Any],
+  compiled: Callable[[str, Any], Any],
+) -> tuple[Any, Any]:
+  """Compiles what draws and what learns, of `PROGRAMS`; both are given all that lies on the devices while they run.
 
   Args:
     halves: of `step.make_halves`.
-    captions: the prompts by their `record`.
     shardings: of the state, which is donated.
     arguments: state, frozen parameters and a batch, or their shapes.
+    compiled: of the name of a program and the traced program.
   """
   draw, learn = (sharding.on_mesh(mesh, half) for half in halves)
   state, frozen, batch = arguments
-  options = chips.compiler_options()
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
   def draw_with_records(state, frozen, batch):
     return draw(state, frozen, batch), batch["record"]
 
   places: Any = (step.Drawn(None, rows), whole)  # type: ignore[arg-type]
-  drawing = jax.jit(draw_with_records, out_shardings=places, compiler_options=options).lower(*arguments).compile()
+  jitted = jax.jit(draw_with_records, out_shardings=places, keep_unused=True)
+  drawing = compiled(PROGRAMS[0], jitted.trace(*arguments))
   # As the first program leaves it on the devices.
   shapes = jax.eval_shape(draw_with_records, *arguments)[0]
   placed = jax.tree.map(
@@ -114,6 +145,5 @@ def compile_iteration(
   )
   count = shapes.images.shape[0]
   scores = {r.name: jax.ShapeDtypeStruct((count,), np.float32, sharding=whole) for r, _ in rewards}
-  learning = jax.jit(learn, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
-  compiled = learning.lower(state, frozen, batch, placed._replace(images=None), scores).compile()
-  return Iteration(drawing, compiled, rewards, captions, mesh)
+  jitted = jax.jit(learn, donate_argnums=0, out_shardings=(shardings, None), keep_unused=True)
+  return drawing, compiled(PROGRAMS[1], jitted.trace(state, frozen, batch, placed._replace(images=None), scores))

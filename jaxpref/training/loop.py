@@ -161,6 +161,16 @@ def compile_step(
   return jitted.lower(*arguments).compile()
 
 
+def _memory(train_step: Any) -> str:
+  """What a compiled step takes of each device, in words; "" where the compiler does not say."""
+  programs = train_step.programs if isinstance(train_step, host.Iteration) else {"": train_step}
+  peaks = {name: chips.program_bytes(program).get("peak", 0) / chips.GIB for name, program in programs.items()}
+  if not all(peaks.values()):
+    return ""
+  parts = ", ".join(f"{name} {peak:.2f}" for name, peak in peaks.items() if name)
+  return f"the training step takes {max(peaks.values()):.2f} GiB of each device{parts and f' ({parts})'}"
+
+
 def run(config: AnyConfig, workdir: str) -> dict[str, Any]:
   """Trains, resumes if `workdir` holds a checkpoint, then evaluates and exports.
 
@@ -338,6 +348,8 @@ def _train(
         if done == first + 1:
           with goodput.phase("compile"), monitor.ticking(f"compiling the training step of {config.objective}"):
             train_step = compiled((training.state, run.frozen, batch))
+          if taken := _memory(train_step):
+            _say(taken)
           goodput.switch("step")
           watch.start_clock()
         if said := profiler.before_step(done, training.state):

@@ -34,6 +34,22 @@ def test_products_and_loops():
   assert flops.count(lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: jnp.zeros((5, 8))), X, W) == PRODUCT
 
 
+def test_operations_within_a_scope_are_counted_by_its_name():
+  def named(name, x, w):
+    with jax.named_scope(name):
+      return jax.jit(lambda x: x @ w)(x).sum()
+
+  def both(x, w):
+    step = lambda c, _: (c + named("reward a", x, w) + (x @ w).sum(), None)
+    once = jax.vmap(lambda row: named("reward a.b", row[None], w))(x).sum()
+    return jax.lax.scan(step, 0.0, length=3)[0] + once
+
+  assert flops.count(both, X, W) == 7 * PRODUCT
+  assert flops.count(both, X, W, scope="reward a") == 3 * PRODUCT
+  assert flops.count(both, X, W, scope="reward a.b") == PRODUCT
+  assert flops.count(both, X, W, scope="reward") == 0
+
+
 def test_what_is_computed_again_is_counted():
   loss = lambda w, x: (jnp.sin(x @ w) ** 2).sum()
   assert flops.count(jax.grad(loss), W, X) == 2 * PRODUCT

@@ -3,10 +3,14 @@
 import dataclasses
 import fnmatch
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import pytest
+import torch
+import transformers
+from transformers.models.blip import modeling_blip, modeling_blip_text
 
 from configs import dpo_sd15, dpo_sdxl, grpo_tiny, spm_sdxl, spo_sd15, spo_sdxl
 from jaxpref import precompute
@@ -15,7 +19,10 @@ from jaxpref.files import loading, pipelines
 from jaxpref.models import presets
 from jaxpref.objectives import catalog, spo
 from jaxpref.planning import plan
+from jaxpref.rewards import published, shapes, terms
+from jaxpref.rewards.loading import load_clip, load_preference_model
 from jaxpref.training import build, loop
+from scripts.parity import full_size_parity
 
 MESH = sharding.make_mesh(devices=jax.devices()[:1])
 
@@ -206,3 +213,110 @@ def test_estimates_follow_shardings_micro_batches_and_what_is_kept():
   assert found["--config.mesh.fsdp=4"] == pytest.approx(expected)
   policies = [found[f"--config.remat={remat}"] for remat in ("attention", "block", "full")]
   assert sorted(policies, reverse=True) == policies and policies[0] < report["peak"]
+
+
+# ---- Rewards ----------------------------------------------------------------------------------------------------
+
+
+def rewarded(reward, **fields):
+  config = grpo_tiny.get_config()
+  config.update(model="random:one-level", preference_model=None, reward=reward, batch_size=2, **fields)
+  config.judge = None
+  config.grpo.update(group_size=2, num_inference_steps=2, minibatch=2)
+  return config
+
+
+def sizes(config):
+  planned = plan.planned(plan.without_weights(config), MESH)
+  return plan.reward_sizes(planned.reward, planned.frozen), plan.argument_bytes(planned.state, planned.frozen)
+
+
+def count(tree):
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def torch_parameters(make):
+  with torch.device("meta"):
+    return sum(p.numel() for p in make().parameters())
+
+
+def head_parameters(width):
+  """Of five linear layers to 1024, 128, 64, 16 and 1."""
+  widths = (width, 1024, 128, 64, 16, 1)
+  return sum((a + 1) * b for a, b in zip(widths, widths[1:], strict=False))
+
+
+def imagereward_parameters():
+  """BLIP's ViT-L/16 and BERT with attention to it, by transformers, and the head."""
+  vision = modeling_blip.BlipVisionConfig(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224
+  )
+  text = modeling_blip_text.BlipTextConfig(
+    vocab_size=30524, encoder_hidden_size=1024, num_attention_heads=12, max_position_embeddings=512
+  )
+  image = torch_parameters(lambda: modeling_blip.BlipVisionModel(vision))
+  prompt = torch_parameters(lambda: modeling_blip_text.BlipTextModel(text, add_pooling_layer=False))
+  return image + prompt + head_parameters(768)
+
+
+def clip_l_parameters():
+  text = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768)
+  vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
+  config = transformers.CLIPConfig(text_config=text, vision_config=vision | {"projection_dim": 768}, projection_dim=768)
+  return torch_parameters(lambda: transformers.CLIPModel(config))
+
+
+def test_published_scorers_are_counted_without_their_files():
+  """As many parameters as the published models have, in the dtype of the computation but for the head."""
+  clip_h = full_size_parity.MODELS["clip-h"][2]
+  expected = {
+    "pickscore": clip_h,
+    "hpsv2.1": clip_h,
+    "aesthetic": clip_l_parameters() + head_parameters(768),
+    "imagereward": imagereward_parameters(),
+  }
+  found, arguments = sizes(
+    rewarded("pickscore:1,hpsv2.1:-0.5,aesthetic=/nowhere/aesthetic:0.1,imagereward:1", dtype="bfloat16")
+  )
+  assert {name: of_it["parameters"] for name, of_it in found.items()} == expected
+  assert found["pickscore"]["bytes"] == 2 * clip_h
+  assert found["aesthetic"]["bytes"] == 2 * clip_l_parameters() + 4 * head_parameters(768)
+  assert {name: arguments[f"frozen {name}"] for name in found} == {n: of_it["bytes"] for n, of_it in found.items()}
+  assert "frozen spm" not in arguments
+
+
+def test_the_shapes_of_every_published_scorer_are_known():
+  assert {*shapes.PUBLISHED, *shapes.SHIPPED} == set(published.PUBLISHED)
+
+
+def test_rewards_take_what_they_take_in_training():
+  """Those with weights at hand, as they are loaded for training."""
+  config = rewarded("tiny-clip:1,judge:0.1,preference_model:1")
+  config.preference_model = "random:one-level"
+  loaded = terms.load(config, functools.partial(sharding.tree_shardings, MESH))[1]
+  loaded["preference_model"] = loaded.pop("spm")
+  size = lambda tree: {"parameters": count(tree), "bytes": sum(x.nbytes for x in jax.tree.leaves(tree))}
+  assert sizes(config)[0] == {name: size(tree) for name, tree in loaded.items()}
+
+
+@pytest.mark.parametrize("name", ["tiny-clip", "tiny-spm"])
+def test_the_config_of_a_folder_says_as_much_as_its_weights(name):
+  folder = loading.folder_of(name)
+  spec = shapes.without_values(f"pickscore={folder}")
+  found = jax.eval_shape(lambda: published.load_reward(spec, dtype="float32", placement=None, preferred_style="")[1])
+  expected = load_preference_model(folder)[1] if name == "tiny-spm" else load_clip(folder)[1]
+  assert jax.tree.map(jnp.shape, expected) == jax.tree.map(lambda s: s.shape, found)
+
+
+@pytest.mark.parametrize(
+  ("reward", "sentence"),
+  [
+    ("picscore:1", "picscore is unknown, expected preference_model, pickscore"),
+    ("judge=/nowhere:1", "/nowhere/config.json is missing"),
+    ("pickscore={tmp}:1", "config.json is missing"),
+    ("imagereward={tmp}:1", "config.json is missing; point to a folder that scripts/assets/convert_scorer.py wrote"),
+  ],
+)
+def test_a_reward_of_unknown_shapes_is_one_sentence(reward, sentence, tmp_path):
+  with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+    sizes(rewarded(reward.format(tmp=tmp_path)))

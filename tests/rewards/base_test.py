@@ -9,16 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpref import compile
 from jaxpref import config as config_lib
-from jaxpref.devices import sharding
+from jaxpref.devices import chips, sharding
 from jaxpref.models.vae import to_uint8
-from jaxpref.objectives import policy_gradient, spo
+from jaxpref.objectives import catalog, policy_gradient, spo
+from jaxpref.planning import flops, plan
 from jaxpref.recipes.rewards import reward_terms
 from jaxpref.rewards import published, terms
 from jaxpref.rewards.base import Weighted
 from jaxpref.rewards.python import PythonReward
 from jaxpref.rewards.step_aware import StepAware
-from jaxpref.training import host, step
+from jaxpref.training import host, loop, step
 from tests.stub_model import StubModel, StubScorer, stub_reward
 from tests.updates import ADAMW, FEW, FROZEN, OPTIONS, PARAMS, POLICY, SEED, SPO_LOSS, assert_close, state_of
 
@@ -110,6 +112,39 @@ def test_a_function_on_the_host_does_what_the_same_in_the_graph_does():
     assert set(found) == set(expected)
     for name in ("reward", "score_gap", *[n for n in found if n.startswith("reward_")]):
       np.testing.assert_allclose(found[name], expected[name], rtol=1e-4)
+
+
+def test_both_programs_of_a_reward_on_the_host_are_planned(monkeypatch):
+  """As training compiles them: the larger one's memory, the sum of their costs, and each reward by its name."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  reward = Weighted(((STUB, 2.0),), ((python_reward(light), 1.0),))
+  halves = step.make_halves(grpo_of(reward), ADAMW, seed=SEED)
+  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh))
+  arguments = jax.tree.map(place, (state_of(PARAMS, ADAMW), FROZEN, jax.tree.map(jnp.asarray, BATCH)))
+  monkeypatch.setattr(plan, "planned", lambda config, mesh: plan.Planned(halves, reward, *arguments))
+  found = compile.compile_step(grpo_config(), mesh, compiler_options=chips.compiler_options())
+  rollout, updates = (found["programs"][name] for name in host.PROGRAMS)
+  given = sum(found["arguments"].values())
+  assert rollout["arguments"] >= given and updates["arguments"] > given  # with all that lies there meanwhile
+  assert found["peak"] == max(rollout["peak"], updates["peak"])
+  for cost in ("flop", "memory_bytes", "compile_seconds"):
+    assert found[cost] == rollout[cost] + updates[cost] > rollout[cost] > 0
+  whole = step.make_step(grpo_of(Weighted(((STUB, 2.0), (Light(), 1.0)))), ADAMW, seed=SEED)
+  trips = catalog.method(grpo_config()).updates(grpo_config()).count
+  assert found["flop"] == flops.count(whole, *arguments, while_trips=trips)
+  assert found["rewards"]["light"] == {"host": True}
+  of_stub = found["rewards"]["preference_model"]
+  assert of_stub["parameters"] == sum(x.size for x in jax.tree.leaves(FROZEN["spm"]))
+  assert 0 < of_stub["flop"] < rollout["flop"]
+  places = jax.tree.map(lambda x: x.sharding, arguments[0])
+  run = host.compile_iteration(halves, reward.host, list("abcd"), mesh, places, arguments)
+  peaks = {name: chips.program_bytes(program)["peak"] for name, program in run.programs.items()}
+  assert peaks == {name: program["peak"] for name, program in found["programs"].items()}
+  shown = compile.table(found)
+  assert "| light | on the host | |  |" in shown and "| experience and updates |" in shown
+  monkeypatch.setattr(chips, "GIB", 1.0)
+  largest = max(peaks.values())
+  assert f"takes {largest:.2f} GiB of each device (rollout {peaks['rollout']:.2f}, experience" in loop._memory(run)
 
 
 def test_prompts_stand_beside_their_images():
