@@ -8,8 +8,8 @@ come later, and again with another reward: with --out and --label alone nothing 
 with the same command, to the same files; it is refused while the first one still runs. All devices take part. Several
 processes, started as for training (docs/operations.md), share the work if --out is on a disk that all of them see.
 
---out gets images/, settings.json (what they were drawn with), pictures.jsonl (of each picture the prompt, the model, and
-the seed and number of the noise it began with) and pairs.jsonl, the `pairs_file` to train on; with --label also
+--out gets images/, settings.json (what they were drawn with), pictures.jsonl (of each picture the prompt, the model,
+and the seed and number of the noise it began with) and pairs.jsonl, the `pairs_file` to train on; with --label also
 scores.jsonl and labels.json. See docs/data.md.
 """
 
