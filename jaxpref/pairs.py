@@ -203,9 +203,6 @@ def make_pairs(args: argparse.Namespace) -> None:
   """Draws, and labels where a reward is given. Several processes of JAX share the work."""
   asked = check(args)
   with lease.hold(args.out) as held:
-    if jax.process_index() == 0:
-      for part in args.out.rglob(f".*{paths.PART}"):  # of a run that was killed
-        part.unlink(missing_ok=True)
     mesh = sharding.make_mesh(devices=jax.local_devices())
     if asked is not None:
       draw(args, asked, mesh, held)
@@ -260,6 +257,7 @@ def draw(args: argparse.Namespace, asked: Asked, mesh: Mesh, held: lease.Held) -
   manifest["settings"] |= {"noise": args.noise, "models": list(asked.models)}
   evaluation_folder.open_folder(folder, manifest, SETTINGS)
   if first:
+    _remove_parts(folder)
     distributed.barrier("pairs: the folder is begun")
   for place in range(len(asked.models)):
     held.check()
@@ -345,6 +343,14 @@ def _draw_missing(args: argparse.Namespace, asked: Asked, place: int, mesh: Mesh
         encoded = io.BytesIO()
         Image.fromarray(image).save(encoded, format="PNG")
         paths.write(file(number), encoded.getvalue())
+
+
+def _remove_parts(folder: pathlib.Path) -> None:
+  """Removes what a run that was killed has not finished writing."""
+  with paths.cannot_be_written(folder):
+    for place in (folder, *folder.glob("images/*")):
+      for part in place.glob(f".*{paths.PART}"):
+        part.unlink(missing_ok=True)
 
 
 # ---- The folder's files ------------------------------------------------------------------------------------------
@@ -466,6 +472,8 @@ def label(args: argparse.Namespace, mesh: Mesh, held: lease.Held) -> None:
   pictures = read_pictures(folder)
   pairs = all_pairs(folder, pictures)
   scores = read_scores(folder, pictures)
+  if first:
+    _remove_parts(folder)
   distributed.barrier("pairs: all have read the scores")
   models = _drawn_by(folder)
   total = np.zeros(len(pictures))
