@@ -174,7 +174,6 @@ def test_a_finished_folder_loads_nothing_and_keeps_its_labels(drawn, prompts, tm
     (["--seed=1"], "was begun with seed=0, not 1; choose another --out, or the same settings"),
     (["--num_prompts=2"], "was begun with num_prompts=3, not 2"),
     (["--other_model=tiny-sd"], r"was begun with models=\['model'\], not \['model', 'other'\]"),
-    (["--model=random:tiny-sd"], "pictures of other weights under the name model"),
   ],
 )
 def test_a_folder_of_other_settings_is_left_alone(drawn, prompts, tmp_path, arguments, sentence):
@@ -193,6 +192,7 @@ def test_a_folder_that_another_process_writes_is_refused(by_hand):
   assert tree(by_hand) == before
 
 
+@pytest.mark.slow
 def test_two_models_draw_a_picture_each_from_the_same_noise(models, prompts, tmp_path):
   """The pairs, and that a second model that is the first one draws the same pictures."""
   command = [prompts, "--steps=2", "--seeds=2", "--num_prompts=2", "--noise=same", f"--model={models / 'one'}"]
@@ -209,19 +209,39 @@ def test_two_models_draw_a_picture_each_from_the_same_noise(models, prompts, tmp
   assert all(files[row["image_0"]] == files[row["image_1"]] for row in found)
 
 
-def test_two_models_with_different_noise_make_all_pairs_across(models, prompts, tmp_path):
-  command = [
-    prompts,
-    "--steps=1",
-    "--seeds=2",
-    "--num_prompts=1",
-    f"--model={models / 'one'}",
-    f"--out={tmp_path / 'o'}",
-  ]
-  pairs.main([*command, f"--other_model={models / 'one'}"])
-  found = rows(tmp_path / "o")
-  assert [(row["noise_0"][1], row["noise_1"][1]) for row in found] == [(0, 2), (0, 3), (1, 2), (1, 3)]
-  assert len(set(map(bytes, tree(tmp_path / "o" / "images").values()))) == 4
+@pytest.mark.parametrize(
+  ("arguments", "noises"),
+  [
+    ([], [(0, 1), (2, 3)]),
+    (["--noise=same", "--eta=1"], [(0, 0), (1, 1)]),
+    (["--other_model=tiny-sd"], [(0, 4), (0, 5), (1, 4), (1, 5), (2, 6), (2, 7), (3, 6), (3, 7)]),
+    (["--other_model=tiny-sd", "--noise=same"], [(0, 0), (1, 1), (2, 2), (3, 3)]),
+  ],
+  ids=str,
+)
+def test_which_pictures_make_pairs_and_what_each_is_drawn_from(prompts, tmp_path, monkeypatch, arguments, noises):
+  """With pictures that show the number of their noise, their prompt and their model."""
+  loaded = []
+
+  def load(name, loras, args, mesh):
+    loaded.append(name)
+    return len(loaded), None, lambda texts: np.asarray([[PROMPTS.index(text)] for text in texts])
+
+  def draw(module, params, ids, *, numbers, share_noise, seeds_per_prompt, **_):
+    for n in numbers:
+      colour = [n // share_noise, ids[n // seeds_per_prompt, 0], module]
+      yield np.asarray([n]), np.full((1, 2, 2, 3), colour, np.uint8)
+
+  monkeypatch.setattr(pairs.settings, "load", load)
+  monkeypatch.setattr(pairs.drawing, "draw", draw)
+  pairs.main([prompts, "--num_prompts=2", "--seeds=2", *arguments, f"--out={tmp_path / 'out'}"])
+  found = rows(tmp_path / "out")
+  assert chosen(found) == noises
+  two = "--other_model=tiny-sd" in arguments
+  for row in found:
+    shown = [np.asarray(Image.open(tmp_path / "out" / row[f"image_{i}"]))[0, 0].tolist() for i in (0, 1)]
+    prompt = PROMPTS.index(row["caption"])
+    assert shown == [[row["noise_0"][1], prompt, 1], [row["noise_1"][1], prompt, 1 + two]]
 
 
 class Noise:
@@ -329,6 +349,7 @@ def test_scoring_goes_on_where_it_was_interrupted(by_hand, monkeypatch):
   assert tree(by_hand) == tree(finished)
 
 
+@pytest.mark.slow
 def test_shipped_rewards_give_the_scores_they_give_in_training(drawn, tmp_path):
   folder = tmp_path / "out"
   shutil.copytree(drawn, folder)
