@@ -195,8 +195,8 @@ def _check_drawing(args: argparse.Namespace) -> Asked:
   return Asked(models, prompts, sizes)
 
 
-def _model(name: str, unet: str | None, loras: Sequence[str]) -> evaluate.Model:
-  return loading.with_unet(name, unet), tuple(map(adapters.parse_lora_file, loras))
+def _model(name: str, denoiser: str | None, loras: Sequence[str]) -> evaluate.Model:
+  return loading.with_unet(name, denoiser), tuple(map(adapters.parse_lora_file, loras))
 
 
 def make_pairs(args: argparse.Namespace) -> None:

@@ -248,10 +248,19 @@ class Noise:
   """A model that shows the noise that its pictures begin with."""
 
   latent_shape, process = (4, 4, 3), None
-  encode_text = encode_empty = lambda self, weights, ids: {}
-  sized = lambda self, cond, sizes: cond
+
+  def encode_text(self, weights, ids):
+    return {}
+
+  encode_empty = encode_text
+
+  def sized(self, cond, sizes):
+    return cond
+
+  def decode(self, weights, latents):
+    return latents
+
   predict = None
-  decode = lambda self, weights, latents: latents
 
 
 @pytest.mark.parametrize("share_noise", [1, 3])
