@@ -55,7 +55,6 @@ def check(text: str, *, given: str, preferred_style: str = "openmoji") -> dict[s
   return terms
 
 
-# Many parameters: the one call that knows every kind of reward.
 def load(
   spec: str,
   *,
