@@ -5,6 +5,7 @@
   evaluate     compares models by scorers, with a page
   export       writes the model of a run as a pipeline or a LoRA
   score        scores the pairs of a recipe's data with a preference model
+  pairs        draws pairs of pictures for prompts, and labels them by a reward
   precompute   runs the frozen networks over a recipe's data once
   describe     says what is in preference data
   compile      compiles a training step for devices that need not be there
@@ -19,7 +20,9 @@ import sys
 
 from jaxpref.devices import endings
 
-COMMANDS = ("train", "sample", "evaluate", "export", "score", "precompute", "describe", "compile", "replay")
+COMMANDS = (
+  "train", "sample", "evaluate", "export", "score", "pairs", "precompute", "describe", "compile", "replay",
+)  # fmt: skip
 
 
 def run() -> None:

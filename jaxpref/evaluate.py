@@ -49,17 +49,12 @@ WAIT_SECONDS = 24 * 3600.0  # for the pictures of other processes
 def main(argv: list[str] | None = None) -> None:
   """Parses the arguments and evaluates; expected errors end in one sentence."""
   parser = make_parser()
-  launch = parser.add_argument_group("several processes, where no launcher tells (docs/operations.md)")
-  launch.add_argument("--distributed", choices=distributed.MODES, default="auto", help="default: %(default)s")
-  launch.add_argument("--coordinator_address", help="HOST:PORT of process 0")
-  launch.add_argument("--num_processes", type=int, help="of this evaluation")
-  launch.add_argument("--process_id", type=int, help="which one this is, from 0")
+  distributed.add_arguments(parser)
   args = parser.parse_args(argv)
   args.scorers = [name for spec in args.scorers for name in spec.split(",") if name]
-  by_hand = {name: getattr(args, name) for name in ("coordinator_address", "num_processes", "process_id")}
   expected = (ValueError, OSError)
   with endings.one_sentence(*expected, doing=f"evaluating into {args.out}", again="the same command goes on"):
-    with distributed.joined(distributed.find_launch(args.distributed, **by_hand), args.out, expected=expected):
+    with distributed.joined(distributed.launch_of(args), args.out, expected=expected):
       evaluate(args)
 
 

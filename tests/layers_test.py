@@ -23,7 +23,7 @@ FLOORS = [
   ["objectives"],
   ["training"],
   ["planning"],
-  ["__main__", "main", "evaluate", "sample", "export", "score", "precompute", "compile", "replay", "describe"],
+  ["__main__", "main", "evaluate", "sample", "export", "score", "pairs", "precompute", "compile", "replay", "describe"],
 ]
 COMMANDS = FLOORS[-1]
 PURE = ["losses", "diffusion", "reference"]

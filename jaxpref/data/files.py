@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxpref.data import index as index_lib
-from jaxpref.data import paths, records
+from jaxpref.data import paths
 from jaxpref.data.index import Index
 
 Path = str | os.PathLike
@@ -68,15 +68,21 @@ class FilePairs:
     images: Sequence[np.ndarray],
     ids: _LineIds | _RankingIds,
     index: Index,
-    original_sizes: Mapping[str, Mapping[int, list[int]]] | None = None,
+    optional: Mapping[str, Mapping[int, list[int]]] | None = None,
   ):
-    """Args: `files` are paths relative to the folder; `images` the numbers of those of image_0 and image_1."""
+    """Opens pairs; reads nothing.
+
+    Args:
+      files: paths relative to the folder.
+      images: the numbers of those of image_0 and image_1.
+      optional: fields of records that have them, by name and number of the record.
+    """
     self._folder = folder
     self._captions = captions
     self._files = files
     self._images = images
     self._ids = ids
-    self._original_sizes = original_sizes or {}
+    self._optional = optional or {}
     self.index = index
 
   def __len__(self) -> int:
@@ -93,7 +99,7 @@ class FilePairs:
       "label_0": float(index.label_0[i]),
       "num_example_per_prompt": int(index.num_example_per_prompt[i]),
     }
-    return record | {name: sizes[i] for name, sizes in self._original_sizes.items() if i in sizes}
+    return record | {name: values[i] for name, values in self._optional.items() if i in values}
 
 
 class FileImages:
@@ -130,28 +136,34 @@ class FileImages:
 
 PAIR_COLUMNS = (
   *("caption", "image_0", "image_1", "label_0", "preferred", "score_0", "score_1", "id"),
-  *("num_example_per_prompt", "original_size_0", "original_size_1"),
+  *("num_example_per_prompt", "original_size_0", "original_size_1", "noise_0", "noise_1"),
 )
+PAIRS_NAME = "pairs.jsonl"  # in a folder of pairs
 UNPAIRED_COLUMNS = ("caption", "image", "label", "id")
 
 
 def open_pairs_file(file: Path) -> FilePairs:
-  """Pairs listed in a .jsonl or .csv file.
+  """Pairs listed in a .jsonl or .csv file, or in pairs.jsonl of a folder.
 
-  Columns: caption; image_0 and image_1, paths relative to the file; who won, as label_0 (1, 0 or 0.5), as preferred (0
-  or 1, the number of the better image, or "tie"), or by the higher of score_0 and score_1; and optionally id,
-  score_0 and score_1 (see `Index`), num_example_per_prompt, original_size_0 and original_size_1 ([height, width] or
-  HEIGHTxWIDTH). Fields may be empty in some rows, except the scores, which are for all rows or none.
+  Columns: caption; image_0 and image_1, paths relative to the file; who won, as label_0 (1, 0, 0.5, or between them the
+  probability that image_0 is preferred), as preferred (0 or 1, the number of the better image, or "tie"), or by the
+  higher of score_0 and score_1; and optionally id, score_0 and score_1 (see `Index`), num_example_per_prompt,
+  original_size_0 and original_size_1 ([height, width] or HEIGHTxWIDTH), and of drawn images noise_0 and noise_1
+  ([seed, number] or SEED:NUMBER), whose noise is `evaluation.drawing.prior_noise(seed, [number], ...)`. Fields may be
+  empty in some rows, except the scores, which are for all rows or none.
 
   Raises:
     FileNotFoundError: the file or an image is missing.
     ValueError: a row that is not of that form; file and line are named.
   """
-  table = _Table(file, PAIR_COLUMNS, required=("caption", "image_0", "image_1"))
+  place = paths.open_path(file)
+  if place.suffix not in (".jsonl", ".csv") and (place / PAIRS_NAME).is_file():
+    place = place / PAIRS_NAME
+  table = _Table(place, PAIR_COLUMNS, required=("caption", "image_0", "image_1"))
   labels, published = array.array("f"), array.array("i")
   scores: tuple[array.array, array.array] = array.array("f"), array.array("f")
   images = array.array("q"), array.array("q")
-  original_sizes: dict[str, dict[int, list[int]]] = {}
+  optional: dict[str, dict[int, list[int]]] = {}
   for row in table.rows():
     i = len(labels)
     score = [row.number(name) for name in ("score_0", "score_1")]
@@ -162,8 +174,9 @@ def open_pairs_file(file: Path) -> FilePairs:
       images[side].append(table.file_number(row, name))
       if score[side] is not None:
         scores[side].append(score[side])
-      if (size := _size(row, f"original_size_{side}")) is not None:
-        original_sizes.setdefault(f"original_size_{side}", {})[i] = size
+      for field, value in ((f"original_size_{side}", _size), (f"noise_{side}", _noise)):
+        if (found := value(row, field)) is not None:
+          optional.setdefault(field, {})[i] = found
     published.append(_count(row))
   image_ids = table.check_files()
   numbers = [np.asarray(of_side) for of_side in images]
@@ -182,7 +195,7 @@ def open_pairs_file(file: Path) -> FilePairs:
       image_0=image_ids[numbers[0]],
       image_1=image_ids[numbers[1]],
     ),
-    original_sizes,
+    optional,
   )
 
 
@@ -391,10 +404,15 @@ def _pair_label(row: _Row, score: Sequence[float | None]) -> float:
   if "label_0" in row and "preferred" in row:
     row.refuse("both label_0 and preferred", "give one of them")
   if "label_0" in row:
-    known = {str(value): value for value in records.LABELS} | {"0": 0.0, "1": 1.0}
-    label = known.get(str(row["label_0"]))
-    if label is None:
-      row.refuse(f"label_0 = {row['label_0']!r}", "expected 1 (image_0 is preferred), 0 (image_1 is) or 0.5 (a tie)")
+    try:
+      label = math.nan if isinstance(row["label_0"], bool) else float(row["label_0"])
+    except (TypeError, ValueError):
+      label = math.nan
+    if not 0.0 <= label <= 1.0:
+      row.refuse(
+        f"label_0 = {row['label_0']!r}",
+        "expected 1 (image_0 is preferred), 0 (image_1 is), 0.5 (a tie) or a probability between them",
+      )
     return label
   if "preferred" in row:
     known = {"0": 1.0, "1": 0.0, "tie": 0.5}
@@ -403,7 +421,11 @@ def _pair_label(row: _Row, score: Sequence[float | None]) -> float:
       row.refuse(f"preferred = {value!r}", "expected 0 (image_0), 1 (image_1) or tie")
     return known[str(value)]
   if score[0] is None or score[1] is None:
-    row.refuse("no label_0, no preferred and no scores", "say which image is the better one")
+    row.refuse(
+      "no label_0, no preferred and no scores",
+      "say which image is the better one, or have a reward say it of drawn pictures: python -m jaxpref.pairs "
+      f"--out={row.file.parent} --label=REWARD",
+    )
   return 0.5 if score[0] == score[1] else float(score[0] > score[1])
 
 
@@ -418,6 +440,19 @@ def _size(row: _Row, name: str) -> list[int] | None:
   if height < 1 or width < 1:
     row.refuse(f"{name} = {row[name]!r}", "expected [height, width] or HEIGHTxWIDTH in pixels")
   return [height, width]
+
+
+def _noise(row: _Row, name: str) -> list[int] | None:
+  if name not in row:
+    return None
+  value = row[name].split(":") if isinstance(row[name], str) else row[name]
+  try:
+    seed, number = (int(part) for part in value)
+  except (TypeError, ValueError):
+    seed = number = -1
+  if seed < 0 or number < 0:
+    row.refuse(f"{name} = {row[name]!r}", "expected [seed, number] or SEED:NUMBER")
+  return [seed, number]
 
 
 def _count(row: _Row) -> int:

@@ -8,8 +8,9 @@
   prompts       prompts in any form of `prompt_sets`; see `read_prompts`        (a string)
 
 A pair is a dict of caption, image_0, image_1 (the bytes of image files, untouched), label_0 (1: image_0 is preferred,
-0: image_1, 0.5: a tie), num_example_per_prompt, id, and original_size_0 and original_size_1 ([height, width]) where the
-source gives them. An unpaired record is a dict of caption, image, label (1: liked, 0: disliked) and id.
+0: image_1, 0.5: a tie; of a pairs_file also a probability), num_example_per_prompt, id, and where the source gives them
+original_size_0 and original_size_1 ([height, width]), noise_0 and noise_1 ([seed, number]). An unpaired record is a
+dict of caption, image, label (1: liked, 0: disliked) and id.
 
 Opening reads the index (`jaxpref.data.index`) or the columns of the file; images are read at `source[i]`. A path may be
 in a bucket, such as gs://bucket/folder (`jaxpref.data.paths`).
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from jaxpref.data import emoji_pairs, paths, prompt_sets, records
 from jaxpref.data import index as index_lib
 from jaxpref.data.files import (
+  PAIRS_NAME,
   PROGRESS_AFTER,
   FileImages,
   FilePairs,
@@ -266,9 +268,10 @@ class Selected:
       place, best = (_winning_side(self._source.index, k) for k in (kept, winner))
       other = self._source[int(winner)]
       record[f"image_{place}"] = other[f"image_{best}"]
-      record.pop(f"original_size_{place}", None)
-      if f"original_size_{best}" in other:
-        record[f"original_size_{place}"] = other[f"original_size_{best}"]
+      for field in ("original_size", "noise"):
+        record.pop(f"{field}_{place}", None)
+        if f"{field}_{best}" in other:
+          record[f"{field}_{place}"] = other[f"{field}_{best}"]
     return record | {"label_0": float(label), "weight": float(weight)}
 
 
@@ -342,6 +345,8 @@ def detect_kind(path: Path) -> str:
   """
   place = paths.open_path(path)
   if place.is_dir():
+    if (place / PAIRS_NAME).is_file():
+      return "pairs_file"
     return "prompts" if prompt_sets.is_hpdv2_folder(place) else "tfds"
   if not place.is_file():
     raise FileNotFoundError(f"there is no file or folder {path}.")

@@ -6,6 +6,7 @@ leaves at once, as at JAX's exit barrier it would wait for the others, and they 
 each takes.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import itertools
@@ -221,6 +222,21 @@ def given_flags() -> dict[str, Any]:
   """The values of the flags, as the arguments of `find_launch`."""
   names = ("coordinator_address", "num_processes", "process_id")
   return {"mode": flags.FLAGS.distributed, **{name: flags.FLAGS[name].value for name in names}}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the same to a command without absl's flags; `launch_of` reads them."""
+  launch = parser.add_argument_group("several processes, where no launcher tells (docs/operations.md)")
+  launch.add_argument("--distributed", choices=MODES, default="auto", help="default: %(default)s")
+  launch.add_argument("--coordinator_address", help="HOST:PORT of process 0")
+  launch.add_argument("--num_processes", type=int, help="that run this command")
+  launch.add_argument("--process_id", type=int, help="which one this is, from 0")
+
+
+def launch_of(args: argparse.Namespace) -> Launch | None:
+  """What `find_launch` makes of the arguments of `add_arguments`."""
+  by_hand = {name: getattr(args, name) for name in ("coordinator_address", "num_processes", "process_id")}
+  return find_launch(args.distributed, **by_hand)
 
 
 def find_launch(

@@ -26,6 +26,21 @@ def check_count(prompts: int, seeds: int) -> None:
     )
 
 
+def prior_noise(seed: int, numbers: np.ndarray | jax.Array, latent_shape: tuple[int, ...]) -> jax.Array:
+  """Returns the noise that pictures begin with.
+
+  Args:
+    seed: of the command that drew them.
+    numbers: i32[n] of the pictures, or of those whose noise they share.
+    latent_shape: (h, w, C) of one picture's latents.
+  Returns:
+    f32[n, h, w, C], the same on every device but for rounding; on one, with one version of JAX, to the bit.
+  """
+  base = jax.random.key(seed)
+  keys = jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.asarray(numbers, jnp.int32))
+  return jax.vmap(lambda k: jax.random.normal(k, latent_shape))(keys)
+
+
 # (parameters by component, prompts i32[n, L], numbers of the pictures i32[n]) -> u8[n, H, W, 3]
 Sample = Callable[[Any, np.ndarray, np.ndarray], jax.Array]
 
@@ -43,6 +58,7 @@ def make_sampler(
   sampler: str = "ddim",
   karras: bool = False,
   size: tuple[int, int] | None = None,
+  share_noise: int = 1,
   mesh: Mesh | None = None,
 ) -> Sample:
   """The jitted function that draws a batch; what draws more than once compiles it once.
@@ -55,6 +71,7 @@ def make_sampler(
     sampler: "ddim", or "dpmpp_2m" for DPM-Solver++ 2M.
     karras: noise levels of "dpmpp_2m", as of `samplers.dpm_solver_sample`.
     size: height and width in pixels; the model's own by default.
+    share_noise: so many pictures in a row begin with the same noise: that of number // share_noise.
     mesh: splits each batch over its devices, on which the weights are.
   Raises:
     ValueError: an unknown sampler, a seed or a number of steps that is out of range.
@@ -65,14 +82,12 @@ def make_sampler(
     raise ValueError(f"sampler={sampler!r}, expected one of {', '.join(SAMPLERS)}.")
   latent_shape = model.latent_shape if size is None else model.latent_shape_for(*size)
   sizes = None if size is None else jnp.asarray([[*size, 0.0, 0.0, *size]], jnp.float32)  # the model is told
-  base = jax.random.key(seed)
   whole, split = (None, None) if mesh is None else (sharding.replicated(mesh), sharding.batch_sharding(mesh))
 
   def sample(weights, ids, number):
     if split is not None:
       ids, number = jax.lax.with_sharding_constraint((ids, number), split)
-    keys = jax.vmap(lambda i: jax.random.fold_in(base, i))(number)
-    noise = jax.vmap(lambda k: jax.random.normal(k, latent_shape))(keys)
+    noise = prior_noise(seed, number if share_noise == 1 else number // share_noise, latent_shape)
     cond = model.sized(model.encode_text(weights, ids), sizes)
     if negative_ids is None:
       uncond = model.encode_empty(weights, 1)

@@ -20,6 +20,7 @@ from jaxpref.evaluation.settings import model_folder
 from jaxpref.files import adapters, loading, tensors
 from jaxpref.files import family as families
 
+MANIFEST = "manifest.json"
 PACKAGES = ("jax", "flax", "numpy", "transformers", "pillow")
 # Of the arguments: what decides the pictures, and so has to stay the same in a folder.
 OF_PICTURES = (
@@ -62,9 +63,9 @@ def make_manifest(
   return {"settings": settings, "models": described, "versions": versions}
 
 
-def _begun(folder: pathlib.Path) -> dict[str, Any] | None:
+def _begun(folder: pathlib.Path, name: str = MANIFEST) -> dict[str, Any] | None:
   """The manifest of a folder; None without."""
-  file = folder / "manifest.json"
+  file = folder / name
   if not file.is_file():
     return None
   try:
@@ -98,15 +99,15 @@ def set_aside(folder: pathlib.Path, asked: dict[str, Any], held: lease.Held) -> 
   return target
 
 
-def open_folder(folder: pathlib.Path, asked: dict[str, Any]) -> dict[str, Any]:
-  """Starts the folder for what `make_manifest` gave, or continues it; returns its manifest.
+def open_folder(folder: pathlib.Path, asked: dict[str, Any], file: str = MANIFEST) -> dict[str, Any]:
+  """Starts the folder for what `make_manifest` gave, or continues it; returns its manifest, which is in `file`.
 
   A model's `versions` stay those of the first call with it.
 
   Raises:
     ValueError: it was begun with other settings, prompts or weights, or is something else.
   """
-  begun = _begun(folder)
+  begun = _begun(folder, file)
   described = dict(asked["models"])
   if begun is not None:
     if (difference := _difference(folder, begun, asked)) is not None:
@@ -116,14 +117,14 @@ def open_folder(folder: pathlib.Path, asked: dict[str, Any]) -> dict[str, Any]:
       described[name] = described[name] | {"versions": drawn_with}
     described = begun["models"] | described
   elif folder.is_dir() and not all(lease.is_lock(path.name) for path in folder.iterdir()):
-    raise ValueError(f"--out={folder} is not empty and has no manifest.json; choose another folder.")
+    raise ValueError(f"--out={folder} is not empty and has no {file}; choose another folder.")
   elif folder.exists() and not folder.is_dir():
     raise ValueError(f"--out={folder} is a file; name a folder.")
   manifest = asked | {"models": described}
   if jax.process_index() == 0:
     with paths.cannot_be_written(folder):
       folder.mkdir(parents=True, exist_ok=True)
-    paths.write(folder / "manifest.json", (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+    paths.write(folder / file, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
   return manifest | {"models": {name: described[name] for name in asked["models"]}}
 
 

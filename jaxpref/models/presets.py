@@ -144,9 +144,9 @@ SD2 = Preset(
     sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
   ),
   vae=dataclasses.replace(SD15.vae, sample_size=768),
-  text_encoder=dataclasses.replace(_CLIP_H.text_config, num_hidden_layers=23),
+  text_encoder=dataclasses.replace(CLIP_H.text_config, num_hidden_layers=23),
   scheduler=SCHEDULER | {"prediction_type": "v_prediction"},
-  preference=_CLIP_H,
+  preference=CLIP_H,
 )
 
 SDXL = Preset(

@@ -16,12 +16,22 @@ def reward_terms(config: Any) -> dict[str, float]:
   >>> reward_terms(types.SimpleNamespace(reward="pickscore:1, aesthetic=weights/aesthetic:0.1, mine:brightness"))
   {'pickscore': 1.0, 'aesthetic=weights/aesthetic': 0.1, 'mine:brightness': 1.0}
   """
+  return terms_of(config.reward or PREFERENCE_MODEL, f"config.reward={config.reward!r}")
+
+
+def terms_of(text: str, given: str) -> dict[str, float]:
+  """The weights of a sum of rewards, as `reward_terms`.
+
+  Args:
+    text: the sum.
+    given: how it was given, for messages.
+  """
   found: dict[str, float] = {}
-  for term in config.reward.split(",") if config.reward else [PREFERENCE_MODEL]:
+  for term in text.split(","):
     spec, weight = _split(term.strip())
     if not spec or spec in found or not math.isfinite(weight) or not weight:
       raise ValueError(
-        f"config.reward={config.reward!r}: {term.strip()!r}; expected NAME:WEIGHT with commas between them, such as "
+        f"{given}: {term.strip()!r}; expected NAME:WEIGHT with commas between them, such as "
         "pickscore:1,aesthetic:0.1, each name once, and weights that are finite and not 0."
       )
     found[spec] = weight

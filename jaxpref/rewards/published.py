@@ -160,7 +160,7 @@ def _parse(spec: str) -> tuple[str, str | None]:
   return name, places.expand(folder) if equals else None  # the shell leaves the ~ after = alone
 
 
-def _batched(network: networks.Network, *, batch_size: int, mesh: Mesh | None) -> ScoreFn:
+def batched(network: networks.Network, *, batch_size: int, mesh: Mesh | None) -> ScoreFn:
   """`network` over any number of images, in batches of one shape, so with one compilation."""
   split = None if mesh is None else sharding.batch_sharding(mesh)
   unit = 1 if mesh is None else sharding.batch_devices(mesh)
@@ -189,7 +189,7 @@ def _batched(network: networks.Network, *, batch_size: int, mesh: Mesh | None) -
   return run
 
 
-def _checked(name: str, score: ScoreFn) -> ScoreFn:
+def checked_scores(name: str, score: ScoreFn) -> ScoreFn:
   """`score` with its inputs and outputs checked."""
 
   def checked(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
@@ -244,7 +244,7 @@ def _load_function(spec: str) -> Scorer:
     name=spec,
     version=str(version or ""),
     scale=doc[0].strip() if doc else "user's",
-    score=_checked(spec, function),
+    score=checked_scores(spec, function),
   )
 
 
@@ -304,7 +304,7 @@ def load(
   placement = None if mesh is None else sharding.replicated(mesh)
   network = _network(name, _find(name, place), dtype, placement, preferred_style)
   scale = PUBLISHED[name].scale + (f" {preferred_style}" if name == "judge" else "")
-  score = _checked(name, _batched(network, batch_size=batch_size, mesh=mesh))
+  score = checked_scores(name, batched(network, batch_size=batch_size, mesh=mesh))
   return Scorer(name, _version(name, place, network.files), scale, score)
 
 
@@ -389,7 +389,7 @@ def image_embedder(
     raise ValueError(f"image_embedder: {name} has no embeddings of images, expected one of {', '.join(CLIPS)}.")
   placement = None if mesh is None else sharding.replicated(mesh)
   network = networks.clip_network(name, _find(name, place), jnp.dtype(dtype), placement, embeddings=True)
-  run = _batched(network, batch_size=batch_size, mesh=mesh)
+  run = batched(network, batch_size=batch_size, mesh=mesh)
   return lambda images: run(images, [""] * len(images))
 
 

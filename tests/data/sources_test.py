@@ -140,9 +140,19 @@ def test_given_counts_of_a_prompt_are_kept(images):
     ({"image_1": 5}, "line 2: image_1 = 5; expected the path"),
     ({"label": 1}, "line 2: unknown column 'label'; did you mean 'label_0'. Expected caption, image_0"),
     ({"zebra": 1}, "line 2: unknown column 'zebra'; expected caption, image_0"),
-    ({"label_0": 2}, "line 2: label_0 = 2; expected 1 .image_0 is preferred., 0 .image_1 is. or 0.5 .a tie."),
+    (
+      {"label_0": 2},
+      "line 2: label_0 = 2; expected 1 .image_0 is preferred., 0 .image_1 is., 0.5 .a tie. or a probability",
+    ),
+    ({"label_0": -0.1}, "line 2: label_0 = -0.1; expected 1"),
+    ({"label_0": True}, "line 2: label_0 = True; expected 1"),
+    ({"noise_0": [1]}, r"line 2: noise_0 = \[1\]; expected \[seed, number\] or SEED:NUMBER"),
+    ({"noise_1": "3:-1"}, "line 2: noise_1 = '3:-1'; expected"),
     ({"label_0": "left"}, "line 2: label_0 = 'left'"),
-    ({"label_0": None}, "line 2: no label_0, no preferred and no scores; say which image is the better one"),
+    (
+      {"label_0": None},
+      "line 2: no label_0, no preferred and no scores; say which image is .*pairs --out=.* --label=REWARD",
+    ),
     ({"preferred": 0}, "line 2: both label_0 and preferred; give one of them"),
     ({"label_0": None, "preferred": "left"}, "line 2: preferred = 'left'; expected 0 .image_0., 1 .image_1. or tie"),
     ({"label_0": None, "preferred": True}, "line 2: preferred = True"),
@@ -158,6 +168,33 @@ def test_wrong_rows_are_answered_by_file_and_line(images, row, message):
   file = write(images, [pair(label_0=1), pair(label_0=0) | row])
   with pytest.raises(ValueError, match=f"pairs.jsonl, {message}"):
     sources.open_pairs_file(file)
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.csv"])
+def test_probabilities_and_the_noise_of_drawn_images(images, name):
+  noise = (lambda a, b: f"{a}:{b}") if name.endswith("csv") else (lambda a, b: [a, b])
+  rows = [
+    pair(label_0=0.7, noise_0=noise(3, 0), noise_1=noise(3, 1)),
+    pair(first=0, second=2, label_0=0.25),
+    pair(first=3, second=0, label_0=1, noise_0=noise(4, 9)),
+  ]
+  file = write(images, rows, name)
+  source = sources.open_pairs_file(file)
+  np.testing.assert_allclose(source.index.label_0, [0.7, 0.25, 1])
+  assert (source[0]["noise_0"], source[0]["noise_1"]) == ([3, 0], [3, 1]) and "noise_0" not in source[1]
+  # The winner that takes another one's place brings its noise.
+  selection = index_lib.Selection(np.arange(3), source.index.label_0, np.ones(3), np.array([2, 1, 2]))
+  chosen = sources.Selected(source, selection)
+  assert (chosen[0]["noise_0"], chosen[0]["noise_1"]) == ([4, 9], [3, 1])
+  assert chosen[0]["image_0"] == source[2]["image_0"]
+
+
+def test_a_folder_stands_for_its_pairs(images):
+  file = write(images, [pair(label_0=1)])
+  assert sources.detect_kind(file.parent) == "pairs_file"
+  assert sources.open_source("pairs_file", file.parent)[0] == sources.open_pairs_file(file)[0]
+  with pytest.raises(ValueError, match="images is no .jsonl or .csv file"):
+    sources.open_pairs_file(images)
 
 
 def test_missing_images_are_answered_by_file_and_line(images):

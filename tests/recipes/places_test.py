@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from jaxpref import config as config_lib
-from jaxpref import describe, evaluate, export, replay, sample
+from jaxpref import describe, evaluate, export, pairs, replay, sample
 from jaxpref.data import paths, pickapic, prompt_sets
 from jaxpref.data.pickapic import __main__ as pickapic_command
 from jaxpref.files import adapters, folders
@@ -96,6 +96,13 @@ COMMANDS = [
     "evaluate",
     ["--models=a=b", "--prompts=~/p", "--out=~/o", "--geneval_layout=~/g", "--vae_model=~/v"],
     ("prompts", "geneval_layout", "vae_model"),
+  ),
+  (
+    pairs.main,
+    pairs,
+    "make_pairs",
+    ["--model=~/m", "--unet_model=~/u", "--other_model=~/b", "--other_unet_model=~/c", "--prompts=~/p", "--out=~/o"],
+    ("model", "unet_model", "other_model", "other_unet_model", "prompts"),
   ),
   (
     describe.main,

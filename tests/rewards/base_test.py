@@ -95,7 +95,7 @@ def test_a_weighted_sum_is_learnt_from_and_each_part_is_logged(make):
 
 
 def python_reward(function, seconds=60.0):
-  return PythonReward(published.Scorer("light", "", "", published._checked("light", function)), seconds)
+  return PythonReward(published.Scorer("light", "", "", published.checked_scores("light", function)), seconds)
 
 
 def test_a_function_on_the_host_does_what_the_same_in_the_graph_does():

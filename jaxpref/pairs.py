@@ -1,0 +1,552 @@
+"""Draws pairs of pictures for prompts, to be trained on once someone, or a reward, has said which is the better one.
+
+    python -m jaxpref.pairs --model=tiny-sd --prompts=emoji:train --seeds=4 --out=pairs --label=tiny-clip
+    python -m jaxpref.main --config=configs/dpo_tiny.py --config.data.source=pairs_file --config.data.path=pairs
+
+With --other_model a pair has one picture of each model, such as of the base model and the aligned one. --label may also
+come later, and again with another reward: with --out and --label alone nothing is drawn. An interrupted run continues
+with the same command, to the same files; it is refused while the first one still runs. All devices take part. Several
+processes, started as for training (docs/operations.md), share the work if --out is on a disk that all of them see.
+
+--out gets images/, settings.json (what they were drawn with), pictures.jsonl (of each picture the prompt, the model,
+and the seed and number of the noise it began with) and pairs.jsonl, the `pairs_file` to train on; with --label also
+scores.jsonl and labels.json. See docs/data.md.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import io
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+from tqdm import tqdm
+
+from jaxpref import arguments, evaluate
+from jaxpref.data import labels, lease, paths, prompt_sets
+from jaxpref.data.files import PAIRS_NAME
+from jaxpref.devices import distributed, endings, sharding
+from jaxpref.evaluation import drawing, settings
+from jaxpref.evaluation import folder as evaluation_folder
+from jaxpref.files import adapters, loading
+from jaxpref.recipes.sections import MAX_COUNT
+from jaxpref.rewards import published, scorers
+
+SETTINGS, PICTURES, SCORES, LABELS = "settings.json", "pictures.jsonl", "scores.jsonl", "labels.json"
+NOISES = ("different", "same")
+OF_LABELS = ("label_kind", "min_gap", "pairing", "preferred_style", "score_batch_size")
+LABELS_ALONE = ("label", "out", *OF_LABELS, "distributed", "coordinator_address", "num_processes", "process_id")
+IMAGES_AT_A_TIME = 256  # of each process, read for scoring
+SAVE_SECONDS = 60.0  # between two writes of what is scored so far
+
+
+# ---- Command -----------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Parses the arguments, draws and labels; expected errors end in one sentence."""
+  parser = make_parser()
+  args = parser.parse_args(argv)
+  args.changed = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+  expected = (ValueError, OSError)
+  with endings.one_sentence(*expected, doing=f"making pairs in {args.out}", again="the same command goes on"):
+    with distributed.joined(distributed.launch_of(args), args.out, expected=expected):
+      make_pairs(args)
+
+
+def make_parser() -> argparse.ArgumentParser:
+  """Of the arguments that `make_pairs` takes."""
+  parser = arguments.Parser(prog="python -m jaxpref.pairs", description=__doc__)
+  add = parser.add_argument
+  what = "folder, hub name, shipped model or run"
+  add("--model", type=arguments.place, default="tiny-sd", help=f"{what} (default: %(default)s)")
+  add("--unet_model", type=arguments.place, help="a UNet's folder or hub name, in the place of the model's own")
+  loras: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "FILE[:STRENGTH]"}
+  add("--lora", **loras, help=".safetensors files of diffusers, PEFT or kohya; a.safetensors:0.8 takes 0.8 of one")
+  add(
+    "--other_model", type=arguments.place, help=f"{what}, which draws the second picture of each pair (default: none)"
+  )
+  add("--other_unet_model", type=arguments.place, help="as --unet_model, of --other_model")
+  add("--other_lora", **loras, help="as --lora, of --other_model")
+  add(
+    "--prompts",
+    type=arguments.place,
+    help="emoji (the embedded test captions), emoji:SPLIT, or a file of prompts: docs/evaluation.md; without it "
+    "nothing is drawn, and --label labels what is there",
+  )
+  add("--prompts_kind", choices=prompt_sets.KINDS, help="format of the file (default: by its name and content)")
+  add("--num_prompts", type=int, help="so many of them, evenly spread (default: all)")
+  add(
+    "--noise",
+    choices=NOISES,
+    default=NOISES[0],
+    help="same: both pictures of a pair begin with one noise, the i-th of two models; of one model all of a prompt, "
+    "which differ by --eta alone (default: %(default)s)",
+  )
+  settings.add_arguments(parser)
+  add("--out", type=arguments.path, required=True, help="new folder, or one to continue or label")
+  of_labels = parser.add_argument_group("labels by a reward")
+  add = of_labels.add_argument
+  add(
+    "--label",
+    metavar="REWARD",
+    help=f"{', '.join(published.PUBLISHED)}; preference_model=FOLDER, a step-aware model; NAME=FOLDER for weights "
+    "elsewhere; package.module:function of your own; or a sum such as pickscore:1,aesthetic:0.1, in logits",
+  )
+  add("--label_kind", choices=labels.KINDS, default="hard", help="soft: probabilities (default: %(default)s)")
+  add(
+    "--min_gap",
+    type=float,
+    default=0.0,
+    help="pairs whose two probabilities differ by no more are ties, which dpo leaves out and spm learns equal scores "
+    "from; 0 to 1 (default: %(default)s, equal scores alone)",
+  )
+  add(
+    "--pairing",
+    choices=labels.PAIRINGS,
+    default=labels.PAIRINGS[0],
+    help="best_worst: of each prompt the pair whose scores differ most (default: %(default)s)",
+  )
+  add("--preferred_style", default="openmoji", help="that the judge looks for (default: %(default)s)")
+  add("--score_batch_size", type=int, default=32, help="pictures scored at a time (default: %(default)s)")
+  distributed.add_arguments(parser)
+  return parser
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """What is to be drawn.
+
+  Attributes:
+    models: one or two, by name, see `evaluate.Model`.
+    prompts: P texts.
+    sizes: height and width of the pictures of each model.
+  """
+
+  models: dict[str, evaluate.Model]
+  prompts: list[prompt_sets.Prompt]
+  sizes: dict[str, list[int]]
+
+
+def check(args: argparse.Namespace) -> Asked | None:
+  """What is to be drawn, None for nothing; refuses what cannot work before anything is loaded.
+
+  Raises:
+    ValueError, FileNotFoundError: one sentence: argument, value, what was expected.
+  """
+  if args.label is None and (given := [name for name in OF_LABELS if name in args.changed]):
+    raise ValueError(f"--{given[0]} is for labels by a reward; add --label=REWARD, or leave it out.")
+  if not 0.0 <= args.min_gap < 1.0:
+    raise ValueError(f"--min_gap={args.min_gap}; expected at least 0 and below 1, a difference of probabilities.")
+  arguments.check_numbers(args, "score_batch_size", most=arguments.MAX_AT_A_TIME)
+  asked = None
+  if args.prompts is not None:
+    asked = _check_drawing(args)
+  elif given := [name for name in args.changed if name not in LABELS_ALONE]:
+    raise ValueError(f"--{given[0]} is for drawing, which needs --prompts; add it, or leave out --{given[0]}.")
+  elif args.label is None:
+    raise ValueError("--prompts is missing: name what to draw; or --label, to label what --out holds.")
+  elif not (args.out / PICTURES).is_file():
+    raise ValueError(
+      f"--out={args.out} has no {PICTURES}, so its pictures are not complete; draw them by the same command with "
+      "--prompts and the other settings."
+    )
+  if args.label is not None:
+    scorers.check(args.label, given=f"--label={args.label!r}", preferred_style=args.preferred_style)
+  return asked
+
+
+def _check_drawing(args: argparse.Namespace) -> Asked:
+  settings.check(args)
+  two = args.other_model is not None
+  for name in ("other_unet_model", "other_lora"):
+    if getattr(args, name) and not two:
+      raise ValueError(f"--{name} is for --other_model; name that model, too.")
+  if args.seeds < 2 and not two:
+    raise ValueError(f"--seeds={args.seeds}; expected at least 2, or --other_model: a pair has two pictures.")
+  if args.noise == "same" and not two and not args.eta:
+    raise ValueError(
+      "--noise=same without --other_model: all pictures of a prompt would be one; add --eta=1, or draw from different "
+      "noise."
+    )
+  for option in ("lora", "other_lora"):
+    for file, _ in map(adapters.parse_lora_file, getattr(args, option)):
+      if not file.is_file():
+        raise FileNotFoundError(f"--{option}: there is no file {file}; give a LoRA of diffusers, PEFT or kohya.")
+  models = {"model": _model(args.model, args.unet_model, args.lora)}
+  if two:
+    models["other"] = _model(args.other_model, args.other_unet_model, args.other_lora)
+  prompts = evaluate.read_prompts(args.prompts, kind=args.prompts_kind, count=args.num_prompts)
+  drawing.check_count(len(models) * len(prompts), args.seeds)
+  of_prompt = args.seeds**2 if two else args.seeds * (args.seeds - 1) // 2
+  if len(prompts) * of_prompt > MAX_COUNT:
+    raise ValueError(f"--seeds={args.seeds}: {len(prompts)} prompts make more than {MAX_COUNT} pairs; draw fewer.")
+  if args.out.exists() and not args.out.is_dir():
+    raise ValueError(f"--out={args.out} is a file; name a folder.")
+  sizes = evaluate.check_sizes(models, height=args.height, width=args.width, family=args.family)
+  return Asked(models, prompts, sizes)
+
+
+def _model(name: str, denoiser: str | None, loras: Sequence[str]) -> evaluate.Model:
+  return loading.with_unet(name, denoiser), tuple(map(adapters.parse_lora_file, loras))
+
+
+def make_pairs(args: argparse.Namespace) -> None:
+  """Draws, and labels where a reward is given. Several processes of JAX share the work."""
+  asked = check(args)
+  with lease.hold(args.out) as held:
+    mesh = sharding.make_mesh(devices=jax.local_devices())
+    if asked is not None:
+      draw(args, asked, mesh, held)
+    if args.label is not None:
+      label(args, mesh, held)
+  if jax.process_index() == 0:
+    print(_ending(args))
+  distributed.barrier("pairs: the end")
+
+
+def _ending(args: argparse.Namespace) -> str:
+  if args.label is None and not (args.out / LABELS).is_file():
+    return f"{args.out}: no labels yet; python -m jaxpref.pairs --out={args.out} --label=REWARD"
+  found = json.loads((args.out / LABELS).read_text(encoding="utf-8"))
+  return (
+    f"{args.out}: {found['pairs']} pairs, {found['ties']} of them ties, by {found['reward']}; train with "
+    f"--config.data.source=pairs_file --config.data.path={args.out}"
+  )
+
+
+# ---- Pictures ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """A row of pictures.jsonl, in the order of prompts, then models, then pictures.
+
+  Attributes:
+    image: its file, relative to the folder.
+    caption: its prompt.
+    prompt: the number of that.
+    model: "model" or "other".
+    seed, number: of the noise that it began with, see `drawing.prior_noise`.
+  """
+
+  image: str
+  caption: str
+  prompt: int
+  model: str
+  seed: int
+  number: int
+
+
+def draw(args: argparse.Namespace, asked: Asked, mesh: Mesh, held: lease.Held) -> None:
+  """Draws what the folder lacks, and writes its list of pictures and of pairs without labels."""
+  folder, first = args.out, jax.process_index() == 0
+  if not first:
+    distributed.barrier("pairs: the folder is begun")
+    if not (folder / SETTINGS).is_file():
+      raise ValueError(f"this host does not see {folder}, which another one has begun; use a disk that all hosts see.")
+  manifest = evaluation_folder.make_manifest(args, asked.models, asked.prompts, asked.sizes)
+  manifest["settings"] |= {"noise": args.noise, "models": list(asked.models)}
+  evaluation_folder.open_folder(folder, manifest, SETTINGS)
+  if first:
+    _remove_parts(folder)
+    distributed.barrier("pairs: the folder is begun")
+  for place in range(len(asked.models)):
+    held.check()
+    _draw_missing(args, asked, place, mesh)
+  distributed.barrier("pairs: the pictures are there", seconds=evaluate.WAIT_SECONDS)
+  held.check()
+  if first:
+    pictures = _pictures(args, asked)
+    _write_rows(folder / PICTURES, map(dataclasses.asdict, pictures))
+    if not (folder / PAIRS_NAME).is_file():  # which may have labels already
+      write_pairs(folder, pictures, all_pairs(folder, pictures).reshape(-1, 2))
+  distributed.barrier("pairs: the list of pictures is there")
+
+
+def _numbers(args: argparse.Namespace, asked: Asked, place: int) -> tuple[np.ndarray, np.ndarray]:
+  """i64[P * K] of a model's pictures, by prompt: the numbers that they are drawn by, and those of their noise."""
+  own = np.arange(len(asked.prompts) * args.seeds)
+  if args.noise == "different":
+    own = own + place * own.size
+  return own, own // args.seeds if _shares_noise(args) else own
+
+
+def _shares_noise(args: argparse.Namespace) -> bool:
+  """Whether all pictures of a prompt begin with one noise."""
+  return args.noise == "same" and args.other_model is None
+
+
+def _pictures(args: argparse.Namespace, asked: Asked) -> list[Picture]:
+  noises = [_numbers(args, asked, place)[1] for place in range(len(asked.models))]
+  return [
+    Picture(
+      image=evaluation_folder.image_file(pathlib.Path(), name, p, i).as_posix(),
+      caption=prompt.text,
+      prompt=p,
+      model=name,
+      seed=args.seed,
+      number=int(noise[p * args.seeds + i]),
+    )
+    for p, prompt in enumerate(asked.prompts)
+    for name, noise in zip(asked.models, noises, strict=True)
+    for i in range(args.seeds)
+  ]
+
+
+def _draw_missing(args: argparse.Namespace, asked: Asked, place: int, mesh: Mesh) -> None:
+  """Draws those pictures of a model that are not in the folder, or damaged; each process its own share.
+
+  A batch of which one is missing is drawn whole, so that every picture is one of the same batch as in a run without an
+  interruption, and the same to the bit.
+  """
+  name = list(asked.models)[place]
+  file = lambda n: evaluation_folder.image_file(args.out, name, *divmod(int(n), args.seeds))
+  mine = evaluate.own_share(len(asked.prompts) * args.seeds)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    lacks = ~np.asarray(list(pool.map(lambda n: evaluation_folder.is_whole(file(n)), mine)), bool)
+  if not lacks.any():
+    return
+  module, params, tokenize = settings.load(*asked.models[name], args, mesh)
+  if not lacks.all():
+    print(f"{name}: {mine.size - lacks.sum()} of {mine.size} pictures are there", file=sys.stderr)
+  unit = sharding.batch_devices(mesh)
+  batch = -(-min(args.batch_size, mine.size) // unit) * unit
+  parts = [mine[i : i + batch] for i in range(0, mine.size, batch) if lacks[i : i + batch].any()]
+  numbers, _ = _numbers(args, asked, place)
+  ids = tokenize([p.text for p in asked.prompts])
+  drawn = drawing.draw(
+    module,
+    params,
+    np.concatenate([ids] * (place + 1)),  # of the numbers above those of the first model
+    batch_size=batch,
+    progress=f"{name}: {len(asked.prompts)} prompts x {args.seeds} seeds" if jax.process_index() == 0 else None,
+    mesh=mesh,
+    numbers=numbers[np.concatenate(parts)],
+    share_noise=args.seeds if _shares_noise(args) else 1,
+    **settings.of_draw(args, module, tokenize),
+  )
+  with paths.cannot_be_written(args.out):
+    file(0).parent.mkdir(parents=True, exist_ok=True)
+  missing = set(mine[lacks].tolist())
+  for found, images in drawn:
+    for number, image in zip(found - numbers[0], images, strict=True):
+      if int(number) in missing:
+        encoded = io.BytesIO()
+        Image.fromarray(image).save(encoded, format="PNG")
+        paths.write(file(number), encoded.getvalue())
+
+
+def _remove_parts(folder: pathlib.Path) -> None:
+  """Removes what a run that was killed has not finished writing."""
+  with paths.cannot_be_written(folder):
+    for place in (folder, *folder.glob("images/*")):
+      for part in place.glob(f".*{paths.PART}"):
+        part.unlink(missing_ok=True)
+
+
+# ---- The folder's files ------------------------------------------------------------------------------------------
+
+
+def _write_rows(file: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
+  paths.write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def _read_rows(file: pathlib.Path) -> list[dict[str, Any]]:
+  try:
+    rows = [json.loads(line) for line in paths.lines(file.read_text(encoding="utf-8")) if line.strip()]
+    return [dict(row) for row in rows]
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{file} cannot be read ({error}); make the folder again.") from error
+
+
+def read_pictures(folder: pathlib.Path) -> list[Picture]:
+  """Reads pictures.jsonl.
+
+  Raises:
+    ValueError: it is not of that form.
+    OSError: it is not there.
+  """
+  file = folder / PICTURES
+  try:
+    return [Picture(**row) for row in _read_rows(file)]
+  except TypeError as error:
+    raise ValueError(f"{file} cannot be read ({error}); make the folder again.") from error
+
+
+def all_pairs(folder: pathlib.Path, pictures: Sequence[Picture]) -> np.ndarray:
+  """i64[P, T, 2]: the pairs of each prompt, by the numbers of pictures; see `labels.pairs_of_prompts`.
+
+  Raises:
+    ValueError: settings.json and pictures.jsonl do not fit together.
+  """
+  file = folder / SETTINGS
+  try:
+    drawn = json.loads(file.read_text(encoding="utf-8"))["settings"]
+    prompts, seeds, models, noise = (drawn[name] for name in ("num_prompts", "seeds", "models", "noise"))
+    fits = prompts * seeds * len(models) == len(pictures)
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{file} cannot be read ({error!r}); make the folder again.") from error
+  if not fits:
+    raise ValueError(f"{folder / PICTURES} has {len(pictures)} pictures, {file} says otherwise; make the folder again.")
+  return labels.pairs_of_prompts(prompts, seeds, models=len(models), same=noise == "same")
+
+
+def write_pairs(
+  folder: pathlib.Path,
+  pictures: Sequence[Picture],
+  pairs: np.ndarray,
+  label_0: np.ndarray | None = None,
+  scores: np.ndarray | None = None,
+) -> None:
+  """Writes pairs.jsonl, which `sources.open_pairs_file` reads.
+
+  Args:
+    folder: of the pictures.
+    pictures: of `read_pictures`.
+    pairs: i64[M, 2] numbers of pictures.
+    label_0: f32[M] in [0, 1]; None for pairs that nobody has judged yet.
+    scores: f64[N] of all pictures, in logits, to be written beside the labels; None for none.
+  """
+
+  def row(m: int) -> dict[str, Any]:
+    sides = [pictures[n] for n in pairs[m]]
+    found: dict[str, Any] = {"caption": sides[0].caption}
+    found |= {f"image_{i}": side.image for i, side in enumerate(sides)}
+    if label_0 is not None:
+      found["label_0"] = float(label_0[m])
+    if scores is not None:
+      found |= {f"score_{i}": float(scores[n]) for i, n in enumerate(pairs[m])}
+    return found | {f"noise_{i}": [side.seed, side.number] for i, side in enumerate(sides)}
+
+  _write_rows(folder / PAIRS_NAME, map(row, range(len(pairs))))
+
+
+Known = tuple[str, str]  # name and version of a reward
+
+
+def read_scores(folder: pathlib.Path, pictures: Sequence[Picture]) -> dict[Known, np.ndarray]:
+  """Reads scores.jsonl: f32[N] of all pictures in the reward's own numbers, NaN where there is none.
+
+  Raises:
+    ValueError: it is not of that form.
+  """
+  file = folder / SCORES
+  found: dict[Known, np.ndarray] = {}
+  if not file.is_file():
+    return found
+  place = {picture.image: n for n, picture in enumerate(pictures)}
+  try:
+    for row in _read_rows(file):
+      of_reward = found.setdefault((row["reward"], row["version"]), np.full(len(pictures), np.nan, np.float32))
+      of_reward[place[row["image"]]] = row["score"]
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(f"{file} cannot be read ({error!r}); delete it, and it is made again.") from error
+  return found
+
+
+def _write_scores(folder: pathlib.Path, pictures: Sequence[Picture], scores: dict[Known, np.ndarray]) -> None:
+  rows = (
+    {"image": picture.image, "reward": reward, "version": version, "score": float(score)}
+    for (reward, version), of_reward in scores.items()
+    for picture, score in zip(pictures, of_reward, strict=True)
+    if not np.isnan(score)
+  )
+  _write_rows(folder / SCORES, rows)
+
+
+# ---- Labels ------------------------------------------------------------------------------------------------------
+
+
+def label(args: argparse.Namespace, mesh: Mesh, held: lease.Held) -> None:
+  """Scores the pictures of a complete folder, but for those whose scores are there, and writes the labelled pairs."""
+  folder, first = args.out, jax.process_index() == 0
+  pictures = read_pictures(folder)
+  pairs = all_pairs(folder, pictures)
+  scores = read_scores(folder, pictures)
+  if first:
+    _remove_parts(folder)
+  distributed.barrier("pairs: all have read the scores")
+  models = _drawn_by(folder)
+  total = np.zeros(len(pictures))
+  described = []
+  for spec, weight in scorers.check(args.label, given=f"--label={args.label!r}").items():
+    scorer, logits = scorers.load(
+      spec,
+      batch_size=args.score_batch_size,
+      mesh=mesh,
+      preferred_style=args.preferred_style,
+      models=models,
+    )
+    found = _score_missing(folder, pictures, scorer, scores, held)
+    total += weight * logits * found.astype(np.float64)
+    described.append({"name": scorer.name, "version": scorer.version, "scale": scorer.scale, "logits": logits})
+  chosen = labels.widest(pairs, total) if args.pairing == "best_worst" else pairs
+  chosen = chosen.reshape(-1, 2)
+  label_0 = labels.label_pairs(total[chosen[:, 0]], total[chosen[:, 1]], kind=args.label_kind, min_gap=args.min_gap)
+  held.check()
+  if first:
+    told = {"reward": args.label, "kind": args.label_kind, "min_gap": args.min_gap, "pairing": args.pairing}
+    told |= {"pairs": len(chosen), "ties": int(np.sum(label_0 == 0.5)), "rewards": described}
+    with paths.cannot_be_written(folder):
+      (folder / LABELS).unlink(missing_ok=True)  # so that it never speaks of other pairs
+    write_pairs(folder, pictures, chosen, label_0, total if args.label_kind == "hard" else None)
+    paths.write(folder / LABELS, (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode())
+  distributed.barrier("pairs: the labels are there")
+
+
+def _drawn_by(folder: pathlib.Path) -> list[str]:
+  """The models of a folder, whose tokenizers a step-aware model may share."""
+  described = json.loads((folder / SETTINGS).read_text(encoding="utf-8")).get("models", {})
+  return [settings.model_folder(str(entry.get("model"))) for entry in described.values()]
+
+
+def _score_missing(
+  folder: pathlib.Path,
+  pictures: Sequence[Picture],
+  scorer: published.Scorer,
+  scores: dict[Known, np.ndarray],
+  held: lease.Held,
+) -> np.ndarray:
+  """f32[N] of all pictures; fills in what `scores` lacks, and saves it from time to time."""
+  first = jax.process_index() == 0
+  found = scores.setdefault((scorer.name, scorer.version), np.full(len(pictures), np.nan, np.float32))
+  at_a_time = IMAGES_AT_A_TIME * jax.process_count()
+  parts = [slice(i, min(i + at_a_time, found.size)) for i in range(0, found.size, at_a_time)]
+  missing = [part for part in parts if np.isnan(found[part]).any()]
+  saved = time.monotonic()
+  done = found.size - sum(part.stop - part.start for part in missing)
+  with tqdm(total=found.size, initial=done, desc=scorer.name, unit=" pictures", disable=not first) as bar:
+    for part in missing:
+      shown = pictures[part]
+
+      def compute(numbers: np.ndarray, shown: Sequence[Picture] = shown) -> np.ndarray:
+        mine = [shown[n] for n in numbers]
+        return scorer.score([_read(folder / p.image) for p in mine], [p.caption for p in mine])
+
+      found[part] = evaluate.shared(len(shown), compute)
+      bar.update(len(shown))
+      if first and (part is missing[-1] or time.monotonic() - saved > SAVE_SECONDS):
+        held.check()
+        _write_scores(folder, pictures, scores)
+        saved = time.monotonic()
+  return found
+
+
+def _read(file: pathlib.Path) -> np.ndarray:
+  try:
+    return evaluation_folder.read_image(file)
+  except (OSError, SyntaxError) as error:
+    raise ValueError(f"{file} cannot be read ({error}); the command that drew it draws it again.") from error
+
+
+if __name__ == "__main__":
+  main()
