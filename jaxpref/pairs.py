@@ -68,12 +68,14 @@ def make_parser() -> argparse.ArgumentParser:
   add = parser.add_argument
   what = "folder, hub name, shipped model or run"
   add("--model", type=arguments.place, default="tiny-sd", help=f"{what} (default: %(default)s)")
+  add("--model_config", type=arguments.place, help="of a --model in one file: a folder that says its topology")
   add("--unet_model", type=arguments.place, help="a UNet's folder or hub name, in the place of the model's own")
   loras: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "FILE[:STRENGTH]"}
   add("--lora", **loras, help=".safetensors files of diffusers, PEFT or kohya; a.safetensors:0.8 takes 0.8 of one")
   add(
     "--other_model", type=arguments.place, help=f"{what}, which draws the second picture of each pair (default: none)"
   )
+  add("--other_model_config", type=arguments.place, help="as --model_config, of --other_model")
   add("--other_unet_model", type=arguments.place, help="as --unet_model, of --other_model")
   add("--other_lora", **loras, help="as --lora, of --other_model")
   add(
@@ -167,7 +169,7 @@ def check(args: argparse.Namespace) -> Asked | None:
 def _check_drawing(args: argparse.Namespace) -> Asked:
   settings.check(args)
   two = args.other_model is not None
-  for name in ("other_unet_model", "other_lora"):
+  for name in ("other_model_config", "other_unet_model", "other_lora"):
     if getattr(args, name) and not two:
       raise ValueError(f"--{name} is for --other_model; name that model, too.")
   if args.seeds < 2 and not two:
@@ -181,9 +183,9 @@ def _check_drawing(args: argparse.Namespace) -> Asked:
     for file, _ in map(adapters.parse_lora_file, getattr(args, option)):
       if not file.is_file():
         raise FileNotFoundError(f"--{option}: there is no file {file}; give a LoRA of diffusers, PEFT or kohya.")
-  models = {"model": _model(args.model, args.unet_model, args.lora)}
+  models = {"model": _model(args.model, args.model_config, args.unet_model, args.lora)}
   if two:
-    models["other"] = _model(args.other_model, args.other_unet_model, args.other_lora)
+    models["other"] = _model(args.other_model, args.other_model_config, args.other_unet_model, args.other_lora)
   prompts = evaluate.read_prompts(args.prompts, kind=args.prompts_kind, count=args.num_prompts)
   drawing.check_count(len(models) * len(prompts), args.seeds)
   of_prompt = args.seeds**2 if two else args.seeds * (args.seeds - 1) // 2
@@ -191,12 +193,12 @@ def _check_drawing(args: argparse.Namespace) -> Asked:
     raise ValueError(f"--seeds={args.seeds}: {len(prompts)} prompts make more than {MAX_COUNT} pairs; draw fewer.")
   if args.out.exists() and not args.out.is_dir():
     raise ValueError(f"--out={args.out} is a file; name a folder.")
-  sizes = evaluate.check_sizes(models, height=args.height, width=args.width, family=args.family)
+  sizes = evaluate.check_sizes(models, args)
   return Asked(models, prompts, sizes)
 
 
-def _model(name: str, denoiser: str | None, loras: Sequence[str]) -> evaluate.Model:
-  return loading.with_unet(name, denoiser), tuple(map(adapters.parse_lora_file, loras))
+def _model(name: str, topology: str | None, denoiser: str | None, loras: Sequence[str]) -> evaluate.Model:
+  return loading.with_unet(loading.with_config(name, topology), denoiser), tuple(map(adapters.parse_lora_file, loras))
 
 
 def make_pairs(args: argparse.Namespace) -> None:
