@@ -66,6 +66,24 @@ class LatentRewardConfig:
       name: value.to_dict() if name in networks and value is not None else value for name, value in own.items()
     }
 
+  def check_fits(self, name: str, *, channels: int, tokens: int) -> None:
+    """Refuses latents and prompts of another text-to-image model than it was made for, as far as these tell.
+
+    Args:
+      name: of the latent reward model, for the message.
+      channels: of the latents.
+      tokens: of a prompt.
+
+    Raises:
+      ValueError: they are others.
+    """
+    found, expected = (channels, tokens), (self.unet.in_channels, self.tokens)
+    if found != expected:
+      raise ValueError(
+        f"latent reward model {name} is for latents of {expected[0]} channels and prompts of {expected[1]} tokens, "
+        f"those of config.model have {found[0]} and {found[1]}; take one that was made for this model."
+      )
+
   @property
   def tokens(self) -> int:
     """Ids of a prompt, of all text encoders together."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jaxpref.models import latent_reward
 from jaxpref.models.clip import (
   CLIPConfig,
   CLIPModel,
@@ -18,7 +19,6 @@ from jaxpref.models.clip import (
   CLIPVisionModel,
   init_std,
 )
-from jaxpref.models import latent_reward
 from jaxpref.models.latent_reward import LatentRewardModel
 from jaxpref.models.preference import Judge, JudgeConfig, StepAwareCLIPConfig
 from jaxpref.models.unet import UNet2DConditionModel, UNetConfig, UNetEncoder

@@ -309,7 +309,7 @@ class UNet2DConditionModel(nn.Module):
     encoder_hidden_states: jax.Array,
     added_cond_kwargs: Mapping[str, jax.Array] | None,
   ) -> tuple[jax.Array, list[jax.Array], jax.Array, jax.Array]:
-    """Down and middle blocks: their output, all skips, and what the way up is conditioned on; arguments as of a call."""
+    """Down and middle blocks of a call: their output, all skips, and what the way up is conditioned on."""
     c, depths = self.config, self._depths()
     self._check_inputs(sample, encoder_hidden_states)
     context = encoder_hidden_states.astype(self.dtype)

@@ -19,6 +19,7 @@ from jaxpref.files import family as families
 from jaxpref.models import lora, presets
 from jaxpref.models.base import is_guided
 from jaxpref.objectives import catalog
+from jaxpref.recipes.rewards import LATENT, is_latent, reward_terms
 from jaxpref.training import build, inputs, loop
 
 LORA_RANK = 64  # of the adapter that `changes` propose in the place of full training
@@ -28,7 +29,7 @@ def without_weights(config: ConfigDict) -> ConfigDict:
   """The same recipe on shapes alone, and on the embedded data resized to the model's images.
 
   Another VAE or UNet than the model's own counts as its own. Whatever the rewards are, one preference model of the
-  preset stands for them.
+  preset stands for them, or where all are latent reward models, one of these.
   Of precomputed data, the folder of `data.path` is not looked at, and need not be there.
 
   Raises:
@@ -40,7 +41,7 @@ def without_weights(config: ConfigDict) -> ConfigDict:
   with config.unlocked():
     config.model = model
     config.vae_model = config.unet_model = None
-    config.reward, scored = "", catalog.method(config).facts.scorer
+    config.reward, scored = LATENT if _of_latents(config) else "", catalog.method(config).facts.scorer
     config.preference_model = f"zeros:{preset if preset in presets.PRESETS else 'sd15'}" if scored else None
     config.judge = None
     config.lora.init_from = None
@@ -50,6 +51,11 @@ def without_weights(config: ConfigDict) -> ConfigDict:
       config.data.update(source="precomputed", path="not looked at")
   config_lib.check(config)
   return config
+
+
+def _of_latents(config: ConfigDict) -> bool:
+  """Whether latent reward models are all that a config is rewarded by."""
+  return catalog.method(config).facts.online and all(map(is_latent, reward_terms(config)))
 
 
 def _build(config: ConfigDict, batch_devices: int) -> tuple[build.Experiment, Any, Any]:
@@ -97,7 +103,7 @@ def _precomputed(config: ConfigDict, experiment: build.Experiment, batch: Mappin
   stored = functools.partial(jax.eval_shape, functools.partial(inputs.stored_moments, experiment.model), encoders)
   found: dict[str, Any] = {}
   for key, value in batch.items():
-    if key == "input_ids":
+    if key == "input_ids" and not catalog.method(config).facts.encodes_text:
       found |= jax.eval_shape(functools.partial(inputs.stored_text, experiment.model), encoders, value)
     elif key.startswith("pixels"):
       found[key.replace("pixels", "moments")] = stored(value)
@@ -207,7 +213,7 @@ def changes(config: ConfigDict, devices: int) -> Iterator[Change]:
   accumulations = [n for n in range(config.accumulation, most + 1) if most % n == 0] or [config.accumulation]
   sizes = [n for n in range(config.mesh.fsdp, rows + 1) if rows % n == 0]
   # Else it is one for each level, or not used.
-  known = config.remat in config_lib.REMAT and method.facts.trains != "scorer"
+  known = config.remat in config_lib.REMAT and method.facts.trains not in ("scorer", "latent_scorer")
   policies = config_lib.REMAT[config_lib.REMAT.index(config.remat) :] if known else (config.remat,)
   full = not config.lora.rank and method.facts.aligns
   for rank, remat, fsdp, accumulation in itertools.product(

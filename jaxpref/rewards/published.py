@@ -27,6 +27,7 @@ from jaxpref.files import folders, hub, tensors
 from jaxpref.models.vae import to_uint8
 from jaxpref.recipes import places
 from jaxpref.rewards import networks
+from jaxpref.rewards.base import IMAGE
 
 Array = jax.Array
 ScoreFn = Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]
@@ -328,6 +329,7 @@ class Published:
   name: str
   network: networks.Network
   scale: float
+  needs = IMAGE
 
   @property
   def tokenizers(self) -> dict[str, Callable[[list[str]], np.ndarray]]:

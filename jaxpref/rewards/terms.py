@@ -4,10 +4,12 @@ from typing import Any
 
 from jaxpref.config import AnyConfig
 from jaxpref.files import pipelines
-from jaxpref.recipes.rewards import PREFERENCE_MODEL, is_function, reward_terms
+from jaxpref.recipes.rewards import LATENT, PREFERENCE_MODEL, is_function, is_latent, reward_terms
 from jaxpref.rewards import published
 from jaxpref.rewards.base import HostReward, Reward, Weighted
-from jaxpref.rewards.loading import load_scorer, scorer_fingerprint
+from jaxpref.rewards.latent import COMPONENT as LATENT_COMPONENT
+from jaxpref.rewards.latent import LatentReward
+from jaxpref.rewards.loading import check_latent_reward, load_latent_reward, load_scorer, scorer_fingerprint
 from jaxpref.rewards.python import PythonReward
 from jaxpref.rewards.step_aware import COMPONENT, StepAware
 
@@ -22,8 +24,11 @@ def check(config: AnyConfig) -> None:
   for spec in terms:
     if spec == PREFERENCE_MODEL:
       continue
+    if is_latent(spec):
+      check_latent_reward(_latent_folder(config, spec))
+      continue
     if not is_function(spec) and spec.partition("=")[0] not in published.PUBLISHED:
-      names = ", ".join((PREFERENCE_MODEL, *published.PUBLISHED))
+      names = ", ".join((PREFERENCE_MODEL, LATENT, *published.PUBLISHED))
       raise ValueError(
         f"config.reward={config.reward!r}: {spec} is unknown, expected {names}, one of them as NAME=FOLDER, or a "
         "function of your own as package.module:function."
@@ -40,6 +45,11 @@ def check(config: AnyConfig) -> None:
   found = [spec.partition("=")[0] for spec in terms]
   if twice := [name for name in found if found.count(name) > 1]:
     raise ValueError(f"config.reward={config.reward!r}: {twice[0]} stands there twice; expected each name once.")
+
+
+def _latent_folder(config: AnyConfig, spec: str) -> str:
+  """Where the latent reward model of a term lies."""
+  return spec.partition("=")[2] or str(config.preference_model)  # which is set, by config.check
 
 
 def load(config: AnyConfig, sharding: pipelines.Sharding = None) -> tuple[Weighted, dict[str, Any]]:
@@ -62,6 +72,15 @@ def load(config: AnyConfig, sharding: pipelines.Sharding = None) -> tuple[Weight
         config.preference_model, dtype=config.dtype, param_dtype=config.dtype, seed=config.seed, sharding=sharding
       )
       graph.append((StepAware(scorer), weight))
+    elif is_latent(spec):
+      latent, params[LATENT_COMPONENT] = load_latent_reward(
+        _latent_folder(config, spec),
+        dtype=config.dtype,
+        param_dtype=config.dtype,
+        seed=config.seed,
+        sharding=sharding,
+      )
+      graph.append((LatentReward(latent), weight))
     elif is_function(spec):
       host.append((PythonReward(published.load(spec), config.reward_timeout), weight))
     else:
