@@ -2,7 +2,7 @@ r"""LPO (arXiv 2502.01051) on SDXL with LoRA, the published hyper-parameters.
 
     python scripts/assets/convert_lrm.py LRM_SDXL models/lrm_sdxl
     python -m jaxpref.main --config=configs/lpo_sdxl.py \
-      --config.preference_model=models/lrm_sdxl --config.data.path=8k_training_prompts.json
+      --config.preference_model=models/lrm_sdxl --config.data.path=4k_training_prompts.json
     python -m jaxpref.main --config=configs/lpo_sdxl.py:smoke    # the same code path on a miniature with random weights
 
 The latent reward model is in casiatao/LRM on the Hugging Face hub (or configs/lrm_sdxl.py makes one). The run's name

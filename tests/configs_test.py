@@ -23,8 +23,6 @@ from jaxpref.training import build, inputs, loop, metrics
 CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 METHODS = ("dpo", "tdpo", "spo", "spm", "lrm", "lpo")
 FULL_SIZE = [f"{method}_{model}" for method in METHODS for model in ("sd15", "sdxl")]
-  f"{method}_{model}" for method in ("dpo", "tdpo", "spo", "spm", "lrm", "lpo") for model in ("sd15", "sdxl")
-]
 
 
 def recipe(name, *variant):
@@ -221,6 +219,27 @@ def test_the_smoke_variant_runs_end_to_end(name, tmp_path):
     assert found == presets.latent_reward_config(presets.get_preset(preset))
   else:
     assert (export / "model_index.json").is_file() and (export / "unet" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_lpo_trains_by_what_lrm_made_and_resumes_bit_by_bit(tmp_path):
+  c = recipe("lrm_sd15", "smoke")
+  c.update(num_steps=1)
+  loop.run(c, str(tmp_path / "lrm"))
+  c = recipe("lpo_sd15", "smoke")
+  c.update(num_steps=2, preference_model=str(tmp_path / "lrm" / "export"), dtype="float32")
+  c.spo.num_inference_steps, c.checkpoint.every = 3, 1
+  loop.run(c, str(tmp_path / "whole"))
+  for steps in (1, 2):
+    c.num_steps = steps
+    loop.run(c, str(tmp_path / "resumed"))
+  whole, resumed = (
+    safetensors.numpy.load_file(tmp_path / name / "export" / "pytorch_lora_weights.safetensors")
+    for name in ("whole", "resumed")
+  )
+  assert whole and whole.keys() == resumed.keys()
+  for name, array in whole.items():
+    np.testing.assert_array_equal(resumed[name], array, err_msg=name)
 
 
 # Of grpo tests/numbers_test.py runs the same steps.
