@@ -95,12 +95,14 @@ def _times(process: Process, num_steps: int) -> tuple[jax.Array, jax.Array]:
 
 
 def step_thresholds(
-  process: Process, num_steps: int, *, eta: float, threshold: float, threshold_max: float
-) -> jax.Array:
+  process: Process, num_steps: int, *, eta: float, threshold: float, threshold_max: float | None
+) -> jax.Array | None:
   """f32[num_steps]: linear in the standard deviation of each step's noise (arXiv 2502.01051).
 
-  From `threshold` at the smallest of the sampler's to `threshold_max` at the largest.
+  From `threshold` at the smallest of the sampler's to `threshold_max` at the largest; None where that is None.
   """
+  if threshold_max is None:
+    return None
   t, prev_t = _times(process, num_steps)
   nothing = jnp.zeros((num_steps, 1, 1, 1))
   _, std = process.transition(nothing, nothing, t, prev_t, eta=eta)
@@ -115,7 +117,6 @@ class _Steps:
   Attributes:
     batch: B.
     shape: (h, w, C) of a latent.
-    limits: f32[num_steps] the threshold of each step; None: `threshold` for all.
     others: as of `pool_rollout`.
   """
 
@@ -127,18 +128,21 @@ class _Steps:
   eta: float
   threshold: float
   next_latent: str
-  limits: jax.Array | None = None
 
-  def call(self, x, t):  # x [B*m,h,w,C], t scalar
+  def call(self, x: jax.Array, t: jax.Array) -> jax.Array:  # x [B*m,h,w,C], t scalar
     return self.predict(x, rows_at(t, x.shape[0]))
 
-  def draw(self, pred, x, t, prev_t, key, repeats=1):
+  def draw(
+    self, pred: jax.Array, x: jax.Array, t: jax.Array, prev_t: jax.Array, key: jax.Array, repeats: int = 1
+  ) -> jax.Array:
     n = x.shape[0]
     mean, std = self.process.transition(pred, x, rows_at(t, n), rows_at(prev_t, n), eta=self.eta)
     mean, std = jnp.repeat(mean, repeats, axis=0), jnp.repeat(std, repeats, axis=0)
     return mean + std[:, None, None, None] * jax.random.normal(key, mean.shape)
 
-  def walk(self, x, ts, prev_ts, key):
+  def walk(
+    self, x: jax.Array, ts: jax.Array, prev_ts: jax.Array, key: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Steps from x at ts[0] on, one `call` each: latents and predictions [n,N,...] at ts[0], ..., ts[n-1].
 
     A draw follows every call, the last one too, whose result is dropped: so one call is compiled, in a scan.
@@ -152,15 +156,23 @@ class _Steps:
     end, (xs, preds) = jax.lax.scan(one, x, (ts, prev_ts, jax.random.split(key, ts.shape[0])))
     return xs, preds, end
 
-  def of_pool(self, values, index):
+  def of_pool(self, values: jax.Array, index: jax.Array) -> jax.Array:
     """Of each pool the candidate at its index: [B*k,...] -> [B,...]; each device finds those of its own prompts."""
     pools = values.reshape(self.batch, self.pool_size, *self.shape)
     return jax.vmap(lambda pool, i: pool[i])(pools, index)
 
-  def of_pools(self, scores):
+  def of_pools(self, scores: Scores) -> Scores:
     return jax.tree.map(lambda v: v.reshape(self.batch, self.pool_size), scores)
 
-  def choose(self, x, path, scores, ts, prev_ts, limit):
+  def choose(
+    self,
+    x: jax.Array,
+    path: jax.Array,
+    scores: jax.Array,
+    ts: jax.Array,
+    prev_ts: jax.Array,
+    limit: jax.Array | None,
+  ) -> Transitions:
     """Transitions of best and worst: x [B,...] and path [j,B*k,...] -> fields [B,j,...].
 
     Args:
@@ -175,24 +187,23 @@ class _Steps:
 
     w, l = pick(best), pick(worst)
     rows = lambda v: jnp.broadcast_to(v[None], (self.batch, j))  # noqa: E731
-    of_all = jnp.broadcast_to(valid[:, None], (self.batch, j))
-    return Transitions(w[:, :-1], l[:, :-1], w[:, 1:], l[:, 1:], rows(ts), rows(prev_ts), of_all)
+    return Transitions(
+      w[:, :-1],
+      l[:, :-1],
+      w[:, 1:],
+      l[:, 1:],
+      rows(ts),
+      rows(prev_ts),
+      jnp.broadcast_to(valid[:, None], (self.batch, j)),
+    )
 
-  def member(self, values, scores, key):
+  def member(self, values: jax.Array, scores: jax.Array, key: jax.Array) -> jax.Array:
     """The candidate to continue from: [B*k,...] -> [B,...]."""
     if self.next_latent == "random":
       index = jax.random.randint(key, (self.batch,), 0, self.pool_size)
     else:
       index = jnp.argmax(scores, axis=1) if self.next_latent == "winner" else jnp.argmin(scores, axis=1)
     return self.of_pool(values, index)
-
-
-def _steps(predict, process, x, num_steps, eta, pool_size, threshold, threshold_max, next_latent) -> _Steps:
-  """Of the arguments of a rollout."""
-  limits = None
-  if threshold_max is not None:
-    limits = step_thresholds(process, num_steps, eta=eta, threshold=threshold, threshold_max=threshold_max)
-  return _Steps(predict, process, x.shape[0], x.shape[1:], pool_size, eta, threshold, next_latent, limits)
 
 
 # Long: Algorithm 1 of the paper in one piece, to be read beside it.
@@ -232,7 +243,8 @@ def pool_rollout(
   """
   batch, k, length = x.shape[0], pool_size, inner_steps + 1
   t, prev_t = _times(process, num_steps)
-  steps = _steps(predict, process, x, num_steps, eta, pool_size, threshold, threshold_max, next_latent)
+  limits = step_thresholds(process, num_steps, eta=eta, threshold=threshold, threshold_max=threshold_max)
+  steps = _Steps(predict, process, batch, x.shape[1:], k, eta, threshold, next_latent)
 
   key_warmup, key_groups, key_last = jax.random.split(key, 3)
   first = slice(0, warmup_steps + 1)
@@ -264,9 +276,9 @@ def pool_rollout(
   num_groups = len(groups)
   middle = slice(warmup_steps, num_steps - last_length)
   grouped = lambda v: v[middle].reshape(num_groups, length)  # noqa: E731
-  limits = None if steps.limits is None else grouped(steps.limits)[:, 0]
+  of_groups = None if limits is None else grouped(limits)[:, 0]
   (x, pred), (pairs, scores, score_t) = jax.lax.scan(
-    group, (x, pred), (grouped(t), grouped(prev_t), jax.random.split(key_groups, num_groups), limits)
+    group, (x, pred), (grouped(t), grouped(prev_t), jax.random.split(key_groups, num_groups), of_groups)
   )
 
   key_path, key_member = jax.random.split(key_last)
@@ -276,7 +288,7 @@ def pool_rollout(
   xs, _, end = steps.walk(members, ts[1:], prev_ts[1:], key_walk)
   path = jnp.concatenate([xs, end[None]])
   last_scores = steps.of_pools(score(path[-1], rows_at(jnp.zeros((), t.dtype), batch * k)))
-  last_limit = None if steps.limits is None else steps.limits[-last_length]
+  last_limit = None if limits is None else limits[-last_length]
   last_pairs = steps.choose(x, path, last_scores.total, ts, prev_ts, last_limit)
   latents = steps.member(path[-1], last_scores.total, key_member)
 
@@ -330,7 +342,8 @@ def latent_rollout(
   """
   batch, k, length = x.shape[0], pool_size, inner_steps + 1
   t, prev_t = _times(process, num_steps)
-  steps = _steps(predict, process, x, num_steps, eta, pool_size, threshold, threshold_max, next_latent)
+  limits = step_thresholds(process, num_steps, eta=eta, threshold=threshold, threshold_max=threshold_max)
+  steps = _Steps(predict, process, batch, x.shape[1:], k, eta, threshold, next_latent)
   key_warmup, key_groups = jax.random.split(key)
   if warmup_steps:
     _, _, x = steps.walk(x, t[:warmup_steps], prev_t[:warmup_steps], key_warmup)
@@ -350,8 +363,8 @@ def latent_rollout(
 
   num_groups = (num_steps - warmup_steps) // length
   grouped = lambda v: v[warmup_steps:].reshape(num_groups, length)  # noqa: E731
-  limits = None if steps.limits is None else grouped(steps.limits)[:, 0]
-  inputs = (grouped(t), grouped(prev_t), jax.random.split(key_groups, num_groups), limits)
+  of_groups = None if limits is None else grouped(limits)[:, 0]
+  inputs = (grouped(t), grouped(prev_t), jax.random.split(key_groups, num_groups), of_groups)
   latents, (pairs, scores, score_t) = jax.lax.scan(group, x, inputs)
   pairs = jax.tree.map(lambda v: jnp.moveaxis(v, 0, 1), pairs)  # [G,B,j,...] -> [B,G,j,...]
   return PoolRollout(
