@@ -1,5 +1,6 @@
 """convert_lrm.py: a published folder scores the same after conversion, and others are refused by name."""
 
+import functools
 import os
 import pathlib
 import shutil
@@ -7,7 +8,7 @@ import subprocess
 import sys
 
 import diffusers
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 import torch
@@ -40,7 +41,7 @@ XL = {
 
 def text_config(width, **fields):
   return transformers.CLIPTextConfig(
-    vocab_size=VOCABULARY, hidden_size=width, intermediate_size=28, num_attention_heads=4, num_hidden_layers=3,
+    vocab_size=VOCABULARY, hidden_size=width, intermediate_size=28, num_attention_heads=4, num_hidden_layers=2,
     max_position_embeddings=LENGTH, projection_dim=PROJECTION, bos_token_id=0, eos_token_id=2, **fields,
   )  # fmt: skip
 
@@ -110,7 +111,7 @@ class Reference:
     return np.exp(self.logit_scale) * (image * text).sum(dim=-1).numpy()
 
 
-@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+@pytest.fixture(scope="module", params=["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def published(request, tmp_path_factory):
   """A reference model, its folder, and that folder converted."""
   torch.manual_seed(0)
@@ -134,9 +135,9 @@ def inputs(model, count=3):
   return latents, np.int32([1, 501, 951])[:count], ids, empty
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def scores(module, params, latents, t, ids, empty):
-  prompts = latent.embed_prompts(module, params, jnp.asarray(ids), jnp.asarray(empty))
-  return np.asarray(latent.score_latents(module, params, jnp.asarray(latents), jnp.asarray(t), prompts))
+  return latent.score_latents(module, params, latents, t, latent.embed_prompts(module, params, ids, empty))
 
 
 def test_scores_are_those_of_the_reference(published):
@@ -150,10 +151,7 @@ def test_scores_are_those_of_the_reference(published):
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
   assert np.ptp(expected) > 1e-2, "the case tells nothing apart"
   assert np.abs(expected - model.scores(*of_torch, guidance_scale=1.0)).max() > 1e-2, "guidance does nothing here"
-  # One at a time, and at another time.
-  alone = scores(module, params, latents[1:2], t[1:2], ids[1:2], empty)
-  np.testing.assert_allclose(alone, expected[1:2], rtol=1e-4, atol=1e-4)
-  assert np.abs(scores(module, params, latents, t[::-1].copy(), ids, empty) - expected)[0] > 1e-3
+  assert np.abs(scores(module, params, latents, t[::-1].copy(), ids, empty) - expected)[0] > 1e-3, "nor does the time"
 
 
 def test_the_folder_has_no_way_up_and_opens_again(published, tmp_path):
