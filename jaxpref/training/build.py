@@ -220,12 +220,8 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
 
   reward = None
   if method.facts.scorer:
-    reward, params_of_rewards = terms.load(config, sharding)
+    reward, params_of_rewards = _rewards(config, sharding, model, tokens=frozen["empty_ids"].shape[1])
     frozen |= params_of_rewards
-    for of_it, _ in reward.graph:
-      if isinstance(of_it, LatentReward):
-        channels, tokens = model.latent_shape[-1], frozen["empty_ids"].shape[1]
-        of_it.scorer.config.check_fits(f"of config.reward={config.reward}", channels=channels, tokens=tokens)
   objective = catalog.make(config, model, reward)
   _check_reference(config, objective)
   if method.facts.online:
@@ -249,6 +245,18 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
     reward=reward,
     captions=lambda: inputs.prompts(config),
   )
+
+
+def _rewards(
+  config: Config, sharding: pipelines.Sharding, model: Model, *, tokens: int
+) -> tuple[Weighted, dict[str, Any]]:
+  """`terms.load`; refuses latent reward models that were made for another model, whose prompts have so many tokens."""
+  reward, params = terms.load(config, sharding)
+  for of_it, _ in reward.graph:
+    if isinstance(of_it, LatentReward):
+      name = f"of config.reward={config.reward}"
+      of_it.scorer.config.check_fits(name, channels=model.latent_shape[-1], tokens=tokens)
+  return reward, params
 
 
 def _check_steps(config: Config, model: Model) -> None:
