@@ -17,7 +17,7 @@ from torch import nn
 
 from jaxpref.models import latent_reward
 from jaxpref.rewards import latent
-from jaxpref.rewards.loading import load_latent_reward, open_latent_reward, save_latent_reward
+from jaxpref.rewards.loading import load_latent_reward, load_preference_model, open_latent_reward, save_latent_reward
 from scripts.assets import convert_lrm
 from tests.models.torch_parity import randomise
 
@@ -174,8 +174,10 @@ def test_other_folders_are_refused(published, tmp_path):
     (broken / name).unlink()
     with pytest.raises(FileNotFoundError, match=rf"there is no file .*{name}; give the folder of a latent reward"):
       convert_lrm.convert(broken, tmp_path / "out")
-  with pytest.raises(ValueError, match="model_type is None, expected 'latent_reward_model'; point to a folder"):
+  with pytest.raises(ValueError, match="model_type is None and it has no text_encoder and no unet, expected 'late"):
     latent_reward.LatentRewardConfig.from_dict({})
+  with pytest.raises(ValueError, match="is a latent reward model, expected a step-aware .*; set config.reward=latent"):
+    load_preference_model(converted)
   assert converted.is_dir() and not (tmp_path / "out").exists()
 
 

@@ -13,6 +13,8 @@ from jaxpref.models.clip import CLIPTextConfig, CLIPTextModel, init_std, normali
 from jaxpref.models.unet import UNetConfig, UNetEncoder
 
 Array = jax.Array
+MODEL_TYPE = "latent_reward_model"  # of config.json
+VISUAL_STD = 0.02  # of the projection of features at the start
 Rows = dict[str, Array]
 
 
@@ -44,9 +46,11 @@ class LatentRewardConfig:
     Raises:
       ValueError: it describes something else.
     """
-    if config.get("model_type") != "latent_reward_model":
+    missing = {"unet", "text_encoder"} - config.keys()
+    if config.get("model_type") != MODEL_TYPE or missing:
+      without = f" and it has no {' and no '.join(sorted(missing))}" if missing else ""
       raise ValueError(
-        f"latent reward model config: model_type is {config.get('model_type')!r}, expected 'latent_reward_model'; "
+        f"latent reward model config: model_type is {config.get('model_type')!r}{without}, expected {MODEL_TYPE!r}; "
         "point to a folder that configs/lrm_sd15.py or scripts/assets/convert_lrm.py wrote."
       )
     second = config.get("text_encoder_2")
@@ -62,7 +66,7 @@ class LatentRewardConfig:
     """The dict for config.json."""
     networks = ("unet", "text_encoder", "text_encoder_2")
     own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-    return {"model_type": "latent_reward_model"} | {
+    return {"model_type": MODEL_TYPE} | {
       name: value.to_dict() if name in networks and value is not None else value for name, value in own.items()
     }
 
@@ -184,6 +188,3 @@ class LatentRewardModel(nn.Module):
     cond, text_embeds = self.text(input_ids)
     uncond, _ = self.text(empty_ids)
     return self.score(self.latent_embeds(latents, t, cond, uncond), text_embeds)
-
-
-VISUAL_STD = 0.02  # of the projection of features at the start

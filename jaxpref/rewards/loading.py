@@ -13,6 +13,7 @@ from jaxpref.files.folders import load_network, read_json, replacing, resolve_fo
 from jaxpref.files.tensors import Path, Sharding, Tree, load_tree, weight_files
 from jaxpref.models import open_clip, presets
 from jaxpref.models.clip import CLIPModel
+from jaxpref.models.latent_reward import MODEL_TYPE as LATENT_REWARD
 from jaxpref.models.latent_reward import LatentRewardConfig, LatentRewardModel
 from jaxpref.models.preference import Judge, JudgeConfig, StepAwareCLIPConfig, StepAwareCLIPModel
 from jaxpref.recipes.messages import listed
@@ -48,6 +49,11 @@ def load_preference_model(
     raise ValueError(
       f"{folder / 'config.json'} describes no CLIP, expected a model_type or a text_config; point to "
       "a folder that save_preference_model wrote, or a CLIP such as PickScore."
+    )
+  if config_dict.get("model_type") == LATENT_REWARD:
+    raise ValueError(
+      f"{folder} is a latent reward model, expected a step-aware preference model or a CLIP; set config.reward=latent "
+      "to train by it."
     )
   module = StepAwareCLIPModel(StepAwareCLIPConfig.from_dict(config_dict), dtype)
   files = weight_files(folder)
@@ -200,7 +206,7 @@ def is_latent_reward(name: str) -> bool:
   if loading.preset_of(name) is not None:
     return True
   folder = resolve_folder(loading.folder_of(name), "model*.safetensors")
-  return read_json(folder / "config.json").get("model_type") == "latent_reward_model"
+  return read_json(folder / "config.json").get("model_type") == LATENT_REWARD
 
 
 def with_text_projection(params: Tree, name: str) -> Tree:

@@ -64,7 +64,7 @@ def test_the_text_projection_of_a_clip():
 def test_names():
   assert is_latent_reward("random:sd15-miniature") and not is_latent_reward("tiny-clip")
   assert is_latent("latent") and is_latent("latent=folder") and not is_latent("latents:mine") and not is_latent("judge")
-  with pytest.raises(ValueError, match="model_type is 'clip', expected 'latent_reward_model'; point to a folder"):
+  with pytest.raises(ValueError, match="model_type is 'clip' and .*, expected 'latent_reward_model'; point to a"):
     check_latent_reward("tiny-clip")
   with pytest.raises(FileNotFoundError, match="model folder nowhere does not exist"):
     load_latent_reward("nowhere", dtype="float32")
