@@ -730,6 +730,8 @@ def smoke(config: ml_collections.ConfigDict, preset: str) -> None:
   config.lora.rank = min(config.lora.rank, 4)
   config.reference.tau = min(config.reference.tau, 2)
   config.spo.update(threshold=0.0, minibatch=2, decode_size=0)
+  if config.spo.threshold_max is not None:
+    config.spo.threshold_max = 0.0
   config.spm.decode_size = 0
   config.grpo.update(group_size=min(config.grpo.group_size, 2), minibatch=2)
   config.logging.every = 1
