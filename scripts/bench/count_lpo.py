@@ -93,7 +93,7 @@ def iteration(module, *, like=None) -> dict[str, float]:
   jaxpr = jax.make_jaxpr(step)(state, frozen, batch).jaxpr
   whole, rollout = (flops.of_jaxpr(jaxpr, while_trips=trips) / TERA for trips in (1.0, 0.0))
   updates = catalog.method(config).updates(config)
-  return {"rollout": rollout, "updates": whole - rollout, "pairs": updates.rows, "whole": whole}
+  return {"rollout": rollout, "updates": whole - rollout, "pairs": updates.rows + updates.other_rows, "whole": whole}
 
 
 def main() -> None:
