@@ -277,6 +277,7 @@ def settings(**fields):
 
 
 SPO = {"objective": "spo", "preference_model": "tiny-spm"}
+LATENT = SPO | {"reward": "latent", "spo__pool_last_step": True}
 
 
 @pytest.mark.parametrize(
@@ -292,13 +293,16 @@ SPO = {"objective": "spo", "preference_model": "tiny-spm"}
     ({"data__path": "mine.jsonl"}, "data.path='mine.jsonl'; expected nothing for data.source=emoji; set data.source"),
     ({"objective": "spo", "preference_model": ""}, "preference_model=''; expected the folder of a step-aware"),
     ({"objective": "spm"}, "preference_model=None; expected the folder of a CLIP"),
-    ({"objective": "spo", "reward": "latent"}, "preference_model=None; expected the folder of a latent reward model"),
-    (SPO | {"reward": "preference_model:1,latent:1"}, "reward=.*; expected one network for config.preference_model"),
+    (LATENT | {"preference_model": None}, "preference_model=None; expected the folder of a latent reward model"),
+    (
+      SPO | {"objective": "grpo", "reward": "preference_model:1,latent:1"},
+      "reward=.*; expected one network for config.preference_model",
+    ),
     (SPO | {"reward": "preference_model:1,latent=lrm:1"}, "reward=.*; expected latent alone, or none of it"),
-    (SPO | {"reward": "latent", "spo__step_aware": False}, "spo.step_aware=False; expected True with config.reward=l"),
-    (SPO | {"reward": "latent", "spo__decode_size": 8}, "spo.decode_size=8; expected 0 with config.reward=latent: n"),
-    (SPO | {"reward": "latent", "spo__pool_last_step": False}, "spo.pool_last_step=False; expected True with config.r"),
-    (SPO | {"reward": "latent", "spo__warmup_steps": -1}, "spo.warmup_steps=-1; expected at least 0 steps before the"),
+    (LATENT | {"spo__step_aware": False}, "spo.step_aware=False; expected True with config.reward=l"),
+    (LATENT | {"spo__decode_size": 8}, "spo.decode_size=8; expected 0 with config.reward=latent: n"),
+    (LATENT | {"spo__pool_last_step": False}, "spo.pool_last_step=False; expected True with config.r"),
+    (LATENT | {"spo__warmup_steps": -1}, "spo.warmup_steps=-1; expected at least 0 steps before the"),
     (SPO | {"spo__score_time": "start"}, "spo.score_time='start'; expected end: the time of a step's start is for"),
     (
       SPO | {"spo__threshold_max": 0.2},
