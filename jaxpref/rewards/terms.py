@@ -28,7 +28,7 @@ def check(config: AnyConfig) -> None:
       check_latent_reward(_latent_folder(config, spec))
       continue
     if not is_function(spec) and spec.partition("=")[0] not in published.PUBLISHED:
-      names = ", ".join((PREFERENCE_MODEL, LATENT, *published.PUBLISHED))
+      names = ", ".join((PREFERENCE_MODEL, *published.PUBLISHED, LATENT))
       raise ValueError(
         f"config.reward={config.reward!r}: {spec} is unknown, expected {names}, one of them as NAME=FOLDER, or a "
         "function of your own as package.module:function."

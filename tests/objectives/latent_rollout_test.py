@@ -21,7 +21,7 @@ from tests.updates import ADAMW, OPTIONS, POLICY, SEED, SPO_LOSS, equal, state_o
 PROCESS = diffusion.VariancePreserving(SCHEDULE)
 # Published, and groups of several steps after a warm-up.
 LPO = {"num_steps": 20, "warmup_steps": 0, "pool_size": 4, "inner_steps": 0, "threshold": 0.35, "threshold_max": 0.5}
-INNER = {"num_steps": 8, "warmup_steps": 2, "pool_size": 3, "inner_steps": 2, "threshold": 0.75}
+INNER = {"num_steps": 8, "warmup_steps": 2, "pool_size": 3, "inner_steps": 2, "threshold": 0.87}
 WINNER = INNER | {"next_latent": "winner", "score_time": "start"}
 CASES = {"lpo": LPO, "inner": INNER, "start": WINNER}
 
