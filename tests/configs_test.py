@@ -224,7 +224,7 @@ def test_the_smoke_variant_runs_end_to_end(name, tmp_path):
 @pytest.mark.slow
 def test_lpo_trains_by_what_lrm_made_and_resumes_bit_by_bit(tmp_path):
   c = recipe("lrm_sd15", "smoke")
-  c.update(num_steps=1)
+  c.num_steps, c.optimizer.warmup_steps = 1, 0
   loop.run(c, str(tmp_path / "lrm"))
   c = recipe("lpo_sd15", "smoke")
   c.update(num_steps=2, preference_model=str(tmp_path / "lrm" / "export"), dtype="float32")
