@@ -160,9 +160,9 @@ class PolicyGradient:
       num_steps=self.num_inference_steps,
       eta=self.eta,
     )
-    ends, images = drawn.x[:, -1], None
-    if self.reward.needs != {LATENTS} or self.reward.host:
-      images = model.decode(w.base, ends)
+    ends = drawn.x[:, -1]
+    seen = self.reward.needs != {LATENTS} or self.reward.host
+    images: Any = model.decode(w.base, ends) if seen else None
     scores = self.reward.score(w.base, images, jnp.zeros(len(noise), jnp.int32), of_samples["reward"], ends)
     return Drawn((drawn, scores, cond, uncond), to_uint8(images) if self.reward.host else None)
 

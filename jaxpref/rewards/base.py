@@ -139,7 +139,7 @@ class Weighted:
     if not self.graph:
       return Scores(jnp.zeros(t.shape), {})
     of_each = zip(self.graph, prompts, strict=True)
-    seen = {IMAGE: images, LATENTS: latents}
+    seen: dict[str, Any] = {IMAGE: images, LATENTS: latents}
     return self.summed(
       {reward.name: reward.score(weights, seen[needs_of(reward)], t, rows) for (reward, _), rows in of_each}
     )

@@ -28,6 +28,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 
 def read_projections(pickled: pathlib.Path, arrays: pathlib.Path) -> None:
@@ -48,7 +49,7 @@ def read_projections(pickled: pathlib.Path, arrays: pathlib.Path) -> None:
     raise ValueError(
       f"{pickled} is not a torch file of nothing but tensors and numbers ({reason[0]}); take the one that is published."
     ) from error
-  found = {}
+  found: dict[str, Any] = {}
   for name, value in state.items() if isinstance(state, dict) else ():
     inner = value.items() if isinstance(value, dict) else [("", value)]
     found |= {f"{name}.{key}".rstrip("."): part for key, part in inner}
@@ -91,10 +92,10 @@ def convert(source: pathlib.Path, folder: pathlib.Path, *, guidance_scale: float
     if not (source / name).is_file():
       raise FileNotFoundError(f"there is no file {source / name}; give the folder of a latent reward model.")
   module = UNet2DConditionModel(UNetConfig.from_dict(read_json(source / "unet" / "config.json")))
-  networks = {"unet": module}
+  networks: dict[str, Any] = {"unet": module}
   for name in ("text_encoder", "text_encoder_2") if second else ("text_encoder",):
-    config = CLIPTextConfig.from_dict(read_json(source / name / "config.json"))
-    networks[name] = CLIPTextModel(config, name == "text_encoder_2")
+    of_text = CLIPTextConfig.from_dict(read_json(source / name / "config.json"))
+    networks[name] = CLIPTextModel(of_text, name == "text_encoder_2")
   unet = module.config
   if not isinstance(unet.sample_size, int):
     raise ValueError(f"{source / 'unet' / 'config.json'}: sample_size={unet.sample_size!r}, expected one number.")

@@ -13,6 +13,7 @@ import argparse
 import json
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,11 +102,11 @@ def main() -> None:
   parser.add_argument("--out", type=pathlib.Path, metavar="FILE.json")
   parser.add_argument("--models", nargs="+", choices=sorted(RECIPES), default=sorted(RECIPES))
   args = parser.parse_args()
-  found: dict = {"command": "python scripts/bench/count_lpo.py", "unit": "TFLOP, two a multiply-add"}
+  found: dict[str, Any] = {"command": "python scripts/bench/count_lpo.py", "unit": "TFLOP, two a multiply-add"}
   for name in args.models:
     spo, lpo = RECIPES[name]
     c = spo.get_config()
-    of_it = {"candidate": scored_candidate(name, c.spo.pool_size)}
+    of_it: dict[str, Any] = {"candidate": scored_candidate(name, c.spo.pool_size)}
     of_it["iteration"] = {"spo": iteration(spo), "lpo": iteration(lpo)}
     if c.spo.inner_steps == 0:
       of_it["iteration"]["lpo, the pools of spo"] = iteration(lpo, like=c)
