@@ -25,7 +25,7 @@ from jaxpref.recipes.facts import (
   own_method,
 )
 from jaxpref.recipes.places import Place
-from jaxpref.recipes.rewards import PREFERENCE_MODEL, is_function, reward_terms
+from jaxpref.recipes.rewards import LATENT, PREFERENCE_MODEL, is_function, is_latent, of_preference_model, reward_terms
 from jaxpref.recipes.sections import Section, convert, fields, read
 from jaxpref.recipes.sizes import MAX_PIXELS, is_size
 
@@ -123,7 +123,7 @@ class Data(Section):
 
   def _fits(self, of: Facts) -> bool:
     """Whether the source has rows for a method."""
-    return of.data in SOURCES[self.source][0] and (self.source != "precomputed" or of.trains == "denoiser")
+    return of.data in SOURCES[self.source][0] and (self.source != "precomputed" or of.of_latents)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,15 +276,18 @@ class Spo(Section):
   pool_size: int = 4
   inner_steps: int = 0
   threshold: float = 0.3  # smallest softmax gap between winner and loser
+  threshold_max: float | None = None  # that of the noisiest step: in between it grows with the steps' noise
   next_latent: str = "random"  # random, winner or loser
   pool_last_step: bool = False  # a pool in the last step, too (SD 1.5's rollout), with inner_steps 0
   step_aware: bool = True  # False: the preference model is told time 0 at every step
+  score_time: str = "end"  # of a latent reward: the time of the latent that is scored, or start, that of the step to it
   decode_size: int = 0  # of predictions' shorter side, in pixels, for the preference model; 0: the images' own
   ratio_clip: float = 0.1
   minibatch: int = 32  # transitions of one update
 
   def check(self) -> None:
     self.one_of("next_latent", ("random", "winner", "loser"))
+    self.one_of("score_time", ("end", "start"))
     self.guidance(self.guidance_scale)
     self.require(self.decode_size >= 0, "decode_size", "0 (the images' own size) or pixels of the shorter side")
 
@@ -295,15 +298,24 @@ class Spo(Section):
     self.require(self.pool_size >= 2, "pool_size", "at least 2 candidates")
     self.require(self.minibatch >= 1, "minibatch", "at least 1 transition")
     self.require(0.0 <= self.threshold < 1.0, "threshold", "a softmax gap in [0, 1)")
+    grows = self.threshold_max is None or self.threshold <= self.threshold_max < 1.0
+    self.require(grows, "threshold_max", f"None or a softmax gap from spo.threshold = {self.threshold} to below 1")
     self.require(0.0 < self.ratio_clip < 1.0, "ratio_clip", "a number in (0, 1)")
     self.require(0.0 < self.eta <= 1.0, "eta", "a number in (0, 1]: without noise all candidates are the same")
     self.integers(0, "inner_steps")
-    group = self.inner_steps + 1
-    steps = self.num_inference_steps - self.warmup_steps
+    terms = reward_terms(config)
+    expected = "rewards with a network: spo scores every step inside its program, a function scores images"
+    config.require(not any(map(is_function, terms)), "reward", expected)
+    of_latents = [is_latent(spec) for spec in terms]
+    expected = f"{LATENT} alone, or none of it: it scores latents, and spares what other rewards need at every step"
+    config.require(all(of_latents) or not any(of_latents), "reward", expected)
+    group, latent = self.inner_steps + 1, all(of_latents)
+    steps, least = self.num_inference_steps - self.warmup_steps, 0 if latent else 1
     self.require(
-      self.warmup_steps >= 1 and steps >= 2,
+      self.warmup_steps >= least and steps >= 2,
       "warmup_steps",
-      f"at least 1 step before the first pool, and at least 2 of the {self.num_inference_steps} after it",
+      f"at least {least} step{'s' * (not least)} before the first pool, and at least 2 of the "
+      f"{self.num_inference_steps} after it",
     )
     self.require(
       steps % group == 0,
@@ -311,8 +323,13 @@ class Spo(Section):
       f"a group length inner_steps + 1 that divides num_inference_steps - warmup_steps = {steps}",
     )
     self.require(group == 1 or not self.pool_last_step, "pool_last_step", "False, as spo.inner_steps is above 0")
-    expected = "rewards with a network: spo scores every step inside its program, a function scores images"
-    config.require(not any(map(is_function, reward_terms(config))), "reward", expected)
+    if latent:
+      alike = group > 1 or self.pool_last_step
+      self.require(alike, "pool_last_step", f"True with config.reward={config.reward}: it scores all steps alike")
+      self.require(self.step_aware, "step_aware", f"True with config.reward={config.reward}: its latents have noise")
+      self.require(not self.decode_size, "decode_size", f"0 with config.reward={config.reward}: nothing is decoded")
+    expected = f"end: the time of a step's start is for config.reward={LATENT}"
+    self.require(latent or self.score_time == "end", "score_time", expected)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,6 +382,27 @@ class Spm(Section):
   def check_with(self, config: "Config", of: Facts) -> None:
     started = of.section != "spm" or bool(config.preference_model)
     config.require(started, "preference_model", "the folder of a CLIP or preference model to start from")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lrm(Section):
+  """The latent reward model of arXiv 2502.01051; times are of its noise schedule."""
+
+  guidance_scale: float = 7.5  # of the features of the UNet's middle; up to 1: the prompt's alone
+  first_time: int = 1
+  last_time: int = 951  # the noisiest
+  time_step: int = 50  # between two times; 1: all of them
+
+  def check(self) -> None:
+    self.guidance(self.guidance_scale)
+    self.integers(0, "first_time")
+    self.integers(1, "time_step")
+    self.require(self.last_time >= self.first_time, "last_time", f"at least lrm.first_time = {self.first_time}")
+
+  def check_with(self, config: "Config", of: Facts) -> None:
+    measured = of.section == "lrm" and config.data.source == "precomputed" and config.evaluation.num_prompts
+    expected = "0 with precomputed data, which have no held-out pairs to measure the latent reward model on"
+    config.require(not measured, "evaluation.num_prompts", expected)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -462,9 +500,10 @@ class Config(Section):
   model_config: Place | None = None  # of such a file: a folder of config.json files that says its topology
   vae_model: Place | None = None  # a VAE's folder, hub name or file, instead of the model's own
   unet_model: Place | None = None  # a UNet's folder, hub name or file, instead of the model's own
-  preference_model: Place | None = None  # spo, grpo: a reward; spm: what to start from
+  preference_model: Place | None = None  # spo, grpo: a reward; spm, lrm: what to start from
   # What spo and grpo are rewarded by: "" is preference_model, or a weighted sum of it and names of docs/evaluation.md,
-  # such as "pickscore:1,aesthetic:0.1"; grpo also takes a function of your own, package.module:function.
+  # such as "pickscore:1,aesthetic:0.1"; grpo also takes a function of your own, package.module:function. "latent" takes
+  # preference_model for a latent reward model (docs/methods.md).
   reward: str = ""
   reward_timeout: float = 600.0  # seconds that such a function may take for the images of an iteration
   judge: Place | None = None  # evaluation only
@@ -483,6 +522,7 @@ class Config(Section):
   spo: Spo = Spo()
   grpo: Grpo = Grpo()
   spm: Spm = Spm()
+  lrm: Lrm = Lrm()
   vae: Vae = Vae()
   train_text_encoder: bool = False  # denoise only
   logging: Logging = Logging()
@@ -522,19 +562,22 @@ class Config(Section):
     expected = f"None for {self.objective}: its network takes squares of one size"
     self.require(self.image_size is None or not sized, "image_size", expected)
     expected = "nothing for this objective: it is for those with a UNet"
-    self.require(not self.vae_model or of.trains in ("denoiser", "scorer"), "vae_model", expected)
-    known = of.trains in ("denoiser", "scorer") and self.family == "stable_diffusion"
+    of_stable_diffusion = of.trains in ("denoiser", "scorer", "latent_scorer")
+    self.require(not self.vae_model or of_stable_diffusion, "vae_model", expected)
+    known = of_stable_diffusion and self.family == "stable_diffusion"
     expected = "nothing for this objective or family: it is for checkpoints of Stable Diffusion"
     self.require(not self.model_config or known, "model_config", expected)
     own = of.trains == "denoiser" and self.family == "stable_diffusion"
     expected = "nothing for this objective or family: it trains no UNet of Stable Diffusion"
     self.require(not self.unet_model or own, "unet_model", expected)
     self.require(of.online or not self.reward, "reward", f"nothing for {self.objective}: it is for spo and grpo")
-    terms = reward_terms(self) if of.online else {PREFERENCE_MODEL: 1.0}
-    needed, given = of.scorer and PREFERENCE_MODEL in terms, bool(self.preference_model)
+    terms = of_preference_model(reward_terms(self)) if of.online else [PREFERENCE_MODEL]
+    self.require(len(terms) < 2, "reward", f"one network for config.preference_model, and the other as {LATENT}=FOLDER")
+    given = bool(self.preference_model)
     kind = "step-aware preference model" if of.section == "spo" else "preference model"
-    self.require(given or not needed, "preference_model", f"the folder of a {kind}")
-    unused = of.online and given and PREFERENCE_MODEL not in terms
+    kind = "latent reward model" if LATENT in terms else kind
+    self.require(given or not (of.scorer and terms), "preference_model", f"the folder of a {kind}")
+    unused = of.online and given and not terms
     self.require(not unused, "preference_model", "None, as config.reward does not name preference_model")
 
   def sections(self) -> list[Section]:
@@ -690,6 +733,8 @@ def smoke(config: ml_collections.ConfigDict, preset: str) -> None:
   of = facts(config)
   if of.scorer:
     config.preference_model = f"random:{preset}"
+  elif of.trains == "latent_scorer":  # it starts as the model
+    config.preference_model = None
   config.accumulation = min(config.accumulation, 2)
   config.update(num_steps=3, batch_size=2 if of.online else 2 * config.accumulation)
   use_embedded_data(config)
@@ -697,6 +742,8 @@ def smoke(config: ml_collections.ConfigDict, preset: str) -> None:
   config.lora.rank = min(config.lora.rank, 4)
   config.reference.tau = min(config.reference.tau, 2)
   config.spo.update(threshold=0.0, minibatch=2, decode_size=0)
+  if config.spo.threshold_max is not None:
+    config.spo.threshold_max = 0.0
   config.spm.decode_size = 0
   config.grpo.update(group_size=min(config.grpo.group_size, 2), minibatch=2)
   config.logging.every = 1

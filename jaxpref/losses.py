@@ -99,7 +99,7 @@ def order_pair(value_0: jax.Array, value_1: jax.Array, label_0: jax.Array) -> tu
   return winner, loser, (label_0 != 0.5).astype(jnp.float32)
 
 
-def select_pair(scores: jax.Array, *, threshold: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+def select_pair(scores: jax.Array, *, threshold: float | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Best and worst of a pool of candidates, and whether they differ enough to learn from.
 
   The criterion is softmax([s_w, s_l])_w - softmax([s_w, s_l])_l > threshold, which equals
@@ -107,7 +107,7 @@ def select_pair(scores: jax.Array, *, threshold: float) -> tuple[jax.Array, jax.
 
   Args:
     scores: f32[B, k] preference scores (logits) of k candidates from one shared x_t.
-    threshold: in [0, 1); 0.3 for SD1.5 and 0.4 for SDXL.
+    threshold: in [0, 1), or f32[] (LPO lets it grow with the noise); 0.3 for SD1.5 and 0.4 for SDXL.
   Returns:
     winner i32[B] and loser i32[B], positions in the pool, and valid bool[B].
   Raises:

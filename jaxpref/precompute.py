@@ -66,7 +66,7 @@ def run(
   of them some minutes after the first one has left.
 
   Args:
-    config: a recipe of dpo, tdpo, kto or denoise.
+    config: a recipe of dpo, tdpo, kto, lrm or denoise.
     out: the folder, new or begun with the same config and weights.
     rows_per_file: pairs or images in a file; it is the unit in which processes share the work, and all that is lost
       when one dies.

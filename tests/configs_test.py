@@ -17,11 +17,12 @@ from jaxpref.data import emoji_pairs, records
 from jaxpref.devices import sharding
 from jaxpref.files import loading, pipelines
 from jaxpref.models import presets
-from jaxpref.rewards.loading import load_preference_model
+from jaxpref.rewards.loading import load_latent_reward, load_preference_model
 from jaxpref.training import build, inputs, loop, metrics
 
 CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
-FULL_SIZE = [f"{method}_{model}" for method in ("dpo", "tdpo", "spo", "spm") for model in ("sd15", "sdxl")]
+METHODS = ("dpo", "tdpo", "spo", "spm", "lrm", "lpo")
+FULL_SIZE = [f"{method}_{model}" for method in METHODS for model in ("sd15", "sdxl")]
 
 
 def recipe(name, *variant):
@@ -69,7 +70,7 @@ def test_what_a_command_must_set_is_asked_for(name):
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_batches_divide_over_the_hardware_of_the_papers(name):
   c = recipe(name)
-  devices = 4 if c.objective in ("spo", "spm") else 16
+  devices = {"spo": 4, "spm": 4, "lrm": 8}.get(c.objective, 16)
   assert c.batch_size % (devices * c.accumulation) == 0
 
 
@@ -106,6 +107,16 @@ def test_published_numbers():
     c = recipe(f"spm_{model}")
     assert (c.num_steps, c.optimizer.learning_rate, c.optimizer.weight_decay) == (steps, rate, 0.3)
     assert (c.batch_size, c.optimizer.warmup_steps, c.data.ties) == (64, 500, "keep")
+  for model, steps, pairs, warmup in (("sd15", 4000, 128, 500), ("sdxl", 8000, 32, 1000)):
+    c = recipe(f"lrm_{model}")
+    assert (c.num_steps, c.batch_size, c.optimizer.warmup_steps, c.data.ties) == (steps, pairs, warmup, "keep")
+    assert (c.optimizer.learning_rate, c.lrm.guidance_scale, c.lrm.last_time) == (1e-5, 7.5, 951)
+  for model, low, high, rank, rate in (("sd15", 0.35, 0.5, 4, 6e-5), ("sdxl", 0.45, 0.6, 64, 1e-5)):
+    c = recipe(f"lpo_{model}")
+    s = c.spo
+    assert (s.threshold, s.threshold_max, c.lora.rank, c.optimizer.learning_rate) == (low, high, rank, rate)
+    assert (c.loss.beta, s.pool_size, s.warmup_steps, s.pool_last_step, c.reward) == (500, 4, 0, True, "latent")
+    assert c.num_steps * c.batch_size == 5 * 4000
 
 
 # ---------------------------------------------------------------------------------------------
@@ -170,7 +181,7 @@ def random_pipeline(preset, seed=0, **kwargs):
 
 
 # What the slow ones run is run by dpo_sd15, tdpo_sdxl and spo_sdxl, too.
-SLOW = ("tdpo_sd15", "dpo_sdxl", "spo_sd15")
+SLOW = ("tdpo_sd15", "dpo_sdxl", "spo_sd15", "lrm_sdxl", "lpo_sdxl")
 MARKED = [pytest.param(name, marks=(pytest.mark.slow,) if name in SLOW else ()) for name in FULL_SIZE]
 
 
@@ -196,15 +207,39 @@ def test_the_smoke_variant_runs_end_to_end(name, tmp_path):
   rows = metrics.read(tmp_path / "run" / "metrics.jsonl")
   assert [r["step"] for r in rows] == list(range(1, c.num_steps + 1))
   assert all(np.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in rows)
-  if c.objective != "spm":  # policy and reference still agree, as far as bfloat16 goes (times beta 5000 for DPO)
-    assert abs(rows[0]["loss"] - math.log(2)) < (0.05 if c.objective == "spo" else 0.5)
+  if c.objective not in ("spm", "lrm"):  # policy and reference still agree, as far as bfloat16 goes (times beta)
+    assert abs(rows[0]["loss"] - math.log(2)) < (0.05 if c.loss.beta == 10.0 else 0.5)
   if c.reference.mode == "update":
     assert np.isfinite(rows[-1]["divergence"]) and rows[-1]["reference_updates"] in (0, 1)
   export = tmp_path / "run" / "export"
   if c.objective == "spm":
     assert load_preference_model(export)[0].config == presets.get_preset(preset).preference
+  elif c.objective == "lrm":
+    found = load_latent_reward(str(export), dtype="float32")[0].config
+    assert found == presets.latent_reward_config(presets.get_preset(preset))
   else:
     assert (export / "model_index.json").is_file() and (export / "unet" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_lpo_trains_by_what_lrm_made_and_resumes_bit_by_bit(tmp_path):
+  c = recipe("lrm_sd15", "smoke")
+  c.num_steps, c.optimizer.warmup_steps = 1, 0
+  loop.run(c, str(tmp_path / "lrm"))
+  c = recipe("lpo_sd15", "smoke")
+  c.update(num_steps=2, preference_model=str(tmp_path / "lrm" / "export"), dtype="float32")
+  c.spo.num_inference_steps, c.checkpoint.every = 3, 1
+  loop.run(c, str(tmp_path / "whole"))
+  for steps in (1, 2):
+    c.num_steps = steps
+    loop.run(c, str(tmp_path / "resumed"))
+  whole, resumed = (
+    safetensors.numpy.load_file(tmp_path / name / "export" / "pytorch_lora_weights.safetensors")
+    for name in ("whole", "resumed")
+  )
+  assert whole and whole.keys() == resumed.keys()
+  for name, array in whole.items():
+    np.testing.assert_array_equal(resumed[name], array, err_msg=name)
 
 
 # Of grpo tests/numbers_test.py runs the same steps.
@@ -242,6 +277,7 @@ def settings(**fields):
 
 
 SPO = {"objective": "spo", "preference_model": "tiny-spm"}
+LATENT = SPO | {"reward": "latent", "spo__pool_last_step": True}
 
 
 @pytest.mark.parametrize(
@@ -257,6 +293,26 @@ SPO = {"objective": "spo", "preference_model": "tiny-spm"}
     ({"data__path": "mine.jsonl"}, "data.path='mine.jsonl'; expected nothing for data.source=emoji; set data.source"),
     ({"objective": "spo", "preference_model": ""}, "preference_model=''; expected the folder of a step-aware"),
     ({"objective": "spm"}, "preference_model=None; expected the folder of a CLIP"),
+    (LATENT | {"preference_model": None}, "preference_model=None; expected the folder of a latent reward model"),
+    (
+      SPO | {"objective": "grpo", "reward": "preference_model:1,latent:1"},
+      "reward=.*; expected one network for config.preference_model",
+    ),
+    (SPO | {"reward": "preference_model:1,latent=lrm:1"}, "reward=.*; expected latent alone, or none of it"),
+    (LATENT | {"spo__step_aware": False}, "spo.step_aware=False; expected True with config.reward=l"),
+    (LATENT | {"spo__decode_size": 8}, "spo.decode_size=8; expected 0 with config.reward=latent: n"),
+    (LATENT | {"spo__pool_last_step": False}, "spo.pool_last_step=False; expected True with config.r"),
+    (LATENT | {"spo__warmup_steps": -1}, "spo.warmup_steps=-1; expected at least 0 steps before the"),
+    (SPO | {"spo__score_time": "start"}, "spo.score_time='start'; expected end: the time of a step's start is for"),
+    (
+      SPO | {"spo__threshold_max": 0.2},
+      "spo.threshold_max=0.2; expected None or a softmax gap from spo.threshold = 0.3",
+    ),
+    ({"objective": "lrm", "lrm__last_time": 0}, "lrm.last_time=0; expected at least lrm.first_time = 1"),
+    (
+      {"objective": "lrm", "data__source": "precomputed", "data__path": "x"},
+      "evaluation.num_prompts=64; expected 0 with precomputed data, which have no held-out pairs",
+    ),
     (SPO | {"spo__eta": 0.0}, r"spo.eta=0.0; expected a number in \(0, 1\]: without noise"),
     (SPO | {"spo__warmup_steps": 0}, "spo.warmup_steps=0; expected at least 1 step before the first pool"),
     (SPO | {"spo__warmup_steps": 19}, "spo.warmup_steps=19; .* at least 2 of the 20 after it"),

@@ -24,14 +24,14 @@ from jaxpref.planning import flops, hlo, plan
 from jaxpref.training import optim, step
 from scripts.study import study_plan
 from tests import mesh_run
-from tests.stub_model import StubModel, init, pair_batch, stub_reward
+from tests.stub_model import StubModel, init, latent_params, latent_reward, pair_batch, stub_reward
 
 RECORDED = pathlib.Path(__file__).with_name("cost.json")
 SGD = optim.make_optimizer(
   "sgd", optax.constant_schedule(0.1), b1=0.0, b2=0.0, eps=0.0, weight_decay=0.0, clip_norm=0.0
 )  # fmt: skip
 WIDTH = 64
-FROZEN = init()
+FROZEN = init() | {"lrm": latent_params()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -104,6 +104,31 @@ def test_an_iteration_of_spo_takes_what_the_readme_says(pool_size, inner_steps, 
 
   found = evaluations(make, {"input_ids": pair_batch(prompts)["input_ids"]}, trips=updates(config))
   assert found == study_plan.evaluations(config)
+
+
+@pytest.mark.parametrize(("warmup_steps", "inner_steps"), [(0, 0), (4, 0), (0, 3)])
+def test_an_iteration_of_lpo_takes_a_call_a_step_whatever_the_pool(warmup_steps, inner_steps):
+  """And k for each inner step; every pair costs an update, which winner and loser share where they start together."""
+  prompts, pool = 4, 5
+  config = study_plan.load_config(study_plan.BY_NAME["spo"])
+  config.batch_size, config.num_steps = prompts, 1
+  counts = {"num_inference_steps": 12, "warmup_steps": warmup_steps, "inner_steps": inner_steps, "pool_size": pool}
+  config.spo.update(counts | {"pool_last_step": not inner_steps})
+  groups = (12 - warmup_steps) // (inner_steps + 1)
+  config.spo.minibatch = groups * prompts // 2
+  options = config.spo.to_dict()
+
+  def make(model):
+    return step.make_step(
+      spo.SPO(model, latent_reward(), pairs.pair_loss("sigmoid", beta=500.0), **options), SGD, seed=0
+    )
+
+  found = evaluations(make, {"input_ids": pair_batch(prompts)["input_ids"]}, trips=updates(config))
+  counts["num_steps"] = counts.pop("num_inference_steps")
+  calls = spo.latent_calls(**counts)
+  assert inner_steps or calls == 12
+  transitions = groups + 2 * groups * inner_steps
+  assert found == 2 * prompts * (calls + 4 * transitions)
 
 
 # ---------------------------------------------------------------------------------------------

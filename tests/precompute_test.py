@@ -192,6 +192,20 @@ def test_images_whose_sides_differ_are_the_same_precomputed(tmp_path):
       precompute.run(c, tmp_path / "wide", **OPTIONS)
 
 
+def test_a_latent_reward_model_takes_the_tokens_of_a_folder(folder):
+  """It trains its own text encoder, and loads no other network."""
+  c = recipe(objective="lrm")
+  of_folder = build.build(trained_on(c, folder))
+  batch, expected = next(of_folder.batches()), next(build.build(c).batches())
+  for name in ("input_ids", "label_0", "num_example_per_prompt"):
+    np.testing.assert_array_equal(batch[name], expected[name], strict=True)
+  assert set(of_folder.frozen) == {"empty_ids"} and not {"encoder_hidden_states", "pixels_0"} & set(batch)
+  losses, first, last = steps(c, 2)
+  found, _, found_last = steps(trained_on(c, folder), 2)
+  np.testing.assert_allclose(found, losses, rtol=1e-2)
+  assert distance(found_last, last) < 0.05 * distance(first, last)
+
+
 class Encoder(StubModel):
   """A stub whose latents are drawn, from a mean and a variance."""
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxpref import diffusion
 from jaxpref.models.stable_diffusion import StableDiffusion
 from jaxpref.rewards.base import Weighted
+from jaxpref.rewards.latent import LatentReward
 from jaxpref.rewards.step_aware import StepAware
 
 LATENT = (4, 4, 2)
@@ -132,6 +133,39 @@ class StubScorer:
   def score(self, params, image_embeds, text_embeds):
     del params
     return 3.0 * jnp.sum(image_embeds * text_embeds, axis=-1)
+
+
+class StubLatentScorer:
+  """What a `LatentRewardModel` offers to a reward; its parameters are those of the stub's `spm`, and `latents`."""
+
+  config = types.SimpleNamespace(guidance_scale=2.0)
+
+  def apply(self, variables, *args, method):
+    return getattr(self, method)(variables["params"], *args)
+
+  def text(self, params, input_ids):
+    rows = params["text"][input_ids]
+    return {"hidden": rows}, jnp.mean(rows, axis=1)
+
+  def latent_embeds(self, params, latents, t, cond, uncond):
+    phase = (t / 500.0)[:, None] * params["time"][None]
+    guided = self.config.guidance_scale * (cond["hidden"] - uncond["hidden"]) + uncond["hidden"]
+    return jnp.sin(latents.reshape(len(latents), -1) @ params["latents"] + phase + jnp.mean(guided, axis=1))
+
+  def score(self, params, latent_embeds, text_embeds):
+    del params
+    return 3.0 * jnp.sum(latent_embeds * text_embeds, axis=-1)
+
+
+def latent_params(seed=0):
+  """Parameters of a `StubLatentScorer`."""
+  own = {"latents": jnp.asarray(draw(seed + 7, int(np.prod(LATENT)), TEXT) / 6)}
+  return own | {k: v for k, v in init(seed)["spm"].items() if k != "image"}
+
+
+def latent_reward():
+  """What SPO and GRPO are given of LPO: the latent scorer as the one reward."""
+  return Weighted(((LatentReward(StubLatentScorer()), 1.0),))
 
 
 def stub_reward(scorer=StubScorer()):  # noqa: B008

@@ -27,6 +27,7 @@ A folder may lie in a bucket (gs://). Its ArrayRecord files are then written on 
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -340,6 +341,7 @@ class Precomputed:
     manifest: of the folder.
     rows, prompts: their records.
     keys: i64[P], those of the prompts, ascending.
+    input_ids: i32[P, L], their tokens.
   """
 
   folder: Any
@@ -347,31 +349,41 @@ class Precomputed:
   rows: _Records
   prompts: _Records
   keys: np.ndarray
+  input_ids: np.ndarray
 
-  def row(self, index: int, dropped: bool = False, flipped: bool = False) -> dict[str, np.ndarray]:
+  def row(
+    self, index: int, dropped: bool = False, flipped: bool = False, *, tokens: bool = False
+  ) -> dict[str, np.ndarray]:
     """A row of a batch: its moments and other fields, and what the text encoders made of its prompt.
 
     Args:
       index: of the row.
       dropped: whether its prompt is replaced by the empty one.
       flipped: whether its images are mirrored.
+      tokens: gives input_ids i32[L] of its prompt instead.
     """
     record = self.rows[index]
     prefix = FLIPPED if flipped else ""
     of_side = {k.removeprefix(prefix): v for k, v in record.items() if k.startswith(FLIPPED) == flipped}
     row = {k.replace(SIZES[1], SIZES[0]): v for k, v in of_side.items()}
     key = int(row.pop("prompt"))
-    return row | self.prompt(self.manifest["empty_prompt"] if dropped else key)
+    key = self.manifest["empty_prompt"] if dropped else key
+    return row | ({"input_ids": self.input_ids[self._place(key)]} if tokens else self.prompt(key))
 
   def prompt(self, key: int) -> dict[str, np.ndarray]:
     """What the text encoders made of the prompt with a key."""
-    place = int(np.searchsorted(self.keys, key))
-    if place == len(self.keys) or self.keys[place] != key:
-      raise DamagedFile(self.folder / PROMPTS, f"it lacks the prompt {key}")
+    place = self._place(key)
     record = self.prompts[place]
     if int(record.pop("prompt")) != key:
       raise DamagedFile(self.prompts.file(place), "its prompts are others than those of the table")
     return record
+
+  def _place(self, key: int) -> int:
+    """That of a prompt's key in the table."""
+    place = int(np.searchsorted(self.keys, key))
+    if place == len(self.keys) or self.keys[place] != key:
+      raise DamagedFile(self.folder / PROMPTS, f"it lacks the prompt {key}")
+    return place
 
 
 def open_folder(folder: Path) -> Precomputed:
@@ -394,9 +406,9 @@ def open_folder(folder: Path) -> Precomputed:
   for name, expected in manifest["files"].items():
     if problem := _wrong_size(place / name, expected["bytes"]):
       raise DamagedFile(place / name, problem)
-  keys = _decode(place / PROMPTS, paths.read(place / PROMPTS))["prompt"]
+  table = _decode(place / PROMPTS, paths.read(place / PROMPTS))
   rows, prompts = (_Records(place, manifest[kind], manifest["rows_per_file"]) for kind in ("rows", "prompts"))
-  return Precomputed(place, manifest, rows, prompts, keys)
+  return Precomputed(place, manifest, rows, prompts, table["prompt"], table["input_ids"])
 
 
 def _read_manifest(folder: Any) -> dict[str, Any]:
@@ -441,6 +453,7 @@ def batches(
   seed: int,
   caption_dropout: float = 0.0,
   flip: bool = False,
+  tokens: bool = False,
   process_index: int = 0,
   process_count: int = 1,
   num_threads: int = 2,
@@ -453,6 +466,7 @@ def batches(
     batch_size, seed, process_index, process_count, num_threads, num_workers: as of `pipeline.pair_batches`.
     caption_dropout: share of rows whose prompt is replaced by the empty one.
     flip: mirror half of the rows; the folder must have been made with flip.
+    tokens: leaves input_ids i32[B, L] as they are, for methods that encode prompts themselves.
 
   Returns:
     The batches of the pipeline with `moments` f16[B, h, w, 2C] (or moments_0 and moments_1) in the place of pixels, and
@@ -463,7 +477,7 @@ def batches(
   """
   return batching.open_batches(
     data.manifest["num_rows"],
-    data.row,
+    functools.partial(data.row, tokens=tokens),
     what=f"precomputed data in {data.folder}",
     caption_dropout=caption_dropout,
     flip=flip,

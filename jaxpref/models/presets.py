@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jaxpref.models import latent_reward
 from jaxpref.models.clip import (
   CLIPConfig,
   CLIPModel,
@@ -18,8 +19,9 @@ from jaxpref.models.clip import (
   CLIPVisionModel,
   init_std,
 )
+from jaxpref.models.latent_reward import LatentRewardModel
 from jaxpref.models.preference import Judge, JudgeConfig, StepAwareCLIPConfig
-from jaxpref.models.unet import UNet2DConditionModel, UNetConfig
+from jaxpref.models.unet import UNet2DConditionModel, UNetConfig, UNetEncoder
 from jaxpref.models.vae import AutoencoderKL, VAEConfig
 from jaxpref.recipes.sizes import sides
 
@@ -311,7 +313,7 @@ def example_inputs(module: nn.Module) -> tuple[Any, ...]:
   """Arguments of `module.init`, a batch of one zero each; only their shapes matter."""
   c = module.config
   match module:
-    case UNet2DConditionModel():
+    case UNet2DConditionModel():  # and UNetEncoder
       height, width = sides(c.sample_size or 8)
       added = None
       if c.addition_embed_type == "text_time":
@@ -337,6 +339,10 @@ def example_inputs(module: nn.Module) -> tuple[Any, ...]:
       pixels = jnp.zeros((1, size, size, vision.num_channels))
       times = (jnp.zeros(1, jnp.int32),) if module.time_conditioned else ()
       return (ids, pixels, *times)
+    case LatentRewardModel():
+      latents, t, _, _ = example_inputs(UNetEncoder(c.unet))
+      ids = jnp.zeros((1, c.tokens), jnp.int32)
+      return (latents, t, ids, ids)
     case Judge():
       return (jnp.zeros((1, c.image_size, c.image_size, 3)),)
   raise ValueError(f"example_inputs: {type(module).__name__} is not a network of jaxpref.models.")
@@ -440,6 +446,13 @@ def _random_std(module: nn.Module, path: tuple[str, ...], leaf: Any) -> float | 
       text = modules[0] in ("text_model", "text_projection")
       config = config.text_config if text else config.vision_config
     return init_std(config, name if name == "class_embedding" else modules[-1])
+  if isinstance(module, LatentRewardModel):
+    if modules[0].startswith("text_encoder"):
+      return init_std(getattr(module.config, modules[0]), modules[-1])
+    if modules[0] == "text_projection":
+      return init_std(module.config.text_encoder, modules[0])
+    if modules[0] == "visual_projection":
+      return latent_reward.VISUAL_STD
   return float(np.prod(leaf.shape[:-1])) ** -0.5  # Linen's default: 1 / sqrt(fan in)
 
 
@@ -449,6 +462,16 @@ def make_clip(preset: Preset, dtype: Any = jnp.float32) -> CLIPModel:
   if c is None:
     raise ValueError("make_clip: the preset has no preference model, whose towers the CLIP takes.")
   return CLIPModel(CLIPConfig(c.text_config, c.vision_config, c.projection_dim), dtype)
+
+
+def latent_reward_config(preset: Preset) -> latent_reward.LatentRewardConfig:
+  """The latent reward model that starts as the networks of a preset."""
+  size = preset.unet.sample_size
+  if not isinstance(size, int):
+    raise ValueError(f"latent_reward_config: sample_size={size!r} of the preset's UNet; expected one number.")
+  return latent_reward.of_networks(
+    preset.unet, preset.text_encoder, preset.text_encoder_2, image_size=size * preset.vae.downscale
+  )
 
 
 def count_params(module: nn.Module) -> int:
@@ -471,5 +494,6 @@ __all__ = [
   "example_inputs",
   "get_preset",
   "init_params",
+  "latent_reward_config",
   "make_clip",
 ]

@@ -274,42 +274,15 @@ class UNet2DConditionModel(nn.Module):
     Raises:
       ValueError: an input does not fit the config.
     """
-    c = self.config
-    self._check_inputs(sample, encoder_hidden_states)
-    context = encoder_hidden_states.astype(self.dtype)
-    temb = self._time_embedding(timesteps, added_cond_kwargs)
-    heads, depths, remat = c.per_level("attention_head_dim"), self._depths(), self._remat_of_levels()
+    c, depths = self.config, self._depths()
+    x, skips, temb, context = self._way_down(sample, timesteps, encoder_hidden_states, added_cond_kwargs)
     last = len(c.block_out_channels) - 1
-
-    def level_block(block_class, level, *args, **kwargs):
-      static = (5,) if block_class is UpBlock else ()  # `size`; 0 is `self`
-      wrapped = nn.remat(block_class, static_argnums=static) if remat[level] == "full" else block_class
-      inner = "block" if remat[level] == "full" else remat[level]
-      return wrapped(c, c.block_out_channels[level], heads[level], *args, dtype=self.dtype, remat=inner, **kwargs)
-
-    x = conv3x3(c.block_out_channels[0], dtype=self.dtype, name="conv_in")(sample)
-    skips = [x]
-    for i, block_type in enumerate(c.down_block_types):
-      block = level_block(
-        DownBlock,
-        i,
-        depths["down"][i] if block_type == "CrossAttnDownBlock2D" else (),
-        num_layers=c.per_level("layers_per_block")[i],
-        downsample=i < last,
-        name=f"down_blocks.{i}",
-      )
-      x, level_skips = block(x, temb, context)
-      skips += level_skips
-
-    if c.mid_block_type is not None:
-      mid_depths = depths["mid"] if c.mid_block_type == "UNetMidBlock2DCrossAttn" else ()
-      x = level_block(MidBlock, last, mid_depths, name="mid_block")(x, temb, context)
 
     for i, block_type in enumerate(c.up_block_types):
       level = last - i
       num_layers = c.per_level("layers_per_block")[level] + 1
       skips, level_skips = skips[:-num_layers], skips[-num_layers:]
-      block = level_block(
+      block = self._level_block(
         UpBlock,
         level,
         depths["up"][i] if block_type == "CrossAttnUpBlock2D" else (),
@@ -322,6 +295,47 @@ class UNet2DConditionModel(nn.Module):
     x = GroupNorm(c.norm_num_groups, c.norm_eps, dtype=self.dtype, name="conv_norm_out")(x)
     x = conv3x3(c.out_channels, dtype=self.dtype, name="conv_out")(nn.silu(x))
     return x.astype(jnp.float32)
+
+  def _level_block(self, block_class: type[_Block], level: int, *args: Any, **kwargs: Any) -> Any:
+    """A block of a level, under its `remat`."""
+    c, remat = self.config, self._remat_of_levels()[level]
+    static = (5,) if block_class is UpBlock else ()  # `size`; 0 is `self`
+    wrapped = nn.remat(block_class, static_argnums=static) if remat == "full" else block_class
+    inner = "block" if remat == "full" else remat
+    heads = c.per_level("attention_head_dim")[level]
+    return wrapped(c, c.block_out_channels[level], heads, *args, dtype=self.dtype, remat=inner, **kwargs)
+
+  def _way_down(
+    self,
+    sample: jax.Array,
+    timesteps: jax.Array,
+    encoder_hidden_states: jax.Array,
+    added_cond_kwargs: Mapping[str, jax.Array] | None,
+  ) -> tuple[jax.Array, list[jax.Array], jax.Array, jax.Array]:
+    """Down and middle blocks of a call: their output, all skips, and what the way up is conditioned on."""
+    c, depths = self.config, self._depths()
+    self._check_inputs(sample, encoder_hidden_states)
+    context = encoder_hidden_states.astype(self.dtype)
+    temb = self._time_embedding(timesteps, added_cond_kwargs)
+    last = len(c.block_out_channels) - 1
+    x = conv3x3(c.block_out_channels[0], dtype=self.dtype, name="conv_in")(sample)
+    skips = [x]
+    for i, block_type in enumerate(c.down_block_types):
+      block = self._level_block(
+        DownBlock,
+        i,
+        depths["down"][i] if block_type == "CrossAttnDownBlock2D" else (),
+        num_layers=c.per_level("layers_per_block")[i],
+        downsample=i < last,
+        name=f"down_blocks.{i}",
+      )
+      x, level_skips = block(x, temb, context)
+      skips += level_skips
+
+    if c.mid_block_type is not None:
+      mid_depths = depths["mid"] if c.mid_block_type == "UNetMidBlock2DCrossAttn" else ()
+      x = self._level_block(MidBlock, last, mid_depths, name="mid_block")(x, temb, context)
+    return x, skips, temb, context
 
   def _remat_of_levels(self) -> tuple[str, ...]:
     """Returns one of REMAT for each level, from the finest to the coarsest; raises ValueError on any other."""
@@ -389,3 +403,42 @@ class UNet2DConditionModel(nn.Module):
         f"UNet2DConditionModel: encoder_hidden_states has the shape {encoder_hidden_states.shape},"
         f" expected [B, L, {width}] (cross_attention_dim); use the text encoder of this folder."
       )
+
+
+class UNetEncoder(UNet2DConditionModel):
+  """The way down and the middle of `UNet2DConditionModel`, with parameters of the same names; no way up.
+
+  Attributes: as of `UNet2DConditionModel`.
+  """
+
+  @nn.compact
+  def __call__(  # type: ignore[override]
+    self,
+    sample: jax.Array,
+    timesteps: jax.Array,
+    encoder_hidden_states: jax.Array,
+    added_cond_kwargs: Mapping[str, jax.Array] | None = None,
+  ) -> tuple[list[jax.Array], jax.Array]:
+    """Features, means over height and width.
+
+    Args: as of `UNet2DConditionModel`.
+
+    Returns:
+      Of each level, from the finest on, f32[B, C] of what its last layer makes, before it is halved; and f32[B, C] of
+      the middle.
+
+    Raises:
+      ValueError: an input does not fit the config.
+    """
+    x, skips, _, _ = self._way_down(sample, timesteps, encoder_hidden_states, added_cond_kwargs)
+    pooled = lambda x: jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+    found, place = [], 0  # of conv_in's
+    for level, layers in enumerate(self.config.per_level("layers_per_block")):
+      found.append(pooled(skips[place + layers]))
+      place += layers + (level < len(self.config.block_out_channels) - 1)
+    return found, pooled(x)
+
+
+def encoder_params(params: Mapping[str, Any]) -> dict[str, Any]:
+  """Of the parameters of a `UNet2DConditionModel` those of its `UNetEncoder`."""
+  return {k: v for k, v in params.items() if not k.startswith(("up_blocks.", "conv_norm_out", "conv_out"))}

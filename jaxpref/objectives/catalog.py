@@ -9,10 +9,12 @@ from typing import Any
 
 from jaxpref.config import FACTS, Config, Facts, facts, load_named
 from jaxpref.models.base import Model
+from jaxpref.models.latent_reward import LatentRewardModel
 from jaxpref.models.preference import StepAwareCLIPModel
 from jaxpref.objectives import pairs
 from jaxpref.objectives.base import Objective
 from jaxpref.objectives.kto import DiffusionKTO
+from jaxpref.objectives.latent_reward import LatentPreference
 from jaxpref.objectives.pairs import DiffusionDPO
 from jaxpref.objectives.policy_gradient import PolicyGradient, trained_steps
 from jaxpref.objectives.preference_model import PreferenceModel
@@ -20,7 +22,7 @@ from jaxpref.objectives.pretraining import Denoising
 from jaxpref.objectives.spo import SPO, pool_groups
 from jaxpref.rewards.base import Weighted
 
-Scorer = Weighted | StepAwareCLIPModel | None
+Scorer = Weighted | StepAwareCLIPModel | LatentRewardModel | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +109,14 @@ def _spm(config: Config, model: Model, scorer: Scorer) -> Objective:
   return PreferenceModel(model, scorer, **config.spm.to_dict())
 
 
+def _lrm(config: Config, model: Model, scorer: Scorer) -> Objective:
+  assert isinstance(scorer, LatentRewardModel)
+  o, total = config.lrm, model.process.num_train_timesteps
+  if o.last_time >= total:
+    raise ValueError(f"config.lrm.last_time={o.last_time}; expected a time below {total}, as {config.model} has.")
+  return LatentPreference(model, scorer, o.first_time, o.last_time, o.time_step)
+
+
 # ---- What their updates are -------------------------------------------------------------------------------------
 
 
@@ -166,6 +176,7 @@ METHODS: dict[str, Method] = {
   "tdpo": _DPO,
   "kto": Method(FACTS["kto"], _kto, reference=lambda config: True),
   "spm": Method(FACTS["spm"], _spm, options="spm", images=lambda config: 2),
+  "lrm": Method(FACTS["lrm"], _lrm, images=lambda config: 2),
   "denoise": Method(FACTS["denoise"], lambda config, model, scorer: Denoising(model)),
   "autoencode": Method(FACTS["autoencode"]),
   "contrastive": Method(FACTS["contrastive"]),

@@ -23,7 +23,7 @@ from jaxpref.objectives.base import (
   rows_of_prompts,
 )
 from jaxpref.objectives.sums import Pairs, binned_mean, mean_of
-from jaxpref.rewards.base import Weighted
+from jaxpref.rewards.base import LATENTS, Weighted
 
 
 class Steps(NamedTuple):
@@ -143,7 +143,7 @@ class PolicyGradient:
   kinds = ("shuffle",)
 
   def rollout(self, w: Weights, batch: Batch, key: jax.Array) -> Drawn:
-    """Trajectories, what the rewards in the graph say of their ends, and the conditioning."""
+    """Trajectories, what the rewards in the graph say of their ends or these latents, and the conditioning."""
     model, group_size = self.model, self.group_size
     prompts = batch["input_ids"].shape[0]
     cond = model.encode_text(w.base, batch["input_ids"])
@@ -160,8 +160,10 @@ class PolicyGradient:
       num_steps=self.num_inference_steps,
       eta=self.eta,
     )
-    images = model.decode(w.base, drawn.x[:, -1])
-    scores = self.reward.score(w.base, images, jnp.zeros(len(noise), jnp.int32), of_samples["reward"])
+    ends = drawn.x[:, -1]
+    seen = self.reward.needs != {LATENTS} or self.reward.host
+    images: Any = model.decode(w.base, ends) if seen else None
+    scores = self.reward.score(w.base, images, jnp.zeros(len(noise), jnp.int32), of_samples["reward"], ends)
     return Drawn((drawn, scores, cond, uncond), to_uint8(images) if self.reward.host else None)
 
   def experience(

@@ -14,6 +14,32 @@ from jaxpref.objectives.sums import Pairs, binned_mean, mean_of
 from jaxpref.rewards.step_aware import embed_prompts, score_images
 
 
+def preference(
+  score_0: jax.Array, score_1: jax.Array, e: Batch, t: jax.Array, *, total: int
+) -> tuple[jax.Array, jax.Array, Pairs]:
+  """What `Objective.loss` returns of the scores of pairs: two-way cross-entropy, with ties pushed to equal scores.
+
+  Each pair counts by its `weight`, or by 1 / num_example_per_prompt.
+
+  Args:
+    score_0, score_1: f32[B] of both images.
+    e: the batch.
+    t: [B] times at which they were scored, below `total`.
+  """
+  values = losses.preference_loss(score_0, score_1, e["label_0"])
+  weights = e["weight"] if "weight" in e else 1.0 / e["num_example_per_prompt"].astype(jnp.float32)
+  decided = weights * (e["label_0"] != 0.5)
+  correct = ((score_0 > score_1) == (e["label_0"] > 0.5)).astype(jnp.float32)
+  bins = {"total": total, "bins": REWARD_BINS}
+  metrics = {
+    "accuracy": mean_of(correct, decided),
+    "accuracy_bin": binned_mean(correct, decided, t, **bins),
+    "loss_bin": binned_mean(values, weights, t, **bins),
+    "score_gap": mean_of(jnp.abs(score_0 - score_1), weights),
+  }
+  return jnp.sum(values * weights), jnp.sum(weights), metrics
+
+
 @dataclasses.dataclass(frozen=True)
 class PreferenceModel(Offline):
   """Trains a step-aware preference model, component `spm` (arXiv 2406.04314, Section 3.2).
@@ -62,15 +88,4 @@ class PreferenceModel(Offline):
     images = jnp.clip(images, -1.0, 1.0)
     text = embed_prompts(scorer, params, e["input_ids"])
     score_0, score_1 = jnp.split(score_images(scorer, params, images, t2, jnp.concatenate([text, text])), 2)
-    values = losses.preference_loss(score_0, score_1, e["label_0"])
-    weights = e["weight"] if "weight" in e else 1.0 / e["num_example_per_prompt"].astype(jnp.float32)
-    decided = weights * (e["label_0"] != 0.5)
-    correct = ((score_0 > score_1) == (e["label_0"] > 0.5)).astype(jnp.float32)
-    bins = {"total": self.model.process.num_train_timesteps, "bins": REWARD_BINS}
-    metrics = {
-      "accuracy": mean_of(correct, decided),
-      "accuracy_bin": binned_mean(correct, decided, t, **bins),
-      "loss_bin": binned_mean(values, weights, t, **bins),
-      "score_gap": mean_of(jnp.abs(score_0 - score_1), weights),
-    }
-    return jnp.sum(values * weights), jnp.sum(weights), metrics
+    return preference(score_0, score_1, e, t, total=self.model.process.num_train_timesteps)

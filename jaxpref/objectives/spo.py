@@ -24,9 +24,9 @@ from jaxpref.objectives.base import (
 )
 from jaxpref.objectives.pairs import PairLoss
 from jaxpref.objectives.sums import Pairs, binned_mean, mean_of
-from jaxpref.rewards.base import Scores, Weighted
+from jaxpref.rewards.base import LATENTS, Scores, Weighted
 
-# (x0 f32[B*m,h,w,C], t [B*m]) -> scores of B*m predicted clean latents
+# (x f32[B*m,h,w,C], t [B*m]) -> scores of B*m latents: predicted clean ones, or (`latent_rollout`) noisy ones at t
 Score = Callable[[jax.Array, jax.Array], Scores]
 
 
@@ -79,6 +79,133 @@ def pool_groups(*, num_steps: int, warmup_steps: int, inner_steps: int, pool_las
   return groups if length > 1 or pool_last_step else [*groups[:-2], 2]
 
 
+def latent_calls(*, num_steps: int, warmup_steps: int, pool_size: int, inner_steps: int) -> int:
+  """UNet calls (each guided) a prompt of `latent_rollout`: one a step, and pool_size for every inner one."""
+  groups = (num_steps - warmup_steps) // (inner_steps + 1)
+  return warmup_steps + groups * (1 + inner_steps * pool_size)
+
+
+def _times(process: Process, num_steps: int) -> tuple[jax.Array, jax.Array]:
+  """Where each step starts and ends, [num_steps] each.
+
+  The last step has noise, too (to abar_0 rather than to 1), so that its std is positive, as in the reference code.
+  """
+  t, ends = map(jnp.asarray, process.grid(num_steps, density=True))
+  return t, jnp.append(t[1:], ends[-1])
+
+
+def step_thresholds(
+  process: Process, num_steps: int, *, eta: float, threshold: float, threshold_max: float | None
+) -> jax.Array | None:
+  """f32[num_steps]: linear in the standard deviation of each step's noise (arXiv 2502.01051).
+
+  From `threshold` at the smallest of the sampler's to `threshold_max` at the largest; None where that is None.
+  """
+  if threshold_max is None:
+    return None
+  t, prev_t = _times(process, num_steps)
+  nothing = jnp.zeros((num_steps, 1, 1, 1))
+  _, std = process.transition(nothing, nothing, t, prev_t, eta=eta)
+  share = (std - jnp.min(std)) / jnp.maximum(jnp.max(std) - jnp.min(std), 1e-12)
+  return threshold + share * (threshold_max - threshold)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+  """What the rollouts of B prompts are made of.
+
+  Attributes:
+    batch: B.
+    shape: (h, w, C) of a latent.
+    others: as of `pool_rollout`.
+  """
+
+  predict: Predict
+  process: Process
+  batch: int
+  shape: tuple[int, ...]
+  pool_size: int
+  eta: float
+  threshold: float
+  next_latent: str
+
+  def call(self, x: jax.Array, t: jax.Array) -> jax.Array:  # x [B*m,h,w,C], t scalar
+    return self.predict(x, rows_at(t, x.shape[0]))
+
+  def draw(
+    self, pred: jax.Array, x: jax.Array, t: jax.Array, prev_t: jax.Array, key: jax.Array, repeats: int = 1
+  ) -> jax.Array:
+    n = x.shape[0]
+    mean, std = self.process.transition(pred, x, rows_at(t, n), rows_at(prev_t, n), eta=self.eta)
+    mean, std = jnp.repeat(mean, repeats, axis=0), jnp.repeat(std, repeats, axis=0)
+    return mean + std[:, None, None, None] * jax.random.normal(key, mean.shape)
+
+  def walk(
+    self, x: jax.Array, ts: jax.Array, prev_ts: jax.Array, key: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Steps from x at ts[0] on, one `call` each: latents and predictions [n,N,...] at ts[0], ..., ts[n-1].
+
+    A draw follows every call, the last one too, whose result is dropped: so one call is compiled, in a scan.
+    """
+
+    def one(x, inputs):
+      t, prev_t, key = inputs
+      pred = self.call(x, t)
+      return self.draw(pred, x, t, prev_t, key), (x, pred)
+
+    end, (xs, preds) = jax.lax.scan(one, x, (ts, prev_ts, jax.random.split(key, ts.shape[0])))
+    return xs, preds, end
+
+  def of_pool(self, values: jax.Array, index: jax.Array) -> jax.Array:
+    """Of each pool the candidate at its index: [B*k,...] -> [B,...]; each device finds those of its own prompts."""
+    pools = values.reshape(self.batch, self.pool_size, *self.shape)
+    return jax.vmap(lambda pool, i: pool[i])(pools, index)
+
+  def of_pools(self, scores: Scores) -> Scores:
+    return jax.tree.map(lambda v: v.reshape(self.batch, self.pool_size), scores)
+
+  def choose(
+    self,
+    x: jax.Array,
+    path: jax.Array,
+    scores: jax.Array,
+    ts: jax.Array,
+    prev_ts: jax.Array,
+    limit: jax.Array | None,
+  ) -> Transitions:
+    """Transitions of best and worst: x [B,...] and path [j,B*k,...] -> fields [B,j,...].
+
+    Args:
+      limit: the group's own threshold, or None.
+    """
+    best, worst, valid = losses.select_pair(scores, threshold=self.threshold if limit is None else limit)
+    j = path.shape[0]
+
+    def pick(index):
+      members = jax.vmap(lambda values: self.of_pool(values, index))(path)
+      return jnp.moveaxis(jnp.concatenate([x[None], members]), 0, 1)  # [B,j+1,h,w,C]
+
+    w, l = pick(best), pick(worst)
+    rows = lambda v: jnp.broadcast_to(v[None], (self.batch, j))  # noqa: E731
+    return Transitions(
+      w[:, :-1],
+      l[:, :-1],
+      w[:, 1:],
+      l[:, 1:],
+      rows(ts),
+      rows(prev_ts),
+      jnp.broadcast_to(valid[:, None], (self.batch, j)),
+    )
+
+  def member(self, values: jax.Array, scores: jax.Array, key: jax.Array) -> jax.Array:
+    """The candidate to continue from: [B*k,...] -> [B,...]."""
+    if self.next_latent == "random":
+      index = jax.random.randint(key, (self.batch,), 0, self.pool_size)
+    else:
+      index = jnp.argmax(scores, axis=1) if self.next_latent == "winner" else jnp.argmin(scores, axis=1)
+    return self.of_pool(values, index)
+
+
 # Long: Algorithm 1 of the paper in one piece, to be read beside it.
 # Many parameters: the networks as functions, and each number of that algorithm.
 def pool_rollout(
@@ -94,6 +221,7 @@ def pool_rollout(
   pool_size: int,
   inner_steps: int,
   threshold: float,
+  threshold_max: float | None = None,
   next_latent: str = "random",
   pool_last_step: bool = False,
 ) -> PoolRollout:
@@ -108,90 +236,38 @@ def pool_rollout(
   Args:
     x: f32[B,h,w,C] standard normal latents.
     threshold: a pair is valid if softmax([s_w, s_l])_w - softmax([s_w, s_l])_l exceeds it.
+    threshold_max: if it is given, the threshold of each group is that of its first step, see `step_thresholds`.
     next_latent: "random" (the paper), "winner" or "loser".
     pool_last_step: for j = 1 alone: True draws a pool in the last step, too, as published for Stable Diffusion 1.5;
       else the last two steps are one group, so that no image is chosen by its last noise alone. The calls are the same.
   """
-  batch, shape, k, length = x.shape[0], x.shape[1:], pool_size, inner_steps + 1
-  # The last step has noise, too (to abar_0 rather than to 1), so that its std is positive, as in the reference code.
-  t, ends = map(jnp.asarray, process.grid(num_steps, density=True))
-  prev_t = jnp.append(t[1:], ends[-1])
-
-  def call(x, t):  # x [B*m,h,w,C], t scalar
-    return predict(x, rows_at(t, x.shape[0]))
-
-  def draw(pred, x, t, prev_t, key, repeats=1):
-    n = x.shape[0]
-    mean, std = process.transition(pred, x, rows_at(t, n), rows_at(prev_t, n), eta=eta)
-    mean, std = jnp.repeat(mean, repeats, axis=0), jnp.repeat(std, repeats, axis=0)
-    return mean + std[:, None, None, None] * jax.random.normal(key, mean.shape)
-
-  def walk(x, ts, prev_ts, key):
-    """Steps from x at ts[0] on, one `call` each: latents and predictions [n,N,...] at ts[0], ..., ts[n-1].
-
-    A draw follows every call, the last one too, whose result is dropped: so one call is compiled, in a scan.
-    """
-
-    def one(x, inputs):
-      t, prev_t, key = inputs
-      pred = call(x, t)
-      return draw(pred, x, t, prev_t, key), (x, pred)
-
-    end, (xs, preds) = jax.lax.scan(one, x, (ts, prev_ts, jax.random.split(key, ts.shape[0])))
-    return xs, preds, end
+  batch, k, length = x.shape[0], pool_size, inner_steps + 1
+  t, prev_t = _times(process, num_steps)
+  limits = step_thresholds(process, num_steps, eta=eta, threshold=threshold, threshold_max=threshold_max)
+  steps = _Steps(predict, process, batch, x.shape[1:], k, eta, threshold, next_latent)
 
   key_warmup, key_groups, key_last = jax.random.split(key, 3)
   first = slice(0, warmup_steps + 1)
-  xs, preds, _ = walk(x, t[first], prev_t[first], key_warmup)
+  xs, preds, _ = steps.walk(x, t[first], prev_t[first], key_warmup)
   x, pred = xs[-1], preds[-1]
 
   def pool(x, pred, ts, prev_ts, key, end_t):
     """Candidates from x [B,...]: path [j,B*k,...] at the ends of their steps, and the prediction at the last."""
     key_draw, key_walk = jax.random.split(key)
-    members = draw(pred, x, ts[0], prev_ts[0], key_draw, repeats=k)
+    members = steps.draw(pred, x, ts[0], prev_ts[0], key_draw, repeats=k)
     # Walked on from prev_ts[0]; the step after the group is drawn too, and dropped.
-    xs, preds, _ = walk(members, jnp.append(ts[1:], end_t), jnp.append(prev_ts[1:], end_t), key_walk)
+    xs, preds, _ = steps.walk(members, jnp.append(ts[1:], end_t), jnp.append(prev_ts[1:], end_t), key_walk)
     return xs, preds[-1]
-
-  def of_pool(values, index):
-    """Of each pool the candidate at its index: [B*k,...] -> [B,...]; each device finds those of its own prompts."""
-    return jax.vmap(lambda pool, i: pool[i])(values.reshape(batch, k, *shape), index)
-
-  def of_pools(scores):
-    return jax.tree.map(lambda v: v.reshape(batch, k), scores)
-
-  def choose(x, path, scores, ts, prev_ts):
-    """Transitions of best and worst: x [B,...] and path [j,B*k,...] -> fields [B,j,...]."""
-    best, worst, valid = losses.select_pair(scores, threshold=threshold)
-    j = path.shape[0]
-
-    def pick(index):
-      members = jax.vmap(lambda values: of_pool(values, index))(path)
-      return jnp.moveaxis(jnp.concatenate([x[None], members]), 0, 1)  # [B,j+1,h,w,C]
-
-    w, l = pick(best), pick(worst)
-    rows = lambda v: jnp.broadcast_to(v[None], (batch, j))  # noqa: E731
-    return Transitions(
-      w[:, :-1], l[:, :-1], w[:, 1:], l[:, 1:], rows(ts), rows(prev_ts), jnp.broadcast_to(valid[:, None], (batch, j))
-    )
-
-  def member(values, scores, key):
-    """The candidate to continue from: [B*k,...] -> [B,...]."""
-    if next_latent == "random":
-      index = jax.random.randint(key, (batch,), 0, k)
-    else:
-      index = jnp.argmax(scores, axis=1) if next_latent == "winner" else jnp.argmin(scores, axis=1)
-    return of_pool(values, index)
 
   def group(carry, inputs):
     x, pred = carry
-    ts, prev_ts, key = inputs
+    ts, prev_ts, key, limit = inputs
     key_path, key_member = jax.random.split(key)
     path, end_pred = pool(x, pred, ts, prev_ts, key_path, prev_ts[-1])
     end_t = rows_at(prev_ts[-1], batch * k)
-    scores = of_pools(score(process.to_x0(end_pred, path[-1], end_t), end_t))
-    pairs = choose(x, path, scores.total, ts, prev_ts)
-    carry = (member(path[-1], scores.total, key_member), member(end_pred, scores.total, key_member))
+    scores = steps.of_pools(score(process.to_x0(end_pred, path[-1], end_t), end_t))
+    pairs = steps.choose(x, path, scores.total, ts, prev_ts, limit)
+    carry = (steps.member(path[-1], scores.total, key_member), steps.member(end_pred, scores.total, key_member))
     return carry, (pairs, scores, prev_ts[-1])
 
   *groups, last_length = pool_groups(
@@ -200,19 +276,21 @@ def pool_rollout(
   num_groups = len(groups)
   middle = slice(warmup_steps, num_steps - last_length)
   grouped = lambda v: v[middle].reshape(num_groups, length)  # noqa: E731
+  of_groups = None if limits is None else grouped(limits)[:, 0]
   (x, pred), (pairs, scores, score_t) = jax.lax.scan(
-    group, (x, pred), (grouped(t), grouped(prev_t), jax.random.split(key_groups, num_groups))
+    group, (x, pred), (grouped(t), grouped(prev_t), jax.random.split(key_groups, num_groups), of_groups)
   )
 
   key_path, key_member = jax.random.split(key_last)
   ts, prev_ts = t[-last_length:], prev_t[-last_length:]
   key_draw, key_walk = jax.random.split(key_path)
-  members = draw(pred, x, ts[0], prev_ts[0], key_draw, repeats=k)
-  xs, _, end = walk(members, ts[1:], prev_ts[1:], key_walk)
+  members = steps.draw(pred, x, ts[0], prev_ts[0], key_draw, repeats=k)
+  xs, _, end = steps.walk(members, ts[1:], prev_ts[1:], key_walk)
   path = jnp.concatenate([xs, end[None]])
-  last_scores = of_pools(score(path[-1], rows_at(jnp.zeros((), t.dtype), batch * k)))
-  last_pairs = choose(x, path, last_scores.total, ts, prev_ts)
-  latents = member(path[-1], last_scores.total, key_member)
+  last_scores = steps.of_pools(score(path[-1], rows_at(jnp.zeros((), t.dtype), batch * k)))
+  last_limit = None if limits is None else limits[-last_length]
+  last_pairs = steps.choose(x, path, last_scores.total, ts, prev_ts, last_limit)
+  latents = steps.member(path[-1], last_scores.total, key_member)
 
   # Groups were stacked in front: [G,B,j,...] -> [B,G,j,...]; then the first step of each, and the others.
   pairs = jax.tree.map(lambda v: jnp.moveaxis(v, 0, 1), pairs)
@@ -230,6 +308,71 @@ def pool_rollout(
     latents=latents,
     scores=jax.tree.map(lambda v, e: jnp.concatenate([jnp.moveaxis(v, 0, 1), e[:, None]], axis=1), scores, last_scores),
     score_t=jnp.concatenate([score_t, jnp.zeros((1,), t.dtype)]),
+  )
+
+
+# Many parameters: as of `pool_rollout`.
+def latent_rollout(
+  predict: Predict,
+  score: Score,
+  process: Process,
+  x: jax.Array,
+  key: jax.Array,
+  *,
+  num_steps: int,
+  eta: float,
+  warmup_steps: int,
+  pool_size: int,
+  inner_steps: int,
+  threshold: float,
+  threshold_max: float | None = None,
+  next_latent: str = "random",
+  score_time: str = "end",
+) -> PoolRollout:
+  """LPO's rollout (arXiv 2502.01051): the latents that a group ends at are scored themselves, in the last step, too.
+
+  As nothing is predicted of candidates, those that are dropped cost no UNet call: `latent_calls` guided calls a prompt.
+
+  Args:
+    score: of latents f32[B*k,h,w,C] at times [B*k].
+    warmup_steps: 0 or more.
+    score_time: "end", the time of the latents that are scored, 0 at last; "start", that of the step to them, which the
+      released code tells its reward model.
+    others: as of `pool_rollout`.
+  """
+  batch, k, length = x.shape[0], pool_size, inner_steps + 1
+  t, prev_t = _times(process, num_steps)
+  limits = step_thresholds(process, num_steps, eta=eta, threshold=threshold, threshold_max=threshold_max)
+  steps = _Steps(predict, process, batch, x.shape[1:], k, eta, threshold, next_latent)
+  key_warmup, key_groups = jax.random.split(key)
+  if warmup_steps:
+    _, _, x = steps.walk(x, t[:warmup_steps], prev_t[:warmup_steps], key_warmup)
+
+  def group(x, inputs):
+    ts, prev_ts, key, limit = inputs
+    key_draw, key_walk, key_member = jax.random.split(key, 3)
+    members = steps.draw(steps.call(x, ts[0]), x, ts[0], prev_ts[0], key_draw, repeats=k)
+    path = members[None]
+    if length > 1:
+      xs, _, end = steps.walk(members, ts[1:], prev_ts[1:], key_walk)
+      path = jnp.concatenate([xs, end[None]])
+    time = ts[-1] if score_time == "start" else prev_ts[-1]
+    scores = steps.of_pools(score(path[-1], rows_at(time, batch * k)))
+    pairs = steps.choose(x, path, scores.total, ts, prev_ts, limit)
+    return steps.member(path[-1], scores.total, key_member), (pairs, scores, time)
+
+  num_groups = (num_steps - warmup_steps) // length
+  grouped = lambda v: v[warmup_steps:].reshape(num_groups, length)  # noqa: E731
+  of_groups = None if limits is None else grouped(limits)[:, 0]
+  inputs = (grouped(t), grouped(prev_t), jax.random.split(key_groups, num_groups), of_groups)
+  latents, (pairs, scores, score_t) = jax.lax.scan(group, x, inputs)
+  pairs = jax.tree.map(lambda v: jnp.moveaxis(v, 0, 1), pairs)  # [G,B,j,...] -> [B,G,j,...]
+  return PoolRollout(
+    shared=jax.tree.map(lambda v: v[:, :, 0], pairs),
+    separate=jax.tree.map(lambda v: v[:, :, 1:].reshape(batch, num_groups * (length - 1), *v.shape[3:]), pairs),
+    latents=latents,
+    scores=jax.tree.map(lambda v: jnp.moveaxis(v, 0, 1), scores),
+    score_t=score_t,
   )
 
 
@@ -303,13 +446,14 @@ class SPO:
   cost nothing. Winner and loser transitions that start from one latent share one policy pass and one reference pass.
 
   Attributes:
-    reward: what scores the candidates' predictions; in the paper a step-aware preference model.
+    reward: what scores the candidates' predictions, in the paper a step-aware preference model; or all of it the
+      candidates themselves, a latent reward model: then this is LPO (arXiv 2502.01051), by `latent_rollout`.
     pair_loss: on the log of the clipped ratios; the paper's is the sigmoid loss with beta 10.
     step_aware: False tells the reward time 0 at every step, as one that knows clean images only wants it.
     decode_size: pixels a side at which predictions are decoded for the reward, see `Model.decode`;
       0: those of the images.
     minibatch: transitions with a shared start in one update; those without come in proportion.
-    others: as of `pool_rollout` and `transition_loss`.
+    others: as of `pool_rollout`, `latent_rollout` and `transition_loss`.
   """
 
   model: Model
@@ -328,6 +472,8 @@ class SPO:
   pool_last_step: bool = False
   step_aware: bool = True
   decode_size: int = 0
+  threshold_max: float | None = None
+  score_time: str = "end"
   kinds = ("shuffle_shared", "shuffle_separate")
 
   def rollout(self, w: Weights, batch: Batch, key: jax.Array) -> Drawn:
@@ -342,26 +488,32 @@ class SPO:
     def predict(x, t):
       return eps(x, t, repeat_cond(cond, x.shape[0] // prompts))
 
-    def score(x0, t):
-      rows = repeat_cond({"reward": of_prompts}, x0.shape[0] // prompts)["reward"]
-      images = model.decode(w.base, x0, size=self.decode_size)
-      return self.reward.score(w.base, images, t if self.step_aware else jnp.zeros_like(t), rows)
+    def rows(x):
+      return repeat_cond({"reward": of_prompts}, x.shape[0] // prompts)["reward"]
 
-    drawn = pool_rollout(
-      predict,
-      score,
-      model.process,
-      jax.random.normal(named_key(key, "x_T"), (prompts, *model.latent_shape)),
-      named_key(key, "rollout"),
-      num_steps=self.num_inference_steps,
-      eta=self.eta,
-      warmup_steps=self.warmup_steps,
-      pool_size=self.pool_size,
-      inner_steps=self.inner_steps,
-      threshold=self.threshold,
-      next_latent=self.next_latent,
-      pool_last_step=self.pool_last_step,
-    )
+    def score(x0, t):
+      of_reward = rows(x0)
+      images = model.decode(w.base, x0, size=self.decode_size)
+      return self.reward.score(w.base, images, t if self.step_aware else jnp.zeros_like(t), of_reward)
+
+    def score_latents(x, t):
+      return self.reward.score(w.base, None, t, rows(x), x)
+
+    noise, key = jax.random.normal(named_key(key, "x_T"), (prompts, *model.latent_shape)), named_key(key, "rollout")
+    options: dict[str, Any] = {
+      "num_steps": self.num_inference_steps,
+      "eta": self.eta,
+      "warmup_steps": self.warmup_steps,
+      "pool_size": self.pool_size,
+      "inner_steps": self.inner_steps,
+      "threshold": self.threshold,
+      "threshold_max": self.threshold_max,
+      "next_latent": self.next_latent,
+    }
+    if self.reward.needs == {LATENTS}:
+      drawn = latent_rollout(predict, score_latents, model.process, noise, key, score_time=self.score_time, **options)
+    else:
+      drawn = pool_rollout(predict, score, model.process, noise, key, pool_last_step=self.pool_last_step, **options)
     return Drawn((jax.lax.stop_gradient(drawn), cond, uncond))
 
   def experience(

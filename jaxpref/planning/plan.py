@@ -20,7 +20,7 @@ from jaxpref.files import loading
 from jaxpref.models import lora, presets
 from jaxpref.models.base import is_guided
 from jaxpref.objectives import catalog
-from jaxpref.recipes.rewards import PREFERENCE_MODEL, reward_terms
+from jaxpref.recipes.rewards import of_preference_model, reward_terms
 from jaxpref.rewards import base as rewards
 from jaxpref.rewards import terms
 from jaxpref.training import build, inputs, loop, step
@@ -31,8 +31,8 @@ LORA_RANK = 64  # of the adapter that `changes` propose in the place of full tra
 def without_weights(config: ConfigDict) -> ConfigDict:
   """The same recipe on shapes alone, and on the embedded data resized to the model's images.
 
-  Another VAE or UNet than the model's own counts as its own. The preference model is that of the preset; other rewards
-  are as published, or as the config.json of their folder describes them (`rewards.shapes`).
+  Another VAE or UNet than the model's own counts as its own. Preference models and latent reward models are those of
+  the preset; other rewards are as published, or as the config.json of their folder describes them (`rewards.shapes`).
   Of precomputed data, the folder of `data.path` is not looked at, and need not be there.
 
   Raises:
@@ -40,15 +40,16 @@ def without_weights(config: ConfigDict) -> ConfigDict:
   """
   config = config.copy_and_resolve_references()
   of = catalog.method(config).facts
-  reward = terms.without_values(config) if of.online else ""
-  scored = of.scorer and (not of.online or PREFERENCE_MODEL in reward_terms(config))
   model = families.get(config.family).without_values(loading.with_config(config.model, config.model_config))
   preset = model.partition(":")[2]
+  scorer = f"zeros:{preset if preset in presets.PRESETS else 'sd15'}"
+  reward = terms.without_values(config, scorer) if of.online else ""
+  scored = of.scorer and (not of.online or bool(of_preference_model(reward_terms(config))))
   with config.unlocked():
     config.model = model
     config.model_config = config.vae_model = config.unet_model = None
     config.reward = reward
-    config.preference_model = f"zeros:{preset if preset in presets.PRESETS else 'sd15'}" if scored else None
+    config.preference_model = scorer if scored else None
     config.judge = None
     config.lora.init_from = None
     precomputed = config.data.source == "precomputed"
@@ -127,7 +128,7 @@ def _precomputed(config: ConfigDict, experiment: build.Experiment, batch: Mappin
   stored = functools.partial(jax.eval_shape, functools.partial(inputs.stored_moments, experiment.model), encoders)
   found: dict[str, Any] = {}
   for key, value in batch.items():
-    if key == "input_ids":
+    if key == "input_ids" and not catalog.method(config).facts.encodes_text:
       found |= jax.eval_shape(functools.partial(inputs.stored_text, experiment.model), encoders, value)
     elif key.startswith("pixels"):
       found[key.replace("pixels", "moments")] = stored(value)
@@ -248,7 +249,7 @@ def changes(config: ConfigDict, devices: int) -> Iterator[Change]:
   accumulations = [n for n in range(config.accumulation, most + 1) if most % n == 0] or [config.accumulation]
   sizes = [n for n in range(config.mesh.fsdp, rows + 1) if rows % n == 0]
   # Else it is one for each level, or not used.
-  known = config.remat in config_lib.REMAT and method.facts.trains != "scorer"
+  known = config.remat in config_lib.REMAT and method.facts.trains not in ("scorer", "latent_scorer")
   policies = config_lib.REMAT[config_lib.REMAT.index(config.remat) :] if known else (config.remat,)
   full = not config.lora.rank and method.facts.aligns
   for rank, remat, fsdp, accumulation in itertools.product(

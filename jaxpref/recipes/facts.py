@@ -15,7 +15,8 @@ class Facts(NamedTuple):
       "prompt"; or "tile", of the embedded emoji.
     online: whether it draws what it learns from, and makes several updates of it.
     scorer: whether it has a preference model, `config.preference_model`; online it is one of the rewards.
-    trains: "denoiser" (or its adapter), "scorer", or the network that is trained from nothing.
+    trains: "denoiser" (or its adapter), "scorer" of images, "latent_scorer", or the network that is trained from
+      nothing.
     losses: which losses `config.loss.name` may choose: "denoised", "pair" or "".
     section: the name of its own section of the config, whose rules hold where it is used; "" if it has none.
   """
@@ -32,6 +33,16 @@ class Facts(NamedTuple):
     """Whether it changes a text-to-image model that is compared with the one it started from."""
     return self.trains == "denoiser" and self.data != "image"
 
+  @property
+  def of_latents(self) -> bool:
+    """Whether latents are all that it needs of images, so that data can be precomputed."""
+    return self.trains in ("denoiser", "latent_scorer")
+
+  @property
+  def encodes_text(self) -> bool:
+    """Whether it trains a text encoder of its own, so that of precomputed prompts it takes the tokens."""
+    return self.trains == "latent_scorer"
+
 
 FACTS = {
   "spo": Facts("prompt", online=True, scorer=True, losses="pair", section="spo"),
@@ -40,6 +51,7 @@ FACTS = {
   "tdpo": Facts("pair", losses="denoised"),
   "kto": Facts("liked"),
   "spm": Facts("pair", scorer=True, trains="scorer", section="spm"),
+  "lrm": Facts("pair", trains="latent_scorer", section="lrm"),
   "denoise": Facts("image"),
   "autoencode": Facts("tile", trains="vae"),
   "contrastive": Facts("tile", trains="clip"),

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 PREFERENCE_MODEL = "preference_model"  # the name of `config.preference_model` among them
+LATENT = "latent"  # a latent reward model: that of `config.preference_model`, or latent=FOLDER
 
 
 def reward_terms(config: Any) -> dict[str, float]:
@@ -49,3 +50,13 @@ def _split(term: str) -> tuple[str, float]:
 def is_function(spec: str) -> bool:
   """Whether a term of `config.reward` is package.module:function."""
   return ":" in spec and "=" not in spec
+
+
+def of_preference_model(terms: Any) -> list[str]:
+  """Those of the terms of `config.reward` that stand for the network of `config.preference_model`."""
+  return [spec for spec in terms if spec in (PREFERENCE_MODEL, LATENT)]
+
+
+def is_latent(spec: str) -> bool:
+  """Whether a term of `config.reward` is a latent reward model, which needs no image."""
+  return spec.partition("=")[0] == LATENT and not is_function(spec)

@@ -15,6 +15,7 @@ import numpy as np
 
 Batch = Mapping[str, jax.Array]
 Tokenize = Callable[[list[str]], np.ndarray]  # prompts -> i32[n, L]
+IMAGE, LATENTS = "image", "x_t"  # what a reward may need
 
 
 class Reward(Protocol):
@@ -24,6 +25,8 @@ class Reward(Protocol):
     name: in metrics.
     component: of the weights, that which holds its parameters.
     scale: constant, from its numbers into logits, of which SPO's threshold takes differences.
+    needs: what it looks at: IMAGE, decoded predictions of x0, or LATENTS, the noisy latents themselves. Nothing else is
+      computed for it. A reward that does not say it needs images.
   """
 
   @property
@@ -34,6 +37,9 @@ class Reward(Protocol):
 
   @property
   def scale(self) -> float: ...
+
+  @property
+  def needs(self) -> str: ...
 
   @property
   def tokenizers(self) -> Mapping[str, Tokenize]:
@@ -50,9 +56,10 @@ class Reward(Protocol):
     ...
 
   def score(self, weights: Any, images: jax.Array, t: jax.Array, prompts: Any) -> jax.Array:
-    """f32[N] of images f32[N,H,W,3] in [-1, 1], decoded predictions of x0 at times t i32[N]; 0 for finished images.
+    """f32[N] of what it needs, at times t i32[N]; 0 for finished images and their latents.
 
     Args:
+      images: f32[N,H,W,3] in [-1, 1], decoded predictions of x0; or f32[N,h,w,C] latents.
       prompts: rows [N,...] of what `prompts` gave.
     """
     ...
@@ -73,6 +80,11 @@ class HostReward(Protocol):
   def score_images(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
     """f32[N] of u8[H,W,3] each; raises on whatever goes wrong."""
     ...
+
+
+def needs_of(reward: Reward) -> str:
+  """What a reward in the graph looks at."""
+  return getattr(reward, "needs", IMAGE)
 
 
 def scope(name: str) -> str:
@@ -111,6 +123,11 @@ class Weighted:
     return of_graph | {reward.name: weight * reward.scale for reward, weight in self.host}
 
   @property
+  def needs(self) -> frozenset[str]:
+    """What those in the graph look at; nothing where all are on the host."""
+    return frozenset(needs_of(reward) for reward, _ in self.graph)
+
+  @property
   def tokenizers(self) -> Mapping[str, Tokenize]:
     """Those of all rewards."""
     return {field: of_field for reward, _ in self.graph for field, of_field in reward.tokenizers.items()}
@@ -123,20 +140,32 @@ class Weighted:
         found.append(reward.prompts(weights, batch))
     return tuple(found)
 
-  def score(self, weights: Any, images: jax.Array, t: jax.Array, prompts: tuple[Any, ...]) -> Scores:
-    """The sum of those in the graph, see `Reward.score`."""
+  def score(
+    self,
+    weights: Any,
+    images: jax.Array | None,
+    t: jax.Array,
+    prompts: tuple[Any, ...],
+    latents: jax.Array | None = None,
+  ) -> Scores:
+    """The sum of those in the graph, see `Reward.score`; of what none of them needs nothing has to be given."""
     if not self.graph:
-      return Scores(jnp.zeros(len(images)), {})
+      return Scores(jnp.zeros(t.shape), {})
+    seen: dict[str, Any] = {IMAGE: images, LATENTS: latents}
     found = {}
     for (reward, _), rows in zip(self.graph, prompts, strict=True):
       with jax.named_scope(scope(reward.name)):
-        found[reward.name] = reward.score(weights, images, t, rows)
+        found[reward.name] = reward.score(weights, seen[needs_of(reward)], t, rows)
     return self.summed(found)
 
-  def score_pictures(self, weights: Any, batch: Batch, images: jax.Array) -> Scores:
-    """Scores finished pictures f32[N,H,W,3] in [-1, 1], whose prompts are the rows of the batch."""
+  def score_pictures(self, weights: Any, batch: Batch, images: jax.Array, latents: jax.Array | None = None) -> Scores:
+    """Scores finished pictures f32[N,H,W,3] in [-1, 1], whose prompts are the rows of the batch.
+
+    Args:
+      latents: f32[N,h,w,C] of these, where a reward needs them.
+    """
     times = jnp.zeros(len(images), jnp.int32)
-    return self.score(weights, images, times, self.prompts(weights, batch))
+    return self.score(weights, images, times, self.prompts(weights, batch), latents)
 
   def summed(self, found: Mapping[str, jax.Array], before: Scores | None = None) -> Scores:
     """The weighted sum of the scores f32[N] that there are, by name, and of those before."""

@@ -1,4 +1,4 @@
-"""Preference models, CLIPs and judges <-> their folders; by name as in `jaxpref.files.loading`."""
+"""Preference models, latent rewards, CLIPs and judges <-> their folders; by name as in `jaxpref.files.loading`."""
 
 import pathlib
 from collections.abc import Mapping
@@ -13,6 +13,8 @@ from jaxpref.files.folders import load_network, read_json, replacing, resolve_fo
 from jaxpref.files.tensors import Path, Sharding, Tree, load_tree, weight_files
 from jaxpref.models import open_clip, presets
 from jaxpref.models.clip import CLIPModel
+from jaxpref.models.latent_reward import MODEL_TYPE as LATENT_REWARD
+from jaxpref.models.latent_reward import LatentRewardConfig, LatentRewardModel
 from jaxpref.models.preference import Judge, JudgeConfig, StepAwareCLIPConfig, StepAwareCLIPModel
 from jaxpref.recipes.messages import listed
 from jaxpref.recipes.sections import check_seed
@@ -77,6 +79,11 @@ def read_config(folder: Path) -> tuple[pathlib.Path, dict[str, Any]]:
     raise ValueError(
       f"{folder / 'config.json'} describes no CLIP, expected a model_type or a text_config; point to "
       "a folder that save_preference_model wrote, or a CLIP such as PickScore."
+    )
+  if config_dict.get("model_type") == LATENT_REWARD:
+    raise ValueError(
+      f"{folder} is a latent reward model, expected a step-aware preference model or a CLIP; set config.reward=latent "
+      "to train by it."
     )
   return folder, config_dict
 
@@ -171,6 +178,92 @@ def _save_single(folder: Path, architecture: str, module: nn.Module, params: Tre
   return pathlib.Path(folder)
 
 
+def open_latent_reward(
+  folder: Path,
+  *,
+  dtype: Any = jnp.float32,
+  param_dtype: Any = jnp.float32,
+  sharding: Sharding = None,
+) -> tuple[LatentRewardModel, Tree]:
+  """Opens a latent reward model's folder; arguments as for `load_preference_model`.
+
+  Args:
+    folder: path or hub name with config.json and model.safetensors: what `save_latent_reward` or
+      scripts/assets/convert_lrm.py wrote.
+
+  Raises:
+    FileNotFoundError, ValueError: as `pipelines.load_pipeline`.
+  """
+  folder = resolve_folder(folder)
+  module = LatentRewardModel(LatentRewardConfig.from_dict(read_json(folder / "config.json")), dtype)
+  shapes = presets.abstract_params(module)
+  shardings = sharding(shapes) if callable(sharding) else sharding
+  return module, load_network(module, weight_files(folder), shapes, param_dtype, shardings)
+
+
+def save_latent_reward(
+  folder: Path, module: LatentRewardModel, params: Tree, *, dtype: Any = jnp.float32
+) -> pathlib.Path:
+  """Writes config.json and model.safetensors, as `pipelines.save_pipeline` does."""
+  return _save_single(folder, "LatentRewardModel", module, params, dtype)
+
+
+def is_latent_reward(name: str) -> bool:
+  """Whether a name is that of a latent reward model, and not of a CLIP; random ones are taken for it.
+
+  Raises:
+    FileNotFoundError, ValueError: it is neither.
+  """
+  if loading.preset_of(name) is not None:
+    return True
+  folder = resolve_folder(loading.folder_of(name), "model*.safetensors")
+  return read_json(folder / "config.json").get("model_type") == LATENT_REWARD
+
+
+def with_text_projection(params: Tree, name: str) -> Tree:
+  """The parameters of a latent reward model with a CLIP's text projection in the place of its own.
+
+  Args:
+    name: of the CLIP whose text tower is the text-to-image model's, openai/clip-vit-large-patch14 of Stable Diffusion.
+
+  Raises:
+    ValueError: the model's own text encoder has the projection (SDXL), or another width.
+  """
+  _, clip = load_clip(loading.folder_of(name))
+  given, own = clip["text_projection"]["kernel"], params.get("text_projection", {}).get("kernel")
+  if own is None or given.shape != own.shape:
+    expected = "none, as its text encoder has one" if own is None else f"one of shape {own.shape}"
+    raise ValueError(
+      f"config.preference_model={name}: its text projection has the shape {given.shape}; expected {expected}; leave it "
+      "out, or give the CLIP of config.model's text encoder."
+    )
+  return dict(params) | {"text_projection": {"kernel": given}}
+
+
+def look_for_latent_reward(name: str) -> None:
+  """Looks for what `load_latent_reward` loads, and fetches it where it is a hub name; reads no weights.
+
+  Raises:
+    FileNotFoundError, ValueError: as `load_latent_reward`.
+  """
+  if loading.preset_of(name) is None:
+    folder = resolve_folder(loading.folder_of(name))
+    LatentRewardConfig.from_dict(read_json(folder / "config.json"))
+    weight_files(folder)
+
+
+def load_latent_reward(
+  name: str, *, dtype: str, param_dtype: str = "float32", seed: int = 0, sharding: Sharding = None
+) -> tuple[LatentRewardModel, Any]:
+  """Loads a latent reward model by folder, hub name, or `random:PRESET` (of the preset's text-to-image model)."""
+  if (preset := loading.preset_of(name)) is not None:
+    module = LatentRewardModel(presets.latent_reward_config(preset), jnp.dtype(dtype))
+    return _by_preset(name, module, param_dtype, seed, sharding)
+  return open_latent_reward(
+    loading.folder_of(name), dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), sharding=sharding
+  )
+
+
 def load_scorer(
   name: str, *, dtype: str, param_dtype: str = "float32", seed: int = 0, sharding: Sharding = None
 ) -> tuple[StepAwareCLIPModel, Any]:
@@ -181,11 +274,7 @@ def load_scorer(
   """
   check_seed(seed)
   if (preset := loading.preset_of(name)) is not None:
-    module = StepAwareCLIPModel(preset.preference, jnp.dtype(dtype))
-    if name.startswith("drawn:"):
-      return module, presets.draw_params(module, seed, dtype=jnp.dtype(param_dtype), sharding=sharding)
-    params = loading.initialiser(name)(module, jax.random.key(seed))
-    return module, jax.tree.map(lambda x: x.astype(param_dtype), params)
+    return _by_preset(name, StepAwareCLIPModel(preset.preference, jnp.dtype(dtype)), param_dtype, seed, sharding)
   return load_preference_model(
     loading.folder_of(name), dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), sharding=sharding
   )
@@ -211,6 +300,14 @@ def look_for_judge(name: str | None, *, style: str) -> None:
     folder = resolve_folder(loading.folder_of(name))
     check_style(name, JudgeConfig.from_dict(read_json(folder / "config.json")), style)
     weight_files(folder)
+
+
+def _by_preset(name: str, module: Any, param_dtype: str, seed: int, sharding: Sharding) -> tuple[Any, Tree]:
+  """A network and its parameters by random:PRESET, drawn:PRESET or zeros:PRESET."""
+  if name.startswith("drawn:"):
+    return module, presets.draw_params(module, seed, dtype=jnp.dtype(param_dtype), sharding=sharding)
+  params = loading.initialiser(name)(module, jax.random.key(seed))
+  return module, jax.tree.map(lambda x: x.astype(param_dtype), params)
 
 
 def scorer_fingerprint(name: str) -> str:

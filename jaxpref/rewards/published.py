@@ -27,6 +27,7 @@ from jaxpref.files import folders, hub, tensors
 from jaxpref.models.vae import to_uint8
 from jaxpref.recipes import places
 from jaxpref.rewards import networks, shapes
+from jaxpref.rewards.base import IMAGE
 from jaxpref.rewards.loading import look_for_judge
 
 Array = jax.Array
@@ -331,6 +332,7 @@ class Published:
   name: str
   network: networks.Network
   scale: float
+  needs = IMAGE
 
   @property
   def component(self) -> str:

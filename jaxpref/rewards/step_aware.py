@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jaxpref.models.preference import StepAwareCLIPModel, preprocess
+from jaxpref.rewards.base import IMAGE
 
 COMPONENT = "spm"  # of the weights
 
@@ -45,6 +46,7 @@ class StepAware:
   name = "preference_model"
   component = COMPONENT
   scale = 1.0
+  needs = IMAGE
 
   @property
   def tokenizers(self) -> dict[str, Any]:

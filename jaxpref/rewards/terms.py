@@ -4,10 +4,18 @@ from typing import Any
 
 from jaxpref.config import AnyConfig
 from jaxpref.files import pipelines
-from jaxpref.recipes.rewards import PREFERENCE_MODEL, is_function, reward_terms
+from jaxpref.recipes.rewards import LATENT, PREFERENCE_MODEL, is_function, is_latent, reward_terms
 from jaxpref.rewards import published, shapes
 from jaxpref.rewards.base import HostReward, Reward, Weighted
-from jaxpref.rewards.loading import load_scorer, look_for_scorer, scorer_fingerprint
+from jaxpref.rewards.latent import COMPONENT as LATENT_COMPONENT
+from jaxpref.rewards.latent import LatentReward
+from jaxpref.rewards.loading import (
+  load_latent_reward,
+  load_scorer,
+  look_for_latent_reward,
+  look_for_scorer,
+  scorer_fingerprint,
+)
 from jaxpref.rewards.python import PythonReward
 from jaxpref.rewards.step_aware import COMPONENT, StepAware
 
@@ -24,6 +32,9 @@ def check(config: AnyConfig) -> None:
       assert config.preference_model is not None  # by config.check
       look_for_scorer(config.preference_model)
       continue
+    if is_latent(spec):
+      look_for_latent_reward(_latent_folder(config, spec))
+      continue
     published.check(spec, preferred_style=config.data.preferred_style)
     if spec.partition("=")[0] == "judge" and config.judge:
       own = scorer_fingerprint(spec.partition("=")[2] or "tiny-judge")
@@ -39,8 +50,9 @@ def _known_terms(config: AnyConfig) -> dict[str, float]:
   """`reward_terms`; raises ValueError where a name is unknown or stands there twice."""
   terms = reward_terms(config)
   for spec in terms:
-    if spec != PREFERENCE_MODEL and not is_function(spec) and spec.partition("=")[0] not in published.PUBLISHED:
-      names = ", ".join((PREFERENCE_MODEL, *published.PUBLISHED))
+    known = (PREFERENCE_MODEL, *published.PUBLISHED, LATENT)
+    if not is_function(spec) and spec.partition("=")[0] not in known or spec.startswith(f"{PREFERENCE_MODEL}="):
+      names = ", ".join(known)
       raise ValueError(
         f"config.reward={config.reward!r}: {spec} is unknown, expected {names}, one of them as NAME=FOLDER, or a "
         "function of your own as package.module:function."
@@ -51,16 +63,29 @@ def _known_terms(config: AnyConfig) -> dict[str, float]:
   return terms
 
 
-def without_values(config: AnyConfig) -> str:
+def without_values(config: AnyConfig, scorer: str) -> str:
   """`config.reward` with the same rewards on shapes alone, for planning; "" stays.
+
+  Args:
+    scorer: zeros:PRESET, for latent reward models other than `config.preference_model`.
 
   Raises:
     ValueError: a reward is unknown.
   """
   if not config.reward:
     return ""
-  named = lambda spec: spec if spec == PREFERENCE_MODEL or is_function(spec) else shapes.without_values(spec)
+
+  def named(spec):
+    if spec in (PREFERENCE_MODEL, LATENT) or is_function(spec):
+      return spec
+    return f"{LATENT}={scorer}" if is_latent(spec) else shapes.without_values(spec)
+
   return ",".join(f"{named(spec)}:{weight!r}" for spec, weight in _known_terms(config).items())
+
+
+def _latent_folder(config: AnyConfig, spec: str) -> str:
+  """Where the latent reward model of a term lies."""
+  return spec.partition("=")[2] or str(config.preference_model)  # which is set, by config.check
 
 
 def load(config: AnyConfig, sharding: pipelines.Sharding = None) -> tuple[Weighted, dict[str, Any]]:
@@ -83,6 +108,15 @@ def load(config: AnyConfig, sharding: pipelines.Sharding = None) -> tuple[Weight
         config.preference_model, dtype=config.dtype, param_dtype=config.dtype, seed=config.seed, sharding=sharding
       )
       graph.append((StepAware(scorer), weight))
+    elif is_latent(spec):
+      latent, params[LATENT_COMPONENT] = load_latent_reward(
+        _latent_folder(config, spec),
+        dtype=config.dtype,
+        param_dtype=config.dtype,
+        seed=config.seed,
+        sharding=sharding,
+      )
+      graph.append((LatentReward(latent), weight))
     elif is_function(spec):
       host.append((PythonReward(published.load(spec), config.reward_timeout), weight))
     else:

@@ -18,7 +18,7 @@ from jaxpref import config as config_lib
 from jaxpref.config import AnyConfig, Config
 from jaxpref.data import emoji, pipeline
 from jaxpref.evaluation import judging
-from jaxpref.files import adapters, loading, pipelines
+from jaxpref.files import adapters, latent_rewards, loading, pipelines
 from jaxpref.files import family as families
 from jaxpref.models import lora, presets
 from jaxpref.models.base import Model
@@ -28,13 +28,19 @@ from jaxpref.objectives import base, catalog, pretraining
 from jaxpref.recipes.sizes import sides
 from jaxpref.rewards import terms
 from jaxpref.rewards.base import Weighted
+from jaxpref.rewards.latent import LatentReward
 from jaxpref.rewards.loading import (
+  is_latent_reward,
   load_judge,
+  load_latent_reward,
   load_scorer,
   look_for_judge,
+  look_for_latent_reward,
   look_for_scorer,
   save_judge,
+  save_latent_reward,
   save_preference_model,
+  with_text_projection,
 )
 from jaxpref.training import inputs
 
@@ -96,6 +102,8 @@ def look_for(config: Config) -> None:
   if facts.trains == "scorer":
     assert config.preference_model is not None  # by config.check
     look_for_scorer(config.preference_model)
+  elif facts.trains == "latent_scorer" and (start := config.preference_model):
+    (look_for_latent_reward if is_latent_reward(start) else look_for_scorer)(start)
   elif facts.trains == "denoiser":
     look_for_judge(config.judge, style=config.data.preferred_style)
     if facts.scorer:
@@ -121,6 +129,8 @@ def build(config: AnyConfig, sharding: pipelines.Sharding = None, *, batch_devic
   vae_slicing = config.vae_slicing * batch_devices or None
   if trains == "scorer":
     return _preference_model(config, sharding, vae_slicing, batch_devices)
+  if trains == "latent_scorer":
+    return _latent_reward_model(config, sharding, vae_slicing, batch_devices)
   return _text_to_image(config, sharding, vae_slicing)
 
 
@@ -263,7 +273,7 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
 
   reward = None
   if method.facts.scorer:
-    reward, params_of_rewards = terms.load(config, sharding)
+    reward, params_of_rewards = _rewards(config, sharding, model, tokens=frozen["empty_ids"].shape[1])
     frozen |= params_of_rewards
   objective = catalog.make(config, model, reward)
   _check_reference(config, objective)
@@ -288,6 +298,18 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
     reward=reward,
     captions=lambda: inputs.prompts(config),
   )
+
+
+def _rewards(
+  config: Config, sharding: pipelines.Sharding, model: Model, *, tokens: int
+) -> tuple[Weighted, dict[str, Any]]:
+  """`terms.load`; refuses latent reward models that were made for another model, whose prompts have so many tokens."""
+  reward, params = terms.load(config, sharding)
+  for of_it, _ in reward.graph:
+    if isinstance(of_it, LatentReward):
+      name = f"of config.reward={config.reward}"
+      of_it.scorer.config.check_fits(name, channels=model.latent_shape[-1], tokens=tokens)
+  return reward, params
 
 
 def _check_steps(config: Config, model: Model) -> None:
@@ -343,31 +365,83 @@ def _preference_model(
   _check_decode_size(config, model)
   assert config.preference_model is not None  # by config.check
   scorer, params = load_scorer(config.preference_model, dtype=config.dtype, seed=config.seed, sharding=sharding)
-  frozen = dict(pipe.params) | {"empty_ids": tokenize([""])}
-  changes = {"split": "validation", "ties": "drop", "flip_labels": 0.0, "caption_dropout": 0.0}
-  if config.data.scores and not config.data.validation_share:  # the scores are those of the other split
-    changes |= {"scores": None, "labels": "given", "min_gap": 0.0}
-  held_out = config_lib.replace(config, {f"data.{name}": value for name, value in changes.items()})
-  if config.evaluation.num_prompts:  # What is not there is refused now, not after the training.
-    if config.data.source not in ("emoji", "tfds") and not config.data.validation_share:
-      raise ValueError(
-        f"{config.data.path} has no validation split to measure the preference model on; hold out a share of its "
-        "prompts by config.data.validation_share, or measure nothing: config.evaluation.num_prompts=0."
-      )
-    few = len(inputs.pairs_source(held_out)) // batch_devices * batch_devices
-    size = min(config.batch_size, max(few, batch_devices))
-    held_out = config_lib.replace(held_out, {"batch_size": size})
-    inputs.pair_batches(held_out, model.image_size, tokenize).close()
-  open_held_out = lambda: inputs.pair_batches(held_out, model.image_size, tokenize)
-
   return Experiment(
     params={"spm": params},
-    frozen=frozen,
+    frozen=dict(pipe.params) | {"empty_ids": tokenize([""])},
     objective=catalog.make(config, model, scorer),
     batches=lambda: inputs.pair_batches(config, model.image_size, tokenize),
     export=lambda params, folder: save_preference_model(folder, scorer, params["spm"], dtype=jnp.float16),
     images_per_step=config.batch_size * catalog.method(config).images(config),
-    held_out=open_held_out if config.evaluation.num_prompts else None,
+    held_out=_held_out(config, model, tokenize, batch_devices),
+  )
+
+
+def _held_out(config: Config, model: Model, tokenize: Any, batch_devices: int) -> Callable[[], Any] | None:
+  """Opens the pairs that a preference model is measured on; None: it is not.
+
+  Raises:
+    ValueError, FileNotFoundError: there are none.
+  """
+  if not config.evaluation.num_prompts:
+    return None
+  changes = {"split": "validation", "ties": "drop", "flip_labels": 0.0, "caption_dropout": 0.0}
+  if config.data.scores and not config.data.validation_share:  # the scores are those of the other split
+    changes |= {"scores": None, "labels": "given", "min_gap": 0.0}
+  held_out = config_lib.replace(config, {f"data.{name}": value for name, value in changes.items()})
+  # What is not there is refused now, not after the training.
+  if config.data.source not in ("emoji", "tfds") and not config.data.validation_share:
+    raise ValueError(
+      f"{config.data.path} has no validation split to measure the preference model on; hold out a share of its "
+      "prompts by config.data.validation_share, or measure nothing: config.evaluation.num_prompts=0."
+    )
+  few = len(inputs.pairs_source(held_out)) // batch_devices * batch_devices
+  size = min(config.batch_size, max(few, batch_devices))
+  held_out = config_lib.replace(held_out, {"batch_size": size})
+  inputs.pair_batches(held_out, model.image_size, tokenize).close()
+  return lambda: inputs.pair_batches(held_out, model.image_size, tokenize)
+
+
+# ---- Latent reward model ---------------------------------------------------------------------------------------
+
+
+def _latent_reward_model(
+  config: Config, sharding: pipelines.Sharding, vae_slicing: int | None, batch_devices: int
+) -> Experiment:
+  """It starts as the text-to-image model, or as `config.preference_model`: another one, or a CLIP's text projection."""
+  of, start = families.get(config.family), config.preference_model
+  if config.data.source == "precomputed":
+    inputs.open_precomputed(config)
+  continued = start is not None and start != "" and is_latent_reward(start)
+  trained = () if continued else latent_rewards.NETWORKS
+  # Of precomputed data it needs no VAE.
+  others = [] if config.data.source == "precomputed" else [n for n in of.networks if n not in latent_rewards.NETWORKS]
+  pipe = _load(config, sharding, trained=trained, components=[n for n in of.networks if n in trained] + others)
+  model, tokenize = of.model(pipe, vae_slicing=vae_slicing), pipe.tokenize
+  remat = tuple(level.strip() for level in config.remat.split(","))
+  of_levels = remat[0] if len(remat) == 1 else remat
+  if start and continued:
+    scorer, params = load_latent_reward(start, dtype=config.dtype, seed=config.seed, sharding=sharding)
+    scorer = scorer.clone(remat=of_levels)
+    scorer.config.check_fits(str(start), channels=model.latent_shape[-1], tokens=tokenize([""]).shape[1])
+  else:
+    scorer, params = latent_rewards.of_pipeline(
+      pipe,
+      jax.random.key(config.seed),
+      image_size=model.image_size,
+      guidance_scale=config.lrm.guidance_scale,
+      remat=of_levels,
+    )
+    if start:
+      params = with_text_projection(params, start)
+  return Experiment(
+    params={"lrm": params},
+    frozen={name: pipe.params[name] for name in others} | {"empty_ids": tokenize([""])},
+    objective=catalog.make(config, model, scorer),
+    batches=lambda: inputs.offline_batches(config, model.image_size, tokenize),
+    export=lambda params, folder: save_latent_reward(folder, scorer, params["lrm"], dtype=jnp.float16),
+    images_per_step=config.batch_size * catalog.method(config).images(config),
+    held_out=_held_out(config, model, tokenize, batch_devices),
+    model=model,
   )
 
 

@@ -215,13 +215,13 @@ def offline_batches(config: Config, image_size: Size, tokenize: Callable[[list[s
 
 # ---- Precomputed -----------------------------------------------------------------------------------------------
 
-# Data that the frozen networks can be run over once, where they are what a denoiser is trained on.
+# Data that the frozen networks can be run over once, where latents are all that is trained on.
 _KINDS = {"pair": "pairs", "liked": "liked and other images", "image": "images"}
 
 
 def precomputable(objective_facts: config_lib.Facts) -> str | None:
   """What the precomputed data of a method are; None: it needs the VAE while it trains."""
-  return _KINDS.get(objective_facts.data) if objective_facts.trains == "denoiser" else None
+  return _KINDS.get(objective_facts.data) if objective_facts.of_latents else None
 
 
 # Fields of config.data that do not change what the frozen networks make of them: training decides on these.
@@ -328,6 +328,7 @@ def _precomputed_batches(config: Config, image_size: Size) -> batching.Batches:
     data,
     caption_dropout=config.data.caption_dropout,
     flip=config.data.flip,
+    tokens=config_lib.facts(config).encodes_text,
     num_workers=config.data.num_workers,
     **_shared_data_arguments(config),
   )

@@ -16,7 +16,7 @@ from jaxpref.evaluation import drawing, judging, pictures
 from jaxpref.models.vae import to_float
 from jaxpref.objectives import sums
 from jaxpref.objectives.base import Weights
-from jaxpref.rewards.base import Scores
+from jaxpref.rewards.base import LATENTS, Scores
 from jaxpref.training import build, host, metrics, step
 
 LOOK_COLUMNS = 16
@@ -76,9 +76,14 @@ class Drawer:
     )
     self._reward = experiment.reward
     if experiment.reward is not None:
-      reward = experiment.reward
+      reward, model = experiment.reward, experiment.model
+
+      def score(w: Any, batch: Any, images: jax.Array) -> Scores:
+        latents = model.encode_images(w, images, jax.random.key(e.seed)) if LATENTS in reward.needs else None
+        return reward.score_pictures(w, batch, to_float(images), latents)
+
       self._score = jax.jit(
-        sharding.on_mesh(mesh, lambda w, batch, images: reward.score_pictures(w, batch, to_float(images))),
+        sharding.on_mesh(mesh, score),
         out_shardings=sharding.replicated(mesh),
         compiler_options=chips.compiler_options(),
       )

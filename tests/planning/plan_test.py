@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers.models.blip import modeling_blip, modeling_blip_text
 
-from configs import dpo_sd15, dpo_sdxl, grpo_tiny, spm_sdxl, spo_sd15, spo_sdxl
+from configs import dpo_sd15, dpo_sdxl, grpo_tiny, lpo_sd15, lrm_sd15, spm_sdxl, spo_sd15, spo_sdxl
 from jaxpref import precompute
 from jaxpref.devices import sharding
 from jaxpref.files import loading, pipelines
@@ -83,6 +83,22 @@ def test_a_preference_model_needs_neither_scores_nor_images():
   config.update(batch_size=1, accumulation=1)
   _, state, _, batch = plan.abstract_inputs(config, MESH)
   assert set(state.params) == {"spm"} and batch["pixels_0"].shape[0] == 1
+
+
+def test_a_latent_reward_model_of_precomputed_data_needs_no_other_network():
+  config = lrm_sd15.get_config("smoke")
+  config.data.update(source="precomputed", path="nowhere")
+  _, state, frozen, batch = plan.abstract_inputs(plan.without_weights(config), MESH)
+  assert set(state.params) == {"lrm"} and set(frozen) == {"empty_ids"}
+  assert {"input_ids", "moments_0", "moments_1"} <= set(batch)
+  assert not {"encoder_hidden_states", "pixels_0"} & set(batch)
+
+
+def test_lpo_is_planned_with_a_latent_reward_model():
+  config = plan.without_weights(lpo_sd15.get_config("smoke"))
+  assert config.reward == "latent"
+  _, state, frozen, _ = plan.abstract_inputs(config, MESH)
+  assert set(state.params) == {"unet_lora"} and "lrm" in frozen and "spm" not in frozen
 
 
 @pytest.mark.parametrize("model", ["folder", "tiny-sd"])

@@ -1,0 +1,28 @@
+"""LPO (arXiv 2502.01051) on tiny-sd: SPO that chooses among noisy latents, by a latent reward model.
+
+    python -m jaxpref.main --config=configs/lrm_tiny.py --workdir=runs/lrm_tiny
+    python -m jaxpref.main --config=configs/lpo_tiny.py --config.preference_model=runs/lrm_tiny/export
+
+Not tuned.
+"""
+
+from jaxpref.config import default
+
+
+def get_config():
+  """The recipe."""
+  config = default()
+  config.objective = "spo"
+  config.reward = "latent"
+  config.model = "tiny-sd"
+  config.judge = "tiny-judge"
+  config.evaluation.guidance_scale = 3.5
+  config.update(num_steps=25, batch_size=8)
+  config.loss.beta = 10.0
+  config.optimizer.update(learning_rate=2e-5, weight_decay=1e-4)
+  config.spo.update(num_inference_steps=20, guidance_scale=3.5, warmup_steps=10, pool_size=4, pool_last_step=True)
+  config.spo.update(threshold=0.1, threshold_max=0.2, minibatch=20)
+  config.logging.every = 1
+  config.checkpoint.every = 10
+  config.sample.update(every=5, num_prompts=32)
+  return config

@@ -1,0 +1,190 @@
+"""The latent reward model of LPO (arXiv 2502.01051): a denoiser's own features, scored against the prompt."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxpref.models.base import is_guided
+from jaxpref.models.clip import CLIPTextConfig, CLIPTextModel, init_std, normalize
+from jaxpref.models.unet import UNetConfig, UNetEncoder
+
+Array = jax.Array
+MODEL_TYPE = "latent_reward_model"  # of config.json
+VISUAL_STD = 0.02  # of the projection of features at the start
+Rows = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentRewardConfig:
+  """Of a latent reward model's config.json.
+
+  Attributes:
+    unet: of the whole UNet, whose way down and middle are used.
+    text_encoder, text_encoder_2: its own; the second is SDXL's, or None.
+    projection_dim: width of the space in which latents and prompts meet; with two text encoders that of the second.
+    image_size: height and width in pixels that SDXL's UNet is told.
+    guidance_scale: of the middle's features; up to 1 they are the prompt's alone.
+    logit_scale_init_value: logarithm of the scores' scale at the start, log(1 / 0.07).
+  """
+
+  unet: UNetConfig
+  text_encoder: CLIPTextConfig
+  text_encoder_2: CLIPTextConfig | None = None
+  projection_dim: int = 768
+  image_size: int = 512
+  guidance_scale: float = 7.5
+  logit_scale_init_value: float = 2.6592
+
+  @classmethod
+  def from_dict(cls, config: Mapping[str, Any]) -> Self:
+    """Reads the dict of a config.json.
+
+    Raises:
+      ValueError: it describes something else.
+    """
+    missing = {"unet", "text_encoder"} - config.keys()
+    if config.get("model_type") != MODEL_TYPE or missing:
+      without = f" and it has no {' and no '.join(sorted(missing))}" if missing else ""
+      raise ValueError(
+        f"latent reward model config: model_type is {config.get('model_type')!r}{without}, expected {MODEL_TYPE!r}; "
+        "point to a folder that configs/lrm_sd15.py or scripts/assets/convert_lrm.py wrote."
+      )
+    second = config.get("text_encoder_2")
+    plain = {f.name for f in dataclasses.fields(cls)} - {"unet", "text_encoder", "text_encoder_2"}
+    return cls(
+      unet=UNetConfig.from_dict(config["unet"]),
+      text_encoder=CLIPTextConfig.from_dict(config["text_encoder"]),
+      text_encoder_2=None if second is None else CLIPTextConfig.from_dict(second),
+      **{k: v for k, v in config.items() if k in plain and v is not None},
+    )
+
+  def to_dict(self) -> dict[str, Any]:
+    """The dict for config.json."""
+    networks = ("unet", "text_encoder", "text_encoder_2")
+    own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    return {"model_type": MODEL_TYPE} | {
+      name: value.to_dict() if name in networks and value is not None else value for name, value in own.items()
+    }
+
+  def check_fits(self, name: str, *, channels: int, tokens: int) -> None:
+    """Refuses latents and prompts of another text-to-image model than it was made for, as far as these tell.
+
+    Args:
+      name: of the latent reward model, for the message.
+      channels: of the latents.
+      tokens: of a prompt.
+
+    Raises:
+      ValueError: they are others.
+    """
+    found, expected = (channels, tokens), (self.unet.in_channels, self.tokens)
+    if found != expected:
+      raise ValueError(
+        f"latent reward model {name} is for latents of {expected[0]} channels and prompts of {expected[1]} tokens, "
+        f"those of config.model have {found[0]} and {found[1]}; take one that was made for this model."
+      )
+
+  @property
+  def tokens(self) -> int:
+    """Ids of a prompt, of all text encoders together."""
+    encoders = (self.text_encoder, self.text_encoder_2)
+    return sum(encoder.max_position_embeddings for encoder in encoders if encoder is not None)
+
+
+def of_networks(
+  unet: UNetConfig,
+  text_encoder: CLIPTextConfig,
+  text_encoder_2: CLIPTextConfig | None,
+  *,
+  image_size: int,
+  guidance_scale: float = 7.5,
+) -> LatentRewardConfig:
+  """The latent reward model that starts as these networks of a text-to-image model.
+
+  Args:
+    image_size: of the model, in pixels.
+  """
+  projection_dim = (text_encoder if text_encoder_2 is None else text_encoder_2).projection_dim
+  return LatentRewardConfig(unet, text_encoder, text_encoder_2, projection_dim, image_size, guidance_scale)
+
+
+class LatentRewardModel(nn.Module):
+  """Scores noisy latents at any time of the process under their prompts (arXiv 2502.01051, Section 4.1).
+
+  The means over height and width of what each level of the UNet makes before it is halved (conditioned on the prompt),
+  and of the middle (guided), side by side, are projected without bias; the score is exp(logit_scale) times the cosine
+  with the projected pooled text of the model's own text encoder. With SDXL's two, it is the second's `text_embeds`.
+
+  Attributes:
+    config: of all its networks.
+    dtype: compute dtype; pooled features, projections and scores are float32.
+    remat: of the UNet, see `UNet2DConditionModel`.
+  """
+
+  config: LatentRewardConfig
+  dtype: Any = jnp.float32
+  remat: str | tuple[str, ...] = "none"
+
+  def setup(self):
+    c = self.config
+    self.unet = UNetEncoder(c.unet, self.dtype, self.remat)
+    self.text_encoder = CLIPTextModel(c.text_encoder, False, self.dtype)
+    project = lambda std: nn.Dense(
+      c.projection_dim, use_bias=False, dtype=jnp.float32, kernel_init=nn.initializers.normal(std)
+    )
+    if c.text_encoder_2 is not None:
+      self.text_encoder_2 = CLIPTextModel(c.text_encoder_2, True, self.dtype)
+    else:
+      self.text_projection = project(init_std(c.text_encoder, "text_projection"))
+    self.visual_projection = project(VISUAL_STD)
+    self.logit_scale = self.param("logit_scale", nn.initializers.constant(c.logit_scale_init_value), (), jnp.float32)
+
+  def text(self, input_ids: Array) -> tuple[Rows, Array]:
+    """What the UNet is conditioned on, and unit vectors f32[B, P], of prompts.
+
+    Args:
+      input_ids: i32[B, L], or i32[B, 2 L] for two text encoders, as the text-to-image model takes them.
+    """
+    if self.config.text_encoder_2 is None:
+      out = self.text_encoder(input_ids)
+      return {"hidden": out["last_hidden_state"]}, normalize(self.text_projection(out["pooler_output"]))
+    ids, ids_2 = jnp.split(input_ids, 2, axis=1)
+    first, second = self.text_encoder(ids), self.text_encoder_2(ids_2)
+    hidden = jnp.concatenate([e["hidden_states"][-2] for e in (first, second)], axis=-1)
+    return {"hidden": hidden, "pooled": second["text_embeds"]}, normalize(second["text_embeds"])
+
+  def latent_embeds(self, latents: Array, t: Array, cond: Rows, uncond: Rows) -> Array:
+    """Unit vectors f32[N, P] of noisy latents f32[N, h, w, C] at times t [N].
+
+    Args:
+      cond, uncond: rows [N, ...] of what `text` gives of the prompts, and of the empty prompt.
+    """
+    guided = is_guided(self.config.guidance_scale)
+    if guided:  # one call on a doubled batch
+      latents, t = jnp.concatenate([latents, latents]), jnp.concatenate([t, t])
+      cond = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, uncond)
+    added = None
+    if "pooled" in cond:
+      size = float(self.config.image_size)
+      sizes = jnp.asarray([[size, size, 0.0, 0.0, size, size]], jnp.float32)
+      added = {"text_embeds": cond["pooled"], "time_ids": jnp.broadcast_to(sizes, (len(t), 6))}
+    levels, middle = self.unet(latents, t, cond["hidden"], added)
+    if guided:
+      levels = [jnp.split(x, 2)[0] for x in levels]
+      middle, without = jnp.split(middle, 2)
+      middle = without + self.config.guidance_scale * (middle - without)
+    return normalize(self.visual_projection(jnp.concatenate([*levels, middle], axis=-1)))
+
+  def score(self, latent_embeds: Array, text_embeds: Array) -> Array:
+    """f32[N]: exp(logit_scale) cos(latents, text), row by row, of unit vectors [N, P]."""
+    return jnp.exp(self.logit_scale.astype(jnp.float32)) * jnp.sum(latent_embeds * text_embeds, axis=-1)
+
+  def __call__(self, latents: Array, t: Array, input_ids: Array, empty_ids: Array) -> Array:
+    """Scores f32[N] of latents at times t under their prompts; empty_ids i32[N, L] is the empty prompt."""
+    cond, text_embeds = self.text(input_ids)
+    uncond, _ = self.text(empty_ids)
+    return self.score(self.latent_embeds(latents, t, cond, uncond), text_embeds)

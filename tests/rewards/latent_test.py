@@ -1,0 +1,80 @@
+"""Latent reward models by name: what they start from, what they fit, and their shapes at full size."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpref import config
+from jaxpref.files import latent_rewards, pipelines
+from jaxpref.models import presets
+from jaxpref.models.latent_reward import LatentRewardConfig, LatentRewardModel
+from jaxpref.recipes.rewards import is_latent
+from jaxpref.rewards.loading import is_latent_reward, load_latent_reward, look_for_latent_reward, with_text_projection
+from jaxpref.training import build
+
+
+@pytest.mark.parametrize(
+  ("name", "features", "width", "count"), [("sd15", 4800, 768, 476_049_665), ("sdxl", 3520, 1280, 2_065_592_961)]
+)
+def test_full_size(name, features, width, count):
+  module = LatentRewardModel(presets.latent_reward_config(presets.get_preset(name)))
+  shapes = presets.abstract_params(module)
+  assert shapes["visual_projection"]["kernel"].shape == (features, width)
+  assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+  again = LatentRewardConfig.from_dict(module.config.to_dict())
+  assert again == module.config
+
+
+@pytest.mark.parametrize("name", ["one-level", pytest.param("sdxl-miniature", marks=pytest.mark.slow)])
+def test_it_starts_as_the_model(name):
+  """Its parameters are those of the networks, without the way up, and projections; they are what the module wants."""
+  pipe = pipelines.random_pipeline(name, components=latent_rewards.NETWORKS)
+  module, params = latent_rewards.of_pipeline(pipe, jax.random.key(0), image_size=16, guidance_scale=3.0)
+  shapes = presets.abstract_params(module)
+  assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
+  assert module.config == dataclasses.replace(
+    presets.latent_reward_config(presets.get_preset(name)), guidance_scale=3.0, image_size=16
+  )
+  kept = {k: v for k, v in pipe.params["unet"].items() if k in params["unet"]}
+  jax.tree.map(np.testing.assert_array_equal, params["unet"], kept)
+  assert float(jnp.std(params["visual_projection"]["kernel"])) == pytest.approx(0.02, rel=0.1)
+  assert float(params["logit_scale"]) == pytest.approx(np.log(1 / 0.07), abs=1e-3)
+
+
+def test_another_family_is_refused():
+  with pytest.raises(ValueError, match="can only be made of Stable Diffusion 1.x, 2.x and XL; expected config.family="):
+    latent_rewards.of_pipeline(object(), jax.random.key(0), image_size=16, guidance_scale=3.0)
+
+
+def test_the_text_projection_of_a_clip():
+  own = {"text_projection": {"kernel": jnp.zeros((128, 128))}, "logit_scale": 1.0}
+  found = with_text_projection(own, "tiny-clip")
+  assert float(jnp.abs(found["text_projection"]["kernel"]).max()) > 0 and found["logit_scale"] == 1.0
+  for other, said in (
+    ({"text_projection": {"kernel": jnp.zeros((3, 3))}}, r"\(128, 128\); expected one of shape \(3, 3\)"),
+    ({}, "expected none, as its text encoder has one"),
+  ):
+    with pytest.raises(ValueError, match=said):
+      with_text_projection(other, "tiny-clip")
+
+
+def test_names():
+  assert is_latent_reward("random:sd15-miniature") and not is_latent_reward("tiny-clip")
+  assert is_latent("latent") and is_latent("latent=folder") and not is_latent("latents:mine") and not is_latent("judge")
+  with pytest.raises(ValueError, match="model_type is 'clip' and .*, expected 'latent_reward_model'; point to a"):
+    look_for_latent_reward("tiny-clip")
+  with pytest.raises(FileNotFoundError, match="model folder nowhere does not exist"):
+    load_latent_reward("nowhere", dtype="float32")
+
+
+def test_one_of_another_model_is_refused():
+  c = config.default()
+  c.update(objective="spo", model="zeros:one-level", preference_model="zeros:sdxl-miniature", reward="latent")
+  c.spo.update(warmup_steps=0, pool_last_step=True)
+  with pytest.raises(
+    ValueError, match="config.reward=latent is for latents of 4 channels and prompts of 32 tokens, tho"
+  ):
+    build.build(c)
