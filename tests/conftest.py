@@ -21,6 +21,9 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Traces make many objects that live: looking for circles among them as often as by default takes a fifth of a test.
+gc.set_threshold(200_000, 20, 1000)
+
 
 def pytest_addoption(parser):
   parser.addoption(

@@ -11,12 +11,13 @@ from jaxpref.models import latent_reward
 from jaxpref.models.clip import init_std
 from jaxpref.models.latent_reward import LatentRewardModel
 from jaxpref.models.unet import encoder_params
+from jaxpref.recipes.sizes import Size
 
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")  # that it has, too
 
 
 def of_pipeline(
-  pipe: Any, key: jax.Array, *, image_size: int, guidance_scale: float, remat: str | tuple[str, ...] = "none"
+  pipe: Any, key: jax.Array, *, image_size: Size, guidance_scale: float, remat: str | tuple[str, ...] = "none"
 ) -> tuple[LatentRewardModel, Tree]:
   """The latent reward model that starts as a Stable Diffusion model: its way down, middle and text encoders.
 

@@ -222,5 +222,5 @@ def pieces_alone(component: str, shapes: Shapes, config: UNetConfig | VAEConfig)
 
 def _converter(component: str, has: str) -> Callable[..., Pieces]:
   """Returns the function of a network, whose place has this name."""
-  converters = {"unet": unet, "vae": vae}
+  converters: dict[str, Callable[..., Pieces]] = {"unet": unet, "vae": vae}
   return converters.get(component) or (open_clip if has == _OPEN_CLIP else clip)

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxpref.models.base import is_guided
 from jaxpref.models.clip import CLIPTextConfig, CLIPTextModel, init_std, normalize
 from jaxpref.models.unet import UNetConfig, UNetEncoder
+from jaxpref.recipes.sizes import Size, sides
 
 Array = jax.Array
 MODEL_TYPE = "latent_reward_model"  # of config.json
@@ -26,7 +27,7 @@ class LatentRewardConfig:
     unet: of the whole UNet, whose way down and middle are used.
     text_encoder, text_encoder_2: its own; the second is SDXL's, or None.
     projection_dim: width of the space in which latents and prompts meet; with two text encoders that of the second.
-    image_size: height and width in pixels that SDXL's UNet is told.
+    image_size: in pixels, a side or height and width, that SDXL's UNet is told.
     guidance_scale: of the middle's features; up to 1 they are the prompt's alone.
     logit_scale_init_value: logarithm of the scores' scale at the start, log(1 / 0.07).
   """
@@ -35,7 +36,7 @@ class LatentRewardConfig:
   text_encoder: CLIPTextConfig
   text_encoder_2: CLIPTextConfig | None = None
   projection_dim: int = 768
-  image_size: int = 512
+  image_size: Size = 512
   guidance_scale: float = 7.5
   logit_scale_init_value: float = 2.6592
 
@@ -59,7 +60,7 @@ class LatentRewardConfig:
       unet=UNetConfig.from_dict(config["unet"]),
       text_encoder=CLIPTextConfig.from_dict(config["text_encoder"]),
       text_encoder_2=None if second is None else CLIPTextConfig.from_dict(second),
-      **{k: v for k, v in config.items() if k in plain and v is not None},
+      **{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in plain and v is not None},
     )
 
   def to_dict(self) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def of_networks(
   text_encoder: CLIPTextConfig,
   text_encoder_2: CLIPTextConfig | None,
   *,
-  image_size: int,
+  image_size: Size,
   guidance_scale: float = 7.5,
 ) -> LatentRewardConfig:
   """The latent reward model that starts as these networks of a text-to-image model.
@@ -169,8 +170,8 @@ class LatentRewardModel(nn.Module):
       cond = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, uncond)
     added = None
     if "pooled" in cond:
-      size = float(self.config.image_size)
-      sizes = jnp.asarray([[size, size, 0.0, 0.0, size, size]], jnp.float32)
+      size = sides(self.config.image_size)
+      sizes = jnp.asarray([[*size, 0, 0, *size]], jnp.float32)
       added = {"text_embeds": cond["pooled"], "time_ids": jnp.broadcast_to(sizes, (len(t), 6))}
     levels, middle = self.unet(latents, t, cond["hidden"], added)
     if guided:
