@@ -56,12 +56,13 @@ class LatentRewardConfig:
       )
     second = config.get("text_encoder_2")
     plain = {f.name for f in dataclasses.fields(cls)} - {"unet", "text_encoder", "text_encoder_2"}
-    own: dict[str, Any] = {k: v for k, v in config.items() if k in plain and v is not None}
+    given = {k: v for k, v in config.items() if k in plain and v is not None}
+    own: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     return cls(
       unet=UNetConfig.from_dict(config["unet"]),
       text_encoder=CLIPTextConfig.from_dict(config["text_encoder"]),
       text_encoder_2=None if second is None else CLIPTextConfig.from_dict(second),
-      **{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()},
+      **own,
     )
 
   def to_dict(self) -> dict[str, Any]:
