@@ -15,7 +15,7 @@ from jaxpref.training import build, loop, step
 
 def recipe(**fields):
   c = config.default()
-  c.update(objective="dpo", model="random:sd15-miniature", batch_size=2)
+  c.update(objective="dpo", model="random:one-level", batch_size=2)
   c.evaluation.num_prompts = 0
   with c.unlocked():
     c.update_from_flattened_dict(fields)
@@ -36,7 +36,7 @@ def test_only_what_is_trained_is_float32_under_bfloat16(rank):
 
 
 def test_untrained_weights_are_written_as_they_were_read(tmp_path):
-  original = pipelines.random_pipeline("sd15-miniature", 0).params
+  original = pipelines.random_pipeline("one-level", 0).params
   experiment = build.build(recipe(**{"dtype": "bfloat16", "lora.rank": 2}))
   experiment.export(experiment.params, tmp_path / "export")
   found = pipelines.load_pipeline(tmp_path / "export").params
@@ -51,7 +51,7 @@ def test_in_full_precision_nothing_is_read_again_to_be_written(tmp_path, monkeyp
   monkeypatch.setattr(loading, "load_text_to_image", None)
   experiment.export(experiment.params, tmp_path / "export")
   found = pipelines.load_pipeline(tmp_path / "export").params["vae"]
-  original = pipelines.random_pipeline("sd15-miniature", 0).params["vae"]
+  original = pipelines.random_pipeline("one-level", 0).params["vae"]
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, np.float16)), found, original)
 
 
@@ -77,7 +77,7 @@ def test_remat_reaches_the_network():
 
 def test_a_loss_without_a_reference_is_compared_with_the_base_model_all_the_same(monkeypatch):
   c = config.default()
-  c.update(objective="dpo", model="random:sd15-miniature")
+  c.update(objective="dpo", model="random:one-level")
   c.reference.mode = "update"
   moving = []
   monkeypatch.setattr(step, "make_halves", lambda *args, **options: moving.append(options["moving"]))
@@ -94,7 +94,7 @@ def test_a_loss_without_a_reference_is_compared_with_the_base_model_all_the_same
 @pytest.mark.parametrize("objective", ["spo", "spm"])
 @pytest.mark.parametrize("size", [7, 32, -2])
 def test_sizes_that_predictions_cannot_be_decoded_at_are_refused(objective, size):
-  c = recipe(objective=objective, preference_model="random:sd15-miniature", **{f"{objective}.decode_size": size})
-  said = f"config.{objective}.decode_size={size}; expected 0 .* or a multiple of 2 up to 16, the pixels of random:sd15"
+  c = recipe(objective=objective, preference_model="random:one-level", **{f"{objective}.decode_size": size})
+  said = f"config.{objective}.decode_size={size}; expected 0 .* or a multiple of 2 up to 16, the pixels of random:one"
   with pytest.raises(ValueError, match=said):
     build.build(c)

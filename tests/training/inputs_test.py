@@ -58,12 +58,12 @@ def pickapic_folder(tmp_path_factory):
 def quick(monkeypatch, tmp_path_factory):
   monkeypatch.setenv("JAXPREF_DATA_DIR", str(tmp_path_factory.getbasetemp() / "datasets"))
   monkeypatch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
-  monkeypatch.setitem(presets.PRESETS, "sd15-miniature", smaller(presets.SD15_MINIATURE))
+  monkeypatch.setitem(presets.PRESETS, "one-level", smaller(presets.ONE_LEVEL))
 
 
 def settings(**fields):
   c = config.default()
-  c.update(objective="dpo", num_steps=2, batch_size=4, model="random:sd15-miniature")
+  c.update(objective="dpo", num_steps=2, batch_size=4, model="random:one-level")
   c.evaluation.num_prompts = 0
   c.logging.every = 1
   c.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
@@ -78,7 +78,7 @@ def trained(tmp_path, **fields):
   return rows
 
 
-SPM = {"objective": "spm", "preference_model": "random:sd15-miniature", "data__ties": "keep"}
+SPM = {"objective": "spm", "preference_model": "random:one-level", "data__ties": "keep"}
 
 
 PAIR_SOURCES = ["tfds", "pairs_file", "rankings"]
@@ -115,13 +115,13 @@ def test_liked_images_are_trained_on(raw, tmp_path, source):
 
 def test_prompts_are_rolled_out(raw, tmp_path):
   fields = {"spo__num_inference_steps": 4, "spo__warmup_steps": 2, "spo__pool_size": 2, "spo__threshold": 0.0}
-  fields |= {"objective": "spo", "preference_model": "random:sd15-miniature", "batch_size": 2}
+  fields |= {"objective": "spo", "preference_model": "random:one-level", "batch_size": 2}
   trained(tmp_path, **fields, data__source="prompts", data__path=str(raw / "prompts.json"))
 
 
 def test_prompts_that_are_held_out_are_not_rolled_out(raw):
   tokenize = lambda captions: np.array([[sum(map(ord, c))] for c in captions], np.int32)  # noqa: E731
-  fields = {"objective": "spo", "preference_model": "random:sd15-miniature", "batch_size": 1}
+  fields = {"objective": "spo", "preference_model": "random:one-level", "batch_size": 1}
   fields |= {"data__source": "prompts", "data__path": str(raw / "prompts.json")}
   drawn = {}
   for split in ("train", "validation"):
@@ -135,7 +135,7 @@ def test_prompts_that_are_held_out_are_not_rolled_out(raw):
 
 
 def test_a_preference_model_is_measured_on_few_pairs_or_says_what_is_missing(raw):
-  fields = {"objective": "spm", "preference_model": "random:sd15-miniature", "evaluation__num_prompts": 8}
+  fields = {"objective": "spm", "preference_model": "random:one-level", "evaluation__num_prompts": 8}
   fields |= {"data__source": "pairs_file", "data__path": str(raw / "pairs.jsonl"), "batch_size": 8}
   with pytest.raises(ValueError, match="has no validation split to measure .* config.data.validation_share"):
     build.build(settings(**fields))
