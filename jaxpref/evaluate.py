@@ -265,7 +265,7 @@ def parse_models(specs: Sequence[str]) -> dict[str, Model]:
     loras: list[adapters.LoraFile] = []
     # A checkpoint's own name may have a plus in it, and a UNet may be a file.
     while not pathlib.Path(source).is_file() and (
-      part := re.fullmatch(r"(.+)\+(?!unet=)([^+]*\.safetensors(?::[^+/]*)?)", source)
+      part := re.fullmatch(rf"(.+)(?!{re.escape(loading.UNET)})\+([^+]*\.safetensors(?::[^+/]*)?)", source)
     ):
       source = part[1]
       loras.insert(0, adapters.parse_lora_file(part[2]))

@@ -123,7 +123,7 @@ def test_a_unet_that_has_moved_is_merged_from_where_it_is_now(base, tmp_path, mo
   with pytest.raises(SystemExit, match="where/it/was does not exist"):
     export.main(command)
   export.main([*command, f"--unet_model={place}"])
-  assert names == [f"random:sd15-miniature+unet={at}" for at in ("where/it/was", place)]
+  assert names == [f"random:sd15-miniature+unet={place}"]
   adapter = trained(params, 1)["unet_lora"]
   equal(pipelines.load_pipeline(tmp_path / "out").params["unet"], lora.merge_lora(halved, adapter, ALPHA / RANK))
 

@@ -34,9 +34,9 @@ def one_device(monkeypatch):
   monkeypatch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
 
 
-def recipe(model, **fields):
+def recipe(made, **fields):
   c = config.default()
-  c.update(objective="dpo", num_steps=1, batch_size=4, model=str(model[1]), model_config=str(model[2]))
+  c.update(objective="dpo", num_steps=1, batch_size=4, model=str(made[1]), model_config=str(made[2]))
   c.evaluation.num_prompts = 0
   c.logging.every = 1
   c.update_from_flattened_dict({"lora.rank": 2} | fields)
@@ -44,6 +44,7 @@ def recipe(model, **fields):
   return c
 
 
+@pytest.mark.slow
 def test_a_run_from_a_file_trains_goes_on_and_exports_a_folder(model, tmp_path, capsys):
   pipe, file, configs = model
   run = tmp_path / "run"

@@ -124,6 +124,35 @@ def _draw_text_to_image(
   return dataclasses.replace(pipe, params=params)
 
 
+def _replace_vae(
+  pipe: pipelines.Pipeline, vae_model: str, *, of: str, param_dtype: Any, sharding: pipelines.Sharding
+) -> pipelines.Pipeline:
+  """Returns a pipeline, by the name `of`, with another VAE; raises ValueError if that was made for another model."""
+  if (file := single_file.find(vae_model)) is not None:
+    params = single_file.load_alone(file, "vae", pipe.vae, param_dtype=param_dtype, sharding=sharding)
+    return dataclasses.replace(pipe, params={**pipe.params, "vae": params})
+  vae, params = pipelines.load_vae(vae_model, dtype=pipe.vae.dtype, param_dtype=param_dtype, sharding=sharding)
+  found, expected = ((c.latent_channels, c.downscale, c.scaling_factor) for c in (vae.config, pipe.vae.config))
+  if found != expected:
+    raise ValueError(
+      f"vae_model={vae_model}: latent channels, downscaling and scaling factor are {found}, those of {of} "
+      f"{expected}; choose a VAE that was made for this model."
+    )
+  return dataclasses.replace(pipe, vae=vae, params={**pipe.params, "vae": params})
+
+
+def _replace_unet(
+  pipe: pipelines.Pipeline, unet: str, *, param_dtype: Any, sharding: pipelines.Sharding, with_params: bool
+) -> pipelines.Pipeline:
+  """Returns a pipeline with another UNet; arguments as of `pipelines.replace_unet`, but that it may be in a file."""
+  if (file := single_file.find(unet)) is None:
+    return pipelines.replace_unet(pipe, unet, param_dtype=param_dtype, sharding=sharding, with_params=with_params)
+  params = {k: v for k, v in pipe.params.items() if k != "unet"}
+  if with_params:
+    params["unet"] = single_file.load_alone(file, "unet", pipe.unet, param_dtype=param_dtype, sharding=sharding)
+  return dataclasses.replace(pipe, params=params)
+
+
 def load_text_to_image(
   name: str,
   *,
@@ -134,7 +163,7 @@ def load_text_to_image(
   vae_model: str | None = None,
   components: Sequence[str] = pipelines.NETWORKS,
 ) -> pipelines.Pipeline:
-  """A pipeline by folder, hub name, shipped name, or `random:PRESET`; arguments as of `pipelines.load_pipeline`.
+  """A pipeline by a name as of this module; arguments as of `pipelines.load_pipeline`.
 
   Args:
     vae_model: folder or hub name of a VAE that takes the place of the pipeline's, or a file that holds one.
@@ -152,19 +181,7 @@ def load_text_to_image(
       name, dtype=dtype, seed=seed, param_dtype=param_dtype, sharding=sharding, components=others
     )
     of_vae = (lambda shapes: sharding({"vae": shapes})["vae"]) if callable(sharding) else sharding
-    if (file := single_file.find(vae_model)) is not None:
-      params = single_file.load_alone(file, "vae", pipe.vae, param_dtype=param_dtypes["vae"], sharding=of_vae)
-      return dataclasses.replace(pipe, params={**pipe.params, "vae": params})
-    vae, params = pipelines.load_vae(
-      vae_model, dtype=jnp.dtype(dtype), param_dtype=param_dtypes["vae"], sharding=of_vae
-    )
-    found, expected = ((c.latent_channels, c.downscale, c.scaling_factor) for c in (vae.config, pipe.vae.config))
-    if found != expected:
-      raise ValueError(
-        f"vae_model={vae_model}: latent channels, downscaling and scaling factor are {found}, those of {name} "
-        f"{expected}; choose a VAE that was made for this model."
-      )
-    return dataclasses.replace(pipe, vae=vae, params={**pipe.params, "vae": params})
+    return _replace_vae(pipe, vae_model, of=name, param_dtype=param_dtypes["vae"], sharding=of_vae)
   base, unet = split_unet(name)
   if unet:
     of_unet = (lambda shapes: sharding({"unet": shapes})["unet"]) if callable(sharding) else sharding
@@ -172,16 +189,8 @@ def load_text_to_image(
     pipe = load_text_to_image(
       base, dtype=dtype, seed=seed, param_dtype=param_dtypes, sharding=sharding, components=others
     )
-    if (file := single_file.find(unet)) is not None:
-      params = dict(pipe.params)
-      if "unet" in components:
-        params["unet"] = single_file.load_alone(
-          file, "unet", pipe.unet, param_dtype=param_dtypes["unet"], sharding=of_unet
-        )
-      return dataclasses.replace(pipe, params=params)
-    return pipelines.replace_unet(
-      pipe, unet, param_dtype=param_dtypes["unet"], sharding=of_unet, with_params="unet" in components
-    )
+    read = "unet" in components
+    return _replace_unet(pipe, unet, param_dtype=param_dtypes["unet"], sharding=of_unet, with_params=read)
   if (checkpoint := checkpoint_of(name)) is not None:
     return single_file.load(
       *checkpoint, dtype=jnp.dtype(dtype), param_dtype=param_dtypes, sharding=sharding, components=components
@@ -210,9 +219,14 @@ def look_for_parts(name: str, vae_model: str | None) -> None:
   Raises:
     FileNotFoundError, ValueError: as `load_text_to_image`, before anything large is read.
   """
-  if vae_model and single_file.find(vae_model) is None:
+  unet = split_unet(name)[1]
+  if vae_model and (file := single_file.find(vae_model)) is not None:
+    single_file.check_alone(file, "vae")
+  elif vae_model:
     pipelines.vae_folder(vae_model)
-  if (unet := split_unet(name)[1]) and single_file.find(unet) is None:
+  if unet and (file := single_file.find(unet)) is not None:
+    single_file.check_alone(file, "unet")
+  elif unet:
     folders.read_json(pipelines.unet_folder(unet) / "config.json")
 
 

@@ -213,6 +213,11 @@ def pieces(component: str, shapes: Shapes, config: UNetConfig | VAEConfig | CLIP
   return _converter(component, has)(shapes, prefix, config)
 
 
+def holds(component: str, shapes: Shapes) -> bool:
+  """Returns whether a file holds a UNet or a VAE, for `pieces_alone`."""
+  return any(name in shapes for name in ALONE[component]) or place(component, shapes) is not None
+
+
 def pieces_alone(component: str, shapes: Shapes, config: UNetConfig | VAEConfig) -> Pieces:
   """Returns the same of a whole checkpoint, or of a file of one UNet or VAE, also in the layout of diffusers."""
   if any(name in shapes for name in ALONE[component]):

@@ -284,6 +284,18 @@ def weight_files(file: pathlib.Path, folder: tensors.Path | None) -> dict[str, l
   return parts(file, shapes, there, folder)
 
 
+def check_alone(file: pathlib.Path, component: str) -> Shapes:
+  """Returns the shapes of a file's tensors; raises ValueError unless it holds a "unet" or a "vae", alone or not."""
+  shapes = tensors.read_shapes(file)
+  if not original_layout.holds(component, shapes):
+    kind, expected = _kind(shapes), _CALLED[component].replace("its", "a")
+    said = f"is {kind}" if kind else "holds other tensors"
+    raise ValueError(
+      f"{file} {said}, expected {expected} in the layout of diffusers or of the original code; choose another file."
+    )
+  return shapes
+
+
 def load_alone(
   file: pathlib.Path, component: str, module: Any, *, param_dtype: Any = jnp.float32, sharding: tensors.Sharding = None
 ) -> tensors.Tree:
@@ -298,14 +310,8 @@ def load_alone(
   Raises:
     ValueError: it does not hold such a network.
   """
-  shapes = tensors.read_shapes(file)
+  shapes = check_alone(file, component)
   pieces = original_layout.pieces_alone(component, shapes, module.config)
-  if not pieces:
-    kind, expected = _kind(shapes), _CALLED[component].replace("its", "a")
-    said = f"is {kind}" if kind else "holds other tensors"
-    raise ValueError(
-      f"{file} {said}, expected {expected} in the layout of diffusers or of the original code; choose another file."
-    )
   own = _CALLED[component].replace("its", "the model's own")
   part = tensors.Part(file, _CALLED[component], own, "choose one that was made for this model", pieces)
   tree = presets.abstract_params(module)

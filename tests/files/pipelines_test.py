@@ -300,8 +300,11 @@ def test_missing_folder_and_files(sd15, tmp_path):
   with pytest.raises(FileNotFoundError, match="model folder .*nowhere does not exist"):
     pipelines.load_pipeline(tmp_path / "nowhere")
   (tmp_path / "model.ckpt").write_bytes(b"")
-  with pytest.raises(FileNotFoundError, match="is a file, expected a model folder"):
+  with pytest.raises(ValueError, match="model.ckpt is a pickle, which can run code and is never loaded"):
     pipelines.load_pipeline(tmp_path / "model.ckpt")
+  (tmp_path / "model.txt").write_bytes(b"")
+  with pytest.raises(FileNotFoundError, match="is a file, expected a model folder"):
+    pipelines.load_pipeline(tmp_path / "model.txt")
   (tmp_path / "empty").mkdir()
   with pytest.raises(FileNotFoundError, match="model_index.json is missing"):
     pipelines.load_pipeline(tmp_path / "empty")

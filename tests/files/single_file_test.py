@@ -1,6 +1,7 @@
 """Checkpoints in one file: what diffusers loads of them, too, what tells their topology, and what is refused."""
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -70,6 +71,14 @@ class Made:
     kept = {k: v.astype(dtype) for k, v in self.tensors.items() if not k.startswith(tuple(without))}
     safetensors.numpy.save_file(kept | more, file)
     return file
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shapes_once():
+  """The shapes of a network's parameters, which each loading asks for, are traced once."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(presets, "abstract_params", functools.cache(presets.abstract_params))
+    yield
 
 
 @pytest.fixture(scope="module")
