@@ -1,4 +1,4 @@
-"""Ten steps of each objective on a mesh, in this process or as one of several; what mesh_test.py compares.
+"""Six steps of each objective on a mesh, in this process or as one of several; what mesh_test.py compares.
 
     python -m tests.mesh_run FOLDER DATA,FSDP,TENSOR OBJECTIVES [PORT NUM_PROCESSES PROCESS_ID]
 
@@ -13,7 +13,7 @@ from unittest import mock
 import jax
 
 OBJECTIVES = ("dpo", "tdpo", "spo", "grpo", "spm")
-STEPS = 10
+STEPS = 6
 LEARNING_RATE = 1e-4
 
 

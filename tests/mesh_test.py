@@ -1,4 +1,4 @@
-"""The same training on any mesh and any number of processes: losses and parameters of ten steps of every objective."""
+"""The same training on any mesh and any number of processes: losses and parameters of six steps of every objective."""
 
 import functools
 import json

@@ -27,6 +27,19 @@ CLASSES = {
   "sd15-miniature": diffusers.StableDiffusionPipeline,
   "sdxl-miniature": diffusers.StableDiffusionXLPipeline,
 }
+# Of the miniatures' topology, whose UNets are compared in models/unet_test.py, with as few levels as show what is asked.
+_SDXL_UNET = dataclasses.replace(
+  presets.SDXL_MINIATURE.unet,
+  down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+  up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+  block_out_channels=(16, 32),
+  transformer_layers_per_block=(1, 1),
+  attention_head_dim=(1, 2),
+)
+PRESETS = {
+  "sd15-miniature": presets.ONE_LEVEL,
+  "sdxl-miniature": dataclasses.replace(presets.SDXL_MINIATURE, unet=_SDXL_UNET),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,7 +57,7 @@ def text_model():
 @pytest.fixture(scope="module", params=list(CLASSES))
 def models(request, tmp_path_factory):
   """(our model, its weights, our pipeline, diffusers' pipeline) of the same random weights."""
-  pipe = pipelines.random_pipeline(request.param, 3)
+  pipe = pipelines.random_pipeline(PRESETS[request.param], 3)
   folder = pipelines.save_pipeline(tmp_path_factory.mktemp(request.param) / "model", pipe)
   theirs = CLASSES[request.param].from_pretrained(folder, dtype=torch.float32)
   theirs.set_progress_bar_config(disable=True)
