@@ -206,7 +206,7 @@ def load_text_to_image(
       seed,
       dtype=jnp.dtype(dtype),
       init=initialiser(name),
-      components=components,
+      components=tuple(components),
     )
     chosen = {k: v for k, v in pipe.params.items() if k in components}
     params = {k: jax.tree.map(lambda x, k=k: x.astype(param_dtypes[k]), v) for k, v in chosen.items()}
