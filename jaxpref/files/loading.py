@@ -200,8 +200,13 @@ def load_text_to_image(
       return _draw_text_to_image(
         name, dtype=jnp.dtype(dtype), seed=seed, param_dtypes=param_dtypes, sharding=sharding, components=components
       )
+    known = name.partition(":")[2]
     pipe = pipelines.random_pipeline(
-      preset, seed, dtype=jnp.dtype(dtype), init=initialiser(name), components=components
+      known if known in presets.PRESETS else preset,
+      seed,
+      dtype=jnp.dtype(dtype),
+      init=initialiser(name),
+      components=tuple(components),
     )
     chosen = {k: v for k, v in pipe.params.items() if k in components}
     params = {k: jax.tree.map(lambda x, k=k: x.astype(param_dtypes[k]), v) for k, v in chosen.items()}
