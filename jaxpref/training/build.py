@@ -93,6 +93,7 @@ def look_for(config: Config) -> None:
   Raises:
     FileNotFoundError, ValueError, OSError: one sentence on what is missing, that of what would load it.
   """
+  catalog.try_losses(config)
   inputs.look_for(config)
   facts = catalog.method(config).facts
   if facts.trains not in ("clip", "judge"):  # which start from nothing

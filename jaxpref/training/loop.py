@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
@@ -24,6 +25,7 @@ from jaxpref.data import batching, lease
 from jaxpref.devices import chips, distributed, endings, sharding
 from jaxpref.models.attention import cuda_capability
 from jaxpref.objectives import catalog
+from jaxpref.recipes import sizes
 from jaxpref.training import build, checkpoint, host, monitor, optim, step, validation
 from jaxpref.training import metrics as metrics_lib
 from jaxpref.training import watch as watch_lib
@@ -161,6 +163,38 @@ def compile_step(
   return jitted.lower(*arguments).compile()
 
 
+def _try_own(
+  config: Config, experiment: build.Experiment, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> None:
+  """Tries what is one's own: an objective on shapes alone, rewards on two blank pictures of each process.
+
+  Raises:
+    ValueError: one sentence on what is wrong with it.
+  """
+  rewards = () if experiment.reward is None else experiment.reward.host
+  if rewards:
+    assert experiment.model is not None
+    first, sides = 2 * jax.process_index(), sizes.sides(experiment.model.image_size)
+    blank = {first + i: np.full((*sides, 3), 255 * i, np.uint8) for i in range(2)}
+    host.score(rewards, blank, experiment.captions()[:1] * 2 * jax.process_count())
+  if ":" not in config.objective:
+    return
+  state = jax.eval_shape(state_initializer(experiment, optimizer), experiment.params)
+  with contextlib.closing(experiment.batches()) as batches:
+    rows = next(batches)
+  batch = {k: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype) for k, x in rows.items()}
+  checked: Any = catalog.Checked(experiment.objective, config.objective, batch)
+  tried = dataclasses.replace(experiment, objective=checked)
+  draw, learn = (sharding.on_mesh(mesh, half) for half in make_halves(config, tried, optimizer, mesh))
+  drawn = jax.eval_shape(draw, state, experiment.frozen, batch)
+  scores = {}
+  if rewards:
+    if drawn.images is None:
+      raise ValueError(f"config.objective={config.objective}: its rollout draws no images; config.reward needs them.")
+    scores = {r.name: jax.ShapeDtypeStruct(drawn.images.shape[:1], np.float32) for r, _ in rewards}
+  jax.eval_shape(learn, state, experiment.frozen, batch, drawn, scores)
+
+
 def _memory(train_step: Any) -> str:
   """What a compiled step takes of each device, in words; "" where the compiler does not say."""
   programs = train_step.programs if isinstance(train_step, host.Iteration) else {"": train_step}
@@ -216,6 +250,7 @@ def _run(
   experiment = build.build(
     config, functools.partial(sharding.tree_shardings, mesh), batch_devices=sharding.batch_devices(mesh)
   )
+  _try_own(config, experiment, optimizer, mesh)
   batches = experiment.batches()
   # Nothing was written so far, and what could be wrong with the config has been found.
   if jax.process_index() == 0 and not (folder / "config.json").exists():
