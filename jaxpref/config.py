@@ -9,6 +9,8 @@ None has a type but no value, and can be set on the command line. In a field tha
 import dataclasses
 import math
 import re
+import types
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -37,8 +39,8 @@ SPLITS = ("train", "validation", "test")
 
 
 OWN_LOSS = (
-  "a function of (reward_w, reward_l, *, beta, weight), arrays [B] of which weight may be None, that computes floats [B] "
-  "by jax.numpy, without Python's if on their values"
+  "a function of (reward_w, reward_l, *, beta, weight), arrays [B] of which weight may be None, that computes floats "
+  "[B] by jax.numpy, without Python's if on their values"
 )
 
 
@@ -692,6 +694,17 @@ def names(config: ml_collections.ConfigDict | None = None, prefix: str = "") -> 
   for key, value in (default() if config is None else config).items():
     nested = isinstance(value, ml_collections.ConfigDict)
     found += names(value, f"{prefix}{key}.") if nested else [prefix + key]
+  return found
+
+
+def optional_names(kind: type, prefix: str = "") -> list[str]:
+  """Returns dotted names of the fields of a dataclass that may be None."""
+  found: list[str] = []
+  for name, of_field in typing.get_type_hints(kind).items():
+    if isinstance(of_field, type) and dataclasses.is_dataclass(of_field):
+      found += optional_names(of_field, f"{prefix}{name}.")
+    elif types.NoneType in typing.get_args(of_field):
+      found.append(prefix + name)
   return found
 
 

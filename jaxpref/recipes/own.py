@@ -1,4 +1,4 @@
-"""Code of one's own, by package.module:Name: how it is found, and how its errors become one sentence with their place."""
+"""Code of one's own, by package.module:Name: how it is found, and how its errors become one sentence."""
 
 import contextlib
 import difflib

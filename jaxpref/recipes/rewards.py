@@ -34,8 +34,8 @@ def terms_of(text: str, given: str) -> dict[str, float]:
     spec, weight = _split(term.strip())
     if ":" in spec and "=" not in spec and not is_own(spec):
       raise ValueError(
-        f"{given}: {spec!r} is neither NAME:WEIGHT with a number for weight, nor package.module:function; expected terms "
-        "with commas between them, such as pickscore:1,aesthetic:0.1."
+        f"{given}: {spec!r} is neither NAME:WEIGHT, with a number for weight, nor package.module:function; expected "
+        "such terms with commas between them, pickscore:1,aesthetic:0.1 say."
       )
     if not spec or spec in found or not math.isfinite(weight) or not weight:
       raise ValueError(

@@ -3,13 +3,11 @@
 `terms` loads the same sums for training, where the networks run in the graph of a step.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxpref.devices import sharding

@@ -25,7 +25,8 @@ from jaxpref.data import batching, lease
 from jaxpref.devices import chips, distributed, endings, sharding
 from jaxpref.models.attention import cuda_capability
 from jaxpref.objectives import catalog
-from jaxpref.recipes import sizes
+from jaxpref.recipes import own, sizes
+from jaxpref.recipes.rewards import of_preference_model, reward_terms
 from jaxpref.training import build, checkpoint, host, monitor, optim, step, validation
 from jaxpref.training import metrics as metrics_lib
 from jaxpref.training import watch as watch_lib
@@ -195,6 +196,13 @@ def _try_own(
   jax.eval_shape(learn, state, experiment.frozen, batch, drawn, scores)
 
 
+def _own_versions(config: Config) -> dict[str, str]:
+  """The versions of what is one's own in a config, by package.module:Name."""
+  named = [config.objective, config.loss.name, config.family]
+  named += reward_terms(config) if catalog.method(config).facts.online else []
+  return {spec: found for spec in named if own.is_own(spec) and (found := own.version(spec))}
+
+
 def _memory(train_step: Any) -> str:
   """What a compiled step takes of each device, in words; "" where the compiler does not say."""
   programs = train_step.programs if isinstance(train_step, host.Iteration) else {"": train_step}
@@ -233,6 +241,10 @@ def run(config: AnyConfig, workdir: str) -> dict[str, Any]:
   folder = pathlib.Path(workdir)
   _check_folder(config, folder)  # before anything is written into it
   build.look_for(config)
+  if online and config.preference_model and not of_preference_model(reward_terms(config)):
+    _say(
+      f"config.preference_model={config.preference_model} is not used: config.reward={config.reward} does not name it"
+    )
   with lease.hold(folder) as held:
     _check_folder(config, folder)  # it may have changed until now
     return _run(config, folder, mesh, held, goodput)
@@ -261,6 +273,11 @@ def _run(
   if jax.process_index() == 0:  # what is there can be continued, so the fields that may change hold from here on
     _set_results_aside(folder, config.num_steps)
     checkpoint.claim_workdir(folder, config.to_dict(), may_change=may_change(config), usual=_usual(config))
+    if changed := checkpoint.note_own_code(folder, _own_versions(config)):
+      _say(
+        f"warning: the module of {', '.join(changed)} has changed since this run began; it goes on with the module as "
+        "it is now; choose another --workdir to begin again."
+      )
   num_params = sum(x.size for x in jax.tree.leaves(training.state.params))
   _say(
     f"{config.objective}: {num_params:,} trained parameters, {len(jax.devices())} x {jax.devices()[0].device_kind}, "
