@@ -39,8 +39,8 @@ SPLITS = ("train", "validation", "test")
 
 
 OWN_LOSS = (
-  "a function of (reward_w, reward_l, *, beta, weight), arrays [B] of which weight may be None, that computes floats "
-  "[B] by jax.numpy, without Python's if on their values"
+  "a function of (reward_w, reward_l, *, beta, weight) that computes floats [B] of arrays [B] by jax.numpy, without "
+  "Python's if on their values (weight may be None)"
 )
 
 

@@ -248,7 +248,8 @@ def get(name: str, field: str = "config.family") -> Family:
   """
   if ":" not in name:
     if name not in FAMILIES:
-      expected = f"one of {', '.join(FAMILIES)}, or package.module:NAME of a family of your own{own.hint(name)}"
+      near = f" such as {name.rpartition('.')[0]}:{name.rpartition('.')[2]}" if own.hint(name) else ""
+      expected = f"one of {', '.join(FAMILIES)}, or package.module:NAME of one of your own{near}"
       raise ValueError(f"{field}={name!r}; expected {expected}.")
     return FAMILIES[name]
   found = load_named(name, field, "NAME")

@@ -34,14 +34,14 @@ def is_own(spec: str) -> bool:
 
 
 def hint(name: str) -> str:
-  """Returns " (one of your own is ...)" for a name that is written with a dot where the colon belongs, else "".
+  """Returns how one of one's own is written, for a name with a dot where the colon belongs; else "".
 
   >>> hint("mine.losses.focal")
-  ' (one of your own is package.module:NAME, such as mine.losses:focal)'
+  ' (one of your own is package.module:NAME: mine.losses:focal)'
   """
   module, _, last = name.rpartition(".")
   spec = f"{module}:{last}"
-  return f" (one of your own is package.module:NAME, such as {spec})" if is_own(spec) else ""
+  return f" (one of your own is package.module:NAME: {spec})" if is_own(spec) else ""
 
 
 def import_module(name: str, given: str, what: str) -> ModuleType:
@@ -94,11 +94,13 @@ def check_function(found: Any, given: str, expected: str, *arguments: Any, **nam
     what = f"the class {found.__name__}" if isinstance(found, type) else f"of type {type(found).__name__}"
     raise OwnCodeError(f"{given} is {what}; expected {expected}.")
   try:
-    inspect.signature(found).bind(*arguments, **named)
-  except TypeError as error:
-    raise OwnCodeError(f"{given}: {error}{defined_at(found)}; expected {expected}.") from error
+    signature = inspect.signature(found)
   except ValueError:  # of C, which does not say
-    pass
+    return
+  try:
+    signature.bind(*arguments, **named)
+  except TypeError as error:
+    raise OwnCodeError(f"{given} takes {signature}{defined_at(found)}; expected {expected}.") from error
 
 
 @contextlib.contextmanager

@@ -266,7 +266,8 @@ def _numbers(spec: str, function: Callable[..., Any]) -> ScoreFn:
     except Exception as error:  # of arrays of other libraries, and rows of several lengths
       found, reason = np.asarray(None), f" ({error})"
     if not any(jnp.issubdtype(found.dtype, kind) for kind in (np.bool_, np.integer, np.floating)):
-      what = f"{found.dtype} numbers" if found.dtype.kind == "c" else f"a {type(returned).__name__}"
+      kinds = {"c": "complex numbers", "U": "texts", "S": "texts"}
+      what = kinds.get(found.dtype.kind) or ("None" if returned is None else f"a {type(returned).__name__}")
       raise ValueError(
         f"scorer {spec} returned {what}{reason}{own.defined_at(function)} for {len(images)} images, expected as many "
         "real numbers; return one score an image."

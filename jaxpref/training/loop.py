@@ -167,7 +167,7 @@ def compile_step(
 def _try_own(
   config: Config, experiment: build.Experiment, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> None:
-  """Tries what is one's own: an objective on shapes alone, rewards on two blank pictures of each process.
+  """Tries what is one's own: an objective or family on shapes alone, rewards on two blank pictures of each process.
 
   Raises:
     ValueError: one sentence on what is wrong with it.
@@ -178,14 +178,31 @@ def _try_own(
     first, sides = 2 * jax.process_index(), sizes.sides(experiment.model.image_size)
     blank = {first + i: np.full((*sides, 3), 255 * i, np.uint8) for i in range(2)}
     host.score(rewards, blank, experiment.captions()[:1] * 2 * jax.process_count())
-  if ":" not in config.objective:
-    return
+  if ":" in config.objective:
+    _try_step(config, experiment, optimizer, mesh)
+  elif ":" in config.family:
+    with own.calling(
+      f"config.family={config.family}: the training step of {config.objective} with its model",
+      config.family,
+      "a jaxpref.models.base.Model",
+      experiment.model,
+    ):
+      _try_step(config, experiment, optimizer, mesh)
+
+
+def _try_step(
+  config: Config, experiment: build.Experiment, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> None:
+  """Traces the training step, with an objective of one's own checked."""
+  rewards = () if experiment.reward is None else experiment.reward.host
   state = jax.eval_shape(state_initializer(experiment, optimizer), experiment.params)
   with contextlib.closing(experiment.batches()) as batches:
     rows = next(batches)
   batch = {k: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype) for k, x in rows.items()}
-  checked: Any = catalog.Checked(experiment.objective, config.objective, batch)
-  tried = dataclasses.replace(experiment, objective=checked)
+  tried = experiment
+  if ":" in config.objective:
+    checked: Any = catalog.Checked(experiment.objective, config.objective, batch)
+    tried = dataclasses.replace(experiment, objective=checked)
   draw, learn = (sharding.on_mesh(mesh, half) for half in make_halves(config, tried, optimizer, mesh))
   drawn = jax.eval_shape(draw, state, experiment.frozen, batch)
   scores = {}
