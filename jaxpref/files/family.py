@@ -280,12 +280,17 @@ def _check_function(found: Any, of_family: Any, given: str) -> None:
   own.check_function(found, given, expected, *[None] * (len(always) - len(named)), **named)
 
 
-def opened(config_family: str) -> "contextlib.AbstractContextManager[None]":
-  """Says in one sentence what a family of one's own raises in the block, which opens a model with it."""
-  if ":" not in config_family:
+def opened(name: str, field: str = "config.family") -> contextlib.AbstractContextManager[None]:
+  """Says in one sentence what a family of one's own raises in the block, which opens a model with it.
+
+  Args:
+    name, field: as of `get`.
+  """
+  if ":" not in name:
     return contextlib.nullcontext()
-  given = f"config.family={config_family}: opening its model"
-  return own.calling(given, config_family, "a pipeline and its model, or a ValueError that says what is wrong")
+  return own.calling(
+    f"{field}={name}: opening its model", name, "a pipeline and its model, or a ValueError that says what is wrong"
+  )
 
 
 def save_trained(
