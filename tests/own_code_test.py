@@ -164,7 +164,7 @@ def mean(images, prompts):
 def few(images, prompts):
   return [1.0]
 
-def nan(images, prompts):
+def no_number(images, prompts):
   return [float("nan")] * len(images)
 
 def texts(images, prompts):
@@ -215,7 +215,7 @@ def line_of(text):
 def recipe(**fields):
   config = config_lib.default()
   for name in ("objective", "loss__name", "family", "reward"):
-    if ":" in (value := fields.get(name, "")) and "." not in value:
+    if (value := fields.get(name, "")).startswith(":"):
       fields[name] = f"own_sample{value}"
   config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
   config_lib.fill_options(config, config.objective)
@@ -498,7 +498,11 @@ def try_reward(name):
   ("name", "sentence", "line"),
   [
     ("few", "returned numbers of shape [1] for 2 images", None),
-    ("nan", "gives nan to 2 of 2 images, the first of them number 0, expected finite scores; mend the function.", None),
+    (
+      "no_number",
+      "gives nan to 2 of 2 images, the first of them number 0, expected finite scores; mend the function.",
+      None,
+    ),
     ("texts", "returned texts", "def texts"),
     ("none", "returned None", "def none"),
     ("complex_numbers", "returned complex numbers", "def complex"),

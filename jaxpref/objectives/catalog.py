@@ -215,8 +215,6 @@ def make(config: Config, model: Model, scorer: Scorer = None) -> Any:
 
 # ---- Methods of one's own ---------------------------------------------------------------------------------------
 
-_FUNCTIONS = ("make", "reference", "images", "updates")
-
 
 def _own(spec: str) -> Method:
   """A method of one's own, whose functions say in one sentence what is wrong with them."""
@@ -237,7 +235,13 @@ def _own(spec: str) -> Method:
 
     return call
 
-  return dataclasses.replace(found, **{name: guarded(name) for name in _FUNCTIONS})
+  return dataclasses.replace(
+    found,
+    make=guarded("make"),
+    reference=guarded("reference"),
+    images=guarded("images"),
+    updates=guarded("updates"),
+  )
 
 
 def _check_objective(objective: Any, of: Facts, given: str) -> None:

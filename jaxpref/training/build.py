@@ -249,8 +249,7 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
   if config.data.source == "precomputed":
     inputs.open_precomputed(config)
   pipe = _load(config, sharding, trained=components, components=networks(config))
-  with families.opened(config.family):
-    frozen = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
+  frozen = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
   adapter, scale = initial_adapter(config, pipe), 1.0
   params = {name: frozen[name] for name in components}
   if adapter is not None:
