@@ -172,12 +172,15 @@ def parse_flags(argv: list[str]) -> list[str]:
     _check_arguments(argv)
     recipe = flags.FLAGS["config"]
     recipe.parser = _RecipeParser(recipe.parser, argv)
+    argv, emptied = _without_nones(argv)
     before = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # what is warned of here is said below
     rest = flags.FLAGS(argv)
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(before)
     _check_recipes(argv)
+    for name in emptied:
+      _empty(flags.FLAGS["config"].value, name)
     return rest
   except (flags.Error, ValueError) as error:
     if (where := _line_of_recipe(error, argv)) is not None:
@@ -195,6 +198,45 @@ def parse_flags(argv: list[str]) -> list[str]:
     if (where := _line_of_recipe(error, argv)) is None:
       raise
     sys.exit(f"error: {where}")
+
+
+def _without_nones(argv: list[str]) -> tuple[list[str], list[str]]:
+  """Returns a command line without fields that may be None and are set to it, which flags cannot, and their names.
+
+  Of a field that is given twice the last counts.
+  """
+  optional = {f"config.{name}" for name in config_lib.optional_names(config_lib.Config)}
+  last = {name: value for name, value in _options(argv) if value is not None}
+  may = lambda name: name in optional or name.startswith("config.options.")  # which are known later
+  emptied = [name for name, value in last.items() if value == "None" and may(name)]
+  kept, following = argv[:1], iter(argv[1:])
+  for argument in following:
+    name, equals, _ = argument.lstrip("-").partition("=")
+    if not (argument.startswith("-") and name in emptied):
+      kept.append(argument)
+    elif not equals:
+      next(following)
+  return kept, emptied
+
+
+def _empty(config: ml_collections.ConfigDict, name: str) -> None:
+  """Sets a field to None; an option that is a text and cannot be None, to that text.
+
+  Raises:
+    ValueError: it cannot be None.
+  """
+  section, _, field = name.removeprefix("config.").rpartition(".")
+  inside = config
+  for part in filter(None, section.split(".")):
+    inside = inside[part]
+  kind = config_lib.options_class(config.objective)
+  known = config_lib.optional_names(kind) if kind is not None else []
+  if section == "options" and field not in known and inside[field] is not None:
+    if not isinstance(inside[field], str):
+      raise ValueError(f"--{name}=None; expected a value such as {inside[field]!r}, as this option cannot be None.")
+    inside[field] = "None"
+  else:
+    inside[field] = None
 
 
 def _options(argv: list[str]) -> list[tuple[str, str | None]]:

@@ -9,7 +9,9 @@ None has a type but no value, and can be set on the command line. In a field tha
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+import types
+import typing
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import ml_collections
@@ -21,12 +23,12 @@ from jaxpref.recipes.facts import (
   SOURCES,
   Facts,
   facts,
-  load_named,
   own_method,
 )
+from jaxpref.recipes.own import calling, check_function, hint, load_named
 from jaxpref.recipes.places import Place
 from jaxpref.recipes.rewards import LATENT, PREFERENCE_MODEL, is_function, is_latent, of_preference_model, reward_terms
-from jaxpref.recipes.sections import Section, convert, fields, read
+from jaxpref.recipes.sections import Section, convert, fields, nearest, read
 from jaxpref.recipes.sizes import MAX_PIXELS, is_size
 
 REMAT = ("none", "attention", "block", "full")
@@ -34,6 +36,23 @@ OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
 STYLES = ("twemoji", "noto", "openmoji")  # of the embedded emoji
 SPLITS = ("train", "validation", "test")
+
+
+OWN_LOSS = (
+  "a function of (reward_w, reward_l, *, beta, weight) that computes floats [B] of arrays [B] by jax.numpy, without "
+  "Python's if on their values (weight may be None)"
+)
+
+
+def own_loss(spec: str) -> Callable[..., Any]:
+  """Returns the function of a loss of one's own, package.module:function.
+
+  Raises:
+    OwnCodeError: there is none, or it takes other arguments.
+  """
+  found = load_named(spec, "config.loss.name", "function")
+  check_function(found, f"config.loss.name={spec}", OWN_LOSS, None, None, beta=1.0, weight=None)
+  return found
 
 
 # ---- Sections -----------------------------------------------------------------------------------------------------
@@ -190,10 +209,13 @@ class Loss(Section):
     self.require(mu is None or 0.0 <= mu <= 1.0, "safeguard", "None or a number in [0, 1]")
 
   def check_with(self, config: "Config", of: Facts) -> None:
+    known = {"denoised": DENOISED_LOSSES, "pair": PAIR_LOSSES}.get(of.losses, PAIR_LOSSES[:1])
     if ":" not in self.name:
-      self.one_of("name", {"denoised": DENOISED_LOSSES, "pair": PAIR_LOSSES}.get(of.losses, PAIR_LOSSES[:1]))
+      of_its_own = "" if of.losses else f": {config.objective} has a loss of its own"
+      near = nearest(self.name, known) or hint(self.name)
+      self.require(self.name in known, "name", f"one of {', '.join(known)}{of_its_own or near}")
     elif of.losses:
-      load_named(self.name, "config.loss.name", "function")
+      own_loss(self.name)
     else:
       self.require(False, "name", f"sigmoid: {config.objective} has a loss of its own")
     smoothed = bool(of.losses) and self.name in ("sigmoid", "robust")
@@ -577,8 +599,6 @@ class Config(Section):
     kind = "step-aware preference model" if of.section == "spo" else "preference model"
     kind = "latent reward model" if LATENT in terms else kind
     self.require(given or not (of.scorer and terms), "preference_model", f"the folder of a {kind}")
-    unused = of.online and given and not terms
-    self.require(not unused, "preference_model", "None, as config.reward does not name preference_model")
 
   def sections(self) -> list[Section]:
     values = (getattr(self, field.name) for field in dataclasses.fields(self))
@@ -677,6 +697,17 @@ def names(config: ml_collections.ConfigDict | None = None, prefix: str = "") -> 
   return found
 
 
+def optional_names(kind: type, prefix: str = "") -> list[str]:
+  """Returns dotted names of the fields of a dataclass that may be None."""
+  found: list[str] = []
+  for name, of_field in typing.get_type_hints(kind).items():
+    if isinstance(of_field, type) and dataclasses.is_dataclass(of_field):
+      found += optional_names(of_field, f"{prefix}{name}.")
+    elif types.NoneType in typing.get_args(of_field):
+      found.append(prefix + name)
+  return found
+
+
 def to_dict(config: AnyConfig) -> dict[str, Any]:
   """Returns nested plain values, for `config.json`."""
   return config.to_dict()
@@ -693,10 +724,24 @@ def check(config: AnyConfig) -> None:
   for part in (whole, *whole.sections()):
     part.counts()
     part.check()
-  if not isinstance(whole.options, Section) and hasattr(whole.options, "check"):
-    whole.options.check()
+  _check_options(whole)
   for part in (*whole.sections(), whole):
     part.check_with(whole, of)
+
+
+def _check_options(config: Config) -> None:
+  """Refuses options of an objective that are no numbers, then by the check of their own class."""
+  options, kind = config.options, options_class(config.objective)
+  usual = {field.name: field.default for field in dataclasses.fields(options)}
+  for name, value in dataclasses.asdict(options).items():
+    # Infinity may be what a class says itself.
+    if isinstance(value, float) and not math.isfinite(value) and (math.isnan(value) or value != usual[name]):
+      raise ValueError(f"config.options.{name}={value!r}; expected a finite number.")
+  if kind is not None and hasattr(options, "check"):
+    given = f"config.objective={config.objective}: the check of its options"
+    expected = "a ValueError whose sentence begins with config.options, where something is wrong"
+    with calling(given, config.objective, expected, options.check):
+      options.check()
 
 
 def parse_steps(text: str) -> tuple[int, int]:

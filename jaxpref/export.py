@@ -74,7 +74,8 @@ def export(
   if unet_model is not None:
     config.unet_model = unet_model
   name = loading.model_name(config)
-  if config_lib.facts(config).trains != "denoiser":
+  # Of an objective of one's own the weights say it, so that its module need not be there.
+  if ":" not in config.objective and config_lib.facts(config).trains != "denoiser":
     raise ValueError(
       f"{run} trained config.objective={config.objective!r}, expected one of {', '.join(TEXT_TO_IMAGE)}; a finished "
       "run of another objective has its model in export/."
@@ -94,6 +95,8 @@ def export(
   params, step = checkpoint.load_params(run, step)
   end = "" if step == config.num_steps else f"; it is not the end of the run, which is step {config.num_steps}"
   print(f"exporting step {step} of {run}{end}", file=sys.stderr)
+  if not {of.denoiser, f"{of.denoiser}_lora"} & set(params):
+    raise ValueError(f"{run} trained {', '.join(params)}, expected {of.denoiser}; its model is in export/ at the end.")
   adapter = params.get(f"{of.denoiser}_lora")
   if adapter is None and form != "pipeline":
     raise ValueError(

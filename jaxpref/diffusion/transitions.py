@@ -74,8 +74,8 @@ def ddim_prev_timesteps(schedule: Schedule, num_steps: int, *, clamp_last: bool 
   if clamp_last and t[-1] == 0:
     raise ValueError(
       f"the last of {num_steps} steps of this schedule starts at timestep 0, so it has no noise, and no density to "
-      'train on; set "steps_offset": 1 (for spacing "leading") or "timestep_spacing": "trailing" in its '
-      "scheduler_config.json."
+      'train on; give the schedule "steps_offset": 1 (for spacing "leading") or "timestep_spacing": "trailing", in '
+      "scheduler_config.json of a model's folder."
     )
   prev = t - schedule.num_train_timesteps // num_steps
   return (np.maximum(prev, 0) if clamp_last else prev).astype(np.int32)

@@ -57,10 +57,11 @@ def load(
     loras: as of --lora.
   """
   everywhere = sharding.replicated(mesh)
-  of = families.get(families.of_run(name, args.family), "--family")
-  folder = model_folder(name)
+  family, folder = families.of_run(name, args.family), model_folder(name)
+  of = families.get(family, "--family")
   families.look_for(of, folder, vae_model=args.vae_model, loras=[file for file, _ in loras])
-  pipe = of.load(folder, dtype=args.dtype, param_dtype=args.dtype, sharding=everywhere, vae_model=args.vae_model)
+  with families.opened(family, "--family"):
+    pipe = of.load(folder, dtype=args.dtype, param_dtype=args.dtype, sharding=everywhere, vae_model=args.vae_model)
   weights = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
   scale = 1.0
   if loras:

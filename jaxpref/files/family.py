@@ -6,6 +6,7 @@ package.module:NAME (docs/extending.md).
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -15,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref.config import load_named
 from jaxpref.diffusion import VariancePreserving
 from jaxpref.files import adapters, folders, loading, pipelines, tensors
 from jaxpref.models import lora, presets
 from jaxpref.models.base import Model
 from jaxpref.models.stable_diffusion import StableDiffusion
+from jaxpref.recipes import own
+from jaxpref.recipes.own import load_named
 
 Tree = Any
 
@@ -246,14 +248,49 @@ def get(name: str, field: str = "config.family") -> Family:
   """
   if ":" not in name:
     if name not in FAMILIES:
-      raise ValueError(
-        f"{field}={name!r}; expected one of {', '.join(FAMILIES)}, or package.module:NAME of a family of your own."
-      )
+      near = f" such as {name.rpartition('.')[0]}:{name.rpartition('.')[2]}" if own.hint(name) else ""
+      expected = f"one of {', '.join(FAMILIES)}, or package.module:NAME of one of your own{near}"
+      raise ValueError(f"{field}={name!r}; expected {expected}.")
     return FAMILIES[name]
   found = load_named(name, field, "NAME")
+  if isinstance(found, type):
+    raise ValueError(
+      f"{field}={name} is a class{own.defined_at(found)}; expected an instance: NAME = {found.__name__}()."
+    )
   if missing := [what for what in vars(Family) if not what.startswith("_") and not hasattr(found, what)]:
     raise ValueError(f"{field}={name}: it has no {', '.join(missing)}; expected a jaxpref.files.family.Family.")
+  for what, function in vars(Family).items():
+    if inspect.isfunction(function) and not what.startswith("_"):
+      _check_function(getattr(found, what), function, f"{field}={name}: its {what}")
+  networks, denoiser = found.networks, found.denoiser
+  if not isinstance(networks, tuple | list) or denoiser not in networks:
+    expected = "networks to be a tuple of names, and denoiser one of them"
+    raise ValueError(
+      f"{field}={name}: its networks are {networks!r} and its denoiser is {denoiser!r}; expected {expected}."
+    )
   return found
+
+
+def _check_function(found: Any, of_family: Any, given: str) -> None:
+  """Refuses a function that does not take what that of `Family` is given: all of `load`, else what has no default."""
+  takes = list(inspect.signature(of_family).parameters.values())[1:]
+  always = [p for p in takes if p.default is p.empty or of_family is Family.load]
+  expected = f"a function of ({', '.join(p.name for p in always)}), as of jaxpref.files.family.Family"
+  named = {p.name: None for p in always if p.kind is p.KEYWORD_ONLY}
+  own.check_function(found, given, expected, *[None] * (len(always) - len(named)), **named)
+
+
+def opened(name: str, field: str = "config.family") -> contextlib.AbstractContextManager[None]:
+  """Says in one sentence what a family of one's own raises in the block, which opens a model with it.
+
+  Args:
+    name, field: as of `get`.
+  """
+  if ":" not in name:
+    return contextlib.nullcontext()
+  return own.calling(
+    f"{field}={name}: opening its model", name, "a pipeline and its model, or a ValueError that says what is wrong"
+  )
 
 
 def save_trained(

@@ -4,15 +4,19 @@ A new method is its file in this folder, its section of `jaxpref/config.py`, and
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from jaxpref.config import FACTS, Config, Facts, facts, load_named
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpref.config import FACTS, Config, Facts, facts, own_method
 from jaxpref.models.base import Model
 from jaxpref.models.latent_reward import LatentRewardModel
 from jaxpref.models.preference import StepAwareCLIPModel
 from jaxpref.objectives import pairs
-from jaxpref.objectives.base import Objective
+from jaxpref.objectives.base import Drawn, Experience, Objective
 from jaxpref.objectives.kto import DiffusionKTO
 from jaxpref.objectives.latent_reward import LatentPreference
 from jaxpref.objectives.pairs import DiffusionDPO
@@ -20,6 +24,7 @@ from jaxpref.objectives.policy_gradient import PolicyGradient, trained_steps
 from jaxpref.objectives.preference_model import PreferenceModel
 from jaxpref.objectives.pretraining import Denoising
 from jaxpref.objectives.spo import SPO, pool_groups
+from jaxpref.recipes import own
 from jaxpref.rewards.base import Weighted
 
 Scorer = Weighted | StepAwareCLIPModel | LatentRewardModel | None
@@ -191,13 +196,155 @@ def method(config: Config) -> Method:
     ValueError: it names none.
   """
   facts(config)
-  if ":" in config.objective:
-    return load_named(config.objective, "config.objective", "NAME")
-  return METHODS[config.objective]
+  return _own(config.objective) if ":" in config.objective else METHODS[config.objective]
 
 
 def make(config: Config, model: Model, scorer: Scorer = None) -> Any:
-  """The objective of a config that trains a text-to-image model, or a preference model with its help."""
-  found = method(config).make
-  assert found is not None, config.objective
-  return found(config, model, scorer)
+  """The objective of a config that trains a text-to-image model, or a preference model with its help.
+
+  Raises:
+    OwnCodeError: what makes one of one's own raises, or makes something else.
+  """
+  found = method(config)
+  assert found.make is not None, config.objective
+  objective = found.make(config, model, scorer)
+  if ":" in config.objective:
+    _check_objective(objective, found.facts, f"config.objective={config.objective}: its make")
+  return objective
+
+
+# ---- Methods of one's own ---------------------------------------------------------------------------------------
+
+
+def _own(spec: str) -> Method:
+  """A method of one's own, whose functions say in one sentence what is wrong with them."""
+  found, given = own_method(spec), f"config.objective={spec}"
+  if not isinstance(found, Method):
+    raise own.OwnCodeError(f"{given}: it is of type {type(found).__name__}; expected a Method of {__name__}.")
+
+  def guarded(name: str) -> Callable[..., Any]:
+    function, takes = getattr(found, name), "(config, model, scorer)" if name == "make" else "(config)"
+    said, expected = f"{given}: its {name}", f"a function of {takes}"
+    if function is None:
+      raise own.OwnCodeError(f"{given}: it has no {name}; expected {name}={expected}.")
+    own.check_function(function, said, expected, *[None] * (3 if name == "make" else 1))
+
+    def call(*arguments: Any) -> Any:
+      with own.calling(said, spec, expected, function):
+        return function(*arguments)
+
+    return call
+
+  return dataclasses.replace(
+    found,
+    make=guarded("make"),
+    reference=guarded("reference"),
+    images=guarded("images"),
+    updates=guarded("updates"),
+  )
+
+
+def _check_objective(objective: Any, of: Facts, given: str) -> None:
+  """Refuses what is no `Objective`, or not of the kind that the facts say."""
+  needed = ["kinds", "statistics", "loss", "empty_loss", "timesteps"]
+  needed += ["rollout", "experience", "update_rows"] if of.online else []
+  if missing := [name for name in needed if not hasattr(objective, name)]:
+    raise own.OwnCodeError(
+      f"{given} returned {own.described(objective)}, which has no {', '.join(missing)}; expected a "
+      "jaxpref.objectives.base.Objective."
+    )
+  if of.online != bool(objective.kinds):
+    expected = "the name of a key for each kind of experience" if of.online else "(), as it draws nothing"
+    raise own.OwnCodeError(
+      f"{given} returned {own.described(objective)} with kinds={objective.kinds!r}, and its Facts say "
+      f"online={of.online}; expected kinds to be {expected}."
+    )
+
+
+_PAIR = "a dict of name: (sum, count)"
+_LOSS = f"(sum of the losses, their count, {_PAIR}): floats of shape [], computed by jax.numpy"
+_EXPECTED = {
+  "rollout": "a jaxpref.objectives.base.Drawn",
+  "experience": "(Experience, a dict of means for the metrics)",
+  "update_rows": "a number of rows",
+  "statistics": f"None, or {_PAIR}",
+  "loss": _LOSS,
+  "empty_loss": "a number",
+  "divergence": "a float of shape []",
+}
+
+
+class Checked:
+  """An objective of one's own while it is tried on shapes: what its functions raise and return is one sentence.
+
+  Attributes:
+    objective: it.
+    spec: package.module:NAME.
+    fields: of a batch, for messages.
+  """
+
+  def __init__(self, objective: Objective, spec: str, fields: Iterable[str]):
+    self.objective, self.spec, self.fields = objective, spec, ", ".join(sorted(fields))
+
+  def __getattr__(self, name: str) -> Any:
+    found = getattr(self.objective, name)
+    if name not in _EXPECTED:
+      return found
+    given, expected = f"config.objective={self.spec}: its {name}", _EXPECTED[name]
+
+    def call(*arguments: Any, **named: Any) -> Any:
+      where = f"{expected}, of batches with {self.fields}"
+      with own.calling(given, self.spec, where, found):
+        returned = found(*arguments, **named)
+      if (what := _wrong(name, returned, len(self.objective.kinds))) is not None:
+        raise own.OwnCodeError(f"{given} returned {what}{own.defined_at(found)}; expected {expected}.")
+      return returned
+
+    return call
+
+
+def _wrong(name: str, returned: Any, kinds: int) -> str | None:
+  """What is wrong with something that a function of an objective returned, in words; None: nothing."""
+  of_tuple = {"loss": 3, "experience": 2}.get(name, 0)
+  if of_tuple and not (isinstance(returned, tuple) and len(returned) == of_tuple):
+    return own.described(returned)
+  if name == "loss":
+    wrong = next((x for x in returned[:2] if not _is_number(x)), None)
+    floats = hasattr(returned[0], "dtype") and jnp.issubdtype(returned[0].dtype, jnp.floating)
+    if wrong is not None or not floats:
+      return f"{own.described(returned[0] if wrong is None else wrong)} among its sums"
+    return _wrong_pairs(returned[2])
+  if name == "experience":
+    if not isinstance(returned[0], Experience) or len(returned[0].kinds) != kinds:
+      return f"{own.described(returned[0])} for the experience, of {kinds} kinds"
+    return None if isinstance(returned[1], dict) else f"{own.described(returned[1])} for the metrics"
+  if name == "rollout":
+    return None if isinstance(returned, Drawn) else own.described(returned)
+  if name == "statistics":
+    return None if returned is None else _wrong_pairs(returned)
+  return None if _is_number(returned) else own.described(returned)
+
+
+def _is_number(x: Any) -> bool:
+  return isinstance(x, int | float | jax.Array | np.ndarray | np.generic) and np.shape(x) == ()
+
+
+def _wrong_pairs(found: Any) -> str | None:
+  """What is wrong with the pairs of a loss."""
+  if not isinstance(found, dict):
+    return f"{own.described(found)} for the metrics"
+  for name, pair in found.items():
+    if not (isinstance(pair, tuple | list) and len(pair) == 2):
+      return f"{own.described(pair)} for the metric {name!r}"
+  return None
+
+
+def try_losses(config: Config) -> None:
+  """Calls a loss of one's own with shapes alone.
+
+  Raises:
+    OwnCodeError: as `pairs.try_own_loss`.
+  """
+  of = facts(config)
+  if ":" in config.loss.name and of.losses:
+    pairs.try_own_loss(config.loss.name, weighted=of.losses == "denoised")

@@ -11,13 +11,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpref import diffusion, losses
-from jaxpref.config import load_named
+from jaxpref.config import OWN_LOSS, own_loss
 from jaxpref.models.base import Model
 from jaxpref.objectives import noising
 from jaxpref.objectives.base import REWARD_BINS, Batch, Offline, Weights, named_key
 from jaxpref.objectives.sums import Pairs, binned_mean, mean_of
+from jaxpref.recipes import own
 
 # (reward_w f32[B], reward_l f32[B], weight f32[B] or None) -> f32[B]
 PairLoss = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
@@ -42,11 +44,42 @@ def pair_loss(name: str, *, beta: float, label_smoothing: float = 0.0, ipo_facto
     "hinge": lambda w, l, weight: losses.hinge_loss(w, l, beta=beta, weight=weight),
   }
   if ":" in name:
-    own = load_named(name, "config.loss.name", "function")
-    return lambda w, l, weight: own(w, l, beta=beta, weight=weight)
+    return _own_loss(name, beta)
   if name not in known:
     raise ValueError(f"config.loss.name={name!r} is unknown; expected one of {', '.join(known)}.")
   return known[name]
+
+
+def _own_loss(spec: str, beta: float) -> PairLoss:
+  """A function of one's own, whose results are checked where it is traced."""
+  function, given = own_loss(spec), f"config.loss.name={spec}"
+
+  def loss(reward_w: jax.Array, reward_l: jax.Array, weight: jax.Array | None) -> jax.Array:
+    with own.calling(given, spec, OWN_LOSS, function):
+      values = function(reward_w, reward_l, beta=beta, weight=weight)
+    floats = isinstance(values, jax.Array | np.ndarray) and jnp.issubdtype(values.dtype, jnp.floating)
+    if not floats or values.shape != reward_w.shape:
+      raise own.OwnCodeError(
+        f"{given} returned {own.described(values)}{own.defined_at(function)} for B={len(reward_w)} pairs; expected "
+        f"{OWN_LOSS}."
+      )
+    return values
+
+  return loss
+
+
+def try_own_loss(spec: str, *, weighted: bool) -> None:
+  """Calls a loss of one's own with shapes alone.
+
+  Args:
+    spec: package.module:function.
+    weighted: whether the margin has a weight.
+
+  Raises:
+    OwnCodeError: it raises, or does not give a float for each pair.
+  """
+  rewards = jax.ShapeDtypeStruct((3,), jnp.float32)
+  jax.eval_shape(_own_loss(spec, 1.0), rewards, rewards, rewards if weighted else None)
 
 
 class DenoisedPair(NamedTuple):

@@ -1,9 +1,8 @@
 """What is asked of a method before anything is loaded: which data, losses and models it takes."""
 
-import difflib
-import importlib
 from typing import Any, NamedTuple
 
+from jaxpref.recipes.own import OwnCodeError, hint, load_named
 from jaxpref.recipes.sections import nearest
 
 
@@ -71,27 +70,6 @@ SOURCES: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-def load_named(spec: str, field: str, what: str) -> Any:
-  """Returns what package.module:Name names.
-
-  Raises:
-    ValueError: the module cannot be imported, or has no such name.
-  """
-  module_name, _, name = spec.partition(":")
-  try:
-    module = importlib.import_module(module_name)
-  except Exception as error:  # whatever the user's module raises
-    raise ValueError(
-      f"{field}={spec}: the module {module_name} cannot be imported ({type(error).__name__}: {error}); expected "
-      f"package.module:{what} of a module that Python finds, e.g. by PYTHONPATH."
-    ) from error
-  if not hasattr(module, name):
-    near = difflib.get_close_matches(name, vars(module), n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    raise ValueError(f"{field}={spec}: the module {module_name} has no {name}{hint}.")
-  return getattr(module, name)
-
-
 def facts(config: Any) -> Facts:
   """Returns those of `config.objective`: a name, or package.module:NAME of your own (docs/extending.md).
 
@@ -101,21 +79,38 @@ def facts(config: Any) -> Facts:
   if ":" in config.objective:
     return own_method(config.objective).facts
   if config.objective not in FACTS:
-    near = nearest(config.objective, FACTS)
+    near = nearest(config.objective, FACTS) or hint(config.objective)
     raise ValueError(f"config.objective={config.objective!r}; expected one of {', '.join(FACTS)}{near}.")
   return FACTS[config.objective]
+
+
+# What the fields of the facts of one's own method may be; sections are those of FACTS.
+_VALUES = {
+  "data": ("pair", "liked", "image", "prompt"),
+  "online": (False, True),
+  "scorer": (False, True),
+  "trains": ("denoiser", "scorer", "latent_scorer"),
+  "losses": ("", "denoised", "pair"),
+  "section": ("", *dict.fromkeys(of.section for of in FACTS.values() if of.section)),
+}
 
 
 def own_method(objective: str) -> Any:
   """Returns the `Method` that package.module:NAME names.
 
   Raises:
-    ValueError: it names none.
+    OwnCodeError: it names none, or one whose facts or functions cannot be.
   """
-  found = load_named(objective, "config.objective", "NAME")
+  found, given = load_named(objective, "config.objective", "NAME"), f"config.objective={objective}"
   if not isinstance(getattr(found, "facts", None), Facts):
-    raise ValueError(
-      f"config.objective={objective}: it is of type {type(found).__name__}; expected a "
-      "jaxpref.objectives.catalog.Method."
-    )
+    raise OwnCodeError(f"{given}: it is of type {type(found).__name__}; expected a jaxpref.objectives.catalog.Method.")
+  for field, values in _VALUES.items():
+    if (value := getattr(found.facts, field)) not in values:
+      choices = ", ".join(map(repr, values))
+      near = nearest(value, map(str, values))
+      raise OwnCodeError(f"{given}: its Facts have {field}={value!r}; expected one of {choices}{near}.")
+  online, data = found.facts.online, found.facts.data
+  if online != (data == "prompt"):
+    expected = "data='prompt' and online=True together, as what draws does so for prompts, or neither"
+    raise OwnCodeError(f"{given}: its Facts have data={data!r} and online={online}; expected {expected}.")
   return found

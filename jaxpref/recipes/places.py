@@ -28,5 +28,7 @@ def expand(path: str) -> str:
 
 
 def same(before: object, now: object) -> bool:
-  """Returns whether two recorded values are the same; an old one may still have its ~."""
+  """Returns whether two recorded values are the same, NaN and NaN, too; an old one may still have its ~."""
+  if before != before and now != now:
+    return True
   return before == now or (isinstance(before, str) and os.path.expanduser(before) == now)

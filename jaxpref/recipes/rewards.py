@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from jaxpref.recipes.own import is_own
+
 PREFERENCE_MODEL = "preference_model"  # the name of `config.preference_model` among them
 LATENT = "latent"  # a latent reward model: that of `config.preference_model`, or latent=FOLDER
 
@@ -30,6 +32,11 @@ def terms_of(text: str, given: str) -> dict[str, float]:
   found: dict[str, float] = {}
   for term in text.split(","):
     spec, weight = _split(term.strip())
+    if ":" in spec and "=" not in spec and not is_own(spec):
+      raise ValueError(
+        f"{given}: {spec!r} is neither NAME:WEIGHT, with a number for weight, nor package.module:function; expected "
+        "such terms with commas between them, pickscore:1,aesthetic:0.1 say."
+      )
     if not spec or spec in found or not math.isfinite(weight) or not weight:
       raise ValueError(
         f"{given}: {term.strip()!r}; expected NAME:WEIGHT with commas between them, such as "
@@ -49,7 +56,7 @@ def _split(term: str) -> tuple[str, float]:
 
 def is_function(spec: str) -> bool:
   """Whether a term of `config.reward` is package.module:function."""
-  return ":" in spec and "=" not in spec
+  return is_own(spec)
 
 
 def of_preference_model(terms: Any) -> list[str]:

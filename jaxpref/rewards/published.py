@@ -11,7 +11,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
-import importlib
 import inspect
 import pathlib
 from collections.abc import Callable, Sequence
@@ -25,7 +24,8 @@ from jax.sharding import Mesh
 from jaxpref.devices import chips, sharding
 from jaxpref.files import folders, hub, tensors
 from jaxpref.models.vae import to_uint8
-from jaxpref.recipes import places
+from jaxpref.recipes import own, places
+from jaxpref.recipes.sections import nearest
 from jaxpref.rewards import networks, shapes
 from jaxpref.rewards.base import IMAGE
 from jaxpref.rewards.loading import look_for_judge
@@ -156,7 +156,7 @@ def _parse(spec: str) -> tuple[str, str | None]:
   if name not in PUBLISHED or (equals and not folder):
     raise ValueError(
       f"scorer {spec!r} is unknown, expected one of {', '.join(PUBLISHED)}, one of them as NAME=FOLDER, or a function "
-      "of your own as package.module:function."
+      f"of your own as package.module:function{near(spec)}."
     )
   return name, places.expand(folder) if equals else None  # the shell leaves the ~ after = alone
 
@@ -190,8 +190,12 @@ def batched(network: networks.Network, *, batch_size: int, mesh: Mesh | None) ->
   return run
 
 
-def checked_scores(name: str, score: ScoreFn) -> ScoreFn:
-  """`score` with its inputs and outputs checked."""
+def checked_scores(name: str, score: ScoreFn, remedy: str = "use dtype float32, or check the weights") -> ScoreFn:
+  """`score` with its inputs and outputs checked.
+
+  Args:
+    remedy: of scores that are not finite.
+  """
 
   def checked(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
     if len(images) != len(prompts):
@@ -213,7 +217,7 @@ def checked_scores(name: str, score: ScoreFn) -> ScoreFn:
     if bad.size:
       raise ValueError(
         f"scorer {name} gives {scores[bad[0]]} to {bad.size} of {len(images)} images, the first of them number "
-        f"{bad[0]}, expected finite scores; use dtype float32, or check the weights."
+        f"{bad[0]}, expected finite scores; {remedy}."
       )
     return scores
 
@@ -223,19 +227,16 @@ def checked_scores(name: str, score: ScoreFn) -> ScoreFn:
 def _load_function(spec: str) -> Scorer:
   """A user's own function."""
   module_name, _, function_name = spec.partition(":")
-  try:
-    module = importlib.import_module(module_name)
-  except Exception as error:  # whatever the user's module raises
-    raise ValueError(
-      f"scorer {spec}: the module {module_name} cannot be imported ({type(error).__name__}: {error}); expected "
-      "package.module:function of a module that Python finds, e.g. by PYTHONPATH."
-    ) from error
+  module = own.import_module(module_name, f"scorer {spec}", "function")
   function = getattr(module, function_name, None)
   if not callable(function):
     raise ValueError(
       f"scorer {spec}: the module {module_name} has no function {function_name!r}, expected one that takes images and "
       "prompts and returns [N] scores."
     )
+  if isinstance(function, type) or inspect.iscoroutinefunction(function):
+    what = "a class" if isinstance(function, type) else "a coroutine"
+    raise ValueError(f"scorer {spec} is {what}; expected a function of images and prompts that returns [N] scores.")
   doc = (function.__doc__ or "").strip().splitlines()
   version = getattr(module, "__version__", None)
   if version is None:  # scores of a module that has changed since are not to be taken for its own
@@ -245,8 +246,48 @@ def _load_function(spec: str) -> Scorer:
     name=spec,
     version=str(version or ""),
     scale=doc[0].strip() if doc else "user's",
-    score=checked_scores(spec, function),
+    score=checked_scores(spec, _numbers(spec, function), "mend the function"),
   )
+
+
+def _numbers(spec: str, function: Callable[..., Any]) -> ScoreFn:
+  """A user's function, of which what it raises is said in one sentence, and what are no real numbers is refused."""
+
+  def run(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
+    try:
+      returned = function(images, prompts)
+    except (Exception, SystemExit) as error:  # whatever the user's function raises
+      place = own.raised_at(error, spec) or own.defined_at(function)
+      said = f"reward {spec} raised {type(error).__name__}: {error}{place}"
+      raise ValueError(said) from error
+    reason = ""
+    try:
+      found = np.asarray(returned)
+    except Exception as error:  # of arrays of other libraries, and rows of several lengths
+      found, reason = np.asarray(None), f" ({error})"
+    if not any(jnp.issubdtype(found.dtype, kind) for kind in (np.bool_, np.integer, np.floating)):
+      kinds = {"c": "complex numbers", "U": "texts", "S": "texts"}
+      what = kinds.get(found.dtype.kind) or ("None" if returned is None else f"a {type(returned).__name__}")
+      raise ValueError(
+        f"scorer {spec} returned {what}{reason}{own.defined_at(function)} for {len(images)} images, expected as many "
+        "real numbers; return one score an image."
+      )
+    return found
+
+  return run
+
+
+def near(spec: str, *more: str) -> str:
+  """Returns " (did you mean NAME?)" where a name resembles one that is known, or has a dot where the colon belongs."""
+  name = spec.partition("=")[0]
+  return nearest(name, (*PUBLISHED, *more)) or own.hint(name)
+
+
+def refuse_weight(spec: str, given: str) -> None:
+  """Raises ValueError for NAME:WEIGHT whose weight is no number, which looks like a function of a module NAME."""
+  name, colon, weight = spec.partition(":")
+  if colon and name in PUBLISHED:
+    raise ValueError(f"{given}: the weight {weight!r} of {name} is no number; expected such as {name}:0.5.")
 
 
 def check(spec: str, *, preferred_style: str = "openmoji") -> None:
@@ -255,7 +296,7 @@ def check(spec: str, *, preferred_style: str = "openmoji") -> None:
   Raises:
     ValueError, FileNotFoundError: as `load`.
   """
-  if _is_function(spec):
+  if own.is_own(spec):
     _load_function(spec)
     return
   name, place = _parse(spec)
@@ -271,10 +312,6 @@ def check(spec: str, *, preferred_style: str = "openmoji") -> None:
     look_for_judge(str(folder), style=preferred_style)
   elif name in CLIPS and name != "tiny-clip":
     networks.clip_tokenizer(name, folder)
-
-
-def _is_function(spec: str) -> bool:
-  return "=" not in spec and ":" in spec
 
 
 def load(
@@ -299,7 +336,7 @@ def load(
   Raises:
     ValueError, FileNotFoundError: one sentence on what is missing or does not fit.
   """
-  if _is_function(spec):
+  if own.is_own(spec):
     return _load_function(spec)
   name, place = _parse(spec)
   placement = None if mesh is None else sharding.replicated(mesh)

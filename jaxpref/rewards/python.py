@@ -46,7 +46,7 @@ class PythonReward:
     thread.join(self.seconds)
     if raised:
       error = raised[0]
-      if isinstance(error, ValueError) and str(error).startswith(f"scorer {self.name}"):
+      if isinstance(error, ValueError) and str(error).startswith((f"scorer {self.name}", f"reward {self.name}")):
         raise error
       raise ValueError(f"reward {self.name} raised {type(error).__name__}: {error}") from error
     if not found:

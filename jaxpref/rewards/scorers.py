@@ -3,13 +3,11 @@
 `terms` loads the same sums for training, where the networks run in the graph of a step.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxpref.devices import sharding
@@ -39,6 +37,7 @@ def check(text: str, *, given: str, preferred_style: str = "openmoji") -> dict[s
   if twice := [name for name in found if found.count(name) > 1]:
     raise ValueError(f"{given}: {twice[0]} stands there twice; expected each name once.")
   for spec in terms:
+    published.refuse_weight(spec, given)
     name, _, place = spec.partition("=")
     if name == PREFERENCE_MODEL:
       if not place:
@@ -48,7 +47,7 @@ def check(text: str, *, given: str, preferred_style: str = "openmoji") -> dict[s
       names = ", ".join((f"{PREFERENCE_MODEL}=FOLDER", *published.PUBLISHED))
       raise ValueError(
         f"{given}: {spec} is unknown, expected {names}, one of them as NAME=FOLDER, or a function of your own as "
-        "package.module:function."
+        f"package.module:function{published.near(spec, PREFERENCE_MODEL)}."
       )
     else:
       published.check(spec, preferred_style=preferred_style)
@@ -80,7 +79,7 @@ def load(
     return _step_aware(places.expand(place), models, batch_size=batch_size, mesh=mesh), 1.0
   scorer = published.load(spec, batch_size=batch_size, mesh=mesh, preferred_style=preferred_style)
   if is_function(spec):
-    return dataclasses.replace(scorer, score=_said(spec, scorer.score)), 1.0
+    return scorer, 1.0
   return scorer, published.PUBLISHED[name].logits
 
 
@@ -108,17 +107,3 @@ def _step_aware(name: str, models: Sequence[str], *, batch_size: int, mesh: Mesh
     scale="exp(logit_scale) x cosine at time 0",
     score=published.checked_scores(name, published.batched(network, batch_size=batch_size, mesh=mesh)),
   )
-
-
-def _said(spec: str, score: published.ScoreFn) -> Callable[[Sequence[np.ndarray], Sequence[str]], np.ndarray]:
-  """`score` of a user's function, whose errors are said in one sentence."""
-
-  def run(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
-    try:
-      return score(images, prompts)
-    except Exception as error:  # whatever the user's function raises
-      if isinstance(error, ValueError) and str(error).startswith(f"scorer {spec}"):
-        raise
-      raise ValueError(f"reward {spec} raised {type(error).__name__}: {error}") from error
-
-  return run

@@ -51,11 +51,12 @@ def _known_terms(config: AnyConfig) -> dict[str, float]:
   terms = reward_terms(config)
   for spec in terms:
     known = (PREFERENCE_MODEL, *published.PUBLISHED, LATENT)
+    published.refuse_weight(spec, f"config.reward={config.reward!r}")
     if not is_function(spec) and spec.partition("=")[0] not in known or spec.startswith(f"{PREFERENCE_MODEL}="):
       names = ", ".join(known)
       raise ValueError(
         f"config.reward={config.reward!r}: {spec} is unknown, expected {names}, one of them as NAME=FOLDER, or a "
-        "function of your own as package.module:function."
+        f"function of your own as package.module:function{published.near(spec, *known)}."
       )
   found = [spec.partition("=")[0] for spec in terms]
   if twice := [name for name in found if found.count(name) > 1]:

@@ -93,6 +93,7 @@ def look_for(config: Config) -> None:
   Raises:
     FileNotFoundError, ValueError, OSError: one sentence on what is missing, that of what would load it.
   """
+  catalog.try_losses(config)
   inputs.look_for(config)
   facts = catalog.method(config).facts
   if facts.trains not in ("clip", "judge"):  # which start from nothing
@@ -214,15 +215,16 @@ def _load(
 ) -> Any:
   """The config's pipeline: parameters float32 where trained, else in the dtype of the computation."""
   of = families.get(config.family)
-  return of.load(
-    loading.model_name(config),
-    dtype=config.dtype,
-    seed=config.seed,
-    param_dtype={name: "float32" if name in trained else config.dtype for name in of.networks},
-    sharding=sharding,
-    vae_model=config.vae_model,
-    components=components,
-  )
+  with families.opened(config.family):
+    return of.load(
+      loading.model_name(config),
+      dtype=config.dtype,
+      seed=config.seed,
+      param_dtype={name: "float32" if name in trained else config.dtype for name in of.networks},
+      sharding=sharding,
+      vae_model=config.vae_model,
+      components=components,
+    )
 
 
 def networks(config: Config) -> tuple[str, ...]:
@@ -257,7 +259,9 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
       frozen[adapter_name] = adapter
   # What the functions below hold on to stays in memory: not the parameters that training replaces.
   pipe = dataclasses.replace(pipe, params={k: v for k, v in pipe.params.items() if k not in components})
-  model = at_size(config, of.model(pipe, remat=config.remat, lora_scale=scale, vae_slicing=vae_slicing))
+  with families.opened(config.family):
+    model = of.model(pipe, remat=config.remat, lora_scale=scale, vae_slicing=vae_slicing)
+  model = at_size(config, model)
   _check_steps(config, model)
   _check_decode_size(config, model)
   num_classes = max(emoji.num_classes(config.data.subset), config.evaluation.candidates)
@@ -313,12 +317,18 @@ def _rewards(
 
 
 def _check_steps(config: Config, model: Model) -> None:
-  """Refuses more sampling steps than the process of the model has."""
+  """Refuses sampling steps that the process of the model does not have."""
   section, total = catalog.method(config).options, model.process.num_train_timesteps
   for name in ("evaluation", section) if section else ("evaluation",):
     count = getattr(config, name).num_inference_steps
     if count > total:
       raise ValueError(f"config.{name}.num_inference_steps={count}; expected at most {total}, as {config.model} has.")
+    if name != section:
+      continue
+    try:
+      model.process.grid(count, density=True)  # of which those methods learn
+    except ValueError as error:
+      raise ValueError(f"config.{name}.num_inference_steps={count}: {error}") from error
 
 
 def _check_reference(config: Config, objective: base.Objective) -> None:

@@ -5,6 +5,7 @@ iterator's state and, for each array, name, type, shape and a fingerprint of its
 arrays are not what was saved is damaged: `Checkpointer.restore` takes the one before it.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -543,6 +544,24 @@ def claim_workdir(
     part = path.with_suffix(".json.part")
     part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     part.replace(path)
+
+
+def note_own_code(workdir: str | os.PathLike, versions: Mapping[str, str]) -> list[str]:
+  """Records the versions of modules of one's own beside a run, in `own_code.json`; by process 0.
+
+  Args:
+    versions: by package.module:Name.
+
+  Returns:
+    those that the run had in another version before.
+  """
+  path = pathlib.Path(workdir) / "own_code.json"
+  before: dict[str, str] = {}
+  with contextlib.suppress(OSError, ValueError):
+    before = dict(json.loads(path.read_text()))
+  if versions and before != versions:
+    path.write_text(json.dumps(dict(versions), indent=2, sort_keys=True) + "\n")
+  return [spec for spec, found in versions.items() if before.get(spec, found) != found]
 
 
 def digest(tree: Any) -> str:

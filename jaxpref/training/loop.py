@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
@@ -24,6 +25,8 @@ from jaxpref.data import batching, lease
 from jaxpref.devices import chips, distributed, endings, sharding
 from jaxpref.models.attention import cuda_capability
 from jaxpref.objectives import catalog
+from jaxpref.recipes import own, sizes
+from jaxpref.recipes.rewards import of_preference_model, reward_terms
 from jaxpref.training import build, checkpoint, host, monitor, optim, step, validation
 from jaxpref.training import metrics as metrics_lib
 from jaxpref.training import watch as watch_lib
@@ -161,6 +164,62 @@ def compile_step(
   return jitted.lower(*arguments).compile()
 
 
+def _try_own(
+  config: Config, experiment: build.Experiment, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> None:
+  """Tries what is one's own: an objective or family on shapes alone, rewards on two blank pictures of each process.
+
+  Raises:
+    ValueError: one sentence on what is wrong with it.
+  """
+  rewards = () if experiment.reward is None else experiment.reward.host
+  if rewards:
+    assert experiment.model is not None
+    first, sides = 2 * jax.process_index(), sizes.sides(experiment.model.image_size)
+    blank = {first + i: np.full((*sides, 3), 255 * i, np.uint8) for i in range(2)}
+    host.score(rewards, blank, experiment.captions()[:1] * 2 * jax.process_count())
+  if ":" in config.objective:
+    _try_step(config, experiment, optimizer, mesh)
+  elif ":" in config.family:
+    with own.calling(
+      f"config.family={config.family}: the training step of {config.objective} with its model",
+      config.family,
+      "a jaxpref.models.base.Model",
+      experiment.model,
+    ):
+      _try_step(config, experiment, optimizer, mesh)
+
+
+def _try_step(
+  config: Config, experiment: build.Experiment, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> None:
+  """Traces the training step, with an objective of one's own checked."""
+  rewards = () if experiment.reward is None else experiment.reward.host
+  state = jax.eval_shape(state_initializer(experiment, optimizer), experiment.params)
+  with contextlib.closing(experiment.batches()) as batches:
+    rows = next(batches)
+  batch = {k: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype) for k, x in rows.items()}
+  tried = experiment
+  if ":" in config.objective:
+    checked: Any = catalog.Checked(experiment.objective, config.objective, batch)
+    tried = dataclasses.replace(experiment, objective=checked)
+  draw, learn = (sharding.on_mesh(mesh, half) for half in make_halves(config, tried, optimizer, mesh))
+  drawn = jax.eval_shape(draw, state, experiment.frozen, batch)
+  scores = {}
+  if rewards:
+    if drawn.images is None:
+      raise ValueError(f"config.objective={config.objective}: its rollout draws no images; config.reward needs them.")
+    scores = {r.name: jax.ShapeDtypeStruct(drawn.images.shape[:1], np.float32) for r, _ in rewards}
+  jax.eval_shape(learn, state, experiment.frozen, batch, drawn, scores)
+
+
+def _own_versions(config: Config) -> dict[str, str]:
+  """The versions of what is one's own in a config, by package.module:Name."""
+  named = [config.objective, config.loss.name, config.family]
+  named += reward_terms(config) if catalog.method(config).facts.online else []
+  return {spec: found for spec in named if own.is_own(spec) and (found := own.version(spec))}
+
+
 def _memory(train_step: Any) -> str:
   """What a compiled step takes of each device, in words; "" where the compiler does not say."""
   programs = train_step.programs if isinstance(train_step, host.Iteration) else {"": train_step}
@@ -199,6 +258,10 @@ def run(config: AnyConfig, workdir: str) -> dict[str, Any]:
   folder = pathlib.Path(workdir)
   _check_folder(config, folder)  # before anything is written into it
   build.look_for(config)
+  if online and config.preference_model and not of_preference_model(reward_terms(config)):
+    _say(
+      f"config.preference_model={config.preference_model} is not used: config.reward={config.reward} does not name it"
+    )
   with lease.hold(folder) as held:
     _check_folder(config, folder)  # it may have changed until now
     return _run(config, folder, mesh, held, goodput)
@@ -216,6 +279,7 @@ def _run(
   experiment = build.build(
     config, functools.partial(sharding.tree_shardings, mesh), batch_devices=sharding.batch_devices(mesh)
   )
+  _try_own(config, experiment, optimizer, mesh)
   batches = experiment.batches()
   # Nothing was written so far, and what could be wrong with the config has been found.
   if jax.process_index() == 0 and not (folder / "config.json").exists():
@@ -226,6 +290,11 @@ def _run(
   if jax.process_index() == 0:  # what is there can be continued, so the fields that may change hold from here on
     _set_results_aside(folder, config.num_steps)
     checkpoint.claim_workdir(folder, config.to_dict(), may_change=may_change(config), usual=_usual(config))
+    if changed := checkpoint.note_own_code(folder, _own_versions(config)):
+      _say(
+        f"warning: the module of {', '.join(changed)} has changed since this run began; it goes on with the module as "
+        "it is now; choose another --workdir to begin again."
+      )
   num_params = sum(x.size for x in jax.tree.leaves(training.state.params))
   _say(
     f"{config.objective}: {num_params:,} trained parameters, {len(jax.devices())} x {jax.devices()[0].device_kind}, "

@@ -217,7 +217,6 @@ def test_terms_of_the_config():
     ({"reward": "pickscore:0"}, "expected NAME:WEIGHT"),
     ({"reward": "preference_model:1,,"}, "''; expected NAME:WEIGHT"),
     ({"reward": "preference_model:1,preference_model"}, "each name once"),
-    ({"reward": "clip_l:1"}, "preference_model='random:one-level'; expected None, as config.reward does not name"),
     ({"reward": "preference_model", "preference_model": None}, "preference_model=None; expected the folder"),
     ({"reward": "clip_l:1", "objective": "dpo"}, "reward='clip_l:1'; expected nothing for dpo"),
     ({"reward": "mine:light,preference_model:1", "objective": "spo"}, "spo scores every step inside its program"),
