@@ -201,28 +201,23 @@ def module_of(name):
   return importlib.import_module(name)
 
 
-@pytest.mark.parametrize(
-  ("model", "reward"),
-  [("random:one-level", "preference_model"), ("pixels", "mine:colours:0.05")],
-  ids=["reward in the graph", "reward in Python"],
-)
-def test_a_method_of_ones_own_that_draws(mine, tmp_path, model, reward):
+@pytest.mark.parametrize("reward", ["preference_model", "mine:colours:0.05"])
+def test_a_method_of_ones_own_draws_and_learns(mine, tmp_path, reward):
+  """With a reward in the graph as one program, with one in Python as two; on the family of the page, which is quick."""
   config = grpo_tiny.get_config()
-  config.update(objective="rwr:RWR", reward=reward)
-  config.options = {"num_inference_steps": 2, "group_size": 2, "minibatch": 2}
-  tiny = TINY | {"model": model, "batch_size": 2}
-  if model == "pixels":
-    config.update(family="pixels:PIXELS", preference_model=None)
-    tiny |= {"model": "random"}
-  config.update_from_flattened_dict(tiny)
+  config.update(objective="rwr:RWR", reward=reward, family="pixels:PIXELS")
+  config.options = {"num_inference_steps": 2, "group_size": 2, "minibatch": 8}
+  in_python = ":" in reward
+  if in_python:
+    config.preference_model = None
+  config.update_from_flattened_dict(TINY | {"model": "random"})
   loop.run(config, str(tmp_path / "run"))
   rows = [row for row in metrics.read(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
   assert len(rows) == 2
   for row in rows:
     assert row["updates"] == 2 and row["skipped_updates"] == 0 and row["grad_norm"] > 0
-    assert 1 <= row["largest_weight"] <= 2 and 0.5 < row["loss"] / row["error"] < 2
-  if model == "pixels":
-    assert all(0 < row["reward"] < 13 for row in rows)
+    assert 1 < row["largest_weight"] < 2 and 0 < row["loss"] < 2 * row["error"]
+    assert not in_python or 0 < row["reward"] < 13
 
 
 GRPO = [
@@ -576,7 +571,7 @@ def test_the_tables_of_names_agree():
   assert set(catalog.METHODS) == set(config_lib.FACTS)
   for name, method in catalog.METHODS.items():
     assert method.facts == config_lib.FACTS[name]
-    assert method.options == (method.facts.section or None)
+    assert method.options == (None if name == "lrm" else method.facts.section or None)  # which draws nothing
   for name in config_lib.DENOISED_LOSSES:
     pairs.denoised_loss(name, beta=0.1)
   for name in config_lib.PAIR_LOSSES:
