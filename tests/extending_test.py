@@ -380,6 +380,8 @@ def test_a_family_of_ones_own_refuses_what_it_does_not_have(pixels, tmp_path):
   of = module_of("pixels").PIXELS
   with pytest.raises(ValueError, match="^clip_skip=2; expected nothing"):
     of.model(of.load("random", dtype="float32", components=()), clip_skip=2)
+  with pytest.raises(ValueError, match="^--scheduler=dpmpp_2m; expected ddim"):
+    of.model(of.load("random", dtype="float32", components=()), sampler="dpmpp_2m")
 
 
 def test_a_family_of_ones_own_precomputes(pixels, tmp_path):
