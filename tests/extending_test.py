@@ -1,6 +1,8 @@
 """docs/extending.md: what it shows trains as it says, from a folder of the user's own."""
 
 import dataclasses
+import importlib
+import itertools
 import json
 import os
 import pathlib
@@ -8,21 +10,26 @@ import re
 import socket
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from configs import grpo_tiny
 from jaxpref import compile, export, precompute, sample
 from jaxpref import config as config_lib
 from jaxpref.config import Facts
 from jaxpref.devices import sharding
 from jaxpref.diffusion import samplers
 from jaxpref.files import adapters
-from jaxpref.objectives import catalog, pairs
+from jaxpref.objectives import base, catalog, pairs
 from jaxpref.planning import plan
-from jaxpref.training import build, loop, metrics
+from jaxpref.rewards import published
+from jaxpref.rewards.base import Weighted
+from jaxpref.rewards.python import PythonReward
+from jaxpref.training import build, inputs, loop, metrics
 from tests.stub_model import draw
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -40,7 +47,7 @@ def mine(tmp_path_factory):
   for name, code in re.findall(r"```python\n# (\w+)\.py[^\n]*\n(.*?)```", PAGE, re.DOTALL):
     with (folder / f"{name}.py").open("a") as file:
       file.write(code)
-  names = {"mine", "winners", "pixels", "pixels_dpo"}
+  names = {"mine", "winners", "rwr", "pixels", "pixels_dpo"}
   assert {p.stem for p in folder.iterdir()} == names
   sys.path.insert(0, str(folder))
   yield folder
@@ -67,6 +74,91 @@ def test_a_loss_of_ones_own(mine, tmp_path):
   assert rows[1]["loss"] != rows[0]["loss"]
 
 
+def test_names_that_the_page_imports_are_public():
+  section = PAGE.split("## What is public")[1].split("\n## ")[0]
+  whole = set(re.findall(r"`(jaxpref\.[\w.]+)`", section))
+  parts = set()
+  for names, module in re.findall(r"((?:`\w+`(?:, | and )?)+) of `(jaxpref[\w.]+)`", section):
+    parts |= {f"{module}.{name}" for name in re.findall(r"`(\w+)`", names)}
+    whole.discard(module)
+  code = "".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
+  imported = set()
+  for module, names in re.findall(r"^from (jaxpref[\w.]*) import ([\w, ]+)$", code, re.MULTILINE):
+    imported |= {f"{module}.{name}" for name in names.split(", ")}
+  used = {f"jaxpref.models.lora.{name}" for name in re.findall(r"\blora\.(\w+)\(", code)}
+  imported = imported - {"jaxpref.models.lora"} | used
+  assert "jaxpref.objectives.noising" in imported and "jaxpref.models.lora.apply" in imported
+  assert not {name for name in imported if name not in whole | parts and name.rpartition(".")[0] not in whole}
+  for name in whole | parts:
+    module, _, last = name.rpartition(".")
+    assert hasattr(importlib.import_module(module), last) or importlib.import_module(name), name
+
+
+def test_a_loss_of_ones_own_with_a_number_of_ones_own(mine):
+  import mine as module
+
+  w, l = draw(0, 5), draw(1, 5)
+  hinged = np.maximum(0, 1 - 2.0 * (w - l))
+  np.testing.assert_allclose(pairs.pair_loss("mine:cubed_hinge", beta=2.0)(w, l, None), hinged**3, rtol=1e-5)
+  config = config_lib.default()
+  config.update(objective="mine:HINGE", options={"power": 4.0})
+  config.loss.beta = 2.0
+  config_lib.check(config)
+  config = config_lib.typed(config)
+  method = catalog.method(config)
+  assert method.reference(config) and method.updates(config) == catalog.Updates(1, config.batch_size, 2)
+  pair = pairs.DenoisedPair(*[None] * 8, w, l, np.ones(5, np.float32))
+  np.testing.assert_allclose(module.HINGE.make(config, None, None).loss_fn(pair), hinged**4, rtol=1e-5)
+
+
+def table(heading):
+  """The rows of the page's first table with this heading, as cells."""
+  lines = PAGE[PAGE.index(heading) :].splitlines()[2:]
+  return [
+    [cell.strip() for cell in line.split("|")[1:-1]] for line in itertools.takewhile(lambda x: x[:1] == "|", lines)
+  ]
+
+
+def fields_of(data):
+  """By field of a batch of such rows, what the page says of its dtype and number of axes."""
+  found = {}
+  for names, rows, kind, _ in table("| Field | Rows |"):
+    if rows == "all" or data in rows.split(", "):
+      dtype, axes = re.fullmatch(r"(\w+)\[(.*)\]", kind).groups()
+      found |= {name: (dtype, len(axes.split(","))) for name in re.findall(r"`(\w+)`", names)}
+  return found
+
+
+def described(batch):
+  return {k: (v.dtype.str[1] + str(8 * v.dtype.itemsize), v.ndim) for k, v in batch.items()}
+
+
+@pytest.mark.parametrize(
+  ("objective", "data"), [("dpo", "pair"), ("kto", "liked"), ("denoise", "image"), ("grpo", "prompt")]
+)
+def test_batches_have_the_fields_of_the_page(objective, data):
+  config = config_lib.default()
+  config.update(objective=objective, batch_size=4)
+  config.data.num_threads = 0
+  assert config_lib.facts(config).data == data
+  tokenize = lambda captions: np.zeros((len(captions), 7), np.int32)
+  config = config_lib.typed(config)
+  batches = (
+    inputs.prompt_batches(config, tokenize) if data == "prompt" else inputs.offline_batches(config, 16, tokenize)
+  )
+  batch = next(batches)
+  assert described(batch) == fields_of(data)
+  assert all(len(v) == 4 for v in batch.values())
+
+
+def test_the_tables_of_facts_and_methods_name_all_fields():
+  assert [row[0].strip("`") for row in table("| Field of `Facts` |")] == list(Facts._fields)
+  fields = {field.name for field in dataclasses.fields(catalog.Method)}
+  assert {row[0].strip("`") for row in table("| Field of `Method` |")} == fields - {"facts", "options"}
+  of_offline = {name for row in table("| Function | `Offline` |") for name in re.findall(r"`(\w+)", row[0])}
+  assert of_offline == {name for name in vars(base.Objective) if not name.startswith("_")} - {"kinds"}
+
+
 def test_a_method_of_ones_own(mine, tmp_path):
   import winners
 
@@ -77,6 +169,55 @@ def test_a_method_of_ones_own(mine, tmp_path):
     np.testing.assert_allclose(row["loss"], 2.0 * row["error"], rtol=1e-4)
   assert (tmp_path / "run" / "export" / "model_index.json").is_file()
   assert "images_per_second" in rows[-1] and jax.process_count() == 1
+
+
+def test_rewards_weigh_the_samples_of_a_prompt(mine):
+  import rwr
+
+  config = config_lib.default()
+  config.update(objective="rwr:RWR", preference_model="tiny-spm", batch_size=3)
+  config.options.update(group_size=2, temperature=0.5, minibatch=4)
+  config_lib.check(config)
+  config = config_lib.typed(config)
+  assert catalog.method(config).updates(config) == catalog.Updates(2, 4, 1)
+  python = PythonReward(published.Scorer("mine:colours", "", "", None), 1.0)
+  model = mock.Mock(process=module_of("pixels").Flow())
+  method = rwr.RewardWeighted(model, Weighted((), ((python, 0.25),)), config.options)
+  x0 = draw(0, 6, 2, 2, 3)
+  in_graph = method.reward.score(None, None, np.zeros(6), ())
+  score = np.array([1.0, 3.0, 2.0, 2.0, 8.0, 0.0], np.float32)
+  experience, means = method.experience(base.Drawn((x0, in_graph, "cond")), {"mine:colours": score}, jax.random.key(0))
+  (rows,) = experience.kinds
+  powers = np.exp(score.reshape(3, 2) / 4 / 0.5)
+  expected = 2 * powers / powers.sum(axis=1, keepdims=True)
+  np.testing.assert_allclose(rows.data.weight, expected.reshape(-1), rtol=1e-5)
+  np.testing.assert_array_equal(rows.data.x0, x0)
+  np.testing.assert_array_equal(rows.prompt, [0, 0, 1, 1, 2, 2])
+  np.testing.assert_allclose(means["largest_weight"], expected.max(axis=1).mean(), rtol=1e-5)
+  assert method.update_rows(6) == 4 and len(np.unique(rows.data.t)) == 6
+
+
+def module_of(name):
+  return importlib.import_module(name)
+
+
+@pytest.mark.parametrize("reward", ["preference_model", "mine:colours:0.05"])
+def test_a_method_of_ones_own_draws_and_learns(mine, tmp_path, reward):
+  """With a reward in the graph as one program, with one in Python as two; on the family of the page, which is quick."""
+  config = grpo_tiny.get_config()
+  config.update(objective="rwr:RWR", reward=reward, family="pixels:PIXELS")
+  config.options = {"num_inference_steps": 2, "group_size": 2, "minibatch": 8}
+  in_python = ":" in reward
+  if in_python:
+    config.preference_model = None
+  config.update_from_flattened_dict(TINY | {"model": "random"})
+  loop.run(config, str(tmp_path / "run"))
+  rows = [row for row in metrics.read(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+  assert len(rows) == 2
+  for row in rows:
+    assert row["updates"] == 2 and row["skipped_updates"] == 0 and row["grad_norm"] > 0
+    assert 1 < row["largest_weight"] < 2 and 0 < row["loss"] < 2 * row["error"]
+    assert not in_python or 0 < row["reward"] < 13
 
 
 GRPO = [
@@ -217,6 +358,32 @@ def test_a_family_of_ones_own_draws_exports_and_goes_on(pixels, tmp_path):
   loop.run(again, str(tmp_path / "again"))
 
 
+def test_steps_of_the_page_all_have_a_density(mine):
+  flow = module_of("pixels").Flow()
+  for t, prev_t in zip(*flow.grid(5, density=True), strict=True):
+    x = np.zeros((1, 2, 2, 3), np.float32)
+    _, std = flow.transition(x, x, np.float32([t]), np.float32([prev_t]), eta=0.7)
+    assert std[0] > 0.1
+
+
+def test_a_family_of_ones_own_refuses_what_it_does_not_have(pixels, tmp_path):
+  folder, config = pixels
+  with pytest.raises(ValueError, match="--format=kohya; expected lora or pipeline"):
+    export.export(folder, "kohya", tmp_path / "x.safetensors")
+  assert not list(tmp_path.iterdir())
+  for field, value in (("vae_model", "tiny-sd"), ("remat", "block")):
+    other = config_lib.default()
+    other.update(config.to_dict())
+    other[field] = value
+    with pytest.raises(ValueError, match=f"^config.{field}={value}; expected no"):
+      build.build(other)
+  of = module_of("pixels").PIXELS
+  with pytest.raises(ValueError, match="^clip_skip=2; expected nothing"):
+    of.model(of.load("random", dtype="float32", components=()), clip_skip=2)
+  with pytest.raises(ValueError, match="^--scheduler=dpmpp_2m; expected ddim"):
+    of.model(of.load("random", dtype="float32", components=()), sampler="dpmpp_2m")
+
+
 def test_a_family_of_ones_own_precomputes(pixels, tmp_path):
   _, config = pixels
   whole = config_lib.default()
@@ -226,6 +393,10 @@ def test_a_family_of_ones_own_precomputes(pixels, tmp_path):
   precompute.run(whole, tmp_path / "data")
   whole.data.update(source="precomputed", path=str(tmp_path / "data"))
   loop.run(whole, str(tmp_path / "from_data"))
+  batch = described(next(inputs.offline_batches(config_lib.typed(whole), 16, None)))
+  fields = fields_of("pair")
+  replaced = {"moments_0": ("f16", 4), "moments_1": ("f16", 4), "text": ("f16", 2)}
+  assert batch == {k: v for k, v in fields.items() if k not in ("input_ids", "pixels_0", "pixels_1")} | replaced
   losses = [metrics.read(tmp_path / name / "metrics.jsonl")[-1] for name in ("from_images", "from_data")]
   np.testing.assert_allclose(losses[0]["grad_norm"], losses[1]["grad_norm"], rtol=2e-2)
 
@@ -402,7 +573,7 @@ def test_the_tables_of_names_agree():
   assert set(catalog.METHODS) == set(config_lib.FACTS)
   for name, method in catalog.METHODS.items():
     assert method.facts == config_lib.FACTS[name]
-    assert method.options == (method.facts.section or None)
+    assert method.options == (None if name == "lrm" else method.facts.section or None)  # which draws nothing
   for name in config_lib.DENOISED_LOSSES:
     pairs.denoised_loss(name, beta=0.1)
   for name in config_lib.PAIR_LOSSES:
