@@ -27,7 +27,7 @@ CLASSES = {
   "sd15-miniature": diffusers.StableDiffusionPipeline,
   "sdxl-miniature": diffusers.StableDiffusionXLPipeline,
 }
-# Of the miniatures' topology, whose UNets are compared in models/unet_test.py, with as few levels as show what is asked.
+# As the miniatures, whose UNets are compared in models/unet_test.py, with as few levels as show what is asked.
 _SDXL_UNET = dataclasses.replace(
   presets.SDXL_MINIATURE.unet,
   down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
