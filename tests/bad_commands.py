@@ -61,7 +61,7 @@ TABLE = [
   ("train", [DPO, "--config.vae_model=flux.safetensors"], "flux.safetensors is Flux, expected a VAE in the layout"),
   ("train", [DPO, "--config.vae_model=~/nothing"], "model folder HOME/nothing does not exist"),
   ("train", [SPO, "--config.preference_model=~/nothing"], "model folder HOME/nothing does not exist"),
-  ("train", [SPO, "--config.reward=pickscore=~/nothing:1"], "config.preference_model='tiny-spm'"),
+  ("train", [SPO, "--config.reward=pickscore=~/nothing:1"], "has no weights: model folder HOME/nothing does not exist"),
   ("train", [DPO, "--config.lora.init_from=~/nothing"], "there is no LoRA file HOME/nothing"),
   (
     "train",

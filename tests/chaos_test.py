@@ -111,7 +111,7 @@ def test_a_full_disk(alone, tmp_path):
 
 @pytest.mark.parametrize("objective", ["toy", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_a_resumed_run_may_change_its_mesh(tmp_path, monkeypatch, objective):
-  """On one device to its end; and five steps of it, then five on 2 x 2 x 2 devices, over which arrays are split."""
+  """On one device to its end; and half of it, then the rest on 2 x 2 x 2 devices, over which arrays are split."""
   make_mesh = sharding.make_mesh
   monkeypatch.setattr(
     sharding, "make_mesh", lambda **sizes: make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
@@ -122,26 +122,26 @@ def test_a_resumed_run_may_change_its_mesh(tmp_path, monkeypatch, objective):
 
   def run(mesh, folder):
     c = mesh_run.recipe("dpo", mesh)
-    c.checkpoint.update(every=5, keep=2)
+    c.checkpoint.update(every=mesh_run.STEPS // 2, keep=2)
     loop.run(c, str(folder))
 
   one, changed = tmp_path / "one", tmp_path / "changed"
   run((1, 1, 1), one)
   shutil.copytree(one, changed)
-  shutil.rmtree(changed / "checkpoints" / "10")
+  shutil.rmtree(changed / "checkpoints" / str(mesh_run.STEPS))
   run((2, 2, 2), changed)
   found, expected = losses(changed), losses(one)
-  assert [step for step, _ in found] == list(range(1, 11))
+  assert [step for step, _ in found] == list(range(1, mesh_run.STEPS + 1))
   np.testing.assert_allclose([x for _, x in found], [x for _, x in expected], rtol=1e-5)
 
   def compare(path, a, b):
-    """Relative to the array, or to the way that ten steps of Adam can go where it started from 0."""
+    """Relative to the array, or to the way that so many steps of Adam can go where it started from 0."""
     if "['k_proj']['bias']" not in jax.tree_util.keystr(path):  # has no effect: its gradient is rounding
-      way = 10 * mesh_run.LEARNING_RATE * np.sqrt(b.size)
+      way = mesh_run.STEPS * mesh_run.LEARNING_RATE * np.sqrt(b.size)
       assert np.linalg.norm(a - b) <= 1e-5 * max(np.linalg.norm(b), way), path
 
   (found, step), (expected, _) = checkpoint.load_params(changed), checkpoint.load_params(one)
-  assert step == 10
+  assert step == mesh_run.STEPS
   jax.tree_util.tree_map_with_path(compare, found, expected)
 
 
