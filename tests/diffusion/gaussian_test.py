@@ -166,7 +166,7 @@ def test_a_last_step_without_noise_is_refused_where_its_density_is_wanted():
   for settings in ({"steps_offset": 0}, {"timestep_spacing": "linspace"}):
     schedule = diffusion.schedule_from_config({**STABLE_DIFFUSION, **settings})
     assert diffusion.ddim_prev_timesteps(schedule, 20)[-1] < 0
-    with pytest.raises(ValueError, match=r"last of 20 steps .* at timestep 0, .* set \"steps_offset\": 1 "):
+    with pytest.raises(ValueError, match=r"last of 20 steps .* at timestep 0, .* the schedule \"steps_offset\": 1 "):
       diffusion.ddim_prev_timesteps(schedule, 20, clamp_last=True)
   trailing = diffusion.schedule_from_config({**STABLE_DIFFUSION, "timestep_spacing": "trailing"})
   assert diffusion.ddim_prev_timesteps(trailing, 20, clamp_last=True)[-1] == 0
