@@ -178,6 +178,8 @@ def _try_own(
     first, sides = 2 * jax.process_index(), sizes.sides(experiment.model.image_size)
     blank = {first + i: np.full((*sides, 3), 255 * i, np.uint8) for i in range(2)}
     host.score(rewards, blank, experiment.captions()[:1] * 2 * jax.process_count())
+  if ":" in config.objective or ":" in config.family:
+    _say("trying the training step on shapes ...")
   if ":" in config.objective:
     _try_step(config, experiment, optimizer, mesh)
   elif ":" in config.family:
