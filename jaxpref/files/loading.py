@@ -173,7 +173,7 @@ def load_text_to_image(
     ValueError: the VAE's latents are not those of the pipeline, or the seed is out of range.
   """
   check_seed(seed)
-  look_for_parts(name, vae_model)
+  look_for_parts(name, vae_model if "vae" in components else None)
   param_dtypes = dict.fromkeys(pipelines.NETWORKS, param_dtype) if isinstance(param_dtype, str) else param_dtype
   if vae_model and "vae" in components:
     others = [c for c in components if c != "vae"]

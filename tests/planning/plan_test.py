@@ -96,7 +96,7 @@ def test_a_latent_reward_model_of_precomputed_data_needs_no_other_network():
 
 def test_lpo_is_planned_with_a_latent_reward_model():
   config = plan.without_weights(lpo_sd15.get_config("smoke"))
-  assert config.reward == "latent"
+  assert config.reward == "latent:1.0"
   _, state, frozen, _ = plan.abstract_inputs(config, MESH)
   assert set(state.params) == {"unet_lora"} and "lrm" in frozen and "spm" not in frozen
 
