@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxpref import config as config_lib
 from jaxpref.data import lease
 from jaxpref.devices import sharding
 from jaxpref.diffusion import VariancePreserving, schedule_from_config
+from jaxpref.evaluation import drawing
 from jaxpref.files import family as families
 from jaxpref.objectives import catalog
 from jaxpref.recipes import own, places
@@ -593,3 +595,9 @@ def test_weights_are_exported_without_the_module(tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint, "load_params", lambda run, step: ({"spm": {}}, 3))
   with pytest.raises(ValueError, match="trained spm, expected unet"):
     export.export(tmp_path, "lora", tmp_path / "b.safetensors")
+
+
+def test_a_sampler_that_a_process_of_ones_own_does_not_have_is_refused():
+  model = types.SimpleNamespace(process=types.SimpleNamespace())
+  with pytest.raises(ValueError, match="is for a variance-preserving process, and the model's is SimpleNames"):
+    drawing.make_sampler(model, num_inference_steps=2, guidance_scale=1.0, eta=0.0, seed=0, sampler="dpmpp_2m")

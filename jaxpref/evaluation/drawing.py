@@ -74,12 +74,19 @@ def make_sampler(
     share_noise: so many pictures in a row begin with the same noise: that of number // share_noise.
     mesh: splits each batch over its devices, on which the weights are.
   Raises:
-    ValueError: an unknown sampler, a seed or a number of steps that is out of range.
+    ValueError: an unknown sampler, or one that the model's process does not have; a seed or a number of steps that is
+      out of range.
   """
   sections.check_seed(seed)
   sections.check_count(num_inference_steps, "num_inference_steps", most=sections.MAX_STEPS)
   if sampler not in SAMPLERS:
     raise ValueError(f"sampler={sampler!r}, expected one of {', '.join(SAMPLERS)}.")
+  process = model.process
+  if sampler != "ddim" and not isinstance(process, VariancePreserving):
+    raise ValueError(
+      f"sampler={sampler!r} is for a variance-preserving process, and the model's is {type(process).__name__}; "
+      "expected ddim, which takes the steps of any process."
+    )
   latent_shape = model.latent_shape if size is None else model.latent_shape_for(*size)
   sizes = None if size is None else jnp.asarray([[*size, 0.0, 0.0, *size]], jnp.float32)  # the model is told
   whole, split = (None, None) if mesh is None else (sharding.replicated(mesh), sharding.batch_sharding(mesh))
@@ -100,10 +107,10 @@ def make_sampler(
     predict = lambda x, t: eps(x, t, cond)
     if sampler == "ddim":
       steps = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed + 1), i))(number)  # each row's own noise
-      latents = samplers.sample(predict, model.process, noise, steps, num_steps=num_inference_steps, eta=eta)
+      latents = samplers.sample(predict, process, noise, steps, num_steps=num_inference_steps, eta=eta)
     else:
-      assert isinstance(model.process, VariancePreserving)
-      schedule = model.process.schedule
+      assert isinstance(process, VariancePreserving)  # see above
+      schedule = process.schedule
       latents = samplers.dpm_solver_sample(predict, schedule, noise, num_steps=num_inference_steps, karras=karras)
     return to_uint8(model.decode(weights, latents))
 

@@ -104,7 +104,10 @@ def look_for(config: Config) -> None:
     assert config.preference_model is not None  # by config.check
     look_for_scorer(config.preference_model)
   elif facts.trains == "latent_scorer" and (start := config.preference_model):
-    (look_for_latent_reward if is_latent_reward(start) else look_for_scorer)(start)
+    if is_latent_reward(start):
+      look_for_latent_reward(start)
+    else:
+      look_for_scorer(start)
   elif facts.trains == "denoiser":
     look_for_judge(config.judge, style=config.data.preferred_style)
     if facts.scorer:
