@@ -81,10 +81,9 @@ def make_sampler(
   sections.check_count(num_inference_steps, "num_inference_steps", most=sections.MAX_STEPS)
   if sampler not in SAMPLERS:
     raise ValueError(f"sampler={sampler!r}, expected one of {', '.join(SAMPLERS)}.")
-  process = model.process
-  if sampler != "ddim" and not isinstance(process, VariancePreserving):
+  if sampler != "ddim" and not isinstance(model.process, VariancePreserving):
     raise ValueError(
-      f"sampler={sampler!r} is for a variance-preserving process, and the model's is {type(process).__name__}; "
+      f"sampler={sampler!r} is for a variance-preserving process, and the model's is {type(model.process).__name__}; "
       "expected ddim, which takes the steps of any process."
     )
   latent_shape = model.latent_shape if size is None else model.latent_shape_for(*size)
@@ -107,10 +106,10 @@ def make_sampler(
     predict = lambda x, t: eps(x, t, cond)
     if sampler == "ddim":
       steps = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed + 1), i))(number)  # each row's own noise
-      latents = samplers.sample(predict, process, noise, steps, num_steps=num_inference_steps, eta=eta)
+      latents = samplers.sample(predict, model.process, noise, steps, num_steps=num_inference_steps, eta=eta)
     else:
-      assert isinstance(process, VariancePreserving)  # see above
-      schedule = process.schedule
+      assert isinstance(model.process, VariancePreserving)  # see above
+      schedule = model.process.schedule
       latents = samplers.dpm_solver_sample(predict, schedule, noise, num_steps=num_inference_steps, karras=karras)
     return to_uint8(model.decode(weights, latents))
 
