@@ -6,10 +6,12 @@
     python scripts/study/study.py --workers 1       # one run at a time, on all cores; by default one on each core
     python scripts/study/study.py --only "B spo"    # only variants whose part and name contain this
     python scripts/study/study.py --report          # only the report, of what is done; it names what is missing
+    python scripts/study/study.py --models          # only the preference models
     python scripts/study/study.py --restore docs/results/study.json  # goes on from a report: its runs count as done
 
-Each run is one `python -m jaxpref.main` in runs/study/VARIANT/. Finished runs are reused, interrupted ones resume.
-SIGTERM stops it as --until does.
+Needs the pictures and labels of scripts/study/ground.py. Each run is one `python -m jaxpref.main` in
+runs/study/VARIANT/, and one scripts/study/measure.py. Finished runs are reused, interrupted ones resume. SIGTERM stops
+it as --until does.
 """
 
 import argparse
@@ -27,8 +29,8 @@ from concurrent import futures
 
 if __name__ == "__main__":
   sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
-from scripts.study import study_plan, study_report  # noqa: E402
-from scripts.study.study_plan import ROOT, Run, Variant  # noqa: E402
+from scripts.study import ground, measure, study_plan, study_report  # noqa: E402
+from scripts.study.study_plan import ROOT, PreferenceModel, Run, Variant  # noqa: E402
 
 _RUNNING: set[subprocess.Popen] = set()
 _STOPPED = threading.Event()  # nothing new is begun
@@ -42,7 +44,7 @@ def stop() -> None:
 
 
 def train_all(
-  variants: Sequence[Variant], folder: pathlib.Path, seeds: int, deadline: float = float("inf"), workers: int = 1
+  variants: Sequence[Variant], folder: pathlib.Path, deadline: float = float("inf"), workers: int = 1
 ) -> None:
   """Trains what remains, `workers` runs at a time, each on a core of its own if there are several.
 
@@ -58,7 +60,7 @@ def train_all(
     """The next run; waits while only a learning rate that is being chosen holds up the rest."""
     with changed:
       while True:
-        left = [run for run in study_plan.remaining(variants, folder, seeds) if run.path not in begun]
+        left = [run for run in study_plan.remaining(variants, folder) if run.path not in begun]
         if left or not running or _STOPPED.is_set() or time.time() >= deadline:
           break
         changed.wait(1.0)
@@ -95,27 +97,54 @@ def train_all(
 _MODEL = threading.Lock()
 
 
+_MODEL = threading.Lock()
+
+
 def train(run: Run, folder: pathlib.Path, deadline: float, core: int | None = None) -> None:
-  """Trains and evaluates. A loss that stays NaN is a result, too, in failed.txt; any other error is raised.
+  """Trains, draws and scores. A loss that stays NaN is a result, too, in failed.txt; any other error is raised.
 
   Raises:
     TimeoutError: the deadline or `stop` came first; what was done is saved.
   """
-  if name := run.variant.judged_by:
-    model, (config_file, changes) = folder / "models" / name, study_plan.MODELS[name]
+  if model := study_plan.model_of(run.variant):
     with _MODEL:
-      if not (model / "results.json").is_file():
-        arguments = study_plan.main_command(config_file, {"checkpoint.keep": 1} | changes, model)
-        code, last = _call(arguments, model, deadline, core)
-        if code or not (model / "results.json").is_file():
-          raise _without_results(str(model), model, code, last)
+      train_model(model, folder, deadline, core)
   place = folder / run.path
-  code, last = _call(study_plan.command(run, folder), place, deadline, core)
-  if code and "not finite" in last:
-    (place / "failed.txt").write_text(last + "\n")
-  elif code or not (place / "results.json").is_file():
+  if not (place / "export").is_dir():
+    code, last = _call(run.command(folder), place, deadline, core)
+    if code and "not finite" in last:
+      (place / "failed.txt").write_text(last + "\n")
+      return
+    if code or not (place / "export").is_dir():
+      raise _without_results(run.path, place, code, last)
+  code, last = _call(study_plan.measure_command(place, run.split), place, deadline, core)
+  if code:
     raise _without_results(run.path, place, code, last)
-  shutil.rmtree(place / "checkpoints", ignore_errors=True)  # ten times the size of the rest
+  if study_plan.read_run(run, folder):  # which keeps the numbers in row.json
+    for name in ("checkpoints", "export"):  # ten times the size of the rest
+      shutil.rmtree(place / name, ignore_errors=True)
+
+
+def train_model(
+  model: PreferenceModel, folder: pathlib.Path, deadline: float = float("inf"), core: int | None = None
+) -> None:
+  """Trains a preference model unless it is there; raises as `train`."""
+  place = folder / "models" / model.name
+  if not (place / "export").is_dir():
+    code, last = _call(model.command(folder), place, deadline, core)
+    if code or not (place / "export").is_dir():
+      raise _without_results(str(place), place, code, last)
+    shutil.rmtree(place / "checkpoints", ignore_errors=True)
+
+
+def measure_base(folder: pathlib.Path, deadline: float = float("inf")) -> None:
+  """Draws and scores both splits with the base model, once; raises as `train`."""
+  base = study_plan.base_folder(folder)
+  for split in measure.PICTURES:
+    if not (base / f"{split}.npz").is_file():
+      code, last = _call(study_plan.measure_command(base, split, "tiny-sd"), base, deadline, None)
+      if code:
+        raise _without_results(str(base), base, code, last)
 
 
 def _without_results(what: str, place: pathlib.Path, code: int, last: str) -> Exception:
@@ -154,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--until", help="HH:MM of today, when to stop")
   parser.add_argument("--only", default="", help="variants whose part and name contain this; the report has all")
-  parser.add_argument("--seeds", type=int, default=5)
+  parser.add_argument("--models", action="store_true", help="train only the preference models that --only needs")
   parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time (default: %(default)s)")
   parser.add_argument("--list", action="store_true", help="print the plan, run nothing")
   parser.add_argument("--report", action="store_true", help="run nothing, write the report")
@@ -171,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
   if args.restore:
     print(f"{study_plan.restore(args.restore, folder)} runs of {args.restore} count as done", file=sys.stderr)
   if args.list:
-    print(study_plan.plan(variants, folder, args.seeds, args.workers))
+    print(study_plan.plan(variants, folder, args.workers))
     return
   if args.until:
     hour = datetime.datetime.strptime(args.until, "%H:%M").time()
@@ -179,8 +208,15 @@ def main(arguments: list[str] | None = None) -> None:
   if not args.report:
     if threading.current_thread() is threading.main_thread():
       signal.signal(signal.SIGTERM, lambda *_: stop())
-    train_all(variants, folder, args.seeds, deadline, args.workers)
-  study_report.write(folder, args.docs, args.seeds)
+    if not ground.labels_file(folder / "ground", "style", 70).is_file():
+      parser.error(f"{folder / 'ground'} has no labels; make it by python scripts/study/ground.py.")
+    measure_base(folder, deadline)
+    if args.models:
+      for model in dict.fromkeys(filter(None, map(study_plan.model_of, variants))):
+        train_model(model, folder, deadline)
+      return
+    train_all(variants, folder, deadline, args.workers)
+  study_report.write(folder, args.docs)
 
 
 if __name__ == "__main__":

@@ -12,204 +12,235 @@ from typing import Any
 
 import numpy as np
 
+from scripts.study import ground, measure
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-FACTORS = (1.0, 2.0, 4.0)  # of the recipe's learning rate
-# What the study trains by: the recipes as they were when it was made, at half of their lengths then.
-OF_RECIPE: dict[str, dict[str, Any]] = {
-  "dpo_tiny": {"num_steps": 150},
-  "tdpo_tiny": {"num_steps": 150},
-  "kto_tiny": {"num_steps": 150},
-  "spo_tiny": {"num_steps": 20, "spo.warmup_steps": 4},
-  "grpo_tiny": {"num_steps": 20},
+RECIPE_CHANGES: dict[str, dict[str, Any]] = {
+  "dpo_tiny": {"num_steps": 125},  # as many UNet evaluations as SPO's
+  "tdpo_tiny": {"num_steps": 125},
+  "spo_tiny": {},
+  "lpo_tiny": {"num_steps": 30},
 }
-TUNING_SEED = 100
-TUNING_PICTURES = 2  # of a prompt
-ALLOWED_FALL = 0.05  # of caption accuracy against the base model, in tuning; the error of 128 pictures is about 0.03
-NO_GATE = 1e9  # a delta that no divergence exceeds
 # Pictures and checkpoints during training would count as its time; what is stopped is saved all the same.
-COMMON = {"sample.every": 0, "checkpoint.keep": 1, "checkpoint.every": 100_000}
-MOVING = {"reference.mode": "update", "logging.every": 4}  # 4 divides all tau, so that every move is logged
-# For --list, of a run on one core: to start and compile, and UNet evaluations after that, evaluation included.
-START_MINUTES, EVALUATIONS_A_MINUTE = 1.0, 36_000
-D3PO = {"spo.pool_size": 2, "spo.warmup_steps": 1, "spo.inner_steps": 18, "spo.threshold": 0.0, "spo.minibatch": 1}
-DDPO = {"batch_size": 24, "grpo.group_size": 1, "grpo.advantage": "batch"}
+COMMON = {"sample.every": 0, "checkpoint.keep": 1, "checkpoint.every": 100_000, "evaluation.num_prompts": 0}
+ONLINE = ("spo_tiny", "lpo_tiny", "grpo_tiny")
+RATES = (1.0, 2.0, 4.0)  # of the recipe's learning rate
+BETAS = (0.1, 10.0)  # of the recipe's beta, at the best of these rates
+TUNING_SEED = 100
+ALLOWED_FALL = 0.05  # of caption accuracy against the base model, in tuning for style
+FROZEN = {"reference.mode": "frozen"}
+NO_GATE = 1e9  # a delta that no divergence exceeds
+# For --list, of a run on one core: to start and compile, twice, and UNet evaluations a minute.
+START_MINUTES, EVALUATIONS_A_MINUTE = 0.7, 18_000
+DRAWN = 2 * measure.DRAW["num_inference_steps"] * len(ground.split("test")) * measure.PICTURES["test"]
 PARTS = {
-  "A": "Diffusion-DPO with a moving reference and timestep-aware training (arXiv 2505.18736)",
-  "B": "SPO (arXiv 2406.04314) and Diffusion-DPO",
-  "C": "Other losses",
+  "A": "SPO (arXiv 2406.04314) and Diffusion-DPO on the same noisy pairs",
+  "B": "What SPO is made of",
+  "C": "The moving reference (arXiv 2505.18736)",
+  "D": "Timestep-aware training (arXiv 2505.18736)",
+  "E": "Combinations that no paper has",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """A recipe with changes, the variants it is compared with, and the one whose learning rate it takes ("": its own).
+  """A recipe with changes, and the variants that it is compared with.
 
-  `judged_by` names a preference model of MODELS, in the place of the recipe's. One with `betas` is `tuned_as` with one
-  of them, or as it is, whichever is chosen at that one's learning rate.
+  Attributes:
+    name: of its folder.
+    part: one of PARTS.
+    recipe: a file of configs/.
+    overrides: fields of the recipe.
+    hidden, agreement: whose labels it learns from, `ground.HIDDEN` and percent.
+    against: names of variants.
+    tuned_as: the variant whose learning rate and beta it takes; "": its own are tuned.
+    beta: what it has of that: "tuned", or "recipe" for the recipe's own.
+    judged_by: kind of the preference model, see `models`.
+    seeds: number of runs on the test split.
   """
 
   name: str
   part: str
-  config_file: str
+  recipe: str
   overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
-  against: tuple[str, ...] = ("dpo",)
+  hidden: str = "style"
+  agreement: int = 70
+  against: tuple[str, ...] = ()
   tuned_as: str = ""
-  judged_by: str = ""
-  betas: tuple[float, ...] = ()
+  beta: str = "tuned"
+  judged_by: str = "step_aware"
+  seeds: int = 4
+
+  @property
+  def online(self) -> bool:
+    return self.recipe in ONLINE
 
 
-# Preference models that variants need, by name: recipe and changes. Trained once, in runs/study/models/.
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {"clean": ("spm_tiny", {"spm.step_aware": False})}
+def _moving(name: str, recipe: str = "dpo_tiny", part: str = "C", **options: Any) -> Variant:
+  """A variant whose reference moves; `reference` are fields of that section."""
+  changes = {"reference.mode": "update"} | {f"reference.{k}": v for k, v in options.pop("reference").items()}
+  return Variant(name, part, recipe, changes | options.pop("overrides", {}), **options)
 
 
-def _moving(
-  name: str,
-  tau: int,
-  config_file: str = "dpo_tiny",
-  tuned_as: str = "",
-  against: tuple[str, ...] = (),
-  **reference: Any,
-) -> Variant:
-  changes = {"reference.tau": tau} | {f"reference.{k}": v for k, v in reference.items()}
-  return Variant(name, "A", config_file, MOVING | changes, ("dpo", *against), tuned_as)
-
-
-def _beta(name: str, config_file: str, *betas: float, part: str = "C") -> Variant:
-  against = ("dpo",) if name == "dpo" else ("dpo_beta", name)
-  return Variant(f"{name}_beta", part, config_file, against=against, tuned_as=name, betas=betas)
+def _at_agreement(agreement: int) -> Iterator[Variant]:
+  dpo, spo = f"dpo_{agreement}", f"spo_{agreement}"
+  yield Variant(dpo, "A", "dpo_tiny", agreement=agreement, tuned_as="dpo", seeds=8)
+  yield Variant(spo, "A", "spo_tiny", agreement=agreement, tuned_as="spo", against=(dpo,), seeds=8)
 
 
 VARIANTS = (
-  Variant("dpo", "A", "dpo_tiny"),
-  _moving("ungated_tau64", 64, delta=NO_GATE, tuned_as="ungated_tau16"),  # so that only tau differs
-  _moving("ungated_tau16", 16, delta=NO_GATE, against=("dpo_beta",)),
-  _moving("ungated_tau4", 4, delta=NO_GATE, tuned_as="ungated_tau16"),
-  _moving("freeze_tau64", 64, tuned_as="freeze_tau16", against=("dpo_rate_of_freeze",)),
-  _moving("freeze_tau16", 16, against=("dpo_rate_of_freeze", "dpo_beta", "ungated_tau16")),
-  _moving("freeze_tau4", 4, tuned_as="freeze_tau16", against=("dpo_rate_of_freeze", "ungated_tau4")),
-  _moving("reinit_tau16", 16, against=("dpo_rate_of_freeze", "freeze_tau16"), on_diverge="reinit"),
-  # Those with a gate were given another learning rate than Diffusion-DPO: this tells what the rate alone does.
-  Variant("dpo_rate_of_freeze", "A", "dpo_tiny", tuned_as="freeze_tau16"),
-  Variant("timesteps", "A", "tdpo_tiny", {"reference.mode": "frozen"}),
-  # Tuning gave timestep-aware training half the rate of what it is compared with: this has the same.
-  Variant("timesteps_rate_of_dpo", "A", "tdpo_tiny", {"reference.mode": "frozen"}, tuned_as="dpo"),
-  _moving("timesteps_freeze_tau16", 16, "tdpo_tiny", against=("freeze_tau16",)),
-  # A smaller beta lets the policy go further, too: both with the beta that suits them.
-  _beta("freeze_tau16", "dpo_tiny", 50.0, 5000.0, part="A"),
-  Variant("spo", "B", "spo_tiny", against=("dpo", "dpo_beta", "dpo_half", "dpo_quarter")),
+  # A. `dpo` and `spo` learn from the rater who is right in 70 %, as people are.
+  Variant("dpo", "A", "dpo_tiny", seeds=8),
+  Variant("spo", "A", "spo_tiny", against=("dpo", "sft", "dpo_half", "dpo_quarter"), seeds=8),
+  Variant("sft", "A", "dpo_tiny", {"loss.name": "sft", "num_steps": 167}, against=("dpo",), seeds=8),
+  Variant("dpo_legible", "A", "dpo_tiny", hidden="legible", seeds=8),
+  Variant("spo_legible", "A", "spo_tiny", hidden="legible", against=("dpo_legible",), seeds=8),
+  *_at_agreement(60),
+  *_at_agreement(85),
+  *_at_agreement(100),
+  Variant("dpo_half", "A", "dpo_tiny", {"num_steps": 62}, tuned_as="dpo"),
+  Variant("dpo_quarter", "A", "dpo_tiny", {"num_steps": 31}, tuned_as="dpo"),
+  Variant("spo_half", "A", "spo_tiny", {"num_steps": 12}, against=("dpo", "dpo_half"), tuned_as="spo"),
+  Variant("spo_quarter", "A", "spo_tiny", {"num_steps": 6}, against=("dpo", "dpo_quarter"), tuned_as="spo"),
+  # B.
   Variant("spo_winner", "B", "spo_tiny", {"spo.next_latent": "winner"}, against=("spo",), tuned_as="spo"),
   Variant("spo_loser", "B", "spo_tiny", {"spo.next_latent": "loser"}, against=("spo",), tuned_as="spo"),
   Variant("spo_pool2", "B", "spo_tiny", {"spo.pool_size": 2}, against=("spo",), tuned_as="spo"),
   Variant("spo_pool8", "B", "spo_tiny", {"spo.pool_size": 8}, against=("spo", "spo_pool2"), tuned_as="spo"),
   Variant("spo_clean", "B", "spo_tiny", {"spo.step_aware": False}, against=("spo",), tuned_as="spo", judged_by="clean"),
-  Variant("spo_pool_last", "B", "spo_tiny", {"spo.pool_last_step": True}, against=("spo",), tuned_as="spo"),
-  Variant(
-    "spo_reference", "B", "spo_tiny", {"reference.mode": "update", "reference.tau": 8}, against=("spo",), tuned_as="spo"
+  Variant("lpo", "B", "lpo_tiny", against=("spo", "dpo"), judged_by="latent"),
+  # C. beta as in the recipe, and tuned with as many tries as Diffusion-DPO's.
+  Variant("dpo_beta500", "C", "dpo_tiny", against=("dpo",), tuned_as="dpo", beta="recipe"),
+  _moving("moving_tau16", reference={"tau": 16}, against=("dpo_beta500",), tuned_as="dpo", beta="recipe"),
+  _moving("moving_tau32", reference={"tau": 32}, against=("dpo_beta500",), tuned_as="dpo", beta="recipe"),
+  _moving("moving_tau64", reference={"tau": 64}, against=("dpo_beta500",), tuned_as="dpo", beta="recipe"),
+  _moving(
+    "ungated_tau16",
+    reference={"tau": 16, "delta": NO_GATE},
+    against=("moving_tau16", "dpo_beta500"),
+    tuned_as="dpo",
+    beta="recipe",
   ),
-  Variant("dpo_quarter", "B", "dpo_tiny", {"num_steps": 38}, tuned_as="dpo"),
-  Variant("dpo_half", "B", "dpo_tiny", {"num_steps": 75}, tuned_as="dpo"),
-  # As many wrong labels as the preference model of SPO gives held-out pairs.
-  Variant("dpo_flipped", "B", "dpo_tiny", {"data.flip_labels": 0.273}, against=("dpo", "spo"), tuned_as="dpo"),
-  Variant("spo_quarter", "B", "spo_tiny", {"num_steps": 5}, against=("dpo_quarter",), tuned_as="spo"),
-  Variant("spo_half", "B", "spo_tiny", {"num_steps": 10}, against=("dpo_half",), tuned_as="spo"),
-  Variant("sft", "C", "dpo_tiny", {"loss.name": "sft"}),
-  Variant("smoothed", "C", "dpo_tiny", {"loss.label_smoothing": 0.1}, tuned_as="dpo"),
-  Variant("robust", "C", "dpo_tiny", {"loss.name": "robust", "loss.label_smoothing": 0.1}, tuned_as="dpo"),
-  Variant("ipo", "C", "dpo_tiny", {"loss.name": "ipo"}),
-  Variant("hinge", "C", "dpo_tiny", {"loss.name": "hinge"}),
-  Variant("dspo", "C", "dpo_tiny", {"loss.name": "dspo", "loss.beta": 0.001}),
-  Variant("mapo", "C", "dpo_tiny", {"loss.name": "mapo", "loss.beta": 0.1}),
-  Variant("safeguard", "C", "dpo_tiny", {"loss.safeguard": 0.0}, tuned_as="dpo"),
-  Variant("kto", "C", "kto_tiny"),
-  # beta tuned, too: a tenth and ten times the one above. But IPO's 500 asks for a margin of errors of 0.001, and holds
-  # it there: smaller ones ask for more. Not DSPO's: below 2, where its gradient turns, it stays SFT to another target.
-  _beta("dpo", "dpo_tiny", 50.0, 5000.0),
-  _beta("ipo", "dpo_tiny", 5.0, 50.0),
-  _beta("hinge", "dpo_tiny", 50.0, 5000.0),
-  _beta("mapo", "dpo_tiny", 0.01, 1.0),
-  _beta("kto", "kto_tiny", 50.0, 5000.0),
-  _beta("spo", "spo_tiny", 1.0, 100.0),
-  # The same number of samples in an iteration, of 4 prompts and of 24.
-  Variant("grpo", "C", "grpo_tiny", against=("spo",)),
-  Variant("ddpo", "C", "grpo_tiny", DDPO, against=("spo",)),
-  # One label for all steps of two trajectories that part after the first step: SPO with a single group.
-  Variant("d3po", "C", "spo_tiny", D3PO, against=("spo",)),
+  _moving("ema_tau4", reference={"tau": 4, "alpha": 0.25}, against=("moving_tau16",), tuned_as="dpo", beta="recipe"),
+  _moving("rho_tau16", reference={"tau": 16, "rho": 0.2}, against=("moving_tau16",), tuned_as="dpo", beta="recipe"),
+  _moving("moving", reference={"tau": 16}, against=("dpo",), seeds=8),  # all of it tuned: the headline
+  # D.
+  Variant("sampling", "D", "tdpo_tiny", FROZEN | {"timesteps.reward_scale": False}, against=("dpo",), tuned_as="dpo"),
+  Variant("scale", "D", "tdpo_tiny", FROZEN | {"timesteps.gamma": 1.0}, against=("dpo",), tuned_as="dpo"),
+  Variant("timesteps", "D", "tdpo_tiny", FROZEN, against=("dpo",), tuned_as="dpo"),
+  Variant("timesteps_moving", "D", "tdpo_tiny", {"reference.tau": 16}, against=("moving", "dpo"), tuned_as="moving"),
+  # E. tau counts iterations of SPO, each of which makes several updates.
+  _moving("spo_moving", "spo_tiny", "E", reference={"tau": 5}, against=("spo",), tuned_as="spo"),
+  _moving("lpo_moving", "lpo_tiny", "E", reference={"tau": 5}, against=("lpo",), tuned_as="lpo", judged_by="latent"),
 )
 BY_NAME = {v.name: v for v in VARIANTS}
-
-
-def with_beta(name: str, beta: float) -> Variant:
-  """The variant of that name with another beta, at its learning rate."""
-  v = BY_NAME[name]
-  return dataclasses.replace(
-    v, name=f"{name}_beta{beta:g}", overrides=v.overrides | {"loss.beta": beta}, tuned_as=v.tuned_as or name
-  )
-
-
-BY_NAME |= {v.name: v for v in (with_beta(chosen.tuned_as, b) for chosen in VARIANTS for b in chosen.betas)}
 CURVES = {"Diffusion-DPO": ("dpo_quarter", "dpo_half", "dpo"), "SPO": ("spo_quarter", "spo_half", "spo")}
+# The recipe and changes of each kind of preference model.
+MODEL_RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+  "step_aware": ("spm_tiny", {}),
+  "clean": ("spm_tiny", {"spm.step_aware": False}),
+  "latent": ("lrm_tiny", {}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceModel:
+  """A preference model that online variants learn from, in the folder models/`name`."""
+
+  kind: str
+  hidden: str
+  agreement: int
+
+  @property
+  def name(self) -> str:
+    return f"{self.hidden}_{self.agreement}_{self.kind}"
+
+  def fields(self, folder: pathlib.Path) -> dict[str, Any]:
+    labels = ground.labels_file(folder / "ground", self.hidden, self.agreement)
+    own = {"data.source": "pairs_file", "data.path": str(labels)}
+    return COMMON | own | MODEL_RECIPES[self.kind][1]
+
+  def command(self, folder: pathlib.Path) -> list[str]:
+    return main_command(MODEL_RECIPES[self.kind][0], self.fields(folder), folder / "models" / self.name)
+
+
+def model_of(variant: Variant) -> PreferenceModel | None:
+  """Returns the preference model that a variant learns from; None for offline ones."""
+  return PreferenceModel(variant.judged_by, variant.hidden, variant.agreement) if variant.online else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One training run with its evaluation, in the folder `path` of runs/study."""
+  """One training run and its pictures, in the folder `path` of runs/study."""
 
   variant: Variant
   learning_rate: float
+  beta: float
   seed: int
   split: str
 
   @property
   def path(self) -> str:
-    return f"{self.variant.name}/{self.split}_{self.learning_rate:g}_seed{self.seed}"
+    return f"{self.variant.name}/{self.split}_{self.learning_rate:g}_{self.beta:g}_seed{self.seed}"
 
-  def fields(self) -> dict[str, Any]:
-    own = {"seed": self.seed, "optimizer.learning_rate": self.learning_rate, "evaluation.split": self.split}
-    if self.split == "validation":
-      own["evaluation.seeds_per_prompt"] = TUNING_PICTURES
-    return changes(self.variant) | own
+  def fields(self, folder: pathlib.Path) -> dict[str, Any]:
+    """Returns every field of the recipe that is changed."""
+    v = self.variant
+    found = changes(v) | {"seed": self.seed, "optimizer.learning_rate": self.learning_rate, "loss.beta": self.beta}
+    place = folder / "ground"
+    if model := model_of(v):
+      return found | {
+        "data.source": "prompts",
+        "data.path": str(place / "train.txt"),
+        "preference_model": str(folder / "models" / model.name / "export"),
+      }
+    labels = ground.labels_file(place, v.hidden, v.agreement)
+    return found | {"data.source": "pairs_file", "data.path": str(labels)}
+
+  def command(self, folder: pathlib.Path) -> list[str]:
+    return main_command(self.variant.recipe, self.fields(folder), folder / self.path)
 
 
 def changes(variant: Variant) -> dict[str, Any]:
-  """What a variant's runs change of the recipe."""
-  return COMMON | OF_RECIPE[variant.config_file] | variant.overrides
+  """Returns what a variant's runs change of the recipe, whatever the machine."""
+  return COMMON | RECIPE_CHANGES[variant.recipe] | variant.overrides
 
 
 def load_config(variant: Variant) -> Any:
-  """The recipe with the variant's changes."""
-  config = importlib.import_module(f"configs.{variant.config_file}").get_config()
+  """Returns the recipe with the variant's changes."""
+  config = importlib.import_module(f"configs.{variant.recipe}").get_config()
   config.update_from_flattened_dict(changes(variant))
   return config
 
 
-def beta(variant: Variant) -> float:
-  return float(load_config(variant).loss.beta)
-
-
-def command(run: Run, folder: pathlib.Path) -> list[str]:
-  fields = run.fields()
-  if run.variant.judged_by:
-    fields["preference_model"] = folder / "models" / run.variant.judged_by / "export"
-  return main_command(run.variant.config_file, fields, folder / run.path)
-
-
-def main_command(config_file: str, fields: dict[str, Any], workdir: pathlib.Path) -> list[str]:
-  start = [sys.executable, "-m", "jaxpref.main", f"--config=configs/{config_file}.py"]
+def main_command(recipe: str, fields: dict[str, Any], workdir: pathlib.Path) -> list[str]:
+  """Returns a training command."""
+  start = [sys.executable, "-m", "jaxpref.main", f"--config=configs/{recipe}.py"]
   return [*start, *(f"--config.{k}={v}" for k, v in fields.items()), f"--workdir={workdir}"]
 
 
-def evaluations(config: Any, valid: float = 1.0) -> float:
-  """UNet evaluations of one sample in the training of a run, counted as in the README ("What it costs").
+def measure_command(folder: pathlib.Path, split: str, model: str | None = None) -> list[str]:
+  """Returns the command that draws and scores the pictures of a run, or of a model into a folder of its own."""
+  script = ROOT / "scripts" / "study" / "measure.py"
+  return [sys.executable, str(script), str(folder), f"--split={split}", *([f"--model={model}"] if model else [])]
 
-  Guidance doubles a call, a backward pass is two more. Not counted: rows that only fill up a minibatch, the VAE, and
-  the preference model. `valid` is the share of SPO's pairs above the threshold.
+
+def evaluations(config: Any, valid: float = 1.0) -> float:
+  """Returns UNet evaluations of one sample in the training of a run, as docs/methods.md counts them.
+
+  Guidance doubles a call, a backward pass is two more. Rows that only fill up a minibatch, the VAE, and the preference
+  model are not counted.
+
+  Args:
+    valid: share of SPO's pairs above the threshold.
   """
   reference_free = config.objective == "dpo" and config.loss.name in ("mapo", "sft")
   reference_free |= config.objective == "grpo" and not config.grpo.kl_coef
   update = (not reference_free) + 1 + 2  # reference, policy, and its backward pass
   if config.objective == "spo":
     s, after = config.spo, config.spo.num_inference_steps - config.spo.warmup_steps
-    rollout = s.warmup_steps + 1 + (after - 1) * s.pool_size
+    of_latents = config.reward == "latent"
+    rollout = s.num_inference_steps if of_latents else s.warmup_steps + 1 + (after - 1) * s.pool_size
     length = s.inner_steps + 1
     # Of winner and loser, which share start and call; single steps but for a pair of two at the end.
     shared = after // length - (length == 1 and not s.pool_last_step)
@@ -224,155 +255,195 @@ def evaluations(config: Any, valid: float = 1.0) -> float:
   return config.num_steps * step + moves * 2 * min(8, config.batch_size)
 
 
+# ---- What runs leave behind ---------------------------------------------------------------------------------------
+
+
+def base_folder(folder: pathlib.Path) -> pathlib.Path:
+  """Returns where the base model's pictures were scored."""
+  return folder / "base"
+
+
 def read_run(run: Run, folder: pathlib.Path) -> dict[str, Any] | None:
-  """A run's numbers, or only `failed` of one that became NaN; None without a result; ValueError if of other fields."""
+  """Returns a run's numbers, only `failed` of one that became NaN, None without a result.
+
+  Raises:
+    ValueError: the folder has a run of other fields.
+  """
   place = folder / run.path
-  if (place / "row.json").is_file():  # its numbers alone, see `restore`
+  told = {"variant": run.variant.name, "seed": run.seed, "split": run.split, "fields": changes(run.variant)}
+  told |= {"learning_rate": run.learning_rate, "beta": run.beta}
+  if (place / "row.json").is_file():
     row = json.loads((place / "row.json").read_text())
-    _same_fields(run, row["fields"], f"The row of {run.path}")
+    if any(row.get(name) != value for name, value in told.items()):
+      raise ValueError(f"The row of {run.path} was made with other fields, expected {told}; move it away.")
     return row
-  row = {"variant": run.variant.name, "seed": run.seed, "learning_rate": run.learning_rate, "split": run.split}
-  row["fields"] = run.fields()
   if (place / "failed.txt").is_file():
-    return row | {"failed": (place / "failed.txt").read_text().strip()}
-  if not (place / "results.json").is_file():
+    return told | {"failed": (place / "failed.txt").read_text().strip()}
+  base = base_folder(folder) / f"{run.split}.npz"
+  if not (place / f"{run.split}.npz").is_file() or not base.is_file():
     return None
-  made = json.loads((place / "config.json").read_text())
-  of_config = lambda name: functools.reduce(lambda node, key: node.get(key, {}), name.split("."), made)
-  _same_fields(run, {name: of_config(name) for name in run.fields()}, f"{place}")
-  results = json.loads((place / "results.json").read_text())
+  config = json.loads((place / "config.json").read_text())
+  of_config = lambda name: functools.reduce(lambda node, key: node.get(key, {}), name.split("."), config)
+  for name, value in run.fields(folder).items():
+    if of_config(name) != value:
+      raise ValueError(f"{place} was made with config.{name}={of_config(name)!r}, expected {value!r}; move it away.")
   metrics = [json.loads(m) for m in (place / "metrics.jsonl").read_text().split("\n") if m.endswith("}")]
-  config, base, aligned = load_config(run.variant), results["base"], results["aligned"]
-  spo, online = config.objective == "spo", config.objective in ("spo", "grpo")
-  # The first row's time has what is done once. The median, since other work on the machine may have slowed some.
-  of_batch = {"dpo": 2, "tdpo": 2, "grpo": config.grpo.group_size}
-  images = config.batch_size * of_batch.get(config.objective, 1)
-  times = [images / m["images_per_second"] for m in metrics[1:]]
-  row |= {
-    "preferred_share": aligned["preferred_share"]["mean"],
-    "win_rate": results["win_rate"],
-    "caption_accuracy_change": results["caption_accuracy_change"],
-    "base_preferred_share": base["preferred_share"]["mean"],
-    "protocol": results["protocol"],
-    "minutes": float(np.median(times)) * config.num_steps / 60,
-    "evaluations": evaluations(config, float(np.mean([m["valid_pairs"] for m in metrics])) if spo else 1.0),
-    "updates": float(np.mean([m["updates"] for m in metrics])) * config.num_steps if online else config.num_steps,
-  }
+  row = told | numbers(measure.read(place / f"{run.split}.npz"), measure.read(base), run.variant.hidden)
+  row |= cost(run, metrics)
+  last = [m for m in metrics if m["step"] > 0.6 * metrics[-1]["step"]]  # by range of t, in the last two fifths
+  for name in sorted(k for k in metrics[-1] if k.startswith(("margin_bin", "loss_bin"))):
+    row[name] = float(np.mean([m[name] for m in last if name in m]))
   if moved := [m for m in metrics if "divergence" in m]:
     passed = [b["divergence"] for a, b in itertools.pairwise(moved) if b["reference_updates"] > a["reference_updates"]]
     row |= {"last_d": moved[-1]["divergence"], "largest_d": max(m["divergence"] for m in moved)}
     row |= {"accepted_d": max(passed, default=None), "moves": moved[-1]["reference_updates"]}
-    row["d_curve"] = [(m["step"], m["divergence"]) for m in moved]
+  (place / "row.json").write_text(json.dumps(row) + "\n")
   return row
 
 
-def _same_fields(run: Run, made: dict[str, Any], what: str) -> None:
-  for name, value in run.fields().items():
-    if made.get(name) != value:
-      raise ValueError(f"{what} was made with config.{name}={made.get(name)!r}, expected {value!r}; move it away.")
+def numbers(found: dict[str, np.ndarray], base: dict[str, np.ndarray], hidden: str) -> dict[str, float]:
+  """Returns what is reported of scores f32[P, S], beside those of the base model from the same noise.
+
+  `share` is of pictures in the preferred style, or whose caption is the likeliest of all; `win_rate` of pictures whose
+  hidden score is above the base model's, ties a half; `gain` the mean change of that score; `captions` the change of
+  caption accuracy; `other_share` the change of the share of the preference that was not asked for. `error` is the
+  standard error of share minus the base model's share over prompts.
+  """
+  other = next(h for h in ground.HIDDEN if h != hidden)
+  change = found[f"{hidden}_share"].mean(axis=1) - base[f"{hidden}_share"].mean(axis=1)
+  won = (found[hidden] > base[hidden]) + 0.5 * (found[hidden] == base[hidden])
+  return {
+    "share": float(found[f"{hidden}_share"].mean()),
+    "base_share": float(base[f"{hidden}_share"].mean()),
+    "error": float(change.std(ddof=1) / len(change) ** 0.5),
+    "win_rate": float(won.mean()),
+    "gain": float((found[hidden] - base[hidden]).mean()),
+    "captions": float(found["correct"].mean() - base["correct"].mean()),
+    "other_share": float(found[f"{other}_share"].mean() - base[f"{other}_share"].mean()),
+  }
+
+
+def cost(run: Run, metrics: Sequence[dict[str, Any]]) -> dict[str, float]:
+  """Returns minutes of training by the median step, UNet evaluations, and updates."""
+  config = load_config(run.variant)
+  images = config.batch_size * {"dpo": 2, "tdpo": 2}.get(config.objective, 1)
+  # The first row's time has what is done once. The median, since other work on the machine may have slowed some.
+  times = [images / m["images_per_second"] for m in metrics[1:]]
+  valid = float(np.mean([m["valid_pairs"] for m in metrics])) if run.variant.online else 1.0
+  updates = float(np.mean([m["updates"] for m in metrics])) if run.variant.online else 1.0
+  return {
+    "minutes": float(np.median(times)) * config.num_steps / 60 if times else 0.0,
+    "evaluations": evaluations(config, valid),
+    "updates": updates * config.num_steps,
+    "valid_pairs": valid,
+  }
 
 
 def restore(file: pathlib.Path, folder: pathlib.Path) -> int:
-  """Puts the rows of a study.json into `folder`, where they count as runs that are done; the number of them.
-
-  A row of which the folder has a result is left out.
+  """Puts the rows of a study.json into `folder`, where they count as runs that are done; returns their number.
 
   Raises:
-    ValueError: it is no study.json; a variant is not in VARIANTS; the fields of a row are not those that the variant
-      has now.
+    ValueError: it is no study.json, or has a run of a variant that there is not.
   """
   try:
     study = json.loads(file.read_text())
-    rows = [*itertools.chain(*study["runs"].values(), *(t["runs"] for t in study["tuning"].values()))]
-    made = [[row[key] for key in ("variant", "learning_rate", "seed", "split", "fields")] for row in rows]
+    rows = [*itertools.chain(*study["runs"].values(), *study["tuning"].values())]
+    runs = [Run(BY_NAME[r["variant"]], r["learning_rate"], r["beta"], r["seed"], r["split"]) for r in rows]
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f"{file} cannot be read ({error!r}); expected a study.json of scripts/study/study.py.") from error
   count = 0
-  for row, (variant, learning_rate, seed, split, fields) in zip(rows, made, strict=True):
-    if variant not in BY_NAME:
-      raise ValueError(f"{file} has a run of {variant!r}, expected one of {', '.join(BY_NAME)}; remove it.")
-    run = Run(BY_NAME[variant], learning_rate, seed, split)
-    _same_fields(run, fields, f"{run.path} in {file}")
-    if read_run(run, folder) is None:
+  for run, row in zip(runs, rows, strict=True):
+    if row["fields"] != changes(run.variant):
+      raise ValueError(f"{file} has {run.path} with other fields than it has now; remove that row.")
+    if not (folder / run.path / "row.json").is_file():
       (folder / run.path).mkdir(parents=True, exist_ok=True)
-      (folder / run.path / "row.json").write_text(json.dumps(row))
+      (folder / run.path / "row.json").write_text(json.dumps(row) + "\n")
       count += 1
   return count
 
 
-def choose(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-  """That of the highest preferred share; of equal ones the smallest learning rate, then the first; None if all failed.
+# ---- Which runs there are -----------------------------------------------------------------------------------------
 
-  Among those whose caption accuracy falls by at most ALLOWED_FALL, or where there is none, that falls least.
+
+def choose(rows: Sequence[dict[str, Any]], hidden: str) -> dict[str, Any] | None:
+  """Returns the row of the highest share; of equal ones the smallest learning rate, then the first; None if all failed.
+
+  For style, among those whose caption accuracy falls by at most ALLOWED_FALL, or where there is none, that falls least.
   """
   if not (rows := [r for r in rows if "failed" not in r]):
     return None
-  bound = min(-ALLOWED_FALL, max(r["caption_accuracy_change"] for r in rows)) - 1e-9
-  allowed = [r for r in rows if r["caption_accuracy_change"] >= bound]
-  return min(allowed, key=lambda r: (-r["preferred_share"], r["learning_rate"]))
+  if hidden == "style":
+    bound = min(-ALLOWED_FALL, max(r["captions"] for r in rows)) - 1e-9
+    rows = [r for r in rows if r["captions"] >= bound]
+  return min(rows, key=lambda r: (-r["share"], r["learning_rate"]))
 
 
-def rate_runs(variant: Variant) -> list[Run]:
-  """The runs on the validation split that decide on the learning rate of a variant, be they its own or another's."""
-  tuned = BY_NAME[variant.tuned_as or variant.name]
-  rate = load_config(tuned).optimizer.learning_rate
-  return [Run(tuned, factor * rate, TUNING_SEED, "validation") for factor in FACTORS]
+def tuned(variant: Variant) -> Variant:
+  """Returns the variant whose tuning decides."""
+  return BY_NAME[variant.tuned_as or variant.name]
 
 
-def beta_runs(variant: Variant, folder: pathlib.Path) -> list[Run]:
-  """Those that decide on beta, the first with the one it has anyway; none before the learning rate is known."""
-  if not variant.betas or not (best := _best(rate_runs(variant), folder)):
+def tuning_runs(variant: Variant, folder: pathlib.Path) -> list[Run]:
+  """Returns five runs on the validation split: three learning rates, then two betas at the best of them.
+
+  Those of beta follow when the others are done. Fine-tuning has no beta, and two more rates in their place.
+  """
+  v = tuned(variant)
+  config = load_config(v)
+  rate, beta = config.optimizer.learning_rate, config.loss.beta
+  run = lambda rate, beta: Run(v, rate, beta, TUNING_SEED, "validation")
+  if config.loss.name == "sft":
+    return [run(factor * rate, beta) for factor in (0.5, *RATES, 8.0)]
+  runs = [run(factor * rate, beta) for factor in RATES]
+  rows = [read_run(r, folder) for r in runs]
+  if all(rows) and (best := choose([r for r in rows if r], v.hidden)):
+    runs += [run(best["learning_rate"], factor * beta) for factor in BETAS]
+  return runs
+
+
+def chosen(variant: Variant, folder: pathlib.Path) -> tuple[float, float] | None:
+  """Returns the learning rate and the beta of a variant's runs; None while tuning is not done."""
+  runs = tuning_runs(variant, folder)
+  rows = [read_run(r, folder) for r in runs]
+  if len(runs) < len(RATES) + len(BETAS) or not all(rows):
+    return None
+  best = choose([r for r in rows if r], variant.hidden)
+  if best is None:
+    return None
+  recipe = load_config(variant)
+  return best["learning_rate"], recipe.loss.beta if variant.beta == "recipe" else best["beta"]
+
+
+def test_runs(variant: Variant, folder: pathlib.Path) -> list[Run]:
+  """Returns the runs that are reported; none before the variant is tuned."""
+  if not (best := chosen(variant, folder)):
     return []
-  among = [BY_NAME[variant.tuned_as], *(BY_NAME[f"{variant.tuned_as}_beta{b:g}"] for b in variant.betas)]
-  return [Run(v, best["learning_rate"], TUNING_SEED, "validation") for v in among]
+  return [Run(variant, *best, seed, "test") for seed in range(variant.seeds)]
 
 
-def _best(runs: Sequence[Run], folder: pathlib.Path) -> dict[str, Any] | None:
-  """What `choose` takes of these, once all are done."""
-  rows = [read_run(run, folder) for run in runs]
-  return choose([r for r in rows if r]) if all(rows) else None
-
-
-def test_runs(variant: Variant, folder: pathlib.Path, seeds: int) -> list[Run]:
-  """None before learning rate and beta are known."""
-  if not (best := _best(rate_runs(variant), folder)):
-    return []
-  if variant.betas:
-    if not (best := _best(beta_runs(variant, folder), folder)):
-      return []
-    variant = BY_NAME[best["variant"]]
-  return [Run(variant, best["learning_rate"], seed, "test") for seed in range(seeds)]
-
-
-def remaining(variants: Sequence[Variant], folder: pathlib.Path, seeds: int) -> Iterator[Run]:
-  """Runs without a result: all of tuning, then seed by seed, so that those of a seed can be compared early."""
-  runs = {run.path: run for v in variants for run in rate_runs(v)}
-  runs |= {run.path: run for v in variants for run in beta_runs(v, folder)}
-  for seed, variant in itertools.product(range(seeds), variants):
-    runs |= {run.path: run for run in test_runs(variant, folder, seeds)[seed : seed + 1]}
+def remaining(variants: Sequence[Variant], folder: pathlib.Path) -> Iterator[Run]:
+  """Yields runs without a result: all of tuning, then by the order of variants, seed by seed of each part."""
+  runs = {run.path: run for v in variants for run in tuning_runs(v, folder)}
+  for part in PARTS:
+    members = [v for v in variants if v.part == part]
+    for seed, variant in itertools.product(range(max((v.seeds for v in members), default=0)), members):
+      runs |= {run.path: run for run in test_runs(variant, folder)[seed : seed + 1]}
   yield from (run for run in runs.values() if read_run(run, folder) is None)
 
 
-def plan(variants: Sequence[Variant], folder: pathlib.Path, seeds: int, workers: int) -> str:
-  """The runs that are left of each variant, and the hours they take with so many at a time."""
+def plan(variants: Sequence[Variant], folder: pathlib.Path, workers: int) -> str:
+  """Returns the runs that are left of each variant, and the hours they take with so many at a time."""
   lines, seen, total, hours = [], set[str](), 0, 0.0
-  for variant in variants:
-    tuning = [r for r in [*rate_runs(variant), *beta_runs(variant, folder)] if r.path not in seen]
+  for v in variants:
+    tuning = [r for r in tuning_runs(v, folder) if r.path not in seen]
     seen |= {r.path for r in tuning}
-    tests = test_runs(variant, folder, seeds)
-    left = [
-      sum(read_run(r, folder) is None for r in tuning),
-      seeds - sum(read_run(r, folder) is not None for r in tests),
-    ]
-    config = load_config(variant)
-    e, mine = config.evaluation, 0.0
-    for count, pictures in zip(left, (TUNING_PICTURES, e.seeds_per_prompt), strict=True):
-      drawn = 2 * 2 * e.num_prompts * pictures * e.num_inference_steps  # two models, with guidance
-      mine += count * (START_MINUTES + (evaluations(config) + drawn) / EVALUATIONS_A_MINUTE) / 60 / workers
-    total, hours = total + sum(left), hours + mine
-    fields = " ".join(f"{k}={v}" for k, v in variant.overrides.items())
-    of = f"{sum(left):2} of {len(tuning) + seeds} runs left, {mine:.1f} h"
-    lines.append(f"{variant.part} {variant.name:22} {of}  {variant.config_file} {fields}")
+    pending = len(RATES) + len(BETAS) - len(tuning_runs(v, folder)) if tuning else 0
+    done = sum(read_run(r, folder) is not None for r in test_runs(v, folder))
+    left = sum(read_run(r, folder) is None for r in tuning) + pending + v.seeds - done
+    mine = left * (START_MINUTES + (evaluations(load_config(v)) + DRAWN) / EVALUATIONS_A_MINUTE) / 60 / workers
+    total, hours = total + left, hours + mine
+    fields = " ".join(f"{k}={value}" for k, value in v.overrides.items())
+    lines.append(f"{v.part} {v.name:18} {left:2} runs left, {mine:.1f} h  {v.recipe} {v.hidden} {v.agreement} {fields}")
   return "\n".join(
     [*lines, f"{total} runs left, about {hours:.1f} hours with {workers} at a time, each on an idle core"]
   )
