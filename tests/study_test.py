@@ -1,7 +1,6 @@
-"""The study of methods: its plan, the rule of tuning, resuming, and the report, from made-up runs."""
+"""The study of methods: its ground, its plan, the rule of tuning, resuming, and the report, from made-up runs."""
 
 import importlib
-import itertools
 import json
 import os
 import pathlib
@@ -10,87 +9,121 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
 
 from jaxpref import config as config_lib
+from jaxpref.data import emoji
 from jaxpref.objectives import spo
-from scripts.study import study, study_plan, study_report
+from scripts.study import ground, instrument, measure, study, study_plan, study_report
 
-# Stands in for `python -m jaxpref.main`: writes what a run leaves behind, from its own command line.
+# Stands in for `python -m jaxpref.main` and for scripts/study/measure.py: writes what they leave behind.
 FAKE = """
 import json, pathlib, sys
-fields = dict(a.removeprefix("--").split("=", 1) for a in sys.argv[1:])
-folder = pathlib.Path(fields["workdir"])
-folder.mkdir(parents=True, exist_ok=True)
-with open(folder.parents[1] / "calls.txt", "a") as calls:
-  calls.write(folder.parent.name + "/" + folder.name + "\\n")
-if (folder.parents[1] / "nan").exists():
+folder, kind = pathlib.Path(sys.argv[1]), sys.argv[2]
+(folder / "export").mkdir(parents=True, exist_ok=True)
+root = folder.parents[1]
+with open(root / "calls.txt", "a") as calls:
+  calls.write(kind + ":" + folder.parent.name + "/" + folder.name + "\\n")
+if kind == "train" and (root / "nan").exists():
+  (folder / "export").rmdir()
   sys.exit("error: step 3: loss or gradient was not finite in 6 steps in a row")
-if (folder.parents[1] / "broken").exists():
+if kind == "train" and (root / "broken").exists():
+  (folder / "export").rmdir()
   sys.exit("error: no such folder")
-made = json.loads((folder.parents[1] / "made.json").read_text())
-for name in sorted(made, key="results.json".__eq__):  # last and whole, as a run's are: others read it meanwhile
-  (folder / (name + ".new")).write_text(made[name])
-  (folder / (name + ".new")).replace(folder / name)
+made = root / (folder.parent.name + "_" + folder.name + ".json")
+if kind == "measure":
+  (folder / "row.json").write_text(made.read_text())
 """
+DPO, SPO = study_plan.BY_NAME["dpo"], study_plan.BY_NAME["spo"]
 
 
-def files(run, *, share=0.6, fall=0.0, win=0.7, divergences=()):
-  """What a run leaves behind, by file name; the divergences are (step, D, moves so far)."""
-  made = config_lib.to_dict(study_plan.load_config(run.variant))
-  for name, value in run.fields().items():
-    *parents, last = name.split(".")
-    node = made
-    for parent in parents:
-      node = node[parent]
-    node[last] = value
-  one = lambda share, accuracy: {"preferred_share": {"mean": share}, "caption_accuracy": {"mean": accuracy}}
-  results = {"aligned": one(share, 0.8 - fall), "base": one(0.4, 0.8), "win_rate": win}
-  results |= {"caption_accuracy_change": 0.0 - fall, "protocol": made["evaluation"]}
-  row = {"images_per_second": 32.0, "valid_pairs": 0.5, "updates": 4.0}
-  metrics = [{"step": 1, **row, "images_per_second": 0.1}, {"step": 10, **row}, {"step": 20, **row}]
-  if divergences:
-    metrics = [{"step": s, "divergence": d, "reference_updates": n, **row} for s, d, n in divergences]
-  lines = "".join(json.dumps(m) + "\n" for m in metrics)
-  return {"config.json": json.dumps(made), "results.json": json.dumps(results), "metrics.jsonl": lines + '{"step": 3'}
+def row(run, *, share=0.6, captions=0.0, win=0.7, **others):
+  """The numbers of a run."""
+  told = {"variant": run.variant.name, "seed": run.seed, "split": run.split, "fields": study_plan.changes(run.variant)}
+  told |= {"learning_rate": run.learning_rate, "beta": run.beta, "share": share, "captions": captions}
+  told |= {"win_rate": win, "base_share": 0.4, "error": 0.02, "gain": 0.5, "other_share": 0.0, "minutes": 2.0}
+  return told | {"evaluations": 32_000.0, "updates": 125.0, "valid_pairs": 1.0} | others
 
 
 def write(folder, run, **numbers):
-  place = folder / run.path
-  place.mkdir(parents=True)
-  for name, text in files(run, **numbers).items():
-    (place / name).write_text(text)
+  (folder / run.path).mkdir(parents=True, exist_ok=True)
+  (folder / run.path / "row.json").write_text(json.dumps(row(run, **numbers)))
 
 
-def tune(folder, variant, rows=((0.5, 0.0), (0.6, 0.0), (0.7, 0.1))):
-  """Rows: (preferred share, fall of caption accuracy) of each learning rate; by default the middle one is chosen."""
-  for run, (share, fall) in zip(study_plan.rate_runs(variant), rows, strict=True):
-    write(folder, run, share=share, fall=fall)
+def tune(folder, variant, rates=((0.5, 0.0), (0.6, 0.0), (0.7, -0.1)), betas=((0.3, -0.2), (0.3, -0.2))):
+  """Rows: (share, captions) of each try; by default the middle rate and the recipe's beta are chosen."""
+  for part in (rates, betas):
+    runs = study_plan.tuning_runs(variant, folder)
+    for run, (share, captions) in zip(runs[len(runs) - len(part) :], part, strict=True):
+      write(folder, run, share=share, captions=captions)
 
 
-def test_every_variant_is_a_config():
-  names = [v.name for v in study_plan.VARIANTS]
-  assert len(set(names)) == len(names) and {v.part for v in study_plan.VARIANTS} == set(study_plan.PARTS)
-  known = config_lib.names()
-  for variant in study_plan.VARIANTS:
-    run = study_plan.Run(variant, 1e-5, 0, "test")
-    assert set(run.fields()) <= set(known)
-    config = importlib.import_module(f"configs.{variant.config_file}").get_config()
-    config.update_from_flattened_dict(run.fields())
-    config_lib.check(config)
-    recipe = importlib.import_module(f"configs.{variant.config_file}").get_config()
-    changed = {n for n in known if value(config, n) != value(recipe, n)}
-    assert set(variant.overrides) - {"reference.delta"} <= changed | {"reference.mode"}  # none says what holds anyway
-    assert set(variant.against) <= set(names)
-    assert not variant.tuned_as or not study_plan.BY_NAME[variant.tuned_as].tuned_as
-    assert not variant.betas or variant.tuned_as and not variant.overrides
-  for variant in study_plan.BY_NAME.values():  # those with another beta, too, at each of its tries
-    assert study_plan.beta(variant) > 0 and study_plan.load_config(variant).num_steps < 151
-  moving = [v for v in study_plan.VARIANTS if v.overrides.get("reference.mode") == "update"]
-  for config in map(study_plan.load_config, moving):
-    assert config.reference.tau % config.logging.every == 0
+# ---- Ground -------------------------------------------------------------------------------------------------------
+
+
+def test_splits_have_every_core_emoji_once():
+  parts = {name: ground.split(name) for name in ground.SPLITS}
+  assert [len(parts[n]) for n in ("test", "validation", "train")] == [256, 128, 637]
+  ids = [e.id for part in parts.values() for e in part]
+  assert sorted(ids) == sorted(e.id for e in emoji.load_index("core"))
+  assert [e.caption for e in parts["test"][:2]] == ["t-shirt", parts["test"][1].caption]
+  with pytest.raises(ValueError, match="no split of the study"):
+    ground.split("all")
+
+
+def test_no_picture_is_in_two_pairs():
+  numbers = ground.pair_numbers(3)
+  assert numbers.shape == (24, 2) and sorted(numbers.ravel()) == list(range(48))
+  assert all(i // 16 == j // 16 for i, j in numbers)
+
+
+def test_raters_agree_as_often_as_they_say_and_differ_only_where_noise_turned_a_label():
+  rng = np.random.default_rng(2)
+  scores = {"style": rng.normal(size=(400, 16)) * 7, "legible": -rng.exponential(size=(400, 16))}
+  for hidden in ground.HIDDEN:
+    first, second = scores[hidden].reshape(-1, 2).T
+    said = {a: ground.rater(scores, hidden, a) == 1.0 for a in ground.AGREEMENTS}
+    for agreement, label in said.items():
+      assert abs(np.mean(label == (first > second)) - agreement / 100) < 0.025
+    wrong = {a: label != (first > second) for a, label in said.items()}
+    assert not wrong[100].any() and not (wrong[85] & ~wrong[70]).any() and not (wrong[70] & ~wrong[60]).any()
+
+
+def test_hidden_scores_know_style_and_caption_of_tiles():
+  emojis = ground.split("validation")[:8]
+  ids = np.asarray([e.class_id for e in emojis])
+  tiles = np.stack([emoji.load_tiles(style, 32)[ids] for style in ("openmoji", "twemoji")], axis=1)
+  found = ground.hidden_scores(tiles, ids)
+  assert all(v.shape == (8, 2) for v in found.values())
+  assert (found["style"][:, 0] > found["style"][:, 1]).all() and found["style_share"].mean(axis=0).tolist() == [
+    1.0,
+    0.0,
+  ]
+  assert found["legible_share"].mean() > 0.9 and (found["legible"] <= 0).all()
+  swapped = ground.hidden_scores(tiles, np.roll(ids, 1))
+  assert swapped["legible_share"].mean() == 0.0 and (swapped["legible"] < found["legible"]).all()
+
+
+def test_accuracy_by_time_counts_pairs_that_are_ranked_as_the_score_ranks_them(tmp_path):
+  true = np.arange(128 * 16, dtype=np.float32).reshape(128, 16)  # the second picture of each pair is the better one
+  np.savez(tmp_path / "validation_scores.npz", style=true)
+  scores = np.zeros((10, 128 * 8, 2), np.float32)
+  scores[:, :, 1] = 1.0
+  scores[3, : 128 * 2] = [1.0, 0.0]
+  assert instrument.by_bin(scores, tmp_path, "style").tolist() == [1.0] * 3 + [0.75] + [1.0] * 6
+
+
+def test_times_of_validation_pairs_fall_into_ten_ranges():
+  times = instrument.drawn_times("validation", 50)
+  assert times.shape == (10, 50) and (times // 100 == np.arange(10)[:, None]).all()
+  train = instrument.drawn_times("train", 5000)
+  assert train.shape == (2, 5000) and train.min() >= 0 and 990 < train.max() < 1000
+
+
+# ---- Plan ---------------------------------------------------------------------------------------------------------
 
 
 def value(config, name):
@@ -99,189 +132,201 @@ def value(config, name):
   return config
 
 
-def test_commands_are_those_of_the_trainer():
-  run = study_plan.Run(study_plan.BY_NAME["ungated_tau4"], 4e-5, 3, "test")
-  command = study_plan.command(run, pathlib.Path("runs"))
-  assert command[1:4] == ["-m", "jaxpref.main", "--config=configs/dpo_tiny.py"]
-  assert command[-1] == "--workdir=runs/ungated_tau4/test_4e-05_seed3"
-  assert {"--config.seed=3", "--config.reference.tau=4", "--config.optimizer.learning_rate=4e-05"} <= set(command)
+def test_every_variant_is_a_config(tmp_path):
+  names = [v.name for v in study_plan.VARIANTS]
+  assert len(set(names)) == len(names) and {v.part for v in study_plan.VARIANTS} == set(study_plan.PARTS)
+  known = config_lib.names()
+  for variant in study_plan.VARIANTS:
+    run = study_plan.Run(variant, 1e-5, 50.0, 0, "test")
+    fields = run.fields(tmp_path)
+    assert set(fields) <= set(known)
+    config = importlib.import_module(f"configs.{variant.recipe}").get_config()
+    config.update_from_flattened_dict(fields)
+    config_lib.check(config)
+    recipe = importlib.import_module(f"configs.{variant.recipe}").get_config()
+    changed = {n for n in known if value(config, n) != value(recipe, n)}
+    assert set(variant.overrides) - {"reference.delta", "reference.tau"} <= changed  # none says what holds anyway
+    assert set(variant.against) <= set(names)
+    assert not variant.tuned_as or not study_plan.BY_NAME[variant.tuned_as].tuned_as
+    assert study_plan.tuned(variant).hidden == variant.hidden
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-@pytest.mark.parametrize("name", study_plan.BY_NAME)
-def test_commands_set_the_fields_as_they_are_meant(name, monkeypatch):
-  run = study_plan.Run(study_plan.BY_NAME[name], 1e-5, 3, "test")
-  monkeypatch.setattr(sys, "argv", study_plan.command(run, pathlib.Path("runs"))[2:-1])  # where fields are looked for
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", flag_values=values)
-  values(sys.argv)
-  assert {field: value(values.config, field) for field in run.fields()} == run.fields()
-
-
-def test_evaluations_by_hand():
-  config = lambda name: study_plan.load_config(study_plan.BY_NAME[name])
-  # Half of the recipe's steps. 32 pairs: two reference passes, two of the policy, two backward passes that count twice.
-  assert study_plan.evaluations(config("dpo")) == 150 * 32 * (2 + 2 + 4)
-  assert study_plan.evaluations(config("dpo_quarter")) == 38 * 32 * 8
-  assert study_plan.evaluations(config("mapo")) == study_plan.evaluations(config("sft")) == 150 * 32 * (2 + 4)
-  assert study_plan.evaluations(config("d3po")) == 20 * 8 * ((2 + 18 * 2) * 2 + (1 + 18 * 2) * 2 * 4)
-  # 24 samples of 20 guided steps; of the policy a forward and (twice) a backward pass of each step.
-  assert study_plan.evaluations(config("grpo")) == study_plan.evaluations(config("ddpo")) == 20 * 24 * 20 * 2 * (1 + 3)
-  some = config("grpo")
-  some.grpo.update(timestep_fraction=0.6, kl_coef=0.04)
-  assert study_plan.evaluations(some) == 20 * 24 * 2 * (20 + 12 * 4)
-  assert study_plan.evaluations(config("kto")) == 150 * 64 * (1 + 1 + 2)
+def test_methods_cost_the_same():
+  """As many UNet evaluations, but for those that are shorter or larger on purpose, and for pairs that are not valid."""
+  count = lambda name, valid=1.0: study_plan.evaluations(study_plan.load_config(study_plan.BY_NAME[name]), valid)
+  assert count("dpo") == 125 * 32 * 8 and count("sft") == 167 * 32 * 6
+  assert count("spo") == 25 * 8 * 2 * (47 + 44) and count("spo", 0.75) == 25 * 8 * 2 * (47 + 33)
+  for other in (count("sft"), count("spo", 0.75)):
+    assert abs(other / count("dpo") - 1) < 0.01
+  assert count("lpo") == 30 * 8 * 2 * (20 + 40)
   # A move of the reference: two passes of 8 samples.
-  assert study_plan.evaluations(config("freeze_tau16")) == 150 * 32 * 8 + 9 * 16
-  # 8 prompts: 65 guided calls, and 17 of reference and policy, forward and (twice) backward, of the valid pairs.
-  assert study_plan.evaluations(config("spo")) == 20 * 8 * (65 * 2 + 17 * 2 * 4)
-  assert study_plan.evaluations(config("spo"), 0.5) == 20 * 8 * (65 * 2 + 17 * 4)
-  assert study_plan.evaluations(config("spo_reference")) == 20 * 8 * (65 * 2 + 17 * 2 * 4) + 2 * 16
+  assert count("moving_tau16") == 125 * 32 * 8 + 7 * 16
+  assert count("spo_moving") == count("spo") + 5 * 16
+
+
+def test_evaluations_of_other_recipes():
   sdxl = importlib.import_module("configs.spo_sdxl").get_config()  # groups of four steps: 4 shared starts, 12 not
   s = sdxl.spo
   calls = spo.pool_calls(num_steps=s.num_inference_steps, warmup_steps=s.warmup_steps, pool_size=s.pool_size)
   assert study_plan.evaluations(sdxl, 0.0) == sdxl.num_steps * sdxl.batch_size * 2 * calls
   assert study_plan.evaluations(sdxl) == sdxl.num_steps * sdxl.batch_size * 2 * (calls + 4 * (4 + 2 * 12))
+  # 24 samples of 20 guided steps; of the policy a forward and (twice) a backward pass of each step.
+  grpo = importlib.import_module("configs.grpo_tiny").get_config()
+  assert study_plan.evaluations(grpo) == 40 * 24 * 20 * 2 * (1 + 3)
+  grpo.grpo.update(timestep_fraction=0.6, kl_coef=0.04)
+  assert study_plan.evaluations(grpo) == 40 * 24 * 2 * (20 + 12 * 4)
+  kto = importlib.import_module("configs.kto_tiny").get_config()
+  assert study_plan.evaluations(kto) == kto.num_steps * kto.batch_size * (1 + 1 + 2)
+
+
+def test_commands_are_those_of_the_trainer():
+  folder = pathlib.Path("runs")
+  run = study_plan.Run(study_plan.BY_NAME["ungated_tau16"], 4e-5, 500.0, 3, "test")
+  command = run.command(folder)
+  assert command[1:4] == ["-m", "jaxpref.main", "--config=configs/dpo_tiny.py"]
+  assert command[-1] == "--workdir=runs/ungated_tau16/test_4e-05_500_seed3"
+  assert {"--config.seed=3", "--config.reference.tau=16", "--config.optimizer.learning_rate=4e-05"} <= set(command)
+  assert "--config.data.path=runs/ground/train/style_70.jsonl" in command
+  online = study_plan.Run(study_plan.BY_NAME["spo_60"], 2e-5, 10.0, 0, "test").command(folder)
+  assert "--config.preference_model=runs/models/style_60_step_aware/export" in online
+  assert "--config.data.path=runs/ground/train.txt" in online
+  kinds = {v.name: study_plan.model_of(v) for v in study_plan.VARIANTS}
+  assert kinds["dpo"] is None and kinds["lpo"].name == "style_70_latent" and kinds["spo_clean"].kind == "clean"
+  of_clean = kinds["spo_clean"].command(folder)
+  assert "--config=configs/spm_tiny.py" in of_clean and "--config.spm.step_aware=False" in of_clean
+  assert "--config.data.path=runs/ground/train/style_70.jsonl" in of_clean
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize("name", study_plan.BY_NAME)
+def test_commands_set_the_fields_as_they_are_meant(name, monkeypatch):
+  run, folder = study_plan.Run(study_plan.BY_NAME[name], 1e-5, 50.0, 3, "test"), pathlib.Path("runs")
+  monkeypatch.setattr(sys, "argv", run.command(folder)[2:-1])  # where fields are looked for
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", flag_values=values)
+  values(sys.argv)
+  fields = run.fields(folder)
+  assert {field: value(values.config, field) for field in fields} == fields
+
+
+# ---- Tuning -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
   "rows, factor",
   [
-    (((0.5, 0.0), (0.6, 0.01), (0.7, 0.06)), 2.0),  # the highest falls too far
-    (((0.5, 0.0), (0.6, 0.01), (0.7, 0.05)), 4.0),  # 5 points are allowed
-    (((0.6, 0.0), (0.6, -0.01), (0.6, 0.0)), 1.0),  # of equal ones the smallest
-    (((0.5, 0.07), (0.6, 0.06), (0.7, 0.08)), 2.0),  # none is allowed: the one that falls least
+    (((0.5, 0.0), (0.6, -0.01), (0.7, -0.06)), 2.0),  # the highest falls too far
+    (((0.5, 0.0), (0.6, -0.01), (0.7, -0.05)), 4.0),  # 5 points are allowed
+    (((0.6, 0.0), (0.6, 0.01), (0.6, 0.0)), 1.0),  # of equal ones the smallest
+    (((0.5, -0.07), (0.6, -0.06), (0.7, -0.08)), 2.0),  # none is allowed: the one that falls least
   ],
 )
 def test_learning_rate_is_chosen_by_the_rule(tmp_path, rows, factor):
-  dpo = study_plan.BY_NAME["dpo"]
-  assert study_plan.test_runs(dpo, tmp_path, 2) == []
-  tune(tmp_path, dpo, rows)
+  assert study_plan.test_runs(DPO, tmp_path) == []
+  tune(tmp_path, DPO, rows)
   for name in ("dpo", "dpo_half"):
-    tests = study_plan.test_runs(study_plan.BY_NAME[name], tmp_path, 2)
-    assert [(r.learning_rate, r.seed, r.split) for r in tests] == [(factor * 2e-5, seed, "test") for seed in (0, 1)]
+    tests = study_plan.test_runs(study_plan.BY_NAME[name], tmp_path)
+    assert {(r.learning_rate, r.beta, r.split) for r in tests} == {(factor * 2e-5, 500.0, "test")}
+    assert [r.seed for r in tests] == list(range(study_plan.BY_NAME[name].seeds))
 
 
-def test_failed_runs_are_not_chosen():
-  row = {"learning_rate": 1.0, "preferred_share": 0.5, "caption_accuracy_change": 0.0}
-  assert study_plan.choose([{"failed": "NaN"}, row]) == row
-  assert study_plan.choose([{"failed": "NaN"}]) is None
-
-
-def tries(folder, variant, *shares):
-  """Runs with each beta; with no share, of the one it has anyway alone."""
-  for run, share in zip(study_plan.beta_runs(variant, folder)[1:], shares, strict=True):
-    write(folder, run, share=share)
+def test_legible_pictures_may_change_captions():
+  rows = [{"learning_rate": 1.0, "share": 0.5, "captions": 0.0}, {"learning_rate": 2.0, "share": 0.6, "captions": -0.2}]
+  assert study_plan.choose(rows, "style") == rows[0] and study_plan.choose(rows, "legible") == rows[1]
+  assert study_plan.choose([{"failed": "NaN"}, rows[0]], "style") == rows[0]
+  assert study_plan.choose([{"failed": "NaN"}], "style") is None
 
 
 @pytest.mark.parametrize(
-  "shares, name, beta",
-  [((0.5, 0.7), "mapo_beta1", 1.0), ((0.7, 0.5), "mapo_beta0.01", 0.01), ((0.6, 0.5), "mapo", 0.1)],
+  ("betas", "chosen"),
+  [(((0.5, 0.0), (0.7, 0.0)), 5000.0), (((0.7, 0.0), (0.5, 0.0)), 50.0), (((0.6, 0.0),) * 2, 500.0)],
 )
-def test_beta_is_chosen_at_the_learning_rate(tmp_path, shares, name, beta):
-  """By the same rule; the runs of the method itself are taken where its own beta is the best, also of equal ones."""
-  mapo, chosen = study_plan.BY_NAME["mapo"], study_plan.BY_NAME["mapo_beta"]
-  assert study_plan.beta_runs(chosen, tmp_path) == []
-  tune(tmp_path, mapo)
-  assert [r.path for r in study_plan.beta_runs(chosen, tmp_path)] == [
-    f"{n}/validation_4e-05_seed100" for n in ("mapo", "mapo_beta0.01", "mapo_beta1")
-  ]
-  assert study_plan.test_runs(chosen, tmp_path, 2) == []
-  left = [r.path for r in study_plan.remaining([chosen], tmp_path, 2)]
-  assert left == [f"mapo_beta{b}/validation_4e-05_seed100" for b in ("0.01", "1")]
-  tries(tmp_path, chosen, *shares)
-  tests = study_plan.test_runs(chosen, tmp_path, 2)
-  assert [r.path for r in tests] == [f"{name}/test_4e-05_seed{seed}" for seed in (0, 1)]
-  assert all(study_plan.load_config(r.variant).loss.beta == beta for r in tests)
-  fields = tests[0].fields()
-  assert fields.get("loss.beta") == beta and fields["loss.name"] == "mapo"
-  assert [r.path for r in study_plan.test_runs(mapo, tmp_path, 1)] == ["mapo/test_4e-05_seed0"]
+def test_beta_is_chosen_at_the_best_learning_rate(tmp_path, betas, chosen):
+  rates = study_plan.tuning_runs(DPO, tmp_path)
+  assert [r.learning_rate for r in rates] == pytest.approx([2e-5, 4e-5, 8e-5])
+  tune(tmp_path, DPO, betas=betas)
+  tried = study_plan.tuning_runs(DPO, tmp_path)[3:]
+  assert [(r.learning_rate, r.beta) for r in tried] == [(4e-5, 50.0), (4e-5, 5000.0)]
+  assert {r.beta for r in study_plan.test_runs(DPO, tmp_path)} == {chosen}
+  recipe = study_plan.test_runs(study_plan.BY_NAME["moving_tau16"], tmp_path)
+  assert {(r.learning_rate, r.beta) for r in recipe} == {(4e-5, 500.0)}
 
 
-def test_the_report_tells_of_betas(tmp_path):
-  for name, shares in (("dpo", (0.7, 0.1)), ("mapo", (0.1, 0.2))):
-    tune(tmp_path, study_plan.BY_NAME[name])
-    chosen = study_plan.BY_NAME[f"{name}_beta"]
-    tries(tmp_path, chosen, *shares)
-    runs = {r.path: r for v in (study_plan.BY_NAME[name], chosen) for r in study_plan.test_runs(v, tmp_path, 1)}
-    for run in runs.values():
-      write(tmp_path, run, share=0.5 + 0.1 * (run.variant.name == "dpo_beta50"))
-  text = report(tmp_path)
-  assert "| dpo_beta | 500: 60.0% (+0.0); 50: 70.0% (+0.0); 5000: 10.0% (+0.0) | 50 |" in text
-  assert "| mapo_beta | 0.1: 60.0% (+0.0); 0.01: 10.0% (+0.0); 1: 20.0% (+0.0) | 0.1 |" in text
-  assert "| dpo_beta | dpo | 1 | +10.0 |" in text and "| mapo_beta | dpo_beta | 1 | -10.0 |" in text
-  assert "| mapo_beta | mapo |" not in text  # the same runs
-  other = tmp_path / "other"
-  assert study_plan.restore(tmp_path / "docs" / "study.json", other) == 6 + 4 + 3
-  names = ("dpo_beta", "mapo_beta")
-  for chosen in (study_plan.BY_NAME[n] for n in names):
-    assert study_plan.test_runs(chosen, other, 1) == study_plan.test_runs(chosen, tmp_path, 1)
+def test_fine_tuning_has_five_learning_rates(tmp_path):
+  sft = study_plan.BY_NAME["sft"]
+  runs = study_plan.tuning_runs(sft, tmp_path)
+  assert [r.learning_rate for r in runs] == pytest.approx([1e-5, 2e-5, 4e-5, 8e-5, 16e-5])
+  for run in runs:
+    write(tmp_path, run, share=0.5 + run.learning_rate)
+  assert study_plan.test_runs(sft, tmp_path)[0].learning_rate == pytest.approx(16e-5)
 
 
-def fake_command(run, folder):
-  (folder / "made.json").write_text(json.dumps(files(run, share=0.5 + 0.01 * run.seed)))
-  return [sys.executable, "-S", "-c", FAKE, f"--workdir={folder / run.path}"]
+# ---- Runs ---------------------------------------------------------------------------------------------------------
 
 
-def test_runs_are_made_once_and_in_order(tmp_path, monkeypatch):
-  monkeypatch.setattr(study_plan, "command", fake_command)
-  monkeypatch.setattr(study_report, "plots", lambda *_: None)
-  study_of = f"--seeds 2 --runs {tmp_path} --docs {tmp_path / 'docs'} --workers 1 --only".split() + ["C sft"]
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+  """Commands that leave made-up numbers behind, and the calls so far."""
+
+  def train(run, folder):
+    made = folder / (run.path.replace("/", "_") + ".json")
+    made.write_text(json.dumps(row(run, share=0.5 + 0.01 * run.seed)))
+    return [sys.executable, "-S", "-c", FAKE, str(folder / run.path), "train"]
+
+  own = lambda model, folder: [sys.executable, "-S", "-c", FAKE, str(folder / "models" / model.name), "train"]
+  monkeypatch.setattr(study_plan.Run, "command", train)
+  monkeypatch.setattr(study_plan.PreferenceModel, "command", own)
+  monkeypatch.setattr(
+    study_plan, "measure_command", lambda place, split: [sys.executable, "-S", "-c", FAKE, str(place), "measure"]
+  )
+  monkeypatch.setattr(study, "measure_base", lambda *_: None)
+  labels = ground.labels_file(tmp_path / "ground", "style", 70)
+  labels.parent.mkdir(parents=True)
+  labels.touch()
+  return lambda: (tmp_path / "calls.txt").read_text().split()
+
+
+def test_runs_are_made_once_and_in_order(tmp_path, fake):
+  study_of = f"--runs {tmp_path} --docs {tmp_path / 'docs'} --workers 1 --only".split() + ["A sft"]
   study.main([*study_of, "--until", "00:00"])
   assert not (tmp_path / "calls.txt").exists()
   study.main(study_of)
-  expected = [f"sft/validation_{r}_seed100" for r in ("2e-05", "4e-05", "8e-05")]
-  expected += [f"sft/test_2e-05_seed{s}" for s in (0, 1)]
-  assert (tmp_path / "calls.txt").read_text().split() == expected
-  (tmp_path / expected[-1] / "results.json").unlink()  # as if it had been interrupted
+  runs = [f"sft/validation_{r}_500_seed100" for r in ("1e-05", "2e-05", "4e-05", "8e-05", "0.00016")]
+  runs += [f"sft/test_1e-05_500_seed{s}" for s in range(8)]
+  expected = [f"{kind}:{run}" for run in runs for kind in ("train", "measure")]
+  assert fake() == expected
+  assert not (tmp_path / runs[-1] / "export").exists()  # ten times the size of the rest
+  (tmp_path / runs[-1] / "row.json").unlink()  # as if it had been interrupted
   study.main(study_of)
-  assert (tmp_path / "calls.txt").read_text().split() == [*expected, expected[-1]]
-  assert [r["seed"] for r in json.loads((tmp_path / "docs" / "study.json").read_text())["runs"]["sft"]] == [0, 1]
+  assert fake() == [*expected, *expected[-2:]]
+  assert [r["seed"] for r in json.loads((tmp_path / "docs" / "study.json").read_text())["runs"]["sft"]] == [*range(8)]
 
 
-def test_two_runs_at_a_time_make_the_same_runs_once_each(tmp_path, monkeypatch):
-  """And wait for the learning rates that others are choosing."""
-
-  def command(run, folder):
-    name = run.path.replace("/", "_") + ".json"
-    (folder / name).write_text(json.dumps(files(run)))
-    return [sys.executable, "-S", "-c", FAKE.replace("made.json", name), f"--workdir={folder / run.path}"]
-
-  monkeypatch.setattr(study_plan, "command", command)
+def test_two_runs_at_a_time_make_the_same_runs_once_each(tmp_path, fake, monkeypatch):
+  """And wait for what tuning chooses."""
   monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
   pinned = []
   monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: pinned.append(cores))
-  variants = [study_plan.BY_NAME["ipo"], study_plan.BY_NAME["hinge"]]
-  study.train_all(variants, tmp_path, 2, workers=2)
-  calls = (tmp_path / "calls.txt").read_text().split()
-  assert sorted(calls) == sorted(set(calls)) and len(calls) == 2 * (3 + 2)
-  assert not list(study_plan.remaining(variants, tmp_path, 2))
+  variants = [DPO, study_plan.BY_NAME["dpo_half"]]
+  study.train_all(variants, tmp_path, workers=2)
+  calls = fake()
+  assert sorted(calls) == sorted(set(calls)) and len(calls) == 2 * (5 + 8 + 4)
+  assert not list(study_plan.remaining(variants, tmp_path))
   assert {0} in pinned and {1} in pinned and len(pinned) == len(calls)
 
 
-def test_a_preference_model_is_trained_once_and_judges(tmp_path, monkeypatch):
-  run = study_plan.Run(study_plan.BY_NAME["spo_clean"], 2e-5, 0, "test")
-  model = tmp_path / "models" / "clean"
-  assert f"--config.preference_model={model / 'export'}" in study_plan.command(run, tmp_path)
-  seen = []
-
-  def main(config_file, fields, workdir):
-    seen.append((config_file, fields.get("spm.step_aware"), workdir))
-    (tmp_path / "made.json").write_text(json.dumps(files(run)))
-    return [sys.executable, "-S", "-c", FAKE, f"--workdir={workdir}"]
-
-  monkeypatch.setattr(study_plan, "main_command", main)
+def test_a_preference_model_is_trained_once_for_all_that_learn_from_it(tmp_path, fake):
   for seed in (0, 1):
-    study.train(study_plan.Run(run.variant, 2e-5, seed, "test"), tmp_path, float("inf"))
-  assert seen[0] == ("spm_tiny", False, model)
-  assert [name for name, _, _ in seen] == ["spm_tiny", "spo_tiny", "spo_tiny"]
+    study.train(study_plan.Run(study_plan.BY_NAME["spo_winner"], 2e-5, 10.0, seed, "test"), tmp_path, float("inf"))
+  names = [call for call in fake() if call.startswith("train")]
+  runs = [f"train:spo_winner/test_2e-05_10_seed{seed}" for seed in (0, 1)]
+  assert names == ["train:models/style_70_step_aware", *runs]
 
 
-def test_nan_is_a_result_and_other_errors_stop_the_study(tmp_path, monkeypatch):
-  monkeypatch.setattr(study_plan, "command", fake_command)
-  run = study_plan.Run(study_plan.BY_NAME["ipo"], 1e-5, 0, "test")
+def test_nan_is_a_result_and_other_errors_stop_the_study(tmp_path, fake):
+  run = study_plan.Run(study_plan.BY_NAME["sft"], 1e-5, 500.0, 0, "test")
   (tmp_path / "broken").touch()
-  with pytest.raises(RuntimeError, match=r"ipo/test_1e-05_seed0 ended with status 1 .* no such folder"):
+  with pytest.raises(RuntimeError, match=r"sft/test_1e-05_500_seed0 ended with status 1 .* no such folder"):
     study.train(run, tmp_path, float("inf"))
   assert study_plan.read_run(run, tmp_path) is None
   (tmp_path / "nan").touch()
@@ -290,15 +335,20 @@ def test_nan_is_a_result_and_other_errors_stop_the_study(tmp_path, monkeypatch):
 
 
 def test_a_run_in_time_is_stopped(tmp_path, monkeypatch):
-  monkeypatch.setattr(study_plan, "command", lambda *_: [sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+  sleeping = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+  monkeypatch.setattr(study_plan.Run, "command", lambda *_: sleeping)
   with pytest.raises(TimeoutError, match="was not ready in time"):
-    study.train(study_plan.Run(study_plan.BY_NAME["ipo"], 1e-5, 0, "test"), tmp_path, 0.0)
+    study.train(study_plan.Run(study_plan.BY_NAME["sft"], 1e-5, 500.0, 0, "test"), tmp_path, 0.0)
 
 
 def test_sigterm_ends_the_runs_and_then_the_study(tmp_path):
   """Both that are going on, with a report of what there is."""
   run = [sys.executable, "-S", "-c", "import time; print('begun', flush=True); time.sleep(60)"]
-  program = f"from scripts.study import study, study_plan; study_plan.command = lambda *_: {run!r};"
+  labels = ground.labels_file(tmp_path / "ground", "style", 70)
+  labels.parent.mkdir(parents=True)
+  labels.touch()
+  program = f"from scripts.study import study, study_plan; study_plan.Run.command = lambda *_: {run!r};"
+  program += "study.measure_base = lambda *_: None;"
   program += f"study.main('--only sft --workers 2 --runs {tmp_path} --docs {tmp_path}'.split())"
   process = subprocess.Popen([sys.executable, "-c", program], cwd=study_plan.ROOT, stderr=subprocess.PIPE, text=True)
   begun = lambda: [log for log in tmp_path.glob("sft/*.log") if "begun" in log.read_text()]
@@ -311,9 +361,65 @@ def test_sigterm_ends_the_runs_and_then_the_study(tmp_path):
   assert len(list(tmp_path.glob("sft/*.log"))) == 2 and (tmp_path / "study.md").is_file()
 
 
+def scores(share, *, prompts=4, pictures=2):
+  """Of a model that draws a share of its pictures in the preferred style."""
+  rng = np.random.default_rng(0)
+  noise = rng.normal(size=(prompts, pictures)).astype(np.float32)
+  liked = np.arange(prompts * pictures).reshape(prompts, pictures) < share * prompts * pictures
+  ones = np.ones((prompts, pictures), np.float32)
+  found = {"style": noise + 10 * liked, "style_share": liked.astype(np.float32), "legible": noise, "correct": ones}
+  return found | {"legible_share": 0.5 * ones}
+
+
+def run_folder(folder, run, *, metrics, share=0.5):
+  """What training and measure.py leave behind."""
+  place = folder / run.path
+  place.mkdir(parents=True)
+  config = config_lib.to_dict(study_plan.load_config(run.variant))
+  for name, given in run.fields(folder).items():
+    *parents, last = name.split(".")
+    node = config
+    for parent in parents:
+      node = node[parent]
+    node[last] = given
+  (place / "config.json").write_text(json.dumps(config))
+  (place / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics) + '{"step": 3')
+  measure.save(place / f"{run.split}.npz", scores(share))
+  study_plan.base_folder(folder).mkdir(exist_ok=True)
+  measure.save(study_plan.base_folder(folder) / f"{run.split}.npz", scores(0.25))
+
+
+def test_numbers_of_a_run(tmp_path):
+  dpo = study_plan.Run(DPO, 2e-5, 500.0, 0, "test")
+  of_step = {"images_per_second": 32.0, "margin_bin_0": 2.0}
+  run_folder(
+    tmp_path, dpo, metrics=[{"step": 1, "images_per_second": 0.1, "margin_bin_0": 9.0}, {"step": 20, **of_step}]
+  )
+  found = study_plan.read_run(dpo, tmp_path)
+  assert found["minutes"] == pytest.approx(125 * 64 / 32 / 60)  # without the first step, which was slow
+  assert (found["updates"], found["evaluations"], found["margin_bin_0"]) == (125, 125 * 32 * 8, 2.0)
+  assert (found["share"], found["base_share"], found["captions"], found["other_share"]) == (0.5, 0.25, 0.0, 0.0)
+  # Two of eight pictures became outlined; the other six are the base model's.
+  assert found["win_rate"] == pytest.approx((2 + 0.5 * 6) / 8) and found["gain"] == pytest.approx(10 * 2 / 8)
+  assert found["error"] == pytest.approx(np.std([0, 1, 0, 0], ddof=1) / 2)
+  assert "last_d" not in found and study_plan.read_run(dpo, tmp_path) == found  # from row.json
+  spo_run = study_plan.Run(SPO, 2e-5, 10.0, 0, "test")
+  online = [{"step": s, "images_per_second": 32.0, "valid_pairs": 0.5, "updates": 4.0} for s in (1, 2)]
+  run_folder(tmp_path, spo_run, metrics=online)
+  found = study_plan.read_run(spo_run, tmp_path)
+  assert found["minutes"] == pytest.approx(25 * 8 / 32 / 60)
+  assert (found["updates"], found["evaluations"]) == (100, 25 * 8 * 2 * (47 + 22))
+  gated = study_plan.Run(study_plan.BY_NAME["moving_tau16"], 2e-5, 500.0, 0, "test")
+  moves = [(1, 0.0, 0), (16, 0.002, 1), (32, 0.009, 1), (48, 0.004, 2), (64, 0.006, 2)]
+  rows = [{"step": s, "divergence": d, "reference_updates": n, "images_per_second": 1.0} for s, d, n in moves]
+  run_folder(tmp_path, gated, metrics=rows)
+  found = study_plan.read_run(gated, tmp_path)
+  assert (found["last_d"], found["largest_d"], found["accepted_d"], found["moves"]) == (0.006, 0.009, 0.004, 2)
+
+
 def test_a_folder_of_another_config_is_refused(tmp_path):
-  run = study_plan.Run(study_plan.BY_NAME["dpo"], 2e-5, 0, "test")
-  write(tmp_path, run)
+  run = study_plan.Run(DPO, 2e-5, 500.0, 0, "test")
+  run_folder(tmp_path, run, metrics=[{"step": 1, "images_per_second": 1.0}])
   config = json.loads((tmp_path / run.path / "config.json").read_text())
   config["sample"]["every"] = 200
   (tmp_path / run.path / "config.json").write_text(json.dumps(config))
@@ -321,44 +427,40 @@ def test_a_folder_of_another_config_is_refused(tmp_path):
     study_plan.read_run(run, tmp_path)
 
 
-def test_numbers_of_a_run(tmp_path):
-  dpo = study_plan.Run(study_plan.BY_NAME["dpo"], 2e-5, 0, "test")
-  write(tmp_path, dpo)
-  row = study_plan.read_run(dpo, tmp_path)
-  assert row["minutes"] == pytest.approx(150 * 64 / 32 / 60)  # without the first step, which was slow
-  assert (row["updates"], row["evaluations"]) == (150, 150 * 32 * 8) and "last_d" not in row
-  spo = study_plan.Run(study_plan.BY_NAME["spo"], 2e-5, 0, "test")
-  write(tmp_path, spo)
-  row = study_plan.read_run(spo, tmp_path)
-  assert row["minutes"] == pytest.approx(20 * 8 / 32 / 60)
-  assert (row["updates"], row["evaluations"]) == (80, 20 * 8 * (130 + 68))
-  grpo = study_plan.Run(study_plan.BY_NAME["grpo"], 2e-5, 0, "test")
-  write(tmp_path, grpo)
-  row = study_plan.read_run(grpo, tmp_path)
-  assert row["minutes"] == pytest.approx(20 * 24 / 32 / 60)  # pictures a second
-  assert (row["updates"], row["evaluations"]) == (80, 20 * 24 * 160)
-  gated = study_plan.Run(study_plan.BY_NAME["freeze_tau16"], 2e-5, 0, "test")
-  write(tmp_path, gated, divergences=[(1, 0.0, 0), (16, 0.002, 1), (32, 0.009, 1), (48, 0.004, 2), (64, 0.006, 2)])
-  row = study_plan.read_run(gated, tmp_path)
-  assert (row["last_d"], row["largest_d"], row["accepted_d"], row["moves"]) == (0.006, 0.009, 0.004, 2)
+# ---- Report -------------------------------------------------------------------------------------------------------
 
 
 def test_differences_are_of_the_same_seeds():
   rows = lambda shares: [
-    {"seed": s, "preferred_share": x, "caption_accuracy_change": 0.0, "win_rate": 0.5 + x / 2}
-    for s, x in enumerate(shares)
+    {"seed": s, "share": x, "captions": 0.0, "win_rate": 0.5 + x / 2, "other_share": 0.0} for s, x in enumerate(shares)
   ]
   found = study_report.compare(rows([0.6, 0.7, 0.8]), rows([0.5, 0.5, 0.5, 0.9]))
-  assert found["change"] == pytest.approx([0.1, 0.2, 0.3]) and found["p"] == 2 / 8
-  assert found["interval"] == pytest.approx([0.2 - 4.303 * 0.1 / 3**0.5, 0.2 + 4.303 * 0.1 / 3**0.5], abs=1e-4)
-  assert found["effect_size"] == pytest.approx(2.0)
-  assert found["win_rate"] == pytest.approx(0.1)
-  assert found["win_rate_interval"] == pytest.approx([x / 2 for x in found["interval"]])
-  for few in (1, 2):
-    assert "interval" not in study_report.compare(rows([0.5] * few), rows([0.4] * few))
-  assert study_report.compare(rows([0.5] * 5), rows([0.4] * 5))["p"] == 2 / 32
+  share = found["share"]
+  assert share["values"] == pytest.approx([0.1, 0.2, 0.3]) and share["mean"] == pytest.approx(0.2)
+  assert share["interval"] == pytest.approx([0.2 - 4.303 * 0.1 / 3**0.5, 0.2 + 4.303 * 0.1 / 3**0.5], abs=1e-4)
+  assert share["p"] == pytest.approx(0.0742, abs=1e-3)  # t = 3.464 with 2 degrees of freedom
+  assert found["win_rate"]["mean"] == pytest.approx(0.1)
+  assert "interval" not in study_report.compare(rows([0.5] * 2), rows([0.4] * 2))["share"]
   assert study_report.compare(rows([0.5]), [{"seed": 0, "failed": "NaN"}]) is None
-  assert study_report.compare(rows([0.5, 0.6]), rows([0.6, 0.5]))["p"] == 1.0
+  assert study_report.compare(rows([0.5]), []) is None
+
+
+def test_growth_is_the_difference_of_differences():
+  of = lambda x: [
+    {"seed": s, "share": x + 0.01 * s, "captions": 0.0, "win_rate": 0.5, "other_share": 0.0} for s in (0, 1)
+  ]
+  runs = {"spo_60": of(0.6), "dpo_60": of(0.5), "spo_100": of(0.9), "dpo_100": of(0.88)}
+  assert study_report.growth(runs)["share"]["values"] == pytest.approx([0.08, 0.08])
+  assert study_report.growth(runs | {"dpo_100": []}) is None
+
+
+def test_power_is_what_the_page_of_questions_says():
+  page = (study_plan.ROOT / "docs" / "results" / "study_questions.md").read_text()
+  assert "1.15 s (n = 8) or 2.1 s (n = 4)" in " ".join(page.split())
+  assert study_report.power(1.0, 8) == pytest.approx(1.15, abs=0.01)
+  assert study_report.power(1.0, 4) == pytest.approx(2.1, abs=0.05)
+  for v in study_plan.VARIANTS:
+    assert f"`{v.name}`" in page or f"`{v.name.removeprefix('moving')}`" in page or v.name.startswith(("dpo_", "spo_"))
 
 
 def report(folder):
@@ -368,133 +470,56 @@ def report(folder):
 
 def test_report_of_nothing_names_all_that_is_missing(tmp_path):
   text = report(tmp_path)
-  assert f"- all seeds of {', '.join(v.name for v in study_plan.VARIANTS)}\n" in text and "## A" not in text
+  assert all(f"- {v.name}/test_*: not tuned yet\n" in text for v in study_plan.VARIANTS) and "## A" not in text
   assert not re.search(r"[{}]|None|nan", text)
 
 
 def test_report_says_what_the_numbers_say(tmp_path):
-  every = {name: study_plan.BY_NAME[name] for name in ("dpo", "spo", "kto", "ungated_tau16", "freeze_tau16")}
-  shares = {"dpo": 0.6, "spo": 0.5, "kto": 0.7, "ungated_tau16": 0.55, "freeze_tau16": 0.65}
-  curves = {"freeze_tau16": [(4, 0.0, 0), (16, 0.004, 1), (32, 0.011, 1)]}
-  for name, variant in every.items():
-    tune(tmp_path, variant)
-    rate = study_plan.test_runs(variant, tmp_path, 1)[0].learning_rate
-    also = {"ungated_tau16": ("ungated_tau64", "ungated_tau4"), "dpo": ("dpo_half",)}.get(name, ())
-    for member, seed in itertools.product((name, *also), range(3)):
-      last = {"ungated_tau64": 0.01, "ungated_tau16": 0.02, "ungated_tau4": 0.03 + 0.01 * seed}.get(member)
-      curve = [(4, 0.0, 0), (64, last, 1)] if last else curves.get(member, ())
-      run = study_plan.Run(study_plan.BY_NAME[member], rate, seed, "test")
-      write(tmp_path, run, share=shares[name] + 0.01 * seed, divergences=curve)
+  shares = {"dpo": 0.6, "spo": 0.5, "sft": 0.55}
+  for name, share in shares.items():
+    variant = study_plan.BY_NAME[name]
+    if name == "sft":
+      for run in study_plan.tuning_runs(variant, tmp_path):
+        write(tmp_path, run)
+    else:
+      tune(tmp_path, variant)
+    for run in study_plan.test_runs(variant, tmp_path)[:3]:
+      write(tmp_path, run, share=share + 0.01 * run.seed * (1 + (name == "spo")))
   text = report(tmp_path)
   assert not re.search(r"[{}]|None|nan", text)
-  assert "| dpo | 3 | 61.0% (60.0% to 62.0%) | 70.0% | +0.0% | 150 | 5.0 | 38,400 |" in text
-  assert "| spo | dpo | 3 | -10.0 [-10.0, -10.0] | -10.0 to -10.0 |  | 0.25 | +0.0 [+0.0, +0.0] | +0.0 |" in text
-  assert "- Without a gate the last D rises as tau falls: 0.0100 at 64, 0.0200 at 16, 0.0400 at 4." in text
-  assert "- freeze_tau16: the largest D of a move that was made, 0.0040, is not above delta, 0.005." in text
-  assert "Above what it is compared with, in all of three or more seeds: kto (dpo)." in text
+  assert "| dpo | style 70 % | 3 | 61.0% (60.0% to 62.0%) (40.0%) | 1.0 | +0.0% | 70.0% | 125 | 32,000 | 2.0 |" in text
+  assert "| **spo** | dpo | 3 | -9.0 [-11.5, -6.5] | 0.0041 |  | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] |" in text
+  assert re.search(r"\| spo \| sft \| 3 \| -4\.0 \[-6\.5, -1\.5\] \| 0\.02 \| 0\.02 \|", text)
+  assert "**4e-05, 500: 60.0% (+0.0)**" in text and "8e-05, 500: 70.0% (-10.0)" in text
   missing = text.partition("## Missing")[2]
-  assert "- dpo/test_4e-05_seed3" in missing and "- dpo/test_4e-05_seed2" not in missing
-  assert re.search("- all seeds of .*, ipo, ", missing) and " spo," not in missing
-  assert {p.name for p in (tmp_path / "docs").iterdir()} == {
-    "study.md", "study.json", "study_divergence.png",
-  }  # fmt: skip
-  saved = json.loads((tmp_path / "docs" / "study.json").read_text())
-  assert saved["tuning"]["dpo"]["chosen"] == 4e-5 and len(saved["runs"]["kto"]) == 3
+  assert "- dpo/test_4e-05_500_seed3" in missing and "- dpo/test_4e-05_500_seed2" not in missing
+  assert {p.name for p in (tmp_path / "docs").iterdir()} == {"study.md", "study.json"}
 
 
-def test_a_report_is_gone_on_from(tmp_path, monkeypatch):
-  dpo, gated = (study_plan.BY_NAME[name] for name in ("dpo", "freeze_tau16"))
+def test_a_report_is_gone_on_from(tmp_path):
   runs, other = tmp_path / "runs", tmp_path / "other"
-  for v in (dpo, gated):
-    tune(runs, v)
-    curve = [(4, 0.1, 0), (8, 0.2, 0)] if v == gated else ()
-    write(runs, study_plan.test_runs(v, runs, 1)[0], share=0.7, divergences=curve)
+  tune(runs, DPO)
+  write(runs, study_plan.test_runs(DPO, runs)[0], share=0.7)
   study.main(["--report", "--runs", str(runs), "--docs", str(tmp_path / "docs")])
   file = tmp_path / "docs" / "study.json"
-  assert study_plan.restore(file, other) == 8 and study_plan.restore(file, other) == 0
-  for v in (dpo, gated):
-    assert study_plan.test_runs(v, other, 5) == study_plan.test_runs(v, runs, 5)
-    first = study_plan.test_runs(v, runs, 1)[0]
-    rows = [json.loads(json.dumps(study_plan.read_run(first, place))) for place in (runs, other)]
-    assert rows[0] == rows[1] and rows[0]["preferred_share"] == 0.7
-  left = [run.seed for run in study_plan.remaining([dpo], other, 5)]
-  assert left == [1, 2, 3, 4]
-  study.main(["--report", "--restore", str(file), "--runs", str(tmp_path / "third"), "--docs", str(tmp_path / "again")])
-  for name in ("study.md", "study.json", "study_divergence.png"):
-    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "docs" / name).read_bytes()
-
-
-def test_a_report_of_another_plan_is_refused(tmp_path):
-  dpo = study_plan.BY_NAME["dpo"]
-  tune(tmp_path, dpo)
-  write(tmp_path, study_plan.test_runs(dpo, tmp_path, 1)[0])
-  study.main(["--report", "--runs", str(tmp_path), "--docs", str(tmp_path / "docs")])
-  file = tmp_path / "docs" / "study.json"
-  made = json.loads(file.read_text())
-  made["runs"]["dpo"][0]["fields"]["num_steps"] = 7
-  file.write_text(json.dumps(made))
-  with pytest.raises(ValueError, match=r"study\.json was made with config\.num_steps=7, expected 150"):
-    study_plan.restore(file, tmp_path / "other")
-  made["runs"]["dpo"][0]["variant"] = "dppo"
-  file.write_text(json.dumps(made))
-  with pytest.raises(ValueError, match="has a run of 'dppo', expected one of dpo, "):
-    study_plan.restore(file, tmp_path / "other")
-  file.write_text('{"runs": {"dpo": [{"variant": "dpo"}]}, "tuning": {}}')
-  for bad in (file, tmp_path / "none.json", pathlib.Path(__file__)):
-    with pytest.raises(ValueError, match=f"{re.escape(str(bad))} cannot be read .*; expected a study.json"):
-      study_plan.restore(bad, tmp_path / "other")
-  program = study_plan.ROOT / "scripts" / "study" / "study.py"
-  command = [sys.executable, program, "--list", "--restore", tmp_path / "none.json"]
-  done = subprocess.run(command, capture_output=True, text=True)
-  assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
-
-
-def test_the_picture_of_divergences_needs_all_curves(tmp_path):
-  gated = study_plan.BY_NAME["freeze_tau16"]
-  tune(tmp_path, gated)
-  write(tmp_path, study_plan.test_runs(gated, tmp_path, 1)[0], divergences=[(4, 0.1, 0), (8, 0.2, 0)])
-  found = study_report.collect(tmp_path, 1)
-  study_report.plots(found, tmp_path)
-  assert (tmp_path / "study_divergence.png").stat().st_size
-  (tmp_path / "study_divergence.png").write_text("earlier")
-  del found["runs"]["freeze_tau16"][0]["d_curve"]
-  study_report.plots(found, tmp_path)
-  assert (tmp_path / "study_divergence.png").read_text() == "earlier"
+  assert study_plan.restore(file, other) == 6 and study_plan.restore(file, other) == 0
+  assert study_plan.test_runs(DPO, other) == study_plan.test_runs(DPO, runs)
+  first = study_plan.test_runs(DPO, runs)[0]
+  assert study_plan.read_run(first, other) == study_plan.read_run(first, runs)
+  assert [run.seed for run in study_plan.remaining([DPO], other)] == list(range(1, 8))
+  changed = json.loads(file.read_text())
+  changed["runs"]["dpo"][0]["fields"]["num_steps"] = 7
+  file.write_text(json.dumps(changed))
+  with pytest.raises(ValueError, match="with other fields than it has now"):
+    study_plan.restore(file, tmp_path / "third")
+  file.write_text("{}")
+  with pytest.raises(ValueError, match=r"expected a study\.json"):
+    study_plan.restore(file, tmp_path / "third")
 
 
 def test_the_plan_counts_what_is_left(tmp_path, capsys):
-  tune(tmp_path, study_plan.BY_NAME["dpo"])
-  write(tmp_path, study_plan.Run(study_plan.BY_NAME["dpo"], 4e-5, 0, "test"))
-  study.main(["--list", "--runs", str(tmp_path)])
-  text = capsys.readouterr().out
-  assert re.search(r"^A dpo +4 of 8 runs left", text, flags=re.MULTILINE)
-  assert re.search(r"^B dpo_half +5 of 5 runs left.*num_steps=75$", text, flags=re.MULTILINE)
-  left = [int(n) for n in re.findall(r"(\d+) of \d+ runs left", text)]
-  assert text.splitlines()[-1].startswith(f"{sum(left)} runs left, about ")
-
-
-def test_conclusions_stand_before_the_numbers(tmp_path):
-  (tmp_path / "docs").mkdir()
-  (tmp_path / "docs" / "study_conclusions.md").write_text("- All {methods} win.\n")
-  text = report(tmp_path)
-  assert "no training sees.\n\n## Conclusions\n\n- All {methods} win.\n\n## Numbers\n\nNumbers are means" in text
-
-
-def test_the_plot_of_cost_comes_with_its_runs(tmp_path):
-  for name in ("dpo", "spo"):
-    tune(tmp_path, study_plan.BY_NAME[name])
-  for name in itertools.chain(*study_plan.CURVES.values()):
-    assert "study_budget" not in report(tmp_path)
-    write(tmp_path, study_plan.test_runs(study_plan.BY_NAME[name], tmp_path, 1)[0])
-  assert "(study_budget.png)" in report(tmp_path) and (tmp_path / "docs" / "study_budget.png").is_file()
-
-
-def test_runs_of_a_variant_without_any_are_named_once():
-  """By its name, though its folder has the chosen beta in it."""
-  study = {
-    "runs": {"spo": [{"seed": 0}], "spo_beta": []},
-    "missing": ["spo/test_4e-05_seed1", "spo_beta100/test_4e-05_seed0"],
-  }
-  assert study_report._missing(study) == ["spo/test_4e-05_seed1", "all seeds of spo_beta"]
-  full = {"runs": {"spo": [{"seed": 0}]}, "missing": ["spo/test_4e-05_seed1"]}
-  assert study_report._missing(full) == ["spo/test_4e-05_seed1"]
+  study.main(["--list", "--only", "A dpo", "--runs", str(tmp_path)])
+  assert re.search(r"A dpo +13 runs left", capsys.readouterr().out)
+  tune(tmp_path, DPO)
+  study.main(["--list", "--only", "A dpo", "--runs", str(tmp_path)])
+  assert re.search(r"A dpo +8 runs left", capsys.readouterr().out)
