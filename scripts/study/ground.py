@@ -5,7 +5,7 @@
 
 The 1,021 core emoji are split by a hash of their code points: 256 test captions, 128 for validation, and the rest for
 training, all of which tiny-sd can draw. `python -m jaxpref.pairs` draws 16 pictures of each caption that is not a test
-caption. Pictures 0 and 1 of a prompt make a pair, pictures 2 and 3 another, and so on: no picture is in two pairs.
+caption. The 120 pairs of a training prompt's pictures are the data, 76,440 in all.
 
 Two scores that no training sees say which picture is the better one. Both come from tiny-judge:
 
@@ -124,12 +124,17 @@ def scores(ground: pathlib.Path, name: str) -> dict[str, np.ndarray]:
 
 
 def pair_numbers(prompts: int) -> np.ndarray:
-  """Returns i64[8 P, 2]: the pictures of each pair, no picture in two of them."""
+  """Returns i64[8 P, 2]: the pictures of pairs to measure on, no picture in two of them."""
   return np.arange(prompts * PICTURES).reshape(-1, 2)
 
 
+def rated_pairs(prompts: int) -> np.ndarray:
+  """Returns i64[120 P, 2]: the pictures of the pairs that a rater labels, all of each prompt."""
+  return labels.pairs_of_prompts(prompts, PICTURES).reshape(-1, 2)
+
+
 def rater(of_split: Mapping[str, np.ndarray], hidden: str, agreement: int) -> np.ndarray:
-  """Returns label_0 f32[N] of all pairs of a split, as the rater of that agreement says it.
+  """Returns label_0 f32[120 P] of `rated_pairs` of a split, as the rater of that agreement says it.
 
   Args:
     of_split: `scores`.
@@ -137,7 +142,7 @@ def rater(of_split: Mapping[str, np.ndarray], hidden: str, agreement: int) -> np
     agreement: percent of the pairs.
   """
   flat = of_split[hidden].reshape(-1).astype(np.float64)
-  score_0, score_1 = flat[pair_numbers(len(of_split[hidden]))].T
+  score_0, score_1 = flat[rated_pairs(len(of_split[hidden]))].T
   temperature = labels.temperature_for(score_0, score_1, agreement=agreement / 100)
   rng = np.random.default_rng([RATER_SEED, HIDDEN.index(hidden)])
   return labels.noisy_labels(score_0, score_1, rng, temperature=temperature)
@@ -151,7 +156,7 @@ def labels_file(ground: pathlib.Path, hidden: str, agreement: int) -> pathlib.Pa
 def write_labels(ground: pathlib.Path) -> None:
   """Writes a file of labelled pairs for each hidden preference and agreement."""
   of_train, pictures = scores(ground, "train"), pairs.read_pictures(ground / "train")
-  numbers = pair_numbers(len(of_train["style"]))
+  numbers = rated_pairs(len(of_train["style"]))
   for hidden in HIDDEN:
     for agreement in AGREEMENTS:
       said = rater(of_train, hidden, agreement)
@@ -178,11 +183,11 @@ def describe(ground: pathlib.Path) -> dict[str, object]:
     told["correlation_within_prompts"] = float(np.corrcoef(centred[0].ravel(), centred[1].ravel())[0, 1])
     for hidden in HIDDEN:
       flat = of_split[hidden].reshape(-1)
-      score_0, score_1 = flat[pair_numbers(len(of_split[hidden]))].T
+      score_0, score_1 = flat[rated_pairs(len(of_split[hidden]))].T
       right = {a: (rater(of_split, hidden, a) == 1.0) == (score_0 > score_1) for a in AGREEMENTS}
       told[f"{hidden}_agreement"] = {f"{a}": float(np.mean(r)) for a, r in right.items()}
       told[f"{hidden}_best_of_16"] = float(of_split[f"{hidden}_share"].max(axis=1).mean())
-    told["pairs"] = int(of_split["style"].size // 2)
+    told["pairs"] = len(rated_pairs(len(of_split["style"])))
     found[name] = told
   return found
 

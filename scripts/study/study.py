@@ -4,7 +4,7 @@
     python scripts/study/study.py                   # all runs that are left, then the report
     python scripts/study/study.py --until 18:30     # stops at that time, also in the middle of a run
     python scripts/study/study.py --workers 1       # one run at a time, on all cores; by default one on each core
-    python scripts/study/study.py --only "B spo"    # only variants whose part and name contain this
+    python scripts/study/study.py --only "B spo"    # only variants in whose part and name this is found
     python scripts/study/study.py --report          # only the report, of what is done; it names what is missing
     python scripts/study/study.py --models          # only the preference models
     python scripts/study/study.py --restore docs/results/study.json  # goes on from a report: its runs count as done
@@ -18,6 +18,7 @@ import argparse
 import datetime
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -182,7 +183,9 @@ def _call(arguments: list[str], place: pathlib.Path, deadline: float, core: int 
 def main(arguments: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--until", help="HH:MM of today, when to stop")
-  parser.add_argument("--only", default="", help="variants whose part and name contain this; the report has all")
+  parser.add_argument(
+    "--only", default="", help="variants in whose part and name this regular expression is found; the report has all"
+  )
   parser.add_argument("--models", action="store_true", help="train only the preference models that --only needs")
   parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time (default: %(default)s)")
   parser.add_argument("--list", action="store_true", help="print the plan, run nothing")
@@ -194,7 +197,10 @@ def main(arguments: list[str] | None = None) -> None:
   if args.workers < 1:
     parser.error(f"--workers={args.workers}: expected at least 1.")
   folder, deadline = args.runs.resolve(), float("inf")
-  variants = [v for v in study_plan.VARIANTS if args.only in f"{v.part} {v.name}"]
+  try:
+    variants = [v for v in study_plan.VARIANTS if re.search(args.only, f"{v.part} {v.name}")]
+  except re.error as error:
+    parser.error(f"--only={args.only!r} is no regular expression: {error}.")
   if not variants:
     parser.error(f"--only={args.only!r} is in no variant; --list shows all.")
   if args.restore:
