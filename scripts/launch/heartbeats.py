@@ -33,10 +33,10 @@ LIMIT = 120  # seconds that the others are watched
 def work(case: dict[str, Any], index: int, folder: pathlib.Path, address: str, heartbeat: int) -> None:
   """One process: joins the others, then does what the case says until the file `go` is there, or for ever."""
   sys.path.insert(0, str(ROOT))
-  from jaxpref.devices import distributed
+  from jaxpref.devices import detection, distributed
 
   distributed.HEARTBEAT_SECONDS = heartbeat
-  launch = distributed.Launch("by hand", address, case["processes"], index, detection="deactivate")
+  launch = detection.Launch("by hand", address, case["processes"], index, detection="deactivate")
   if case["event"] == "raises, plainly" and index == case["gone"]:
     distributed.join(launch)
     work_until_it_raises(case, index, folder)
