@@ -17,7 +17,7 @@ import optax
 from jaxpref import arguments, export
 from jaxpref import config as config_lib
 from jaxpref.devices import chips, endings, sharding
-from jaxpref.training import build, checkpoint, loop, metrics, monitor
+from jaxpref.training import build, checkpoint, metrics, monitor, programs
 
 TIMESTEPS = 1000  # of the schedules of all Stable Diffusion models
 NOT_FINITE = ("nan", "inf", "-inf")  # as a report has them
@@ -52,8 +52,8 @@ def replay(folder: pathlib.Path) -> str:
   mesh = sharding.make_mesh(**config.mesh, devices=jax.devices()[:1])
   build.look_for(config_lib.typed(config))
   experiment = build.build(config)
-  optimizer, _ = loop.make_optimizer(config)
-  init_state = loop.state_initializer(experiment, optimizer)
+  optimizer, _ = programs.make_optimizer(config)
+  init_state = programs.state_initializer(experiment, optimizer)
   shapes = jax.eval_shape(init_state, experiment.params)
   state = checkpoint.load_state(run, number, checkpoint.abstract(shapes, sharding.tree_shardings(mesh, shapes)))
   state = dataclasses.replace(state, step=state.step - 1)  # the updates were left out: all else is as it was
@@ -70,7 +70,7 @@ def replay(folder: pathlib.Path) -> str:
     return optimizer.update(gradients, opt_state, params)
 
   watched = optax.GradientTransformation(optimizer.init, update)  # type: ignore[arg-type]
-  step_fn = jax.jit(loop.make_step(config, experiment, watched, mesh), compiler_options=chips.compiler_options())
+  step_fn = jax.jit(programs.make_step(config, experiment, watched, mesh), compiler_options=chips.compiler_options())
   _, values = step_fn(state, sharding.put_tree(mesh, experiment.frozen), sharding.put_batch(mesh, batch))
   found = metrics.to_scalars(values)
   jax.effects_barrier()

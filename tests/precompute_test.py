@@ -20,7 +20,7 @@ from jaxpref.models import presets
 from jaxpref.models.stable_diffusion import StableDiffusion
 from jaxpref.objectives import kto, pairs, pretraining
 from jaxpref.objectives.base import Weights
-from jaxpref.training import build, inputs, loop, optim
+from jaxpref.training import build, inputs, optim, programs
 from tests.configs_test import smaller
 from tests.data import bucket as buckets
 from tests.data.latents_test import largest_file
@@ -132,9 +132,9 @@ def steps(c, count):
   config.check(c)
   experiment = build.build(c)
   optimizer = optim.make_optimizer("adamw", 1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
-  state = jax.jit(loop.state_initializer(experiment, optimizer))(experiment.params)
+  state = jax.jit(programs.state_initializer(experiment, optimizer))(experiment.params)
   first = jax.device_get(state.params)
-  step = jax.jit(loop.make_step(c, experiment, optimizer, make_mesh(devices=jax.devices()[:1])))
+  step = jax.jit(programs.make_step(c, experiment, optimizer, make_mesh(devices=jax.devices()[:1])))
   batches, losses = experiment.batches(), []
   for _ in range(count):
     state, metrics = step(state, experiment.frozen, next(batches))

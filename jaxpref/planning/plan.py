@@ -23,7 +23,7 @@ from jaxpref.objectives import catalog
 from jaxpref.recipes.rewards import of_preference_model, reward_terms
 from jaxpref.rewards import base as rewards
 from jaxpref.rewards import terms
-from jaxpref.training import build, inputs, loop, step
+from jaxpref.training import build, inputs, programs, step
 
 LORA_RANK = 64  # of the adapter that `changes` propose in the place of full training
 
@@ -96,7 +96,7 @@ class Planned:
 def planned(config: ConfigDict, mesh: Mesh) -> Planned:
   """The training step of a config `without_weights`."""
   experiment, params, frozen = _build(config, sharding.batch_devices(mesh))
-  optimizer, _ = loop.make_optimizer(config)
+  optimizer, _ = programs.make_optimizer(config)
   state, frozen = _placed(config, mesh, experiment, params, frozen)
   rows = sharding.batch_sharding(mesh)
   one = next(experiment.batches())
@@ -106,7 +106,7 @@ def planned(config: ConfigDict, mesh: Mesh) -> Planned:
     key: jax.ShapeDtypeStruct((config.batch_size, *value.shape[1:]), value.dtype, sharding=rows)
     for key, value in one.items()
   }
-  return Planned(loop.make_halves(config, experiment, optimizer, mesh), experiment.reward, state, frozen, batch)
+  return Planned(programs.make_halves(config, experiment, optimizer, mesh), experiment.reward, state, frozen, batch)
 
 
 def abstract_inputs(config: ConfigDict, mesh: Mesh) -> tuple[Any, Any, Any, Any]:
@@ -144,8 +144,8 @@ def state_bytes(config: ConfigDict, mesh: Mesh) -> dict[str, int]:
 
 def _placed(config: ConfigDict, mesh: Mesh, experiment: build.Experiment, params: Any, frozen: Any) -> tuple[Any, Any]:
   """ShapeDtypeStructs of the state and of what is frozen, with their shardings on a mesh."""
-  optimizer, _ = loop.make_optimizer(config)
-  state = jax.eval_shape(loop.state_initializer(experiment, optimizer), params)
+  optimizer, _ = programs.make_optimizer(config)
+  state = jax.eval_shape(programs.state_initializer(experiment, optimizer), params)
 
   def placed(tree):
     place = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)

@@ -13,21 +13,18 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import jax
-import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from jaxpref import config as config_lib
-from jaxpref import reference
 from jaxpref.config import AnyConfig, Config
 from jaxpref.data import batching, lease
 from jaxpref.devices import chips, distributed, endings, sharding
 from jaxpref.models.attention import cuda_capability
 from jaxpref.objectives import catalog
-from jaxpref.recipes import own, sizes
 from jaxpref.recipes.rewards import of_preference_model, reward_terms
-from jaxpref.training import build, checkpoint, host, monitor, optim, step, validation
+from jaxpref.training import build, checkpoint, host, monitor, own_code, programs, step, validation
 from jaxpref.training import metrics as metrics_lib
 from jaxpref.training import watch as watch_lib
 
@@ -84,144 +81,6 @@ def _set_results_aside(folder: pathlib.Path, num_steps: int) -> None:
   _say(f"the run goes on from step {ended} to {num_steps}; the results of step {ended} are in {aside} now")
 
 
-def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """The config's optimiser and its learning rate by the number of updates before."""
-  o = config.optimizer
-  schedule = optim.learning_rate(o.schedule, o.learning_rate, num_steps=config.num_steps, warmup_steps=o.warmup_steps)
-  optimizer = optim.make_optimizer(
-    o.name, schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
-  )
-  return optimizer, schedule
-
-
-def state_initializer(
-  experiment: build.Experiment, optimizer: optax.GradientTransformation
-) -> Callable[[Any], step.State]:
-  """The function from trained parameters, as loaded, to the state before the first step."""
-
-  def init_state(params: Any) -> step.State:
-    params = reference.init_reference(params)  # float32 copies: the state is donated, what was loaded is not
-    ref_params = reference.init_reference(params) if experiment.has_reference else {}
-    return step.initial_state(params, ref_params, optimizer.init(params))
-
-  return init_state
-
-
-def make_halves(
-  config: Config,
-  experiment: build.Experiment,
-  optimizer: optax.GradientTransformation,
-  mesh: jax.sharding.Mesh,
-) -> tuple[step.DrawFn, step.LearnFn]:
-  """`step.make_halves` of a config, not yet jitted."""
-  moving = None
-  if config.reference.mode == "update" and experiment.has_reference:
-    moving = step.MovingReference(**{k: v for k, v in config.reference.to_dict().items() if k != "mode"})
-  rows = sharding.batch_sharding(mesh)
-  return step.make_halves(
-    experiment.objective,
-    optimizer,
-    seed=config.seed,
-    accumulation=config.accumulation,
-    moving=moving,
-    constrain=lambda tree: jax.lax.with_sharding_constraint(tree, rows) if mesh.size > 1 else tree,
-    row_multiple=sharding.batch_devices(mesh),
-  )
-
-
-def make_step(
-  config: Config,
-  experiment: build.Experiment,
-  optimizer: optax.GradientTransformation,
-  mesh: jax.sharding.Mesh,
-) -> step.StepFn:
-  """One training step, (state, frozen, batch) -> (state, metrics), not yet jitted."""
-  return sharding.on_mesh(mesh, step.joined(*make_halves(config, experiment, optimizer, mesh)))
-
-
-def compile_step(
-  config: Config,
-  experiment: build.Experiment,
-  optimizer: optax.GradientTransformation,
-  mesh: jax.sharding.Mesh,
-  shardings: Any,
-  arguments: tuple[Any, Any, Any],
-) -> step.StepFn:
-  """The step as one program, or as two with rewards on the host between them.
-
-  Args:
-    shardings: of the state, which is donated.
-    arguments: state, frozen parameters and a batch.
-  """
-  if experiment.reward is not None and experiment.reward.host:
-    halves = make_halves(config, experiment, optimizer, mesh)
-    return host.compile_iteration(halves, experiment.reward.host, experiment.captions(), mesh, shardings, arguments)
-  step_fn = make_step(config, experiment, optimizer, mesh)
-  # Metrics come back whole on every device.
-  jitted = jax.jit(
-    step_fn, donate_argnums=0, out_shardings=(shardings, None), compiler_options=chips.compiler_options()
-  )
-  return jitted.lower(*arguments).compile()
-
-
-def _try_own(
-  config: Config, experiment: build.Experiment, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> None:
-  """Tries what is one's own: an objective or family on shapes alone, rewards on two blank pictures of each process.
-
-  Raises:
-    ValueError: one sentence on what is wrong with it.
-  """
-  rewards = () if experiment.reward is None else experiment.reward.host
-  if rewards:
-    assert experiment.model is not None
-    first, sides = 2 * jax.process_index(), sizes.sides(experiment.model.image_size)
-    blank = {first + i: np.full((*sides, 3), 255 * i, np.uint8) for i in range(2)}
-    host.score(rewards, blank, experiment.captions()[:1] * 2 * jax.process_count())
-  if ":" in config.objective or ":" in config.family:
-    _say("trying the training step on shapes ...")
-  if ":" in config.objective:
-    _try_step(config, experiment, optimizer, mesh)
-  elif ":" in config.family:
-    with own.calling(
-      f"config.family={config.family}: the training step of {config.objective} with its model",
-      config.family,
-      "a jaxpref.models.base.Model",
-      experiment.model,
-    ):
-      _try_step(config, experiment, optimizer, mesh)
-
-
-def _try_step(
-  config: Config, experiment: build.Experiment, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> None:
-  """Traces the training step, with an objective of one's own checked."""
-  rewards = () if experiment.reward is None else experiment.reward.host
-  state = jax.eval_shape(state_initializer(experiment, optimizer), experiment.params)
-  with contextlib.closing(experiment.batches()) as batches:
-    rows = next(batches)
-  batch = {k: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype) for k, x in rows.items()}
-  tried = experiment
-  if ":" in config.objective:
-    checked: Any = catalog.Checked(experiment.objective, config.objective, batch)
-    tried = dataclasses.replace(experiment, objective=checked)
-  draw, learn = (sharding.on_mesh(mesh, half) for half in make_halves(config, tried, optimizer, mesh))
-  drawn = jax.eval_shape(draw, state, experiment.frozen, batch)
-  scores = {}
-  if rewards:
-    if drawn.images is None:
-      raise ValueError(f"config.objective={config.objective}: its rollout draws no images; config.reward needs them.")
-    scores = {r.name: jax.ShapeDtypeStruct(drawn.images.shape[:1], np.float32) for r, _ in rewards}
-  jax.eval_shape(learn, state, experiment.frozen, batch, drawn, scores)
-
-
-def _own_versions(config: Config) -> dict[str, str]:
-  """The versions of what is one's own in a config, by package.module:Name."""
-  named = [config.objective, config.loss.name, config.family]
-  named += reward_terms(config) if catalog.method(config).facts.online else []
-  return {spec: found for spec in named if own.is_own(spec) and (found := own.version(spec))}
-
-
 def _memory(train_step: Any) -> str:
   """What a compiled step takes of each device, in words; "" where the compiler does not say."""
   programs = train_step.programs if isinstance(train_step, host.Iteration) else {"": train_step}
@@ -256,7 +115,7 @@ def run(config: AnyConfig, workdir: str) -> dict[str, Any]:
   mesh = sharding.make_mesh(**config.mesh.to_dict())
   online = catalog.method(config).facts.online
   sharding.check_batch_size(mesh, config.batch_size, 1 if online else config.accumulation)
-  make_optimizer(config)
+  programs.make_optimizer(config)
   folder = pathlib.Path(workdir)
   _check_folder(config, folder)  # before anything is written into it
   build.look_for(config)
@@ -277,11 +136,11 @@ def _run(
   goodput: monitor.Goodput,
 ) -> dict[str, Any]:
   """The work of `run`, in a folder that this run alone writes."""
-  optimizer, schedule = make_optimizer(config)
+  optimizer, schedule = programs.make_optimizer(config)
   experiment = build.build(
     config, functools.partial(sharding.tree_shardings, mesh), batch_devices=sharding.batch_devices(mesh)
   )
-  _try_own(config, experiment, optimizer, mesh)
+  own_code.try_own(config, experiment, optimizer, mesh, say=_say)
   batches = experiment.batches()
   # Nothing was written so far, and what could be wrong with the config has been found.
   if jax.process_index() == 0 and not (folder / "config.json").exists():
@@ -292,7 +151,7 @@ def _run(
   if jax.process_index() == 0:  # what is there can be continued, so the fields that may change hold from here on
     _set_results_aside(folder, config.num_steps)
     checkpoint.claim_workdir(folder, config.to_dict(), may_change=may_change(config), usual=_usual(config))
-    if changed := checkpoint.note_own_code(folder, _own_versions(config)):
+    if changed := checkpoint.note_own_code(folder, own_code.versions(config)):
       _say(
         f"warning: the module of {', '.join(changed)} has changed since this run began; it goes on with the module as "
         "it is now; choose another --workdir to begin again."
@@ -303,7 +162,7 @@ def _run(
     f"mesh {dict(mesh.shape)}, batch {config.batch_size}, {config.num_steps} steps, folder {folder}"
   )
   drawer = validation.Drawer(config, experiment, mesh) if experiment.evaluable else None
-  compiled = functools.partial(compile_step, config, experiment, optimizer, mesh, training.shardings)
+  compiled = functools.partial(programs.compile_step, config, experiment, optimizer, mesh, training.shardings)
   _train(_Run(config, folder, mesh, held, goodput, experiment, batches, frozen, drawer), training, compiled, schedule)
 
   # ---- Evaluate and export -----------------------------------------------------------------------------------
@@ -361,7 +220,7 @@ def _restore(
 ) -> _Training:
   """The state of the last checkpoint, or of the beginning; the batches go on from there."""
   params, experiment.params = experiment.params, None
-  init_state = state_initializer(experiment, optimizer)
+  init_state = programs.state_initializer(experiment, optimizer)
   shapes = jax.eval_shape(init_state, params)
   shardings = sharding.tree_shardings(mesh, shapes)
   saver, losses = checkpoint.Checkpointer(folder, keep=config.checkpoint.keep), monitor.LossMonitor()

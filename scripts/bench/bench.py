@@ -275,18 +275,18 @@ def start(config: Any, mesh: Any) -> Started:
   import jax
 
   from jaxpref.devices import chips, sharding
-  from jaxpref.training import build, loop
+  from jaxpref.training import build, programs
 
   place = functools.partial(sharding.tree_shardings, mesh)
   experiment = build.build(config, place, batch_devices=sharding.batch_devices(mesh))
-  optimizer, _ = loop.make_optimizer(config)
-  init_state = loop.state_initializer(experiment, optimizer)
+  optimizer, _ = programs.make_optimizer(config)
+  init_state = programs.state_initializer(experiment, optimizer)
   shardings = sharding.tree_shardings(mesh, jax.eval_shape(init_state, experiment.params))
   state = jax.jit(init_state, out_shardings=shardings)(experiment.params)
   experiment.params = None
   frozen = sharding.put_tree(mesh, experiment.frozen)
   jitted = jax.jit(
-    loop.make_step(config, experiment, optimizer, mesh),
+    programs.make_step(config, experiment, optimizer, mesh),
     donate_argnums=0,
     out_shardings=(shardings, None),
     compiler_options=chips.compiler_options(),
@@ -380,10 +380,10 @@ def build_on_shapes(config: Any, batch_devices: int = 1) -> Any:
 def _plain_step(config: Any, mesh: Any) -> Callable[..., Any]:
   """The step of a config, built on shapes alone."""
   from jaxpref.devices import sharding
-  from jaxpref.training import loop
+  from jaxpref.training import programs
 
   experiment = build_on_shapes(config, sharding.batch_devices(mesh))
-  return loop.make_step(config, experiment, loop.make_optimizer(config)[0], mesh)
+  return programs.make_step(config, experiment, programs.make_optimizer(config)[0], mesh)
 
 
 def _sample(config: Any, mesh: Any, steps: int, found: Found, deadline: float) -> Timed:

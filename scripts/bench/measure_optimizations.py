@@ -312,15 +312,15 @@ def prepare(config: Any, without: Callable[[], contextlib.AbstractContextManager
 
   from jaxpref.devices import chips, sharding
   from jaxpref.planning import flops
-  from jaxpref.training import build, loop
+  from jaxpref.training import build, programs
 
   mesh = sharding.make_mesh(**config.mesh)
   experiment = build.build(config, lambda tree: sharding.tree_shardings(mesh, tree))
-  optimizer, _ = loop.make_optimizer(config)
-  state = jax.jit(loop.state_initializer(experiment, optimizer))(experiment.params)
+  optimizer, _ = programs.make_optimizer(config)
+  state = jax.jit(programs.state_initializer(experiment, optimizer))(experiment.params)
   frozen, batch = experiment.frozen, jax.device_put(next(experiment.batches()))
   with without():
-    step = loop.make_step(config, experiment, optimizer, mesh)
+    step = programs.make_step(config, experiment, optimizer, mesh)
     traced = jax.jit(step, compiler_options=chips.compiler_options()).trace(state, frozen, batch)
     program = traced.lower().compile()
   _, metrics = jax.block_until_ready(program(state, frozen, batch))

@@ -125,7 +125,7 @@ def jax_outcome(case: str, size: str, folder: pathlib.Path, config: Any | None =
   from jaxpref.files import adapters, loading, tensors
   from jaxpref.objectives import spo
   from jaxpref.rewards.loading import load_scorer
-  from jaxpref.training import build, loop, step
+  from jaxpref.training import build, programs, step
 
   config = check_recipe(case, size) if config is None else config
   experiment = build.build(config)
@@ -145,7 +145,7 @@ def jax_outcome(case: str, size: str, folder: pathlib.Path, config: Any | None =
   batch = check_batch(config, experiment)
   assert experiment.tokenize is not None
   extra = {}
-  optimizer, _ = loop.make_optimizer(config)
+  optimizer, _ = programs.make_optimizer(config)
   step_fn = step.make_step(experiment.objective, optimizer, seed=config.seed)
   timesteps = step.timesteps(experiment.objective, config.batch_size, seed=config.seed, step=0)
   if timesteps is not None:

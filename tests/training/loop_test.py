@@ -24,7 +24,7 @@ from jaxpref import main as main_lib
 from jaxpref.data import batching, lease
 from jaxpref.files import pipelines
 from jaxpref.models import lora
-from jaxpref.training import build, checkpoint, loop, metrics, monitor, step, validation
+from jaxpref.training import build, checkpoint, loop, metrics, monitor, programs, step, validation
 from tests import QUICK_FLAGS
 from tests.toy_objective import Toy
 
@@ -567,7 +567,7 @@ def test_the_fields_of_the_reference_arrive(delta, monkeypatch):
 
   def move(step_number, policy, stats):
     given.clear()
-    loop.make_halves(c, experiment, None, loop.sharding.make_mesh(devices=jax.devices()[:1]))
+    programs.make_halves(c, experiment, None, loop.sharding.make_mesh(devices=jax.devices()[:1]))
     state = dataclasses.replace(step.initial_state(policy, ref, ()), step=jnp.int32(step_number), ref_stats=stats)
     with jax.disable_jit():
       return given[0].move(experiment.objective, state, init, {}, jax.random.key(0))
