@@ -77,7 +77,7 @@ class Batches(Iterator[Batch]):
     self.batch_size = batch_size
 
   def __next__(self) -> Batch:
-    """The next batch of this process; raises ValueError on data that cannot be used."""
+    """Returns the next batch of this process; raises ValueError on data that cannot be used."""
     if not self._opened:
       self._opened.append(self._open_at(self._next_batch))
     batch = self._finish(next(self._opened[0]))
@@ -115,7 +115,7 @@ class Batches(Iterator[Batch]):
     return [] if self._reader is None else list(self._reader.skipped.values())
 
   def num_skipped(self) -> int:
-    """How many records this process has skipped, as a metric."""
+    """Returns how many records this process has skipped, as a metric."""
     return len(self.skipped)
 
   def names(self, places: Sequence[int]) -> list[str]:
@@ -195,7 +195,7 @@ class Prefetched(Iterator[tuple[Any, dict[str, int]]]):
     self._thread.start()
 
   def __next__(self) -> tuple[Any, dict[str, int]]:
-    """The next batch and the state after it; raises what the iterator raised."""
+    """Returns the next batch and the state after it; raises what the iterator raised."""
     if not self._left:
       raise StopIteration
     batch, state, error = self._ready.get()

@@ -338,7 +338,7 @@ class _Table:
         row.refuse(f"no {name}, or an empty one", f"expected {', '.join(self._required)} in every row")
 
   def file_number(self, row: _Row, column: str) -> int:
-    """The number of the image file that a column of a row names."""
+    """Returns the number of the image file that a column of a row names."""
     name = row[column]
     if not isinstance(name, str) or _leaves_folder(name):
       row.refuse(f"{column} = {name!r}", "expected the path of an image file, relative to this file's folder and in it")
@@ -371,7 +371,7 @@ def _counted(stream: Iterable[str], progress: Callable[[int], Any]) -> Iterator[
 
 
 def _leaves_folder(name: str) -> bool:
-  """Whether a path that a file gives may lead out of the folder that it is relative to."""
+  """Returns whether a path that a file gives may lead out of the folder that it is relative to."""
   path = pathlib.PurePosixPath(name)
   return path.is_absolute() or ".." in path.parts or "://" in name or "\0" in name
 

@@ -86,7 +86,7 @@ class Index:
     return len(self.label_0)
 
   def arrays(self) -> dict[str, np.ndarray]:
-    """The fields that are there, by name."""
+    """Returns the fields that are there, by name."""
     return {name: value for name in _DTYPES if (value := getattr(self, name)) is not None}
 
   def scores(self, purpose: str = "this") -> tuple[np.ndarray, np.ndarray]:
@@ -102,7 +102,7 @@ class Index:
     return self.score_0, self.score_1
 
   def take(self, records: Sequence[int] | np.ndarray) -> "Index":
-    """The index of some records, in the order given."""
+    """Returns the index of some records, in the order given."""
     return Index(**{name: value[records] for name, value in self.arrays().items()})
 
 
@@ -144,7 +144,7 @@ def in_validation(prompt: np.ndarray, share: float) -> np.ndarray:
 
 
 def make_index(captions: Sequence[str], *, label_0: Any, **columns: Any) -> Index:
-  """The index of pairs from their columns.
+  """Returns the index of pairs from their columns.
 
   Args:
     captions: of all records.
@@ -227,7 +227,7 @@ def load(file: Any, *, num_records: int, fingerprint: str, scored_by: str | None
 
 
 def score_agreement(index: Index) -> float:
-  """The share of labels that the scores agree with, without ties of labels or scores; NaN if there are no others."""
+  """Returns the share of labels that the scores agree with, without ties of labels or scores; NaN if there are no others."""
   score_0, score_1 = index.scores()
   decided = (index.label_0 != 0.5) & (score_0 != score_1)
   return float(np.mean(((score_0 > score_1) == (index.label_0 > 0.5))[decided])) if decided.any() else float("nan")
@@ -241,7 +241,7 @@ def load_or_build(
   fingerprint: str,
   agrees: Callable[[Index], bool] = lambda index: True,
 ) -> Index:
-  """The index from the first of some files that has it; else built, and written to the first that can be written.
+  """Returns the index from the first of some files that has it; else built, and written to the first that can be written.
 
   Args:
     files: paths, such as one beside the dataset and one in a cache folder.
@@ -377,7 +377,7 @@ def select(
 
 
 def labels_by_score(index: Index) -> Index:
-  """The index with labels by its scores, in the place of those of people: the image with the higher score wins.
+  """Returns the index with labels by its scores, in the place of those of people: the image with the higher score wins.
 
   Raises:
     ValueError: it has no scores.
@@ -398,7 +398,7 @@ def _preference(index: Index, purpose: str) -> np.ndarray:
 
 
 def _at_most(kept: np.ndarray, prompt: np.ndarray, limit: int, priority: np.ndarray) -> np.ndarray:
-  """The `limit` records of each prompt with the lowest priority, ascending."""
+  """Returns the `limit` records of each prompt with the lowest priority, ascending."""
   order = np.lexsort((priority, prompt))
   prompt = prompt[order]
   place = np.arange(len(order))

@@ -140,7 +140,7 @@ def _flat(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_plan(folder: Any, names: set[str]) -> dict[str, Any]:
-  """The plan of a folder: that of its manifest if it is complete, which has all of it."""
+  """Returns the plan of a folder: that of its manifest if it is complete, which has all of it."""
   if MANIFEST in names:
     return _read_json(folder / MANIFEST, *MANIFEST_FIELDS)
   # Without it nobody can tell what is in the files that are there.
@@ -197,7 +197,7 @@ def finished(folder: Any, name: str) -> dict[str, Any] | None:
 
 
 def different_prompts(folder: Any, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-  """The prompts of finished files of rows: keys i64[P], ascending, and input_ids i32[P, L]."""
+  """Returns the prompts of finished files of rows: keys i64[P], ascending, and input_ids i32[P, L]."""
   prompts: dict[int, np.ndarray] = {}
   for name in names:
     reader = _Reader(folder / name)
@@ -250,7 +250,7 @@ MANIFEST_FIELDS = ("format", "kind", "config", "rows_per_file", "num_rows", "emp
 
 
 def _read_json(path: Any, *fields: str, remedy: str = "") -> dict[str, Any]:
-  """A JSON object that has some fields."""
+  """Returns a JSON object that has some fields."""
   try:
     value = json.loads(paths.read(path).decode("utf-8"))
   except ValueError as error:
@@ -354,7 +354,7 @@ class Precomputed:
   def row(
     self, index: int, dropped: bool = False, flipped: bool = False, *, tokens: bool = False
   ) -> dict[str, np.ndarray]:
-    """A row of a batch: its moments and other fields, and what the text encoders made of its prompt.
+    """Returns a row of a batch: its moments and other fields, and what the text encoders made of its prompt.
 
     Args:
       index: of the row.

@@ -47,7 +47,7 @@ class Occupied(OSError):
 
 
 def is_lock(name: str) -> bool:
-  """Whether a file of a folder is a lock, and so no content."""
+  """Returns whether a file of a folder is a lock, and so no content."""
   return re.fullmatch(r"(.*\.)?writer_lock(_\d+)?\.json", name) is not None
 
 
@@ -79,7 +79,7 @@ class Writer:
     return f"process {self.pid} on host {self.host}, which started {self.since}"
 
   def encode(self) -> bytes:
-    """The content of a lock."""
+    """Returns the content of a lock."""
     return (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode().ljust(SIZE)
 
   @classmethod
@@ -108,7 +108,7 @@ class Writer:
     )
 
   def is_running(self) -> bool | None:
-    """Whether the process is still there; None if that cannot be told from here."""
+    """Returns whether the process is still there; None if that cannot be told from here."""
     if not self.place or not self.process_start or self.place != _place():
       return None
     if self.pid == os.getpid():

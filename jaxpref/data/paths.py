@@ -26,7 +26,7 @@ class CannotBeWritten(OSError):
 
 
 def open_path(path: Path) -> Any:
-  """The path as an object with the methods of pathlib.Path.
+  """Returns the path as an object with the methods of pathlib.Path.
 
   Raises:
     ValueError: it is of another kind than those above, or a package for it is missing.
@@ -49,7 +49,7 @@ def open_path(path: Path) -> Any:
 
 
 def is_remote(path: Path) -> bool:
-  """Whether it lies in a bucket."""
+  """Returns whether it lies in a bucket."""
   return "://" in os.fspath(path)
 
 
@@ -88,13 +88,13 @@ def _one_sentence(path: Path) -> Iterator[None]:
 
 
 def read(path: Any) -> bytes:
-  """The content of a file."""
+  """Returns the content of a file."""
   with _one_sentence(path):
     return path.read_bytes()
 
 
 def open_text(path: Any) -> io.TextIOWrapper:
-  """A UTF-8 file as its lines, with the ends that they have; a mark at its beginning is left out."""
+  """Returns a UTF-8 file as its lines, with the ends that they have; a mark at its beginning is left out."""
   stream: BinaryIO = io.BytesIO(read(path)) if is_remote(path) else path.open("rb")
   return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
 

@@ -192,7 +192,7 @@ def emoji_images(
   split: str | None = "train",
   styles: Sequence[str] = emoji.STYLES,
 ) -> list[dict[str, Any]]:
-  """The embedded images as a source: one record for each emoji and style.
+  """Returns the embedded images as a source: one record for each emoji and style.
 
   Args:
     image_size: side of the images, or (height, width), to which the squares are cropped as by `records.decode`.

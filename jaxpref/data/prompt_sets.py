@@ -132,7 +132,7 @@ def check_prompt(word: str, *, option: str) -> str:
 
 
 def _names_a_file(word: str) -> bool:
-  """Whether a word is the name of something that exists, or looks as if a file was meant."""
+  """Returns whether a word is the name of something that exists, or looks as if a file was meant."""
   if paths.is_remote(word) and not any(c.isspace() for c in word):
     return True
   if pathlib.PurePath(word).suffix.lower() in ENDINGS:
@@ -146,7 +146,7 @@ def _names_a_file(word: str) -> bool:
 
 
 def _read(path: Path, kind: str | None) -> tuple[list[Prompt], str]:
-  """The prompts, and the kind that they are of."""
+  """Returns the prompts, and the kind that they are of."""
   if kind is not None and kind not in KINDS:
     raise ValueError(f"kind={kind!r} of prompts; expected one of {', '.join(KINDS)}.")
   place = paths.open_path(path)
@@ -199,7 +199,7 @@ def detect_kind(place: Any, text: str) -> str:
 
 
 def _is_header(cells: Sequence[str]) -> bool:
-  """Whether the cells of a first line are names of columns, one of them that of the prompts."""
+  """Returns whether the cells of a first line are names of columns, one of them that of the prompts."""
   return any(cell.strip().strip('"').lower() in TEXT_COLUMNS for cell in cells)
 
 
@@ -214,7 +214,7 @@ def _decoded(place: Any) -> str:
 
 
 def _prompt(fields: Mapping[str, Any], where: str, number: int, columns: Sequence[str]) -> Prompt:
-  """A row or an object as a prompt; names in any case."""
+  """Returns a row or an object as a prompt; names in any case."""
   names = {str(name).strip().lower(): name for name in fields}
   column = next((names[c] for c in columns if c in names), None)
   if column is None:

@@ -129,17 +129,17 @@ class SameImages(Unusable):
 
 
 def text(value: str | bytes) -> str:
-  """A string, whichever way the source gives it."""
+  """Returns a string, whichever way the source gives it."""
   return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
 def name_of(record: Mapping[str, Any], index: int) -> str:
-  """How messages name a record: its id, or its place."""
+  """Returns how messages name a record: its id, or its place."""
   return repr(text(record["id"])) if "id" in record else f"number {index}"
 
 
 def field(record: Mapping[str, Any], index: int, key: str) -> Any:
-  """A field that every record must have.
+  """Returns a field that every record must have.
 
   Raises:
     ValueError: it is missing.
@@ -194,7 +194,7 @@ Place = tuple[float, float]
 
 
 def framing_of(height: int, width: int, image_size: Size, place: Place | None = None) -> Framing:
-  """The framing of an image of a size in pixels, of which a crop is resized to `image_size`; see `decode`."""
+  """Returns the framing of an image of a size in pixels, of which a crop is resized to `image_size`; see `decode`."""
   top, left, rows, columns = _crop(height, width, image_size, place)
   down, right = (n / old for n, old in zip(sides(image_size), (rows, columns), strict=True))
   return Framing(height, width, round(top * down), round(left * right), round((width - columns - left) * right))
@@ -279,7 +279,7 @@ def _orientation(picture: Image.Image) -> int:
 
 
 def open_image(image: bytes | np.ndarray) -> Image.Image:
-  """An RGB picture of an image file's bytes, or of u8[H, W, 3].
+  """Returns an RGB picture of an image file's bytes, or of u8[H, W, 3].
 
   Transparency becomes white, a picture with EXIF's orientation is upright, of an animation it is the first frame;
   samples of more than 8 bits are scaled by what the file declares.
@@ -292,7 +292,7 @@ def open_image(image: bytes | np.ndarray) -> Image.Image:
 
 
 def _open(image: bytes | np.ndarray, at_least: Size | None = None) -> tuple[Image.Image, tuple[int, int], int]:
-  """The picture; its height and width in the file, upright; and by how much the decoder made it smaller.
+  """Returns the picture; its height and width in the file, upright; and by how much the decoder made it smaller.
 
   By 1, or with `at_least`, the size that the picture still covers when it is upright, by 2 or 4.
   """
@@ -454,7 +454,7 @@ class Reader:
     return self.read(position)
 
   def read(self, position: int, place: Place | None = None) -> dict[str, Any]:
-    """The record at a position of `kept`, or the next readable one.
+    """Returns the record at a position of `kept`, or the next readable one.
 
     Args:
       position: in `kept`.

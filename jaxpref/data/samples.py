@@ -48,7 +48,7 @@ def with_8_bits(picture: Image.Image, raw: str) -> Image.Image:
 
 
 def _white(picture: Image.Image, values: np.ndarray) -> float:
-  """The value that is white."""
+  """Returns the value that is white."""
   low, high = float(values.min()), float(values.max())
   declared = _declared(picture)
   bits, form = _tag(picture, BITS_PER_SAMPLE), _tag(picture, SAMPLE_FORMAT) or UNSIGNED
@@ -70,14 +70,14 @@ def _white(picture: Image.Image, values: np.ndarray) -> float:
 
 
 def _tag(picture: Image.Image, number: int) -> int | float | None:
-  """The first value of a TIFF tag; None where there is none."""
+  """Returns the first value of a TIFF tag; None where there is none."""
   tags = getattr(picture, "tag_v2", None)
   value = None if tags is None else tags.get(number)
   return value[0] if isinstance(value, tuple) and value else value  # type: ignore[return-value]
 
 
 def _declared(picture: Image.Image) -> float | None:
-  """The largest value that samples may have, if it is 2^n - 1; another is the largest that they happen to have."""
+  """Returns the largest value that samples may have, if it is 2^n - 1; another is the largest that they happen to have."""
   for number in (S_MAX_SAMPLE_VALUE, MAX_SAMPLE_VALUE):
     value = _tag(picture, number)
     if isinstance(value, int | float) and value >= 1 and np.log2(value + 1).is_integer():

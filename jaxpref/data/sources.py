@@ -105,7 +105,7 @@ def open_tfds(folder: Path, split: str = "train") -> Indexed:
 
 
 def find_dataset(folder: Path) -> Any:
-  """The folder of the one tfds dataset in or under a folder.
+  """Returns the folder of the one tfds dataset in or under a folder.
 
   Raises:
     FileNotFoundError: there is none.
@@ -131,14 +131,14 @@ def find_dataset(folder: Path) -> Any:
 
 
 def splits_of(folder: Path) -> list[str]:
-  """The splits of a tfds dataset."""
+  """Returns the splits of a tfds dataset."""
   import tensorflow_datasets as tfds
 
   return list(tfds.builder_from_directory(find_dataset(folder)).info.splits)
 
 
 def index_name(split: str) -> str:
-  """The file that has the index of a split, beside its data."""
+  """Returns the file that has the index of a split, beside its data."""
   return f"index-{split}.npz"
 
 
@@ -180,7 +180,7 @@ def _cached_index(folder: Any, split: str) -> pathlib.Path:
 
 
 def index_of_records(source: records.Source, *, progress: str = "index") -> Index:
-  """The index of pairs that lie in records, which are all read.
+  """Returns the index of pairs that lie in records, which are all read.
 
   Raises:
     ValueError: a record has no caption or no label, or a wrong one.
@@ -305,7 +305,7 @@ class Unpaired:
 
 
 def unpaired(source: Source) -> Unpaired:
-  """The images of pairs as liked and disliked ones, for Diffusion-KTO (arXiv 2404.04465); ties are left out.
+  """Returns the images of pairs as liked and disliked ones, for Diffusion-KTO (arXiv 2404.04465); ties are left out.
 
   Where the source knows which images are the same, each image of a prompt is there once, and liked if it ever won, as
   in the authors' training (policy gt_label_wi_l of github.com/jacklishufan/diffusion-kto). Else each pair gives its
@@ -363,7 +363,7 @@ def detect_kind(path: Path) -> str:
 
 
 def _columns(suffix: str, first: str) -> set[str]:
-  """The names in the first line of a file, in small letters; none if it has no such line."""
+  """Returns the names in the first line of a file, in small letters; none if it has no such line."""
   try:
     names = json.loads(first) if suffix == ".jsonl" else next(csv.reader([first]), [])
   except (json.JSONDecodeError, csv.Error):
@@ -372,7 +372,7 @@ def _columns(suffix: str, first: str) -> set[str]:
 
 
 def _kind_of_columns(names: set[str]) -> str:
-  """A file with a column of images or labels is of these, also if one is misspelt: its reader says what is wrong."""
+  """Returns a file with a column of images or labels is of these, also if one is misspelt: its reader says what is wrong."""
   if {"image_0", "image_1", "label_0", "preferred", "score_0", "score_1"} & names:
     return "pairs_file"
   if {"image", "label"} & names or not set(prompt_sets.TEXT_COLUMNS) & names:

@@ -141,7 +141,7 @@ def least_seconds(chip: Chip, *, flop: float, memory_bytes: float, collective_by
 
 
 def bound(seconds: Mapping[str, Any]) -> str:
-  """The resource that takes longest."""
+  """Returns the resource that takes longest."""
   return max(seconds, key=lambda name: seconds[name])
 
 

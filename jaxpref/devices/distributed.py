@@ -56,7 +56,7 @@ def define_flags() -> None:
 
 
 def given_flags() -> dict[str, Any]:
-  """The values of the flags, as the arguments of `find_launch`."""
+  """Returns the values of the flags, as the arguments of `find_launch`."""
   names = ("coordinator_address", "num_processes", "process_id")
   return {"mode": flags.FLAGS.distributed, **{name: flags.FLAGS[name].value for name in names}}
 
@@ -83,7 +83,7 @@ def find_launch(
   num_processes: int | None = None,
   process_id: int | None = None,
 ) -> Launch | None:
-  """How this process was started together with others, None if it is alone.
+  """Returns how this process was started together with others, None if it is alone.
 
   Args:
     mode: "auto": if there are others, see `detect`; "true": there have to be; "false": never.
@@ -191,7 +191,7 @@ def barrier(name: str, *, seconds: float = 3600.0) -> None:
 
 
 def is_first() -> bool:
-  """Whether this is process 0, or alone."""
+  """Returns whether this is process 0, or alone."""
   from jax._src import distributed as runtime
 
   state: Any = runtime.global_state

@@ -29,7 +29,7 @@ MIN_FSDP_SIZE = 2**14
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh over all devices with the axes data, fsdp and tensor; one size may be -1 (inferred).
+  """Returns a mesh over all devices with the axes data, fsdp and tensor; one size may be -1 (inferred).
 
   Raises:
     ValueError: if the sizes do not multiply to the number of devices.
@@ -53,17 +53,17 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The sharding that keeps a whole copy on every device."""
+  """Returns the sharding that keeps a whole copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The sharding of a batch: its leading axis over data x fsdp."""
+  """Returns the sharding of a batch: its leading axis over data x fsdp."""
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def batch_devices(mesh: Mesh) -> int:
-  """How many devices the rows of a batch are spread over."""
+  """Returns how many devices the rows of a batch are spread over."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -91,7 +91,7 @@ def batch_part(mesh: Mesh, process_index: int | None = None) -> tuple[int, int]:
 
 
 def path_name(path: Sequence[Any]) -> str:
-  """The slash-joined name of a pytree path, e.g. `unet/conv_in/kernel`."""
+  """Returns the slash-joined name of a pytree path, e.g. `unet/conv_in/kernel`."""
   return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
 
 
@@ -129,7 +129,7 @@ def tree_shardings(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, Any]] = DEF
 
 
 def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-  """A function, to be jitted, whose networks know the mesh: `apply_gathered` does nothing special without."""
+  """Returns a function, to be jitted, whose networks know the mesh: `apply_gathered` does nothing special without."""
 
   @functools.wraps(function)
   def traced(*args: Any, **kwargs: Any) -> Any:

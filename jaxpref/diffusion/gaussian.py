@@ -303,17 +303,17 @@ def convert_prediction(
 
 
 def to_x0(schedule: Schedule, pred: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
-  """The network's output as a prediction of x_0, f32[B, ...]; see `convert_prediction`."""
+  """Returns the network's output as a prediction of x_0, f32[B, ...]; see `convert_prediction`."""
   return convert_prediction(schedule, pred, x_t, t, target="sample")
 
 
 def to_epsilon(schedule: Schedule, pred: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
-  """The network's output as a prediction of the noise, f32[B, ...]; see `convert_prediction`."""
+  """Returns the network's output as a prediction of the noise, f32[B, ...]; see `convert_prediction`."""
   return convert_prediction(schedule, pred, x_t, t, target="epsilon")
 
 
 def to_velocity(schedule: Schedule, pred: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
-  """The network's output as a prediction of v, f32[B, ...]; see `convert_prediction`."""
+  """Returns the network's output as a prediction of v, f32[B, ...]; see `convert_prediction`."""
   return convert_prediction(schedule, pred, x_t, t, target="v_prediction")
 
 

@@ -26,7 +26,7 @@ def rows_at(value: jax.Array, count: int) -> jax.Array:
 def sample(
   predict: Predict, process: Process, x: jax.Array, key: jax.Array, *, num_steps: int, eta: float
 ) -> jax.Array:
-  """The steps of a process (DDIM's, arXiv 2010.02502, Eq. 12, say) from noise to x_0: `num_steps` calls of `predict`.
+  """Returns the steps of a process (DDIM's, arXiv 2010.02502, Eq. 12, say) from noise to x_0: `num_steps` calls of `predict`.
 
   Args:
     x: f32[B,h,w,C] standard normal latents.

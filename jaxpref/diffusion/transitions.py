@@ -12,7 +12,7 @@ from jaxpref.diffusion.gaussian import MIN_COEFFICIENT, TIMESTEP_SPACINGS, Sched
 
 
 def ddim_timesteps(schedule: Schedule, num_steps: int) -> np.ndarray:
-  """The timesteps of a DDIM sampler, as diffusers' `DDIMScheduler.set_timesteps` spaces them.
+  """Returns the timesteps of a DDIM sampler, as diffusers' `DDIMScheduler.set_timesteps` spaces them.
 
   Args:
     schedule: gives the spacing, the offset and T.
@@ -182,7 +182,7 @@ class SolverSteps(NamedTuple):
 
 
 def dpm_solver_timesteps(schedule: Schedule, num_steps: int) -> np.ndarray:
-  """The timesteps of DPM-Solver, as diffusers' `DPMSolverMultistepScheduler` spaces them.
+  """Returns the timesteps of DPM-Solver, as diffusers' `DPMSolverMultistepScheduler` spaces them.
 
   They are not DDIM's: all but "trailing" divide the axis into num_steps + 1 parts and leave out
   the one next to t = 0, which the step to sigma = 0 replaces.

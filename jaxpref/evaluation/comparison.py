@@ -205,7 +205,7 @@ def write(
 
 
 def scores_csv(results: Mapping[str, Any]) -> str:
-  """A row for each picture: its model, prompt and seed, counted from 0, and a column for each scorer."""
+  """Returns a row for each picture: its model, prompt and seed, counted from 0, and a column for each scorer."""
   scorers = [scorer["name"] for scorer in results["scorers"]]
   stream = io.StringIO(newline="")
   writer = csv.writer(stream, lineterminator="\n")
@@ -254,7 +254,7 @@ def _notes(results: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
 
 
 def markdown(results: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-  """The tables of all scorers, of categories and of diversity."""
+  """Returns the tables of all scorers, of categories and of diversity."""
 
   def table(rows: Iterator[list[str]]) -> list[str]:
     cells = [[cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
@@ -294,7 +294,7 @@ DRAWN_BY = ("scheduler", "steps", "guidance_scale", "eta", "seed", "prompts")
 
 
 def _drawn_by(results: Mapping[str, Any]) -> list[str]:
-  """A line of the settings that change all scores; none if results have none of them."""
+  """Returns a line of the settings that change all scores; none if results have none of them."""
   known = [f"{name} {results['settings'][name]}" for name in DRAWN_BY if results["settings"].get(name) is not None]
   return [f"Drawn with {', '.join(known)}."] if known else []
 
@@ -307,7 +307,7 @@ LATEX = {
 
 
 def latex(results: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-  """The table of all scorers for a paper; it needs the package booktabs."""
+  """Returns the table of all scorers for a paper; it needs the package booktabs."""
 
   def line(row: Sequence[str]) -> str:
     cells = ("".join(LATEX.get(c, c) for c in cell) for cell in row)

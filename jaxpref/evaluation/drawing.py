@@ -61,7 +61,7 @@ def make_sampler(
   share_noise: int = 1,
   mesh: Mesh | None = None,
 ) -> Sample:
-  """The jitted function that draws a batch; what draws more than once compiles it once.
+  """Returns the jitted function that draws a batch; what draws more than once compiles it once.
 
   Args:
     eta: of DDIM: 0 is deterministic, 1 ancestral sampling.

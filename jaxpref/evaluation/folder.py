@@ -64,7 +64,7 @@ def make_manifest(
 
 
 def _begun(folder: pathlib.Path, name: str = MANIFEST) -> dict[str, Any] | None:
-  """The manifest of a folder; None without."""
+  """Returns the manifest of a folder; None without."""
   file = folder / name
   if not file.is_file():
     return None
@@ -139,7 +139,7 @@ def read_image(file: pathlib.Path) -> np.ndarray:
 
 
 def is_whole(file: pathlib.Path) -> bool:
-  """Whether a picture is there and can be decoded."""
+  """Returns whether a picture is there and can be decoded."""
   try:
     read_image(file)
   except (OSError, SyntaxError):
@@ -152,7 +152,7 @@ def _scores_file(folder: pathlib.Path, model: str, scorer: str) -> pathlib.Path:
 
 
 def read_scores(folder: pathlib.Path, model: str, scorer: str, known: dict[str, str]) -> list[list[float]] | None:
-  """The scores of an earlier run by the same version of a scorer, on the same scale; None without."""
+  """Returns the scores of an earlier run by the same version of a scorer, on the same scale; None without."""
   try:
     found = json.loads(_scores_file(folder, model, scorer).read_text(encoding="utf-8"))
   except (OSError, ValueError):

@@ -50,7 +50,7 @@ def caption_accuracy(class_logits: np.ndarray, class_ids: Sequence[int], *, cand
 
 
 def style_accuracy(log_probs: np.ndarray, style: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-  """How well styles are told apart in pictures of known style.
+  """Returns how well styles are told apart in pictures of known style.
 
   Args:
     log_probs: f32[N, S].
@@ -92,7 +92,7 @@ def score(
 def compare(
   base: Mapping[str, np.ndarray] | None, aligned: Mapping[str, np.ndarray], *, samples: int, seed: int
 ) -> dict[str, Any]:
-  """The table's numbers from the scores of both models; without a base, those of one. One prompt has no intervals."""
+  """Returns the table's numbers from the scores of both models; without a base, those of one. One prompt has no intervals."""
 
   def interval(values: np.ndarray) -> tuple[float, float] | None:
     return bootstrap_interval(values, samples=samples, seed=seed) if len(values) > 1 else None
@@ -117,7 +117,7 @@ def compare(
 
 
 def table(results: Mapping[str, Any], *, style: str, candidates: int) -> str:
-  """The results of `judging.compare` as a Markdown table, with an arrow at what rose or fell by how many points.
+  """Returns the results of `judging.compare` as a Markdown table, with an arrow at what rose or fell by how many points.
 
   In brackets are 95 % intervals, by bootstrap over prompts; of a single prompt there are none.
   """
@@ -149,7 +149,7 @@ def table(results: Mapping[str, Any], *, style: str, candidates: int) -> str:
 
 
 def in_words(results: Mapping[str, Any], *, style: str) -> str:
-  """The results of `judging.compare` with a base model in a sentence."""
+  """Returns the results of `judging.compare` with a base model in a sentence."""
   of_100 = {
     f"{model}_{name}": f"{100 * results[model][name]['mean']:.0f}"
     for model in ("base", "aligned")

@@ -45,12 +45,12 @@ def share_text(value: float) -> str:
 
 
 def bounded(value: float, bounds: Sequence[float] | None, text: Callable[[float], str]) -> str:
-  """A number and its interval in brackets, if it has one."""
+  """Returns a number and its interval in brackets, if it has one."""
   return text(value) if bounds is None else f"{text(value)} [{text(bounds[0])}, {text(bounds[1])}]"
 
 
 def p_text(p: float) -> str:
-  """A p value as tables have it."""
+  """Returns a p value as tables have it."""
   return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
@@ -142,7 +142,7 @@ def extremes(values: np.ndarray, number: int) -> tuple[tuple[int, int], ...]:
 
 
 def choose(results: Mapping[str, Any], number: int) -> list[Section]:
-  """The sections of the report, with at most `number` prompts each.
+  """Returns the sections of the report, with at most `number` prompts each.
 
   For each scorer and model: where it gains most against the baseline and where it loses most, of prompts where it does;
   without a baseline its highest and lowest scores. Then some at random, which are the same for all models.
@@ -177,7 +177,7 @@ class Picture:
 
 
 def encode(path: pathlib.Path, side: int) -> Picture:
-  """A small picture as it is, a larger one with `side` pixels at its longer side.
+  """Returns a small picture as it is, a larger one with `side` pixels at its longer side.
 
   Raises:
     FileNotFoundError: there is none.
@@ -207,7 +207,7 @@ def encode(path: pathlib.Path, side: int) -> Picture:
 def embed(
   results: Mapping[str, Any], image_path: ImagePath, number: int
 ) -> tuple[list[Section], dict[Place, Picture], int]:
-  """The sections, their pictures, and the longest side that these were reduced to."""
+  """Returns the sections, their pictures, and the longest side that these were reduced to."""
   while True:
     sections = choose(results, number)
     shown = Counter(place for section in sections for place in section.pictures())

@@ -21,7 +21,7 @@ def grid(images: np.ndarray, *, scale: int = 2) -> np.ndarray:
 
 
 def cut(picture: np.ndarray, *, columns: int, side: int, scale: int) -> np.ndarray:
-  """The tiles u8[rows, columns, side, side, 3] that `grid` made a picture of."""
+  """Returns the tiles u8[rows, columns, side, side, 3] that `grid` made a picture of."""
   small = picture[::scale, ::scale]
   pitch = side + GAP
   rows = (small.shape[0] - GAP) // pitch

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def load(
   name: str, loras: Sequence[adapters.LoraFile], args: argparse.Namespace, mesh: Mesh
 ) -> tuple[Model, dict[str, Any], Callable[[list[str]], np.ndarray]]:
-  """A model with its parameters on all devices of a mesh, and its tokenizer.
+  """Returns a model with its parameters on all devices of a mesh, and its tokenizer.
 
   Args:
     name: as of --model.
@@ -72,7 +72,7 @@ def load(
 
 
 def of_draw(args: argparse.Namespace, model: Model, tokenize: Callable[[list[str]], np.ndarray]) -> dict[str, Any]:
-  """The arguments of `drawing.draw` that follow from those of the command."""
+  """Returns the arguments of `drawing.draw` that follow from those of the command."""
   return dict(
     seeds_per_prompt=args.seeds,
     num_inference_steps=args.steps,
@@ -139,7 +139,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def model_folder(name: str) -> str:
-  """The model's name, or the exported model of a run where that is the name of a work folder."""
+  """Returns the model's name, or the exported model of a run where that is the name of a work folder."""
   model, other = loading.split_unet(name)
   if other:
     return loading.with_unet(model_folder(model), other)

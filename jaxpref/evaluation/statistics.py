@@ -15,7 +15,7 @@ LEAST_PROMPTS = 6  # of a category with an interval: by a sign test five, all wo
 
 
 def check_scores(scores: Any, *, of: str = "scores") -> np.ndarray:
-  """The scores as f64[P, S].
+  """Returns the scores as f64[P, S].
 
   Args:
     scores: f[P, S], as an array or lists.
@@ -106,7 +106,7 @@ def win_rate(new: Any, old: Any, *, samples: int = SAMPLES, seed: int = 0) -> di
 
 
 def difference(new: Any, old: Any, *, samples: int = SAMPLES, seed: int = 0, tail: float = 2.5) -> dict[str, Any]:
-  """How much higher `new` scores than `old`.
+  """Returns how much higher `new` scores than `old`.
 
   Args:
     new, old: f[P, S] scores.

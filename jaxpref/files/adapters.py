@@ -80,7 +80,7 @@ def adapter_rank(adapter: lora.Tree) -> int:
 
 
 def rescale(adapter: lora.Tree, scale: float, new_scale: float) -> lora.Tree:
-  """The adapter that does with `new_scale` what the given one does with `scale`."""
+  """Returns the adapter that does with `new_scale` what the given one does with `scale`."""
   if scale == new_scale:
     return adapter
   factors = {"lora_A": 1.0, "lora_B": scale / new_scale}
@@ -91,7 +91,7 @@ def rescale(adapter: lora.Tree, scale: float, new_scale: float) -> lora.Tree:
 
 
 def ldm_name(layer: str, config: UNetConfig) -> str:
-  """The name of a UNet's linear layer in the original implementation of Stable Diffusion.
+  """Returns the name of a UNet's linear layer in the original implementation of Stable Diffusion.
 
   That one numbers the layers of all levels through: `input_blocks` are the first convolution, then of each level its
   layers and its downsampler; an `output_blocks` is one layer of the way up, the upsampler being part of the last.
@@ -322,7 +322,7 @@ def load_pipeline_loras(
 
 
 def merge_text_encoders(params: Mapping[str, Any], text_encoders: Mapping[str, lora.Tree]) -> dict[str, Any]:
-  """A pipeline's parameters by component, with what `load_pipeline_lora` found for text encoders merged in."""
+  """Returns a pipeline's parameters by component, with what `load_pipeline_lora` found for text encoders merged in."""
   merged = {name: lora.merge_lora(params[name], adapter) for name, adapter in text_encoders.items()}
   return {**params, **merged}
 
@@ -332,7 +332,7 @@ _Layers = dict[str, dict[str, np.ndarray]]
 
 
 def _read(file: pathlib.Path) -> tuple[dict[str, _Layers], Mapping[str, Any]]:
-  """The factors in a file and arguments of peft.LoraConfig ({} if the file comes without), both by component."""
+  """Returns the factors in a file and arguments of peft.LoraConfig ({} if the file comes without), both by component."""
   tensors, metadata = _read_tensors(file)
   words = dict.fromkeys(match["word"] for key in tensors if (match := _EMBEDDING.match(key)))
   if words:
@@ -418,7 +418,7 @@ _FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stabl
 
 
 def _made_for(layers: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str | None:
-  """The family of models that an adapter's layers are of, None if they do not tell."""
+  """Returns the family of models that an adapter's layers are of, None if they do not tell."""
   if any(re.search(r"(single|double)_blocks|single_transformer_blocks", name) for name in layers):
     return "Flux"
   if any(re.search(r"joint_blocks|attn[._]add_[qkv]_proj", name) for name in layers):

@@ -92,7 +92,7 @@ class Family(Protocol):
     clip_skip: int | None = None,
     sampler: str = "ddim",
   ) -> Model:
-    """The pure functions of what was loaded.
+    """Returns the pure functions of what was loaded.
 
     Args:
       remat: as `config.remat`.
@@ -111,7 +111,7 @@ class Family(Protocol):
     ...
 
   def load_adapter(self, file: str, pipe: Any) -> tuple[Tree, float]:
-    """An adapter of the denoiser to train on from, f32, and its scale alpha / rank; ValueError if it does not fit."""
+    """Returns an adapter of the denoiser to train on from, f32, and its scale alpha / rank; ValueError if it does not fit."""
     ...
 
   def save_adapter(
@@ -125,11 +125,11 @@ class Family(Protocol):
     ...
 
   def with_adapters(self, pipe: Any, loras: Sequence[adapters.LoraFile]) -> tuple[dict[str, Tree], float]:
-    """The parameters with several adapters, each with its strength, and the scale of their sum in `DENOISER_lora`."""
+    """Returns the parameters with several adapters, each with its strength, and the scale of their sum in `DENOISER_lora`."""
     ...
 
   def without_values(self, name: str) -> str:
-    """The name of a model of the same shapes which takes no weights to make: of planning.
+    """Returns the name of a model of the same shapes which takes no weights to make: of planning.
 
     Raises:
       ValueError: its shapes are not known here.
@@ -137,7 +137,7 @@ class Family(Protocol):
     ...
 
   def weight_files(self, name: str) -> Mapping[str, Sequence[tensors.Source]]:
-    """The files of weights by component; none of random ones, of which name and seed say it all."""
+    """Returns the files of weights by component; none of random ones, of which name and seed say it all."""
     ...
 
 
@@ -241,7 +241,7 @@ FAMILIES: dict[str, Family] = {DEFAULT: StableDiffusionFamily()}
 
 
 def get(name: str, field: str = "config.family") -> Family:
-  """The family of a name: of the table, or package.module:NAME of one's own.
+  """Returns the family of a name: of the table, or package.module:NAME of one's own.
 
   Raises:
     ValueError: it names none.
@@ -341,7 +341,7 @@ def look_for(
 
 
 def of_run(name: str, given: str | None) -> str:
-  """The family of --model: the one given, else that of the run whose work folder or export it is, else DEFAULT."""
+  """Returns the family of --model: the one given, else that of the run whose work folder or export it is, else DEFAULT."""
   if given is not None:
     return given
   folder = pathlib.Path(loading.split_config(name)[0])

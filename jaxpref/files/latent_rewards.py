@@ -19,7 +19,7 @@ NETWORKS = ("unet", "text_encoder", "text_encoder_2")  # that it has, too
 def of_pipeline(
   pipe: Any, key: jax.Array, *, image_size: Size, guidance_scale: float, remat: str | tuple[str, ...] = "none"
 ) -> tuple[LatentRewardModel, Tree]:
-  """The latent reward model that starts as a Stable Diffusion model: its way down, middle and text encoders.
+  """Returns the latent reward model that starts as a Stable Diffusion model: its way down, middle and text encoders.
 
   The projections are random: features normal of deviation 0.02, text as a new CLIP's (SDXL's has its own).
 

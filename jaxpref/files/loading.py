@@ -80,7 +80,7 @@ def checkpoint_of(name: str) -> tuple[pathlib.Path, str | None] | None:
 
 
 def folder_of(name: str) -> str | pathlib.Path:
-  """The folder of a shipped model, or the name itself: a folder or a hub name; of MODEL+unet=UNET that of MODEL."""
+  """Returns the folder of a shipped model, or the name itself: a folder or a hub name; of MODEL+unet=UNET that of MODEL."""
   name, _ = split_unet(name)
   return _ASSETS / name if name in SHIPPED else name
 
@@ -163,7 +163,7 @@ def load_text_to_image(
   vae_model: str | None = None,
   components: Sequence[str] = pipelines.NETWORKS,
 ) -> pipelines.Pipeline:
-  """A pipeline by a name as of this module; arguments as of `pipelines.load_pipeline`.
+  """Returns a pipeline by a name as of this module; arguments as of `pipelines.load_pipeline`.
 
   Args:
     vae_model: folder or hub name of a VAE that takes the place of the pipeline's, or a file that holds one.
@@ -287,7 +287,7 @@ def vae_files(name: str) -> list[tensors.Source]:
 def text_to_image(
   pipe: pipelines.Pipeline, *, lora_scale: float = 1.0, vae_slicing: int | None = None
 ) -> StableDiffusion:
-  """The pure functions of a loaded pipeline."""
+  """Returns the pure functions of a loaded pipeline."""
   return StableDiffusion(
     unet=pipe.unet,
     vae=pipe.vae,
@@ -305,7 +305,7 @@ def tiny_tokenize(captions: list[str]) -> np.ndarray:
 
 
 def load_tokenizer(*models: str) -> Any:
-  """The CLIP tokenizer of the first of some models that has one: a pipeline, or a CLIP with its tokenizer beside it.
+  """Returns the CLIP tokenizer of the first of some models that has one: a pipeline, or a CLIP with its tokenizer beside it.
 
   Raises:
     FileNotFoundError: none has.

@@ -75,7 +75,7 @@ def _joined(*names: str) -> str:
 
 
 def _inside(module: str, new: str, table: Mapping[str, str]) -> dict[str, str]:
-  """The table of what is in a module, under the names that the whole network has."""
+  """Returns the table of what is in a module, under the names that the whole network has."""
   return {_joined(module, a): _joined(new, b) for a, b in table.items()}
 
 

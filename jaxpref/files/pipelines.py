@@ -273,7 +273,7 @@ def random_pipeline(
   init: Callable[[Any, jax.Array], Any] = presets.init_params,
   components: Sequence[str] = NETWORKS,
 ) -> Pipeline:
-  """A pipeline of random weights with tiny-sd's tokenizer, for tests, smoke runs and pre-training.
+  """Returns a pipeline of random weights with tiny-sd's tokenizer, for tests, smoke runs and pre-training.
 
   Args:
     preset: or its name; its text encoders' vocabulary must hold tiny-sd's.

@@ -145,7 +145,7 @@ def _insert(tree: Tree, path: tuple[str, ...], value: Any) -> None:
 
 
 def torch_name(path: Sequence[str]) -> str:
-  """The name in a safetensors file of the parameter at `path` (of a stack: see `layer_path`)."""
+  """Returns the name in a safetensors file of the parameter at `path` (of a stack: see `layer_path`)."""
   leaf = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(path[-1], path[-1])
   return ".".join((*path[:-1], leaf))
 
@@ -190,7 +190,7 @@ def _shards(index: pathlib.Path) -> list[str]:
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The safetensors files of one component folder: one, or the shards of an index."""
+  """Returns the safetensors files of one component folder: one, or the shards of an index."""
   for stem in _STEMS:
     for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
       if (folder / name).is_file():

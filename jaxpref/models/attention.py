@@ -69,7 +69,7 @@ def attention(
 
 @functools.cache
 def cuda_capability() -> float | None:
-  """The compute capability of this machine's NVIDIA GPUs, None without."""
+  """Returns the compute capability of this machine's NVIDIA GPUs, None without."""
   if jax.default_backend() != "gpu":
     return None
   capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))  # of AMD's GPUs it is a name

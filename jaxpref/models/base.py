@@ -54,27 +54,27 @@ class Model(Protocol):
     ...
 
   def at_size(self, height: int, width: int) -> "Model":
-    """The model with another `image_size`, in pixels; only `config.image_size` asks for it."""
+    """Returns the model with another `image_size`, in pixels; only `config.image_size` asks for it."""
     ...
 
   def predict(self, weights: Weights, x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
-    """The network's output f32[B,h,w,C] at x f32[B,h,w,C], times t [B]."""
+    """Returns the network's output f32[B,h,w,C] at x f32[B,h,w,C], times t [B]."""
     ...
 
   def encode_text(self, weights: Weights, input_ids: jax.Array) -> Cond:
-    """The conditioning on prompts i32[B,L]; of images of the model's own size."""
+    """Returns the conditioning on prompts i32[B,L]; of images of the model's own size."""
     ...
 
   def encode_negative(self, weights: Weights, input_ids: jax.Array) -> Cond:
-    """The conditioning on negative prompts i32[B,L]."""
+    """Returns the conditioning on negative prompts i32[B,L]."""
     ...
 
   def encode_empty(self, weights: Weights, batch_size: int) -> Cond:
-    """The conditioning where no negative prompt is given (`weights["empty_ids"]` i32[1,L]), repeated."""
+    """Returns the conditioning where no negative prompt is given (`weights["empty_ids"]` i32[1,L]), repeated."""
     ...
 
   def sized(self, cond: Cond, sizes: jax.Array | None) -> Cond:
-    """The conditioning at sizes of one's own; unchanged without them, and of a model that knows none.
+    """Returns the conditioning at sizes of one's own; unchanged without them, and of a model that knows none.
 
     Args:
       sizes: f32[B,6] or [1,6]: original height and width, top and left of the crop, target height and width, in pixels.
@@ -86,7 +86,7 @@ class Model(Protocol):
     ...
 
   def restored_text(self, batch: Mapping[str, jax.Array]) -> Cond | None:
-    """The conditioning of fields that `stored_text` made; None of a batch without them."""
+    """Returns the conditioning of fields that `stored_text` made; None of a batch without them."""
     ...
 
   def encode_images(self, weights: Weights, images: jax.Array, key: jax.Array) -> jax.Array:

@@ -99,7 +99,7 @@ class ImageRewardConfig:
     return cls(**(fields(cls, config) | towers))
 
   def to_dict(self) -> dict[str, Any]:
-    """The dict for config.json."""
+    """Returns the dict for config.json."""
     fields = dataclasses.asdict(self)
     return {"model_type": "imagereward"} | {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 

@@ -91,7 +91,7 @@ class CLIPTextConfig:
     return cls(**_read_config(cls, config, ("clip_text_model", "clip")))
 
   def to_dict(self) -> dict[str, Any]:
-    """The dict for config.json; the caller adds `architectures`."""
+    """Returns the dict for config.json; the caller adds `architectures`."""
     return {
       "model_type": "clip_text_model",
       "attention_dropout": 0.0,
@@ -131,7 +131,7 @@ class CLIPVisionConfig:
     return cls(**_read_config(cls, config, ("clip_vision_model", "clip")))
 
   def to_dict(self) -> dict[str, Any]:
-    """The dict for config.json; the caller adds `architectures`."""
+    """Returns the dict for config.json; the caller adds `architectures`."""
     return {
       "model_type": "clip_vision_model",
       "attention_dropout": 0.0,
@@ -159,7 +159,7 @@ class CLIPConfig:
     return cls(**fields)
 
   def to_dict(self) -> dict[str, Any]:
-    """The dict for config.json."""
+    """Returns the dict for config.json."""
     return {
       "model_type": "clip",
       "projection_dim": self.projection_dim,

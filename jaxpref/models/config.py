@@ -82,7 +82,7 @@ class ModelConfig:
     return cls(**kwargs)
 
   def to_dict(self) -> dict[str, Any]:
-    """The dict of a config.json that torch diffusers opens and `from_dict` reads back."""
+    """Returns the dict of a config.json that torch diffusers opens and `from_dict` reads back."""
     fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
     return {"_class_name": self.CLASS_NAME} | {name: _thaw(value) for name, value in fields}
 

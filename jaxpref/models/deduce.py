@@ -81,7 +81,7 @@ def kind_of(names: Iterable[str]) -> str | None:
 
 
 def contradicted_fields(config: Any, shapes: Shapes, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-  """The fields that tensors show to be different.
+  """Returns the fields that tensors show to be different.
 
   Args:
     config: of a UNet, an autoencoder, a text encoder or a CLIP; of others nothing is known.

@@ -66,7 +66,7 @@ class LatentRewardConfig:
     )
 
   def to_dict(self) -> dict[str, Any]:
-    """The dict for config.json."""
+    """Returns the dict for config.json."""
     networks = ("unet", "text_encoder", "text_encoder_2")
     own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     return {"model_type": MODEL_TYPE} | {
@@ -106,7 +106,7 @@ def of_networks(
   image_size: Size,
   guidance_scale: float = 7.5,
 ) -> LatentRewardConfig:
-  """The latent reward model that starts as these networks of a text-to-image model.
+  """Returns the latent reward model that starts as these networks of a text-to-image model.
 
   Args:
     image_size: of the model, in pixels.

@@ -88,7 +88,7 @@ def init_lora(
   init: str = "kaiming",
   dtype: Any = jnp.float32,
 ) -> dict[str, Any]:
-  """A fresh adapter: A random as in PEFT, B zero, so A B = 0.
+  """Returns a fresh adapter: A random as in PEFT, B zero, so A B = 0.
 
   Args:
     key: PRNG key; each layer folds in the hash of its own name, so its factor does not depend on
@@ -267,7 +267,7 @@ def combine(adapters: Sequence[tuple[Tree, float]], params: Tree) -> dict[str, A
 
 
 def to_layers(adapter: Tree) -> dict[str, tuple[jax.Array, jax.Array]]:
-  """An adapter as one entry a layer, under the layer's name in a diffusers folder.
+  """Returns an adapter as one entry a layer, under the layer's name in a diffusers folder.
 
   Returns:
     dotted name, such as "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q" -> (lora_A [in, r],
@@ -285,7 +285,7 @@ def to_layers(adapter: Tree) -> dict[str, tuple[jax.Array, jax.Array]]:
 
 
 def from_layers(layers: Mapping[str, tuple[Any, Any]], params: Tree) -> dict[str, Any]:
-  """The inverse of `to_layers`.
+  """Returns the inverse of `to_layers`.
 
   Where only some layers of a stack are adapted, the others get lora_A = 0 and lora_B = 0: they keep their function, and
   as each factor's gradient is a product with the other, they keep it in training, too.

@@ -146,7 +146,7 @@ def to_clip(tree: Mapping[str, Any], config: CLIPConfig) -> Tree:
 
 
 def from_clip(params: Mapping[str, Any], config: CLIPConfig) -> Tree:
-  """The inverse of `to_clip`; of shapes under `jax.eval_shape`, for `load_tree`."""
+  """Returns the inverse of `to_clip`; of shapes under `jax.eval_shape`, for `load_tree`."""
 
   def tower(here: Mapping[str, Any], depth: int) -> Tree:
     there: Tree = {}

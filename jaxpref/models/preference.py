@@ -22,7 +22,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def _cubic(x: np.ndarray, a: float) -> np.ndarray:
-  """The cubic convolution kernel with parameter a."""
+  """Returns the cubic convolution kernel with parameter a."""
   x = np.abs(x)
   near = ((a + 2) * x - (a + 3)) * x * x + 1
   far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
@@ -136,7 +136,7 @@ class StepAwareCLIPConfig(CLIPConfig):
     return dataclasses.replace(known, **extra)
 
   def to_dict(self) -> dict[str, Any]:
-    """The dict for config.json."""
+    """Returns the dict for config.json."""
     return super().to_dict() | {
       "model_type": "step_aware_clip",
       "frequency_embedding_size": self.frequency_embedding_size,
@@ -273,7 +273,7 @@ class JudgeConfig:
     return cls(**fields)
 
   def to_dict(self) -> dict[str, Any]:
-    """The dict for config.json."""
+    """Returns the dict for config.json."""
     fields = dataclasses.asdict(self)
     return {"model_type": "judge"} | {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 

@@ -299,7 +299,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def get_preset(name: str) -> Preset:
-  """The preset of this name.
+  """Returns the preset of this name.
 
   Raises:
     ValueError: there is none.
@@ -457,7 +457,7 @@ def _random_std(module: nn.Module, path: tuple[str, ...], leaf: Any) -> float | 
 
 
 def make_clip(preset: Preset, dtype: Any = jnp.float32) -> CLIPModel:
-  """A plain CLIP of the towers of the preset's preference model: what the latter starts from."""
+  """Returns a plain CLIP of the towers of the preset's preference model: what the latter starts from."""
   c = preset.preference
   if c is None:
     raise ValueError("make_clip: the preset has no preference model, whose towers the CLIP takes.")
@@ -465,7 +465,7 @@ def make_clip(preset: Preset, dtype: Any = jnp.float32) -> CLIPModel:
 
 
 def latent_reward_config(preset: Preset) -> latent_reward.LatentRewardConfig:
-  """The latent reward model that starts as the networks of a preset."""
+  """Returns the latent reward model that starts as the networks of a preset."""
   size = preset.unet.sample_size
   if not isinstance(size, int):
     raise ValueError(f"latent_reward_config: sample_size={size!r} of the preset's UNet; expected one number.")

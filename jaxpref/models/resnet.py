@@ -79,7 +79,7 @@ def flat_dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers, *, tens
 
 
 def dense(features: int, *, dtype: Dtype, name: str, tensor_axis: int | None = None, **kwargs: Any) -> nn.Dense:
-  """A Dense layer on the last of any number of axes (see `flat_dot_general`).
+  """Returns a Dense layer on the last of any number of axes (see `flat_dot_general`).
 
   Args:
     tensor_axis: the kernel's axis that `sharding.DEFAULT_RULES` split over `tensor`: 1, the features out, of layers
@@ -95,13 +95,13 @@ def _product_1x1(x, kernel, *unused_args, **unused_kwargs) -> jax.Array:
 
 
 def conv1x1(channels: int, *, dtype: Dtype, name: str | None = None) -> nn.Conv:
-  """The 1x1 convolution, by a matrix product (see `flat_dot_general`)."""
+  """Returns the 1x1 convolution, by a matrix product (see `flat_dot_general`)."""
   return nn.Conv(channels, (1, 1), dtype=dtype, conv_general_dilated=_product_1x1, name=name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(x: jax.Array, kernel: jax.Array, stride: int, pad: tuple[int, int]) -> jax.Array:
-  """The convolution x [B,H,W,I] * kernel [3,3,I,O], the same stride and padding in height and width.
+  """Returns the convolution x [B,H,W,I] * kernel [3,3,I,O], the same stride and padding in height and width.
 
   Its own gradient, because XLA rewrites convolutions for its fast path on CPUs only outside of loops and branches:
   inside, as in SPO's loop over updates, the gradient as `jax.grad` writes it takes ten times as long.
@@ -156,7 +156,7 @@ def _conv_of_layer(x, kernel, strides, padding, **unused_kwargs) -> jax.Array:
 
 
 def conv3x3(channels: int, *, dtype: Dtype, name: str) -> nn.Conv:
-  """The 3x3 convolution that keeps the size."""
+  """Returns the 3x3 convolution that keeps the size."""
   return nn.Conv(
     channels, (3, 3), padding=((1, 1), (1, 1)), dtype=dtype, conv_general_dilated=_conv_of_layer, name=name
   )

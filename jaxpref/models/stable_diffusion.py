@@ -71,7 +71,7 @@ class StableDiffusion:
     return (*sides(size), self.unet.config.in_channels)
 
   def at_size(self, height: int, width: int) -> "StableDiffusion":
-    """The model of images of another size in pixels; raises ValueError as `latent_shape_for`."""
+    """Returns the model of images of another size in pixels; raises ValueError as `latent_shape_for`."""
     self.latent_shape_for(height, width)
     return dataclasses.replace(self, size=(height, width))
 
@@ -83,14 +83,14 @@ class StableDiffusion:
     return (height // unit, width // unit, self.unet.config.in_channels)
 
   def predict(self, weights: Weights, x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
-    """The UNet's output f32[B,h,w,C] at x f32[B,h,w,C], t i32[B]."""
+    """Returns the UNet's output f32[B,h,w,C] at x f32[B,h,w,C], t i32[B]."""
     args = (x, t, cond["encoder_hidden_states"], cond.get("added_cond_kwargs"))
     if "unet_lora" in weights:
       return lora.apply(self.unet, weights["unet"], weights["unet_lora"], *args, scale=self.lora_scale)
     return self.unet.apply({"params": weights["unet"]}, *args)
 
   def encode_text(self, weights: Weights, input_ids: jax.Array, time_ids: jax.Array | None = None) -> Cond:
-    """The UNet's conditioning on prompts.
+    """Returns the UNet's conditioning on prompts.
 
     Args:
       input_ids: i32[B, L], or i32[B, 2 L] for two text encoders (the ids of both side by side).
@@ -103,14 +103,14 @@ class StableDiffusion:
     return self._encode(weights, input_ids, time_ids, self.clip_skip)
 
   def encode_negative(self, weights: Weights, input_ids: jax.Array, time_ids: jax.Array | None = None) -> Cond:
-    """The conditioning on negative prompts; arguments as of `encode_text`.
+    """Returns the conditioning on negative prompts; arguments as of `encode_text`.
 
     As in diffusers, a prompt that is given is encoded even if it is empty, and with all layers whatever `clip_skip`.
     """
     return self._encode(weights, input_ids, time_ids, None)
 
   def encode_empty(self, weights: Weights, batch_size: int, time_ids: jax.Array | None = None) -> Cond:
-    """The conditioning where no negative prompt is given, computed once and repeated.
+    """Returns the conditioning where no negative prompt is given, computed once and repeated.
 
     On the empty prompt (`weights["empty_ids"]` i32[1, L]), or zeros (`zero_empty_prompt`).
 
@@ -174,7 +174,7 @@ class StableDiffusion:
     return fields
 
   def restored_text(self, batch: Mapping[str, jax.Array]) -> Cond | None:
-    """The conditioning of fields that `stored_text` made; None of a batch without them."""
+    """Returns the conditioning of fields that `stored_text` made; None of a batch without them."""
     if "encoder_hidden_states" not in batch:
       return None
     cond: Cond = {"encoder_hidden_states": batch["encoder_hidden_states"]}

@@ -7,7 +7,7 @@ STACKS = ("transformer_blocks",)
 
 
 def is_stacked(path: Sequence[str]) -> bool:
-  """Whether the array at `path` has a leading axis of layers."""
+  """Returns whether the array at `path` has a leading axis of layers."""
   return any(name in STACKS for name in path)
 
 

@@ -111,7 +111,7 @@ class UNetConfig(ModelConfig):
     self._require(self.addition_embed_type in (None, "text_time"), "addition_embed_type", "null or text_time")
 
   def per_level(self, key: str) -> tuple:
-    """The field `key` as a tuple with an entry for each level, from the finest to the coarsest."""
+    """Returns the field `key` as a tuple with an entry for each level, from the finest to the coarsest."""
     value = getattr(self, key)
     return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
@@ -297,7 +297,7 @@ class UNet2DConditionModel(nn.Module):
     return x.astype(jnp.float32)
 
   def _level_block(self, block_class: type[_Block], level: int, *args: Any, **kwargs: Any) -> Any:
-    """A block of a level, under its `remat`."""
+    """Returns a block of a level, under its `remat`."""
     c, remat = self.config, self._remat_of_levels()[level]
     static = (5,) if block_class is UpBlock else ()  # `size`; 0 is `self`
     wrapped = nn.remat(block_class, static_argnums=static) if remat == "full" else block_class

@@ -203,7 +203,7 @@ class AutoencoderKL(nn.Module):
       self.post_quant_conv = conv1x1(c.latent_channels, dtype=self.dtype)
 
   def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The normal distribution of the latents of an image.
+    """Returns the normal distribution of the latents of an image.
 
     Args:
       x: [B, H, W, in_channels] in [-1, 1].
@@ -223,7 +223,7 @@ class AutoencoderKL(nn.Module):
     return mean, jnp.clip(logvar, -30.0, 20.0)
 
   def decode(self, z: jax.Array) -> jax.Array:
-    """The image of latents.
+    """Returns the image of latents.
 
     Args:
       z: [B, h, w, latent_channels], not scaled by `scaling_factor`.
@@ -240,7 +240,7 @@ class AutoencoderKL(nn.Module):
     return self.decoder(z).astype(jnp.float32)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """The reconstruction from the mean, [B, H, W, in_channels] -> [B, H, W, out_channels]."""
+    """Returns the reconstruction from the mean, [B, H, W, in_channels] -> [B, H, W, out_channels]."""
     return self.decode(self.encode(x)[0])
 
   def _check_channels(self, what: str, x: jax.Array, channels: int) -> None:

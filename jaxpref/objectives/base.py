@@ -21,7 +21,7 @@ REWARD_BINS = 10  # of the time, in metrics
 
 
 def named_key(key: jax.Array, name: str) -> jax.Array:
-  """The key of one named use: every draw of a step folds a different name into the step's key."""
+  """Returns the key of one named use: every draw of a step folds a different name into the step's key."""
   return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
@@ -40,7 +40,7 @@ class Weights(NamedTuple):
 
   @classmethod
   def of(cls, params: Any, ref_params: Any, frozen: Any, *, moves: bool = False) -> "Weights":
-    """The three models of trained, reference's and frozen parameters, each by component.
+    """Returns the three models of trained, reference's and frozen parameters, each by component.
 
     Args:
       moves: whether the reference does; then `frozen` has the pre-trained values of what is trained, too.
@@ -137,7 +137,7 @@ class Objective(Protocol):
     ...
 
   def empty_loss(self) -> Any:
-    """The loss that stands in the metrics of a step in which nothing counted."""
+    """Returns the loss that stands in the metrics of a step in which nothing counted."""
     ...
 
   def divergence(self, w: Weights, batch: Batch, key: jax.Array) -> jax.Array:

@@ -200,7 +200,7 @@ def method(config: Config) -> Method:
 
 
 def make(config: Config, model: Model, scorer: Scorer = None) -> Any:
-  """The objective of a config that trains a text-to-image model, or a preference model with its help.
+  """Returns the objective of a config that trains a text-to-image model, or a preference model with its help.
 
   Raises:
     OwnCodeError: what makes one of one's own raises, or makes something else.
@@ -217,7 +217,7 @@ def make(config: Config, model: Model, scorer: Scorer = None) -> Any:
 
 
 def _own(spec: str) -> Method:
-  """A method of one's own, whose functions say in one sentence what is wrong with them."""
+  """Returns a method of one's own, whose functions say in one sentence what is wrong with them."""
   found, given = own_method(spec), f"config.objective={spec}"
   if not isinstance(found, Method):
     raise own.OwnCodeError(f"{given}: it is of type {type(found).__name__}; expected a Method of {__name__}.")

@@ -47,7 +47,7 @@ class DiffusionKTO(Offline):
     return losses.implicit_reward(err, ref_err), t
 
   def statistics(self, w: Weights, batch: Batch, key: jax.Array) -> Pairs:
-    """The mean reward, of which the baseline is made."""
+    """Returns the mean reward, of which the baseline is made."""
     reward, _ = self._rewards(w, batch, key)
     return {"reward": mean_of(reward, jnp.ones_like(reward))}
 

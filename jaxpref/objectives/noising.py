@@ -19,7 +19,7 @@ def latents(model: Model, weights: Any, images: Batch, key: jax.Array) -> jax.Ar
 
 
 def text(model: Model, weights: Any, batch: Batch) -> Cond:
-  """The conditioning on `input_ids`, or what the text encoders made of them before."""
+  """Returns the conditioning on `input_ids`, or what the text encoders made of them before."""
   stored = model.restored_text(batch)
   return model.encode_text(weights, batch["input_ids"]) if stored is None else stored
 
@@ -51,7 +51,7 @@ class Preferred(NamedTuple):
 
 
 def first_samples(batch: Batch) -> dict[str, jax.Array]:
-  """The first `MAX_SAMPLES` rows of a batch."""
+  """Returns the first `MAX_SAMPLES` rows of a batch."""
   return {k: v[:MAX_SAMPLES] for k, v in batch.items()}
 
 

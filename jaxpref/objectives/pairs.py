@@ -26,7 +26,7 @@ PairLoss = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
 def pair_loss(name: str, *, beta: float, label_smoothing: float = 0.0, ipo_factor: float = 1.0) -> PairLoss:
-  """A loss on two implicit rewards by the name TRL users know: what `transition_loss` takes.
+  """Returns a loss on two implicit rewards by the name TRL users know: what `transition_loss` takes.
 
   Args:
     name: or package.module:function of one's own, which takes (reward_w, reward_l, beta=, weight=) as those of
@@ -51,7 +51,7 @@ def pair_loss(name: str, *, beta: float, label_smoothing: float = 0.0, ipo_facto
 
 
 def _own_loss(spec: str, beta: float) -> PairLoss:
-  """A function of one's own, whose results are checked where it is traced."""
+  """Returns a function of one's own, whose results are checked where it is traced."""
   function, given = own_loss(spec), f"config.loss.name={spec}"
 
   def loss(reward_w: jax.Array, reward_l: jax.Array, weight: jax.Array | None) -> jax.Array:
@@ -113,7 +113,7 @@ REFERENCE_FREE = ("mapo", "sft")
 
 
 def on_rewards(loss: PairLoss) -> DenoisedLoss:
-  """A loss on two implicit rewards as one on denoised pairs."""
+  """Returns a loss on two implicit rewards as one on denoised pairs."""
   return lambda pair: loss(pair.reward_w, pair.reward_l, pair.weight)
 
 
@@ -135,7 +135,7 @@ def safeguarded(loss: DenoisedLoss, *, mu: float) -> DenoisedLoss:
 def denoised_loss(
   name: str, *, beta: float, label_smoothing: float = 0.0, snr: float = 0.5, num_train_timesteps: int = 1000
 ) -> DenoisedLoss:
-  """A loss on denoised pairs by its name: those of `pair_loss`, and dspo, mapo and sft, which are not of rewards alone.
+  """Returns a loss on denoised pairs by its name: those of `pair_loss`, and dspo, mapo and sft, which are not of rewards alone.
 
   Args:
     snr, num_train_timesteps: of mapo; the released trainer multiplies its margin by the number of timesteps.
@@ -159,7 +159,7 @@ def denoised_loss(
 
 
 def _split_pair(batch: Batch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-  """The winners' and the losers' `pixels` or `moments`, and `sizes`; a tie, which has neither, keeps its order."""
+  """Returns the winners' and the losers' `pixels` or `moments`, and `sizes`; a tie, which has neither, keeps its order."""
   winners, losers = {}, {}
   for name in ("pixels", "moments", "sizes"):
     if f"{name}_0" in batch:

@@ -59,7 +59,7 @@ def policy_loss(
   ratio_clip: float,
   kl_coef: float,
 ) -> tuple[jax.Array, jax.Array, Pairs]:
-  """The clipped policy gradient of one minibatch of steps, of GRPO and DDPO alike: they differ in their advantages.
+  """Returns the clipped policy gradient of one minibatch of steps, of GRPO and DDPO alike: they differ in their advantages.
 
       loss = max(-A r, -A clip(r, 1 - eps, 1 + eps)) + kl_coef KL,    r = p(next) / p_old(next)
 
@@ -102,7 +102,7 @@ def policy_loss(
 
 
 def trained_steps(num_inference_steps: int, timestep_fraction: float) -> int:
-  """How many steps of a sample are trained on."""
+  """Returns how many steps of a sample are trained on."""
   return max(1, round(timestep_fraction * num_inference_steps))
 
 
@@ -169,7 +169,7 @@ class PolicyGradient:
   def experience(
     self, drawn: Drawn, scores: Mapping[str, jax.Array], key: jax.Array
   ) -> tuple[Experience, dict[str, jax.Array]]:
-    """The steps to train on, with their advantages."""
+    """Returns the steps to train on, with their advantages."""
     group_size = self.group_size
     trajectories, in_graph, cond, uncond = drawn.data
     reward, parts = self.reward.summed(scores, in_graph)

@@ -166,7 +166,7 @@ class Steps:
     )
 
   def member(self, values: jax.Array, scores: jax.Array, key: jax.Array) -> jax.Array:
-    """The candidate to continue from: [B*k,...] -> [B,...]."""
+    """Returns the candidate to continue from: [B*k,...] -> [B,...]."""
     if self.next_latent == "random":
       index = jax.random.randint(key, (self.batch,), 0, self.pool_size)
     else:

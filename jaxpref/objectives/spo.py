@@ -35,7 +35,7 @@ def pool_calls(*, num_steps: int, warmup_steps: int, pool_size: int) -> int:
 
 
 def pool_groups(*, num_steps: int, warmup_steps: int, inner_steps: int, pool_last_step: bool = False) -> list[int]:
-  """The length of each of `pool_rollout`'s groups, whose first transition winner and loser start from one latent."""
+  """Returns the length of each of `pool_rollout`'s groups, whose first transition winner and loser start from one latent."""
   length = inner_steps + 1
   groups = [length] * ((num_steps - warmup_steps) // length)
   return groups if length > 1 or pool_last_step else [*groups[:-2], 2]

@@ -11,7 +11,7 @@ Pairs = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def mean_of(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The pair (sum of weights * values, sum of weights) of f32[B] values; masked rows may hold NaN."""
+  """Returns the pair (sum of weights * values, sum of weights) of f32[B] values; masked rows may hold NaN."""
   return jnp.sum(jnp.where(weights > 0, values, 0.0) * weights), jnp.sum(weights)
 
 

@@ -54,7 +54,7 @@ def _of_equation(eqn: Any, while_trips: float, scope: str | None) -> float:
 
 
 def _inner(eqn: Any) -> list[core.Jaxpr]:
-  """The jaxprs that an equation runs (of a custom gradient: the function itself, not its rules)."""
+  """Returns the jaxprs that an equation runs (of a custom gradient: the function itself, not its rules)."""
   found = []
   for value in eqn.params.values():
     if isinstance(value, core.ClosedJaxpr):

@@ -44,7 +44,7 @@ class Instruction:
   is_root: bool
 
   def called(self, attribute: str) -> str | None:
-    """The computation that an attribute names, such as `body=%name`."""
+    """Returns the computation that an attribute names, such as `body=%name`."""
     found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
     return found[1] if found else None
 
@@ -99,7 +99,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, opening: int) -> int:
-  """The place of the parenthesis that closes the one at `opening`."""
+  """Returns the place of the parenthesis that closes the one at `opening`."""
   depth = 0
   for i in range(opening, len(text)):
     depth += {"(": 1, ")": -1}.get(text[i], 0)
@@ -127,7 +127,7 @@ def shape_bytes(shape: str, *, memory: bool = False) -> int:
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:
-  """How often the body of a `while` runs; None if that depends on data.
+  """Returns how often the body of a `while` runs; None if that depends on data.
 
   Where the compiler did not write it down, the loop must count from 0 in ones up to a constant.
   """
@@ -152,7 +152,7 @@ Cost = Callable[[Mapping[str, Instruction], Instruction], Mapping[str, float]]
 
 
 def total(module: Module, cost: Cost, *, while_trips: float = 1.0, into_fusions: bool = False) -> Counter:
-  """The sum of a cost over all instructions, each as often as it runs; of branches the dearest.
+  """Returns the sum of a cost over all instructions, each as often as it runs; of branches the dearest.
 
   Args:
     cost: of an instruction, given its computation, by kind.

@@ -29,7 +29,7 @@ LORA_RANK = 64  # of the adapter that `changes` propose in the place of full tra
 
 
 def without_weights(config: ConfigDict) -> ConfigDict:
-  """The same recipe on shapes alone, and on the embedded data resized to the model's images.
+  """Returns the same recipe on shapes alone, and on the embedded data resized to the model's images.
 
   Another VAE or UNet than the model's own counts as its own. Preference models and latent reward models are those of
   the preset; other rewards are as published, or as the config.json of their folder describes them (`rewards.shapes`).
@@ -61,7 +61,7 @@ def without_weights(config: ConfigDict) -> ConfigDict:
 
 
 def _build(config: ConfigDict, batch_devices: int) -> tuple[build.Experiment, Any, Any]:
-  """The experiment of a config `without_weights`, and the shapes of its trained and its frozen parameters."""
+  """Returns the experiment of a config `without_weights`, and the shapes of its trained and its frozen parameters."""
   row = config.copy_and_resolve_references()
   row.batch_size = 1  # what is built does not depend on it, but for the data
   row.data.source = "emoji"
@@ -94,7 +94,7 @@ class Planned:
 
 
 def planned(config: ConfigDict, mesh: Mesh) -> Planned:
-  """The training step of a config `without_weights`."""
+  """Returns the training step of a config `without_weights`."""
   experiment, params, frozen = _build(config, sharding.batch_devices(mesh))
   optimizer, _ = programs.make_optimizer(config)
   state, frozen = _placed(config, mesh, experiment, params, frozen)
@@ -110,7 +110,7 @@ def planned(config: ConfigDict, mesh: Mesh) -> Planned:
 
 
 def abstract_inputs(config: ConfigDict, mesh: Mesh) -> tuple[Any, Any, Any, Any]:
-  """The training step of a config `without_weights` as one program, without rewards on the host; and its arguments.
+  """Returns the training step of a config `without_weights` as one program, without rewards on the host; and its arguments.
 
   Returns:
     step, and what it takes: state, frozen, batch.
@@ -120,7 +120,7 @@ def abstract_inputs(config: ConfigDict, mesh: Mesh) -> tuple[Any, Any, Any, Any]
 
 
 def _precomputed(config: ConfigDict, experiment: build.Experiment, batch: Mapping[str, Any]) -> dict[str, Any]:
-  """A batch of images and prompts, as the shapes of what `precompute` makes of them."""
+  """Returns a batch of images and prompts, as the shapes of what `precompute` makes of them."""
   assert experiment.model is not None
   whole = config.copy_and_resolve_references()
   whole.data.source = "emoji"
@@ -218,7 +218,7 @@ class Change:
   rank: int
 
   def apply(self, config: ConfigDict) -> ConfigDict:
-    """A copy of the config with these values."""
+    """Returns a copy of the config with these values."""
     new = config.copy_and_resolve_references()
     new.update(accumulation=self.accumulation, remat=self.remat)
     if self.fsdp != config.mesh.fsdp:

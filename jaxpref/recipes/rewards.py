@@ -10,7 +10,7 @@ LATENT = "latent"  # a latent reward model: that of `config.preference_model`, o
 
 
 def reward_terms(config: Any) -> dict[str, float]:
-  """The weights of `config.reward` by what they are of: names, NAME=FOLDER, package.module:function.
+  """Returns the weights of `config.reward` by what they are of: names, NAME=FOLDER, package.module:function.
 
   Raises:
     ValueError: not of that form, a name twice, or a weight that is not a finite number other than 0.
@@ -23,7 +23,7 @@ def reward_terms(config: Any) -> dict[str, float]:
 
 
 def terms_of(text: str, given: str) -> dict[str, float]:
-  """The weights of a sum of rewards, as `reward_terms`.
+  """Returns the weights of a sum of rewards, as `reward_terms`.
 
   Args:
     text: the sum.
@@ -55,7 +55,7 @@ def _split(term: str) -> tuple[str, float]:
 
 
 def is_function(spec: str) -> bool:
-  """Whether a term of `config.reward` is package.module:function."""
+  """Returns whether a term of `config.reward` is package.module:function."""
   return is_own(spec)
 
 
@@ -65,5 +65,5 @@ def of_preference_model(terms: Any) -> list[str]:
 
 
 def is_latent(spec: str) -> bool:
-  """Whether a term of `config.reward` is a latent reward model, which needs no image."""
+  """Returns whether a term of `config.reward` is a latent reward model, which needs no image."""
   return spec.partition("=")[0] == LATENT and not is_function(spec)

@@ -88,7 +88,7 @@ def needs_of(reward: Reward) -> str:
 
 
 def scope(name: str) -> str:
-  """The name by which a reward's operations are known in traced programs and profiles."""
+  """Returns the name by which a reward's operations are known in traced programs and profiles."""
   return f"reward {name}"
 
 
@@ -148,7 +148,7 @@ class Weighted:
     prompts: tuple[Any, ...],
     latents: jax.Array | None = None,
   ) -> Scores:
-    """The sum of those in the graph, see `Reward.score`; of what none of them needs nothing has to be given."""
+    """Returns the sum of those in the graph, see `Reward.score`; of what none of them needs nothing has to be given."""
     if not self.graph:
       return Scores(jnp.zeros(t.shape), {})
     seen: dict[str, Any] = {IMAGE: images, LATENTS: latents}
@@ -168,7 +168,7 @@ class Weighted:
     return self.score(weights, images, times, self.prompts(weights, batch), latents)
 
   def summed(self, found: Mapping[str, jax.Array], before: Scores | None = None) -> Scores:
-    """The weighted sum of the scores f32[N] that there are, by name, and of those before."""
+    """Returns the weighted sum of the scores f32[N] that there are, by name, and of those before."""
     scales = self.scales
     terms = [] if before is None else [before.total]
     terms += [scale * found[name] for name, scale in scales.items() if name in found]

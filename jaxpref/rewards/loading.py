@@ -121,7 +121,7 @@ def load_clip(
 
 
 def _without(tree: Mapping[str, Any], shapes: Mapping[str, Any]) -> Tree:
-  """The part of a tree that `shapes` lacks."""
+  """Returns the part of a tree that `shapes` lacks."""
   out = {}
   for name, value in tree.items():
     if name not in shapes:
@@ -209,7 +209,7 @@ def save_latent_reward(
 
 
 def is_latent_reward(name: str) -> bool:
-  """Whether a name is that of a latent reward model, and not of a CLIP; random ones are taken for it.
+  """Returns whether a name is that of a latent reward model, and not of a CLIP; random ones are taken for it.
 
   Raises:
     FileNotFoundError, ValueError: it is neither.
@@ -221,7 +221,7 @@ def is_latent_reward(name: str) -> bool:
 
 
 def with_text_projection(params: Tree, name: str) -> Tree:
-  """The parameters of a latent reward model with a CLIP's text projection in the place of its own.
+  """Returns the parameters of a latent reward model with a CLIP's text projection in the place of its own.
 
   Args:
     name: of the CLIP whose text tower is the text-to-image model's, openai/clip-vit-large-patch14 of Stable Diffusion.
@@ -303,7 +303,7 @@ def look_for_judge(name: str | None, *, style: str) -> None:
 
 
 def _by_preset(name: str, module: Any, param_dtype: str, seed: int, sharding: Sharding) -> tuple[Any, Tree]:
-  """A network and its parameters by random:PRESET, drawn:PRESET or zeros:PRESET."""
+  """Returns a network and its parameters by random:PRESET, drawn:PRESET or zeros:PRESET."""
   if name.startswith("drawn:"):
     return module, presets.draw_params(module, seed, dtype=jnp.dtype(param_dtype), sharding=sharding)
   params = loading.initialiser(name)(module, jax.random.key(seed))

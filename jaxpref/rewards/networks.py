@@ -166,7 +166,7 @@ def weight_files(folder: pathlib.Path) -> Sequence[pathlib.Path]:
 
 
 def _read_clip(folder: pathlib.Path, dtype: Any, placement: Any) -> tuple[clip.CLIPModel, Any]:
-  """A CLIP in transformers' or open_clip's layout, or a step-aware preference model."""
+  """Returns a CLIP in transformers' or open_clip's layout, or a step-aware preference model."""
   file = folder / "config.json"
   arguments = dict(dtype=dtype, param_dtype=dtype, sharding=placement)
   if file.is_file() and '"step_aware_clip"' in file.read_text(encoding="utf-8"):
@@ -190,7 +190,7 @@ def clip_network(name: str, folder: pathlib.Path, dtype: Any, placement: Any, *,
 def of_clip(
   name: str, module: clip.CLIPModel, params: Any, tokenize: Tokenize | None, files: Sequence[pathlib.Path] = ()
 ) -> Network:
-  """The scores of a CLIP; its embeddings of images where there is no tokenizer."""
+  """Returns the scores of a CLIP; its embeddings of images where there is no tokenizer."""
   config: Any = module.config  # with image_mean and image_std
   size = config.vision_config.image_size
   resize, pixels = (padded_image, padded_pixels) if name.startswith("hpsv2") else (clip_image, clip_pixels)
@@ -212,7 +212,7 @@ def of_clip(
 
 
 def aesthetic_clip(folder: pathlib.Path) -> pathlib.Path:
-  """The folder of the CLIP that the predictor's config.json names, or in `clip` beside it."""
+  """Returns the folder of the CLIP that the predictor's config.json names, or in `clip` beside it."""
   place = folder / "clip" if (folder / "clip").is_dir() else read_config(folder).get("clip") or ""
   place = place or CLIP_L
   try:
@@ -240,7 +240,7 @@ def head_shapes(module: clip.CLIPModel) -> Any:
 
 
 def of_aesthetic(module: clip.CLIPModel, params: Any, files: Sequence[pathlib.Path] = ()) -> Network:
-  """The ratings by a CLIP and the head on it, whose parameters are `clip` and `head`."""
+  """Returns the ratings by a CLIP and the head on it, whose parameters are `clip` and `head`."""
   config: Any = module.config
   head = blip.RewardHead()
 
@@ -279,7 +279,7 @@ def imagereward_shapes(module: blip.ImageReward) -> Any:
 def of_imagereward(
   module: blip.ImageReward, params: Any, tokenize: Tokenize, files: Sequence[pathlib.Path] = ()
 ) -> Network:
-  """The rewards by an ImageReward."""
+  """Returns the rewards by an ImageReward."""
   config, size = module.config, module.config.vision_config.image_size
 
   def score(params, ids, images):
@@ -290,7 +290,7 @@ def of_imagereward(
 
 
 def judge_network(folder: pathlib.Path, style: str, placement: Any) -> Network:
-  """The log-probability that the judge gives to a style."""
+  """Returns the log-probability that the judge gives to a style."""
   module, params = load_judge(str(folder), style=style, num_classes=1)
   assert module is not None
   if placement is not None:
@@ -299,7 +299,7 @@ def judge_network(folder: pathlib.Path, style: str, placement: Any) -> Network:
 
 
 def of_judge(module: Judge, params: Any, style: str, files: Sequence[pathlib.Path] = ()) -> Network:
-  """The log-probabilities of a style by a judge that knows it."""
+  """Returns the log-probabilities of a style by a judge that knows it."""
   size, column = module.config.image_size, module.config.styles.index(style)
 
   def score(params, unused_ids, images):
@@ -325,7 +325,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def clip_tokenizer(name: str, folder: pathlib.Path) -> Any:
-  """The one beside the weights, or CLIP-L's: all published CLIPs have the same."""
+  """Returns the one beside the weights, or CLIP-L's: all published CLIPs have the same."""
   other = CLIP_L
   try:
     return loading.load_tokenizer(str(folder), other)

@@ -119,7 +119,7 @@ def default_folder(name: str) -> pathlib.Path:
 
 
 def _find(name: str, folder: str | None) -> pathlib.Path:
-  """The folder with a scorer's weights.
+  """Returns the folder with a scorer's weights.
 
   Raises:
     FileNotFoundError: it is not there; says where the weights come from.
@@ -225,7 +225,7 @@ def checked_scores(name: str, score: ScoreFn, remedy: str = "use dtype float32, 
 
 
 def _load_function(spec: str) -> Scorer:
-  """A user's own function."""
+  """Returns a user's own function."""
   module_name, _, function_name = spec.partition(":")
   module = own.import_module(module_name, f"scorer {spec}", "function")
   function = getattr(module, function_name, None)
@@ -251,7 +251,7 @@ def _load_function(spec: str) -> Scorer:
 
 
 def _numbers(spec: str, function: Callable[..., Any]) -> ScoreFn:
-  """A user's function, of which what it raises is said in one sentence, and what are no real numbers is refused."""
+  """Returns a user's function, of which what it raises is said in one sentence, and what are no real numbers is refused."""
 
   def run(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
     try:
@@ -322,7 +322,7 @@ def load(
   mesh: Mesh | None = None,
   preferred_style: str = "openmoji",
 ) -> Scorer:
-  """A scorer, ready to be called.
+  """Returns a scorer, ready to be called.
 
   Args:
     spec: a name of PUBLISHED; NAME=FOLDER for weights elsewhere than in the default place; or package.module:function,
@@ -389,7 +389,7 @@ class Published:
 
 
 def load_reward(spec: str, *, dtype: str, placement: Any, preferred_style: str) -> tuple[Published, Any]:
-  """A scorer as a reward in the graph, and its parameters.
+  """Returns a scorer as a reward in the graph, and its parameters.
 
   Args:
     spec: NAME or NAME=FOLDER, as of `load`, or NAME=zeros:PLACE, on shapes alone (`rewards.shapes`).
@@ -422,7 +422,7 @@ def _version(name: str, place: str | None, files: Sequence[pathlib.Path]) -> str
 def image_embedder(
   spec: str = "clip_l", *, dtype: str = "float32", batch_size: int = 16, mesh: Mesh | None = None
 ) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
-  """The image side of one of CLIPS: images u8[H, W, 3] -> f32[N, D] of unit length. Arguments as of `load`."""
+  """Returns the image side of one of CLIPS: images u8[H, W, 3] -> f32[N, D] of unit length. Arguments as of `load`."""
   name, place = _parse(spec)
   if name not in CLIPS:
     raise ValueError(f"image_embedder: {name} has no embeddings of images, expected one of {', '.join(CLIPS)}.")
@@ -433,7 +433,7 @@ def image_embedder(
 
 
 def diversity(embeds: np.ndarray) -> np.ndarray:
-  """How much the images of one prompt differ: the mean of 1 - cosine over their pairs.
+  """Returns how much the images of one prompt differ: the mean of 1 - cosine over their pairs.
 
   Falling diversity beside a rising reward is what reward hacking looks like.
 

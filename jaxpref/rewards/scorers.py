@@ -21,7 +21,7 @@ from jaxpref.rewards.step_aware import embed_prompts, score_images
 
 
 def check(text: str, *, given: str, preferred_style: str = "openmoji") -> dict[str, float]:
-  """The weights of a sum of rewards by what they are of; looks for all that `load` of each needs.
+  """Returns the weights of a sum of rewards by what they are of; looks for all that `load` of each needs.
 
   Args:
     text: such as "pickscore:1,aesthetic:0.1": names of `published.PUBLISHED`, NAME=FOLDER, package.module:function, or
@@ -62,7 +62,7 @@ def load(
   preferred_style: str = "openmoji",
   models: Sequence[str] = (),
 ) -> tuple[published.Scorer, float]:
-  """A reward as a scorer in float32, and the constant scale from its numbers into logits.
+  """Returns a reward as a scorer in float32, and the constant scale from its numbers into logits.
 
   Args:
     spec: a term of `check`.
@@ -84,7 +84,7 @@ def load(
 
 
 def _step_aware(name: str, models: Sequence[str], *, batch_size: int, mesh: Mesh) -> published.Scorer:
-  """The scorer of a step-aware model at time 0; its pictures are of one size."""
+  """Returns the scorer of a step-aware model at time 0; its pictures are of one size."""
   module, params = load_scorer(name, dtype="float32", sharding=sharding.replicated(mesh))
   tokenizer = loading.load_tokenizer(name, *models)
   length = module.config.text_config.max_position_embeddings

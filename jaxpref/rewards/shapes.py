@@ -39,7 +39,7 @@ def without_values(spec: str) -> str:
 
 
 def network(name: str, place: str, *, dtype: Any, preferred_style: str) -> networks.Network:
-  """The network of a scorer; `params` are zeros.
+  """Returns the network of a scorer; `params` are zeros.
 
   Args:
     place: after `zeros:`, a folder, or the scorer's name.
@@ -88,7 +88,7 @@ def _clip(folder: pathlib.Path, dtype: Any) -> clip.CLIPModel:
 
 
 def _aesthetic_clip(folder: pathlib.Path | None, dtype: Any) -> clip.CLIPModel:
-  """The CLIP beside the predictor or that its config.json names, if it is there, else CLIP-L."""
+  """Returns the CLIP beside the predictor or that its config.json names, if it is there, else CLIP-L."""
   if folder is not None:
     named = "" if (folder / "clip").is_dir() else networks.read_config(folder).get("clip") or ""
     for place in (folder / "clip", pathlib.Path(named)):

@@ -90,7 +90,7 @@ def _latent_folder(config: AnyConfig, spec: str) -> str:
 
 
 def load(config: AnyConfig, sharding: pipelines.Sharding = None) -> tuple[Weighted, dict[str, Any]]:
-  """The rewards of a config, and the parameters of those in the graph by component, in the dtype of the computation.
+  """Returns the rewards of a config, and the parameters of those in the graph by component, in the dtype of the computation.
 
   Args:
     sharding: where parameters go as they are read, see `pipelines.load_pipeline`.

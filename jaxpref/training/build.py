@@ -115,7 +115,7 @@ def look_for(config: Config) -> None:
 
 
 def build(config: AnyConfig, sharding: pipelines.Sharding = None, *, batch_devices: int = 1) -> Experiment:
-  """The experiment that a config describes; loads models and opens the data, compiles nothing.
+  """Returns the experiment that a config describes; loads models and opens the data, compiles nothing.
 
   Args:
     sharding: where the parameters of models go as they are read; see `pipelines.load_pipeline`.
@@ -139,7 +139,7 @@ def build(config: AnyConfig, sharding: pipelines.Sharding = None, *, batch_devic
 
 
 def at_size(config: Config, model: Model) -> Model:
-  """The model of `config.image_size`, if it says one.
+  """Returns the model of `config.image_size`, if it says one.
 
   Raises:
     ValueError: the model cannot draw images of this size.
@@ -187,7 +187,7 @@ def adapter_scale(config: Config, rank: int) -> float:
 
 
 def initial_adapter(config: Config, pipe: Any) -> Any:
-  """The adapter that training starts from: fresh, or what a file does, at the config's alpha.
+  """Returns the adapter that training starts from: fresh, or what a file does, at the config's alpha.
 
   Args:
     pipe: with the parameters of the denoiser.
@@ -216,7 +216,7 @@ def _load(
   trained: tuple[str, ...] = (),
   components: Sequence[str] | None = None,
 ) -> Any:
-  """The config's pipeline: parameters float32 where trained, else in the dtype of the computation."""
+  """Returns the config's pipeline: parameters float32 where trained, else in the dtype of the computation."""
   of = families.get(config.family)
   with families.opened(config.family):
     return of.load(
@@ -499,7 +499,7 @@ def _contrastive(config: Config) -> Experiment:
 
 
 def _classify(config: Config) -> Experiment:
-  """The judge's: captions of all core emoji are taught, styles only of the emoji of the training split."""
+  """Returns the judge's: captions of all core emoji are taught, styles only of the emoji of the training split."""
   preset = presets.get_preset("tiny-sd").judge
   assert preset is not None
   judge = Judge(preset)
@@ -510,7 +510,7 @@ def _classify(config: Config) -> Experiment:
   unseen = [r for r in images if r["class_id"] not in taught and r["class_id"] < preset.num_classes]
 
   def report(params: Any) -> dict[str, Any]:
-    """How many tiles' styles are named whose style was not taught, by style."""
+    """Returns how many tiles' styles are named whose style was not taught, by style."""
     x = np.stack([r["image"] for r in unseen])
     log_probs, _ = judging.judge_images(judge, params["judge"], x)
     return judging.style_accuracy(log_probs, np.array([r["style"] for r in unseen]), preset.styles)

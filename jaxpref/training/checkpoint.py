@@ -63,7 +63,7 @@ class Checkpointer:
     self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "data"))
 
   def latest_step(self) -> int | None:
-    """The last checkpoint's step, or None; after `wait`, the last complete one's."""
+    """Returns the last checkpoint's step, or None; after `wait`, the last complete one's."""
     return self._manager.latest_step()
 
   def save(self, step: int, state: Any, data: Mapping[str, Any]) -> None:
@@ -89,7 +89,7 @@ class Checkpointer:
       raise self._failure(error) from error
 
   def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]]:
-    """The last good checkpoint: (step, state, data).
+    """Returns the last good checkpoint: (step, state, data).
 
     Damaged ones after it are moved to `checkpoints_damaged`, which is said on stderr, so that their steps can be saved
     again. Nothing is moved if no checkpoint is good.
@@ -166,7 +166,7 @@ class Checkpointer:
 
 
 def _no_traceback(record: logging.LogRecord) -> bool:
-  """A filter of log records: what Orbax raises, it also logs with its traceback; that is for --verbosity=1.
+  """Returns a filter of log records: what Orbax raises, it also logs with its traceback; that is for --verbosity=1.
 
   Of several writes that fail it raises one; asyncio logs the others when their tasks are collected.
   """
@@ -208,7 +208,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-  """A permutation of u32 in which each bit of x changes about half of the result's bits (MurmurHash3's finaliser)."""
+  """Returns a permutation of u32 in which each bit of x changes about half of the result's bits (MurmurHash3's finaliser)."""
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
   return x ^ (x >> 16)
@@ -345,7 +345,7 @@ def _read(folder: pathlib.Path, abstract_state: Any) -> tuple[Any, dict[str, Any
 
 
 def _read_state(folder: pathlib.Path, abstract_state: Any) -> Any:
-  """The arrays; not through a Checkpointer, in which processes wait for one another."""
+  """Returns the arrays; not through a Checkpointer, in which processes wait for one another."""
   _quiet_reads()
   try:
     return ocp.StandardCheckpointHandler().restore(folder / "state", args=ocp.args.StandardRestore(abstract_state))
@@ -389,7 +389,7 @@ def _compare(tree: Any, leaves: Mapping[str, list[Any]]) -> None:
 
 
 def load_state(workdir: str | os.PathLike, step: int, abstract_state: Any) -> Any:
-  """The whole state of one checkpoint, onto the shardings of an abstract one; nothing is moved or written.
+  """Returns the whole state of one checkpoint, onto the shardings of an abstract one; nothing is moved or written.
 
   Raises:
     ValueError: there is no such checkpoint, it is damaged, or of another state.
@@ -404,7 +404,7 @@ def load_state(workdir: str | os.PathLike, step: int, abstract_state: Any) -> An
 
 
 def load_params(workdir: str | os.PathLike, step: int | None = None) -> tuple[Any, int]:
-  """The trained parameters of a checkpoint, without the rest of the state, and its step.
+  """Returns the trained parameters of a checkpoint, without the rest of the state, and its step.
 
   Args:
     workdir: of the run, which may still be training.
@@ -521,7 +521,7 @@ def check_num_steps(workdir: str | os.PathLike, num_steps: int) -> None:
 
 
 def num_steps_before(workdir: str | os.PathLike) -> int | None:
-  """The `num_steps` that a work folder was last claimed with; None if it never was."""
+  """Returns the `num_steps` that a work folder was last claimed with; None if it never was."""
   try:
     found = json.loads((pathlib.Path(workdir) / "config.json").read_text()).get("num_steps")
   except (OSError, ValueError, AttributeError):
@@ -565,7 +565,7 @@ def note_own_code(workdir: str | os.PathLike, versions: Mapping[str, str]) -> li
 
 
 def digest(tree: Any) -> str:
-  """A SHA-256 over all leaves of a pytree: equal digests mean bit-identical states."""
+  """Returns a SHA-256 over all leaves of a pytree: equal digests mean bit-identical states."""
   total = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     total.update(jax.tree_util.keystr(path).encode())

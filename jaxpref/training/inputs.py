@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def selection(config: Config, index: index_lib.Index, *, part: str) -> index_lib.Selection:
-  """The records of a source that the config uses, as `index.select` chooses them."""
+  """Returns the records of a source that the config uses, as `index.select` chooses them."""
   d = config.data
   return index_lib.select(
     index,
@@ -43,7 +43,7 @@ def selection(config: Config, index: index_lib.Index, *, part: str) -> index_lib
 
 
 def open_pairs(config: Config) -> Any:
-  """The source of preference pairs of `config.data`, all of it, with its `index`.
+  """Returns the source of preference pairs of `config.data`, all of it, with its `index`.
 
   A share of the prompts of the training split that is held out is its validation split.
 
@@ -76,7 +76,7 @@ def _check_split(config: Config) -> None:
 
 
 def pairs_source(config: Config) -> sources.Selected:
-  """The preference pairs of `config.data.split` that are used: with their labels and weights, ties dropped, and so on.
+  """Returns the preference pairs of `config.data.split` that are used: with their labels and weights, ties dropped, and so on.
 
   Raises:
     FileNotFoundError, ValueError: one sentence on what is missing or does not fit.
@@ -141,7 +141,7 @@ def _shared_data_arguments(config: Config) -> dict[str, Any]:
 def pair_batches(
   config: Config, image_size: Size, tokenize: Callable[[list[str]], np.ndarray], **processes: int
 ) -> batching.Batches:
-  """The pairs of `pairs_source`; `processes` may hold another process_index and process_count than this run's."""
+  """Returns the pairs of `pairs_source`; `processes` may hold another process_index and process_count than this run's."""
   return pipeline.pair_batches(
     pairs_source(config),
     image_size=image_size,
@@ -202,7 +202,7 @@ def prompt_batches(
 
 
 def offline_batches(config: Config, image_size: Size, tokenize: Callable[[list[str]], np.ndarray]) -> batching.Batches:
-  """The data of an objective that trains on images or pairs."""
+  """Returns the data of an objective that trains on images or pairs."""
   if config.data.source == "precomputed":
     return _precomputed_batches(config, image_size)
   data = catalog.method(config).facts.data
@@ -252,7 +252,7 @@ def look_for(config: Config, *, scores: bool = True) -> None:
 
 
 def precomputed_fields(config: Config) -> dict[str, Any]:
-  """The fields that decide what the frozen networks make of the data, as JSON values by dotted name."""
+  """Returns the fields that decide what the frozen networks make of the data, as JSON values by dotted name."""
   fields = {name: getattr(config, name) for name in ("model", "model_config", "vae_model", "dtype", "seed")}
   fields |= {f"data.{k}": v for k, v in config.data.to_dict().items() if k not in _OF_TRAINING}
   return json.loads(json.dumps(fields))
@@ -277,7 +277,7 @@ def encoder_fingerprints(config: Config) -> dict[str, str]:
 
 
 def open_precomputed(config: Config) -> latents.Precomputed:
-  """The folder of a config with data.source="precomputed".
+  """Returns the folder of a config with data.source="precomputed".
 
   Raises:
     FileNotFoundError, ValueError: it is not there, not complete, or made for another model or other data.

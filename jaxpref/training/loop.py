@@ -135,7 +135,7 @@ def _run(
   held: lease.Held,
   goodput: monitor.Goodput,
 ) -> dict[str, Any]:
-  """The work of `run`, in a folder that this run alone writes."""
+  """Returns the work of `run`, in a folder that this run alone writes."""
   optimizer, schedule = programs.make_optimizer(config)
   experiment = build.build(
     config, functools.partial(sharding.tree_shardings, mesh), batch_devices=sharding.batch_devices(mesh)
@@ -218,7 +218,7 @@ def _restore(
   optimizer: optax.GradientTransformation,
   batches: batching.Batches,
 ) -> _Training:
-  """The state of the last checkpoint, or of the beginning; the batches go on from there."""
+  """Returns the state of the last checkpoint, or of the beginning; the batches go on from there."""
   params, experiment.params = experiment.params, None
   init_state = programs.state_initializer(experiment, optimizer)
   shapes = jax.eval_shape(init_state, params)
@@ -416,7 +416,7 @@ class _Stop:
       self._closed = True
 
   def too_late(self) -> bool:
-    """Whether Ctrl-C came when the last step was being saved; the same in all processes, if it came a while ago."""
+    """Returns whether Ctrl-C came when the last step was being saved; the same in all processes, if it came a while ago."""
     if jax.process_count() > 1:
       self._by_hand |= bool(distributed.word_of_first("interrupted" if distributed.was_interrupted() else ""))
     return self._by_hand

@@ -48,7 +48,7 @@ def check_wandb(project: str) -> None:
 
 
 def _wandb_can_start() -> bool:
-  """Whether wandb needs no API key or has one; asks neither the user nor the network."""
+  """Returns whether wandb needs no API key or has one; asks neither the user nor the network."""
   import wandb
 
   if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):  # of WANDB_MODE, or of wandb offline
@@ -166,7 +166,7 @@ def _append(path: pathlib.Path, line: str) -> None:
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The rows of a metrics.jsonl; [] if there is none, a half-written last line is left out."""
+  """Returns the rows of a metrics.jsonl; [] if there is none, a half-written last line is left out."""
   path = pathlib.Path(path)
   rows: list[dict[str, Any]] = []
   if path.exists():

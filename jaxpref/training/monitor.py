@@ -268,7 +268,7 @@ def write_bad_step(
 
 
 def read_bad_step(folder: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-  """The whole batch, of all its parts, and the report.
+  """Returns the whole batch, of all its parts, and the report.
 
   Raises:
     FileNotFoundError: the folder holds none.
@@ -290,7 +290,7 @@ def read_bad_step(folder: str | os.PathLike) -> tuple[dict[str, np.ndarray], dic
 
 
 def _local_rows(batch: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-  """The rows that lie on this process's devices, each once and in order."""
+  """Returns the rows that lie on this process's devices, each once and in order."""
   found = {}
   for name, value in batch.items():
     pieces = {shard.index[0].start or 0: shard.data for shard in value.addressable_shards}

@@ -74,7 +74,7 @@ def _try_step(
 
 
 def versions(config: Config) -> dict[str, str]:
-  """The versions of what is one's own in a config, by package.module:Name."""
+  """Returns the versions of what is one's own in a config, by package.module:Name."""
   named = [config.objective, config.loss.name, config.family]
   named += reward_terms(config) if catalog.method(config).facts.online else []
   return {spec: found for spec in named if own.is_own(spec) and (found := own.version(spec))}

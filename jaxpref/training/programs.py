@@ -13,7 +13,7 @@ from jaxpref.training import build, host, optim, step
 
 
 def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """The config's optimiser and its learning rate by the number of updates before."""
+  """Returns the config's optimiser and its learning rate by the number of updates before."""
   o = config.optimizer
   schedule = optim.learning_rate(o.schedule, o.learning_rate, num_steps=config.num_steps, warmup_steps=o.warmup_steps)
   optimizer = optim.make_optimizer(
@@ -25,7 +25,7 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
 def state_initializer(
   experiment: build.Experiment, optimizer: optax.GradientTransformation
 ) -> Callable[[Any], step.State]:
-  """The function from trained parameters, as loaded, to the state before the first step."""
+  """Returns the function from trained parameters, as loaded, to the state before the first step."""
 
   def init_state(params: Any) -> step.State:
     params = reference.init_reference(params)  # float32 copies: the state is donated, what was loaded is not
@@ -75,7 +75,7 @@ def compile_step(
   shardings: Any,
   arguments: tuple[Any, Any, Any],
 ) -> step.StepFn:
-  """The step as one program, or as two with rewards on the host between them.
+  """Returns the step as one program, or as two with rewards on the host between them.
 
   Args:
     shardings: of the state, which is donated.

@@ -49,7 +49,7 @@ class State:
 
 
 def initial_state(params: Any, ref_params: Any, opt_state: Any) -> State:
-  """The state before the first step."""
+  """Returns the state before the first step."""
   zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
   return State(zero(), params, ref_params, opt_state, ReferenceStats.zeros(), zero())
 
@@ -57,7 +57,7 @@ def initial_state(params: Any, ref_params: Any, opt_state: Any) -> State:
 def _apply(
   optimizer: optax.GradientTransformation, loss: jax.Array, grads: Any, state: State
 ) -> tuple[State, jax.Array]:
-  """The state after an update, or the same one where loss or gradient is not finite; and the gradient's norm."""
+  """Returns the state after an update, or the same one where loss or gradient is not finite; and the gradient's norm."""
   norm = optax.tree.norm(grads)
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -85,7 +85,7 @@ class MovingReference:
   def move(
     self, objective: Objective, state: State, frozen: Frozen, batch: Any, key: jax.Array
   ) -> tuple[Any, ReferenceStats]:
-    """The reference after the step, and its statistics.
+    """Returns the reference after the step, and its statistics.
 
     Args:
       frozen: with the pre-trained values of what is trained, but for an adapter that started from zero.
@@ -127,7 +127,7 @@ def _finish(
 
 
 def summed(fn: Callable[[Any], Any], inputs: Any) -> Any:
-  """The sum of fn over the leading axis of inputs, one at a time; besides its result it keeps one value of fn."""
+  """Returns the sum of fn over the leading axis of inputs, one at a time; besides its result it keeps one value of fn."""
   first = jax.tree.map(lambda x: x[0], inputs)
   if all(x.shape[0] == 1 for x in jax.tree.leaves(inputs)):
     return fn(first)
@@ -137,7 +137,7 @@ def summed(fn: Callable[[Any], Any], inputs: Any) -> Any:
 
 
 def timesteps(objective: Objective, size: int, *, seed: int, step: int, accumulation: int = 1) -> jax.Array | None:
-  """The timesteps i32[size] that the step drew for the rows of a batch; None for objectives that draw none of data.
+  """Returns the timesteps i32[size] that the step drew for the rows of a batch; None for objectives that draw none of data.
 
   Args:
     step: steps completed before it.
@@ -149,12 +149,12 @@ def timesteps(objective: Objective, size: int, *, seed: int, step: int, accumula
 
 
 def make_step(objective: Objective, optimizer: optax.GradientTransformation, **options: Any) -> StepFn:
-  """The training step of a method whose rewards, if it has any, are in the graph; options as of `make_halves`."""
+  """Returns the training step of a method whose rewards, if it has any, are in the graph; options as of `make_halves`."""
   return joined(*make_halves(objective, optimizer, **options))
 
 
 def joined(draw: DrawFn, learn: LearnFn) -> StepFn:
-  """The halves as one function, where no reward is on the host."""
+  """Returns the halves as one function, where no reward is on the host."""
   return lambda state, frozen, batch: learn(state, frozen, batch, draw(state, frozen, batch), {})
 
 
@@ -168,7 +168,7 @@ def make_halves(
   constrain: Callable[[Any], Any] = lambda tree: tree,
   row_multiple: int = 1,
 ) -> tuple[DrawFn, LearnFn]:
-  """The training step of a method in two: what is drawn, and what is learnt of it.
+  """Returns the training step of a method in two: what is drawn, and what is learnt of it.
 
   Between them rewards on the host score what was drawn, by name. Offline nothing is drawn. An update whose loss or
   gradient is not finite is left out, of the metrics of an online method, too, and counted in `skipped_updates`.

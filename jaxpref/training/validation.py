@@ -30,7 +30,7 @@ CURVES = (
 def held_out_metrics(
   experiment: build.Experiment, mesh: jax.sharding.Mesh, frozen: Any, state: step.State, *, least: int = 512
 ) -> dict[str, float]:
-  """The objective's metrics on held-out batches: means over at least so many rows, those of a short split repeated."""
+  """Returns the objective's metrics on held-out batches: means over at least so many rows, those of a short split repeated."""
   assert experiment.held_out is not None
   objective = experiment.objective
   of_batch = jax.jit(

@@ -66,7 +66,7 @@ def _check(name: str, value: str, known: Sequence[str]) -> None:
 
 
 def load_index(subset: str = "all", split: str | None = None) -> list[Emoji]:
-  """The emoji of a subset and a split, in order of class id.
+  """Returns the emoji of a subset and a split, in order of class id.
 
   Args:
     subset: "core" (about 1,000 animals, foods, objects, smileys, activities, places) or "all".
@@ -82,7 +82,7 @@ def load_index(subset: str = "all", split: str | None = None) -> list[Emoji]:
 
 
 def captions(split: str | None = None, subset: str = "all") -> list[str]:
-  """The captions of a split, in order of class id: unique lower-case ASCII."""
+  """Returns the captions of a split, in order of class id: unique lower-case ASCII."""
   return [e.caption for e in load_index(subset, split)]
 
 
@@ -91,7 +91,7 @@ prompts = captions
 
 
 def num_classes(subset: str = "all") -> int:
-  """How many class ids a subset has over all splits; they run from 0."""
+  """Returns how many class ids a subset has over all splits; they run from 0."""
   return len(load_index(subset))
 
 

@@ -28,7 +28,7 @@ NUM_EXAMPLES_PER_PROMPT = 4
 
 
 def _draw(sides: int, *parts: str) -> int:
-  """A fair die, 0 .. sides - 1, that always falls the same way for the same strings."""
+  """Returns a fair die, 0 .. sides - 1, that always falls the same way for the same strings."""
   digest = hashlib.sha256("/".join(("emoji_pairs", *parts)).encode()).digest()
   return int.from_bytes(digest[:8], "little") % sides
 

@@ -43,7 +43,7 @@ _NAME = re.compile(r"(?P<split>[a-z_]+)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[
 
 
 def find_shards(folder: Any) -> dict[str, list[str]]:
-  """The parquet files of a folder or its `data` folder, by split, in order.
+  """Returns the parquet files of a folder or its `data` folder, by split, in order.
 
   Some of the files are enough; a warning says how many there are.
 
@@ -141,7 +141,7 @@ def num_rows(files: Sequence[str]) -> list[int]:
 
 
 def read_index(files: Sequence[str], *, progress: str = "reading labels") -> index_lib.Index:
-  """The index of the records of some files, without reading their images.
+  """Returns the index of the records of some files, without reading their images.
 
   Raises:
     ValueError: a column is missing, or a label is none; file and row are named.
