@@ -9,15 +9,15 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-  """How this process was started together with others; what is None is left to jax.distributed to find.
+  """How this process was started together with others; jax.distributed finds what is None.
 
   Attributes:
     launcher: its name, for messages.
     coordinator_address: HOST:PORT of process 0.
-    num_processes: how many there are.
-    process_id: which one this is.
-    local_device_ids: the devices of this machine that are this process's; () for all it can see.
-    detection: of jax.distributed: the name of one way to find what is None, or "deactivate".
+    num_processes: number of processes.
+    process_id: number of this process.
+    local_device_ids: devices of this machine that belong to this process; () for all it can see.
+    detection: jax.distributed's name for a way to find what is None, or "deactivate".
   """
 
   launcher: str
@@ -35,15 +35,15 @@ def detect(
   num_processes: int | None = None,
   process_id: int | None = None,
 ) -> Launch | None:
-  """What the environment variables, and the flags of the same names, say about other processes of this run.
+  """Returns what the environment variables, and the flags of the same names, say about other processes of this run.
 
   Args:
-    environment: of the process.
-    coordinator_address, num_processes, process_id: given by hand, which comes first.
+    environment: the process's environment variables.
+    coordinator_address, num_processes, process_id: values of the flags; they come first.
   Returns:
-    None: the process is alone.
+    The launch; None if the process is alone.
   Raises:
-    ValueError: one sentence on what is missing or contradicts itself.
+    ValueError: one sentence on what is missing or contradictory.
   """
   by_hand = (coordinator_address, num_processes, process_id)
   if by_hand != (None, None, None) or "JAX_NUM_PROCESSES" in environment or "JAX_PROCESS_ID" in environment:
@@ -64,7 +64,7 @@ def detect(
 
 
 def _integer(environment: Mapping[str, str], name: str) -> int | None:
-  """None if the variable is not set."""
+  """Returns an environment variable as a number; None if it is not set."""
   text = environment.get(name)
   if text is None:
     return None
@@ -122,7 +122,7 @@ def _open_mpi(environment: Mapping[str, str]) -> Launch | None:
 
 
 def _slurm(environment: Mapping[str, str]) -> Launch | None:
-  """Of the job step that srun started: the job, which JAX looks at, may have more tasks (a shell is a step of one)."""
+  """Returns the job step that srun started; JAX reads the job, which may have more tasks (a shell is a step of one)."""
   count = _integer(environment, "SLURM_STEP_NUM_TASKS")
   if count is None or count < 2:
     return None
@@ -133,7 +133,7 @@ def _slurm(environment: Mapping[str, str]) -> Launch | None:
 
 
 def _tasks_on_node(text: str, node: int) -> int:
-  """From SLURM's notation: "4(x2),1" means 4, 4, 1."""
+  """Returns a node's number of tasks from SLURM's notation: "4(x2),1" means 4, 4, 1."""
   counts: list[int] = []
   for part in text.split(","):
     match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
@@ -144,11 +144,11 @@ def _tasks_on_node(text: str, node: int) -> int:
 
 
 def _local_devices(environment: Mapping[str, str], on_host: int | None, local: int | None) -> tuple[int, ...] | None:
-  """One device for each of several processes on a machine, unless the launcher shows each only its own.
+  """Returns one device for each of several processes on a machine, unless the launcher shows each only its own.
 
-  JAX by itself gives one to a process that is alone on its machine, too.
+  JAX alone gives a single device even to a process that is alone on its machine.
   """
-  if "JAX_LOCAL_DEVICE_IDS" in environment:  # which JAX reads
+  if "JAX_LOCAL_DEVICE_IDS" in environment:  # JAX reads it
     return None
   visible = environment.get("CUDA_VISIBLE_DEVICES", environment.get("ROCR_VISIBLE_DEVICES", ""))
   one_is_visible = bool(visible) and "," not in visible
@@ -156,7 +156,7 @@ def _local_devices(environment: Mapping[str, str], on_host: int | None, local: i
 
 
 def _tpu_hosts() -> int:
-  """Hosts of the TPU slices that this machine is one of, as JAX finds them; 1 on other machines."""
+  """Returns how many hosts this machine's TPU slices have, as JAX finds them; 1 on other machines."""
   from jax._src import clusters
 
   for cluster in (clusters.GkeTpuCluster, clusters.GceTpuCluster):
