@@ -146,7 +146,7 @@ def open_pairs_file(file: Path) -> FilePairs:
   """Opens pairs listed in a .jsonl or .csv file, or in pairs.jsonl of a folder.
 
   Columns: caption; image_0 and image_1, paths relative to the file; and the winner: label_0 (1, 0, 0.5, or between them
-  the probability that image_0 is preferred), preferred (0 or 1, the number of the better image, or "tie"), or the higher
+  the probability that image_0 is preferred), preferred (0 or 1, the better image, or "tie"), or the higher
   of score_0 and score_1. Optional: id, score_0 and score_1 (see `Index`), num_example_per_prompt, original_size_0 and
   original_size_1 ([height, width] or HEIGHTxWIDTH), and for drawn images noise_0 and noise_1 ([seed, number] or
   SEED:NUMBER), whose noise is `evaluation.drawing.prior_noise(seed, [number], ...)`. Fields may be empty in some rows,

@@ -373,7 +373,7 @@ def _columns(suffix: str, first: str) -> set[str]:
 
 
 def _kind_of_columns(names: set[str]) -> str:
-  """Returns the kind of a file with a column of images or labels, even a misspelt one: its reader says what is wrong."""
+  """Returns the kind of a file with a column of images or labels, even a misspelt one, which its reader reports."""
   if {"image_0", "image_1", "label_0", "preferred", "score_0", "score_1"} & names:
     return "pairs_file"
   if {"image", "label"} & names or not set(prompt_sets.TEXT_COLUMNS) & names:

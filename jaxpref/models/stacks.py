@@ -1,4 +1,4 @@
-"""Stacked layers: parameters of equal blocks that are scanned have a leading axis, and one path for all of them."""
+"""Stacked layers: the parameters of scanned equal blocks have a leading axis, and one path for all blocks."""
 
 from collections.abc import Sequence
 
@@ -12,5 +12,5 @@ def is_stacked(path: Sequence[str]) -> bool:
 
 
 def layer_path(path: Sequence[str], layer: int) -> tuple[str, ...]:
-  """`path` with the number of one layer in the name of its stack."""
+  """Returns `path` with the number of one layer in the name of its stack."""
   return tuple(f"{name}.{layer}" if name in STACKS else name for name in path)
