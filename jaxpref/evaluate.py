@@ -93,9 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     required=True,
     help="emoji (the embedded test captions), emoji:SPLIT, or a file of prompts: docs/evaluation.md",
   )
-  add(
-    "--prompts_kind", choices=prompt_sets.KINDS, help="format of the file (default: detected from its name and content)"
-  )
+  add("--prompts_kind", choices=prompt_sets.KINDS, help="format of the file (default: from its name and content)")
   add("--num_prompts", type=int, help="how many prompts to use, evenly spread (default: all)")
   add(
     "--scorers",
@@ -104,11 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
     help=f"{', '.join(published.PUBLISHED)}; NAME=FOLDER for weights elsewhere; or your own MODULE:FUNCTION; separated "
     "by spaces or commas (default: %(default)s)",
   )
-  add(
-    "--diversity",
-    default=None,
-    help="CLIP that measures the distance among a prompt's pictures (default: one of --scorers)",
-  )
+  add("--diversity", default=None, help="CLIP that measures how a prompt's pictures differ (default: one of --scorers)")
   add("--preferred_style", default="openmoji", help="style that the judge looks for (default: %(default)s)")
   add("--score_batch_size", type=int, default=32, help="pictures to score at a time (default: %(default)s)")
   settings.add_arguments(parser)
