@@ -9,12 +9,12 @@ from jaxpref.objectives.pools import PoolRollout, Score, Steps, step_thresholds,
 
 
 def latent_calls(*, num_steps: int, warmup_steps: int, pool_size: int, inner_steps: int) -> int:
-  """UNet calls (each guided) a prompt of `latent_rollout`: one a step, and pool_size for every inner one."""
+  """Returns guided UNet calls per prompt of `latent_rollout`: one per step, and pool_size for every inner step."""
   groups = (num_steps - warmup_steps) // (inner_steps + 1)
   return warmup_steps + groups * (1 + inner_steps * pool_size)
 
 
-# Many parameters: as of `pool_rollout`.
+# Many parameters: see `pool_rollout`.
 def latent_rollout(
   predict: Predict,
   score: Score,
@@ -32,16 +32,16 @@ def latent_rollout(
   next_latent: str = "random",
   score_time: str = "end",
 ) -> PoolRollout:
-  """LPO's rollout (arXiv 2502.01051): the latents that a group ends at are scored themselves, in the last step, too.
+  """Runs LPO's rollout (arXiv 2502.01051): scores the latents at the end of each group themselves, also the last.
 
-  As nothing is predicted of candidates, those that are dropped cost no UNet call: `latent_calls` guided calls a prompt.
+  As nothing is predicted for candidates, dropped ones cost no UNet call: `latent_calls` guided calls per prompt.
 
   Args:
-    score: of latents f32[B*k,h,w,C] at times [B*k].
+    score: scores latents f32[B*k,h,w,C] at times [B*k].
     warmup_steps: 0 or more.
-    score_time: "end", the time of the latents that are scored, 0 at last; "start", that of the step to them, which the
-      released code tells its reward model.
-    others: as of `pool_rollout`.
+    score_time: "end", the time of the scored latents, 0 at last; "start", the time of the step to them, which the
+      released code gives its reward model.
+    others: see `pool_rollout`.
   """
   batch, k, length = x.shape[0], pool_size, inner_steps + 1
   t, prev_t = step_times(process, num_steps)

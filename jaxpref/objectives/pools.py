@@ -17,7 +17,7 @@ Score = Callable[[jax.Array, jax.Array], Scores]
 
 
 class Transitions(NamedTuple):
-  """Pairs of transitions x -> next of winner and loser, G of them a prompt.
+  """Pairs of transitions x -> next of winner and loser, G for each prompt.
 
   Attributes:
     x_w, x_l: f32[B,G,h,w,C] where each transition starts.
@@ -36,11 +36,11 @@ class Transitions(NamedTuple):
 
 
 class PoolRollout(NamedTuple):
-  """What one SPO rollout leaves behind.
+  """The result of an SPO rollout.
 
   Attributes:
     shared: transitions whose winner and loser start from the same latent (x_w is x_l).
-    separate: the later transitions of a group, which do not; none where all groups are single steps.
+    separate: the later transitions of a group, which do not; none if all groups are single steps.
     latents: f32[B,h,w,C] the final latents of the path that was followed.
     scores: f32[B,G,k] of all candidates, by group: their sum, and its parts.
     score_t: [G] the time condition of each group's scores.
@@ -54,9 +54,9 @@ class PoolRollout(NamedTuple):
 
 
 def step_times(process: Process, num_steps: int) -> tuple[jax.Array, jax.Array]:
-  """Where each step starts and ends, [num_steps] each.
+  """Returns where each step starts and ends, [num_steps] each.
 
-  The last step has noise, too (to abar_0 rather than to 1), so that its std is positive, as in the reference code.
+  The last step has noise too (to abar_0 instead of to 1), so that its std is positive, as in the reference code.
   """
   t, ends = map(jnp.asarray, process.grid(num_steps, density=True))
   return t, jnp.append(t[1:], ends[-1])
@@ -65,9 +65,9 @@ def step_times(process: Process, num_steps: int) -> tuple[jax.Array, jax.Array]:
 def step_thresholds(
   process: Process, num_steps: int, *, eta: float, threshold: float, threshold_max: float | None
 ) -> jax.Array | None:
-  """f32[num_steps]: linear in the standard deviation of each step's noise (arXiv 2502.01051).
+  """Returns f32[num_steps], linear in the standard deviation of each step's noise (arXiv 2502.01051).
 
-  From `threshold` at the smallest of the sampler's to `threshold_max` at the largest; None where that is None.
+  It goes from `threshold` at the sampler's smallest to `threshold_max` at the largest; None if that is None.
   """
   if threshold_max is None:
     return None
@@ -80,12 +80,12 @@ def step_thresholds(
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-  """What the rollouts of B prompts are made of.
+  """What the rollouts of B prompts consist of.
 
   Attributes:
     batch: B.
     shape: (h, w, C) of a latent.
-    others: as of `pool_rollout`.
+    others: see `pool_rollout`.
   """
 
   predict: Predict
@@ -111,9 +111,9 @@ class Steps:
   def walk(
     self, x: jax.Array, ts: jax.Array, prev_ts: jax.Array, key: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Steps from x at ts[0] on, one `call` each: latents and predictions [n,N,...] at ts[0], ..., ts[n-1].
+    """Steps from x at ts[0] on, one `call` each; returns latents and predictions [n,N,...] at ts[0], ..., ts[n-1].
 
-    A draw follows every call, the last one too, whose result is dropped: so one call is compiled, in a scan.
+    A draw follows every call; the last one's result is dropped. So one call is compiled, in a scan.
     """
 
     def one(x, inputs):
@@ -125,7 +125,7 @@ class Steps:
     return xs, preds, end
 
   def of_pool(self, values: jax.Array, index: jax.Array) -> jax.Array:
-    """Of each pool the candidate at its index: [B*k,...] -> [B,...]; each device finds those of its own prompts."""
+    """Picks from each pool the candidate at its index: [B*k,...] -> [B,...]; each device handles its own prompts."""
     pools = values.reshape(self.batch, self.pool_size, *self.shape)
     return jax.vmap(lambda pool, i: pool[i])(pools, index)
 
@@ -141,7 +141,7 @@ class Steps:
     prev_ts: jax.Array,
     limit: jax.Array | None,
   ) -> Transitions:
-    """Transitions of best and worst: x [B,...] and path [j,B*k,...] -> fields [B,j,...].
+    """Returns transitions of best and worst: x [B,...] and path [j,B*k,...] -> fields [B,j,...].
 
     Args:
       limit: the group's own threshold, or None.

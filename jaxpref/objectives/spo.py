@@ -1,4 +1,4 @@
-"""SPO, step-by-step preference optimisation (arXiv 2406.04314): its rollout, its loss, and what it costs."""
+"""SPO, step-by-step preference optimisation (arXiv 2406.04314): its rollout, its loss, and its cost."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -30,18 +30,18 @@ from jaxpref.rewards.base import LATENTS, Weighted
 
 
 def pool_calls(*, num_steps: int, warmup_steps: int, pool_size: int) -> int:
-  """UNet calls (each guided) a prompt: warmup_steps + 1 single ones, then pool_size for every further step."""
+  """Returns guided UNet calls per prompt: warmup_steps + 1 single ones, then pool_size for every further step."""
   return warmup_steps + 1 + (num_steps - warmup_steps - 1) * pool_size
 
 
 def pool_groups(*, num_steps: int, warmup_steps: int, inner_steps: int, pool_last_step: bool = False) -> list[int]:
-  """Returns the length of each of `pool_rollout`'s groups, whose first transition winner and loser start from one latent."""
+  """Returns the length of each group of `pool_rollout`; winner and loser of its first transition share a latent."""
   length = inner_steps + 1
   groups = [length] * ((num_steps - warmup_steps) // length)
   return groups if length > 1 or pool_last_step else [*groups[:-2], 2]
 
 
-# Long: Algorithm 1 of the paper in one piece, to be read beside it.
+# Long: Algorithm 1 of the paper in one piece, to read beside it.
 # Many parameters: the networks as functions, and each number of that algorithm.
 def pool_rollout(
   predict: Predict,
@@ -60,21 +60,21 @@ def pool_rollout(
   next_latent: str = "random",
   pool_last_step: bool = False,
 ) -> PoolRollout:
-  """SPO's rollout (arXiv 2406.04314, Algorithm 1), costing `pool_calls` guided UNet calls a prompt.
+  """Runs SPO's rollout (arXiv 2406.04314, Algorithm 1), which costs `pool_calls` guided UNet calls per prompt.
 
   After `warmup_steps` ordinary steps, every group of j = inner_steps + 1 steps draws `pool_size` candidates from one
-  shared latent; each runs j steps on its own, is scored on its decoded x0-prediction with the timestep it has
-  reached, and best and worst form a pair. The call that predicts x0 for the score is the one that denoises next.
-  One member of the pool, at random, is where the next group starts. What the last group makes are images, scored with
-  time 0.
+  shared latent. Each candidate runs j steps and is scored on its decoded x0-prediction with the timestep it has
+  reached; best and worst form a pair. The call that predicts x0 for the score also denoises next. The next group starts
+  from one random member of the pool. The last group makes images, which are scored with time 0.
 
   Args:
     x: f32[B,h,w,C] standard normal latents.
     threshold: a pair is valid if softmax([s_w, s_l])_w - softmax([s_w, s_l])_l exceeds it.
-    threshold_max: if it is given, the threshold of each group is that of its first step, see `step_thresholds`.
+    threshold_max: if given, the threshold of each group is that of its first step, see `step_thresholds`.
     next_latent: "random" (the paper), "winner" or "loser".
-    pool_last_step: for j = 1 alone: True draws a pool in the last step, too, as published for Stable Diffusion 1.5;
-      else the last two steps are one group, so that no image is chosen by its last noise alone. The calls are the same.
+    pool_last_step: only for j = 1: True also draws a pool in the last step, as published for Stable Diffusion 1.5;
+      False makes the last two steps one group, so that no image is chosen by its last noise alone. The calls are the
+      same.
   """
   batch, k, length = x.shape[0], pool_size, inner_steps + 1
   t, prev_t = step_times(process, num_steps)
@@ -87,10 +87,10 @@ def pool_rollout(
   x, pred = xs[-1], preds[-1]
 
   def pool(x, pred, ts, prev_ts, key, end_t):
-    """Candidates from x [B,...]: path [j,B*k,...] at the ends of their steps, and the prediction at the last."""
+    """Draws candidates from x [B,...]: path [j,B*k,...] at the ends of their steps, and the last prediction."""
     key_draw, key_walk = jax.random.split(key)
     members = steps.draw(pred, x, ts[0], prev_ts[0], key_draw, repeats=k)
-    # Walked on from prev_ts[0]; the step after the group is drawn too, and dropped.
+    # Walks on from prev_ts[0]; the step after the group is also drawn, and dropped.
     xs, preds, _ = steps.walk(members, jnp.append(ts[1:], end_t), jnp.append(prev_ts[1:], end_t), key_walk)
     return xs, preds[-1]
 
@@ -146,7 +146,7 @@ def pool_rollout(
   )
 
 
-# Many parameters: what Eq. 8 of the paper takes: policy, reference, two kinds of rows, conditioning, three numbers.
+# Many parameters: the inputs of Eq. 8 of the paper: policy, reference, two kinds of rows, conditioning, three numbers.
 def transition_loss(
   model: Model,
   loss_fn: PairLoss,
@@ -161,14 +161,14 @@ def transition_loss(
   guidance_scale: float,
   ratio_clip: float,
 ) -> tuple[jax.Array, jax.Array, Pairs]:
-  """SPO's loss of one minibatch of transitions (arXiv 2406.04314, Eq. 8), log 2 where policy and reference agree.
+  """Returns SPO's loss of a minibatch of transitions (arXiv 2406.04314, Eq. 8), log 2 where policy equals reference.
 
-  Log-probabilities are means over H, W, C of the DDIM transition's Gaussian; guidance acts on policy and reference
-  alike. A transition pair that shares its start takes one UNet call of each, a separate one takes two.
+  Log-probabilities are means over H, W, C of the DDIM transition's Gaussian; guidance acts on both policy and
+  reference. A transition pair with a shared start takes one UNet call of each, a separate one takes two.
 
   Args:
     shared, separate: `Transitions` with fields [N,...], and a mask f32[N].
-    cond: conditioning of all prompts of the rollout, one row a prompt.
+    cond: conditioning of all prompts of the rollout, one row per prompt.
   Returns:
     (sum of losses, count, metric pairs).
   """
@@ -216,14 +216,13 @@ class SPO:
   cost nothing. Winner and loser transitions that start from one latent share one policy pass and one reference pass.
 
   Attributes:
-    reward: what scores the candidates' predictions, in the paper a step-aware preference model; or all of it the
-      candidates themselves, a latent reward model: then this is LPO (arXiv 2502.01051), by `latent_rollout`.
-    pair_loss: on the log of the clipped ratios; the paper's is the sigmoid loss with beta 10.
-    step_aware: False tells the reward time 0 at every step, as one that knows clean images only wants it.
-    decode_size: pixels a side at which predictions are decoded for the reward, see `Model.decode`;
-      0: those of the images.
+    reward: what scores the candidates' predictions, in the paper a step-aware preference model. If it is a latent
+      reward model alone, it scores the candidates themselves: LPO (arXiv 2502.01051), with `latent_rollout`.
+    pair_loss: loss on the log of the clipped ratios; the paper's is the sigmoid loss with beta 10.
+    step_aware: False gives the reward time 0 at every step, for one that only knows clean images.
+    decode_size: shorter side in pixels of predictions decoded for the reward, see `Model.decode`; 0: the images' own.
     minibatch: transitions with a shared start in one update; those without come in proportion.
-    others: as of `pool_rollout`, `latent_rollout` and `transition_loss`.
+    others: see `pool_rollout`, `latent_rollout` and `transition_loss`.
   """
 
   model: Model
@@ -247,7 +246,7 @@ class SPO:
   kinds = ("shuffle_shared", "shuffle_separate")
 
   def rollout(self, w: Weights, batch: Batch, key: jax.Array) -> Drawn:
-    """`pool_rollout`, which scores as it goes, and the conditioning."""
+    """Runs `pool_rollout` or `latent_rollout`, which score as they go; returns the result with the conditioning."""
     model = self.model
     prompts = batch["input_ids"].shape[0]
     cond = model.encode_text(w.base, batch["input_ids"])
@@ -289,7 +288,7 @@ class SPO:
   def experience(
     self, drawn: Drawn, scores: Mapping[str, jax.Array], key: jax.Array
   ) -> tuple[Experience, dict[str, jax.Array]]:
-    """Pairs of transitions, of those that share their start and of the others."""
+    """Returns pairs of transitions: those that share their start, and the others."""
     pools, cond, uncond = drawn.data
     kinds = tuple(rows_of_prompts(t, t.valid) for t in (pools.shared, pools.separate))
     ends = pools.separate if pools.separate.valid.shape[1] else pools.shared
@@ -311,7 +310,7 @@ class SPO:
   def loss(
     self, w: Weights, e: Experience, key: jax.Array, statistics: Pairs | None = None
   ) -> tuple[jax.Array, jax.Array, Pairs]:
-    """`transition_loss` of a minibatch; it draws nothing."""
+    """Returns `transition_loss` of a minibatch; draws nothing."""
     (shared, separate), (cond, uncond) = e.kinds, e.context
     return transition_loss(
       self.model,
@@ -328,11 +327,11 @@ class SPO:
     )
 
   def empty_loss(self) -> jax.Array:
-    """That of an undecided pair: an iteration without any valid pair changes nothing."""
+    """Returns the loss of an undecided pair: an iteration without any valid pair changes nothing."""
     return self.pair_loss(jnp.zeros(1), jnp.zeros(1), None)[0]
 
   def divergence(self, w: Weights, batch: Batch, key: jax.Array) -> jax.Array:
-    """Of the last winners of the prompts' rollouts."""
+    """Returns the divergence on the last winners of the prompts' rollouts."""
     return noising.divergence_of_samples(self.model, w, batch, key)
 
   def timesteps(self, key: jax.Array, size: int) -> None:
