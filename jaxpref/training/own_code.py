@@ -25,7 +25,7 @@ def try_own(
   *,
   say: Callable[[str], None],
 ) -> None:
-  """Tries what is one's own: an objective or family on shapes alone, rewards on two blank pictures of each process.
+  """Tries the user's own code: an objective or family on shapes alone, rewards on two blank pictures of each process.
 
   Raises:
     ValueError: one sentence on what is wrong with it.
@@ -53,7 +53,7 @@ def try_own(
 def _try_step(
   config: Config, experiment: build.Experiment, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> None:
-  """Traces the training step, with an objective of one's own checked."""
+  """Traces the training step, checking a user's own objective."""
   rewards = () if experiment.reward is None else experiment.reward.host
   state = jax.eval_shape(programs.state_initializer(experiment, optimizer), experiment.params)
   with contextlib.closing(experiment.batches()) as batches:
@@ -74,7 +74,7 @@ def _try_step(
 
 
 def versions(config: Config) -> dict[str, str]:
-  """Returns the versions of what is one's own in a config, by package.module:Name."""
+  """Returns the versions of the user's own code in a config, by package.module:Name."""
   named = [config.objective, config.loss.name, config.family]
   named += reward_terms(config) if catalog.method(config).facts.online else []
   return {spec: found for spec in named if own.is_own(spec) and (found := own.version(spec))}

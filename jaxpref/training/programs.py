@@ -13,7 +13,7 @@ from jaxpref.training import build, host, optim, step
 
 
 def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """Returns the config's optimiser and its learning rate by the number of updates before."""
+  """Returns the config's optimiser, and its learning rate by the number of previous updates."""
   o = config.optimizer
   schedule = optim.learning_rate(o.schedule, o.learning_rate, num_steps=config.num_steps, warmup_steps=o.warmup_steps)
   optimizer = optim.make_optimizer(
@@ -25,10 +25,10 @@ def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.
 def state_initializer(
   experiment: build.Experiment, optimizer: optax.GradientTransformation
 ) -> Callable[[Any], step.State]:
-  """Returns the function from trained parameters, as loaded, to the state before the first step."""
+  """Returns the function from loaded parameters to the state before the first step."""
 
   def init_state(params: Any) -> step.State:
-    params = reference.init_reference(params)  # float32 copies: the state is donated, what was loaded is not
+    params = reference.init_reference(params)  # float32 copies: the state is donated, the loaded arrays are not
     ref_params = reference.init_reference(params) if experiment.has_reference else {}
     return step.initial_state(params, ref_params, optimizer.init(params))
 
@@ -41,7 +41,7 @@ def make_halves(
   optimizer: optax.GradientTransformation,
   mesh: jax.sharding.Mesh,
 ) -> tuple[step.DrawFn, step.LearnFn]:
-  """`step.make_halves` of a config, not yet jitted."""
+  """Returns `step.make_halves` of a config, not yet jitted."""
   moving = None
   if config.reference.mode == "update" and experiment.has_reference:
     moving = step.MovingReference(**{k: v for k, v in config.reference.to_dict().items() if k != "mode"})
@@ -63,7 +63,7 @@ def make_step(
   optimizer: optax.GradientTransformation,
   mesh: jax.sharding.Mesh,
 ) -> step.StepFn:
-  """One training step, (state, frozen, batch) -> (state, metrics), not yet jitted."""
+  """Returns the training step, (state, frozen, batch) -> (state, metrics), not yet jitted."""
   return sharding.on_mesh(mesh, step.joined(*make_halves(config, experiment, optimizer, mesh)))
 
 
@@ -78,7 +78,7 @@ def compile_step(
   """Returns the step as one program, or as two with rewards on the host between them.
 
   Args:
-    shardings: of the state, which is donated.
+    shardings: shardings of the state, which is donated.
     arguments: state, frozen parameters and a batch.
   """
   if experiment.reward is not None and experiment.reward.host:
