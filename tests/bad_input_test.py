@@ -333,7 +333,7 @@ def test_prompt_files(refused, tmp_path):
   for name, text, sentence in (
     ("a.json", '[{"text": "cat"}]', "entry 1: found text; expected a field caption or prompt"),
     ("b.json", "[1, 2]", "entry 1: 1; expected a string, or an object with a caption or a prompt"),
-    ("c.json", "{", "is no JSON"),
+    ("c.json", "{", "is not JSON"),
     ("d.txt", "\n\n", "has no prompts; expected at least one"),
     ("e.txt", "cat\ndog\n", "fewer than the batch_size of 8"),
   ):

@@ -95,7 +95,7 @@ def test_advice_is_the_nearest_change_by_estimate():
   advice = compile.advise(config, devices, report, chip, search=False, compiler_options={})
   assert "estimate" in advice and "--config.accumulation=2 (about 0.8 GiB)" in advice
   tiny = chips.Chip(1e12, 2**20, 1e9, 1e9, ())
-  assert "take more chips" in compile.advise(config, devices, report, tiny, search=False, compiler_options={})
+  assert "use more chips" in compile.advise(config, devices, report, tiny, search=False, compiler_options={})
 
 
 def test_search_compiles_until_it_fits(monkeypatch):

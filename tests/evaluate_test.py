@@ -180,7 +180,7 @@ def test_one_prompt_has_no_interval_and_identical_models_are_even(models, tmp_pa
   text = json.dumps(found)
   assert "null" in text
   table = capsys.readouterr().out
-  assert "50.0%" in table and "[" not in table.split("In brackets")[0].split("| one |")[1].split("\n")[0]
+  assert "50.0%" in table and "[" not in table.split("Brackets")[0].split("| one |")[1].split("\n")[0]
   assert "one prompt" in table.lower() and "1 prompt, 2 pictures each" in table
   assert "Drawn with scheduler ddim, steps 2," in table
   assert "Diversity was not measured, as no CLIP is among the scorers" in table

@@ -144,7 +144,7 @@ def test_export_says_which_step_it_writes(lora_run, tmp_path, capsys):
     file = tmp_path / f"{expected}.safetensors"
     export.main([str(folder), "--format=lora", f"--out={file}", *more])
     said = capsys.readouterr()
-    assert said.err.startswith(f"exporting step {expected} of {folder}; it is not the end of the run, which is step ")
+    assert said.err.startswith(f"exporting step {expected} of {folder}; the run ends at step ")
     assert said.out == f"{file}\n"
 
 

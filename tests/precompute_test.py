@@ -188,7 +188,7 @@ def test_images_whose_sides_differ_are_the_same_precomputed(tmp_path):
     trained.image_size = c.image_size = size
     with pytest.raises(ValueError, match="is of images of 16 x 24 pixels, random:sdxl-miniature wants (16|24) x 16"):
       build.build(trained).batches()
-    with pytest.raises(ValueError, match=r"was begun with config.image_size=\[16, 24\], and now it is"):
+    with pytest.raises(ValueError, match=r"was begun with config.image_size=\[16, 24\], now it is"):
       precompute.run(c, tmp_path / "wide", **OPTIONS)
 
 
@@ -370,10 +370,10 @@ def test_a_finished_folder_of_other_data_is_refused(folder, monkeypatch, field):
 @pytest.mark.parametrize(
   ("fields", "sentence"),
   [
-    ({"dtype": "bfloat16"}, "begun with config.dtype='float32', and now it is 'bfloat16'; choose another folder"),
-    ({"data__flip": False}, "begun with config.data.flip=True, and now it is False"),
-    ({"seed": 1}, "begun with config.seed=0, and now it is 1"),
-    ({"objective": "denoise"}, "begun with kind='pairs', and now it is 'images'"),
+    ({"dtype": "bfloat16"}, "begun with config.dtype='float32', now it is 'bfloat16'; choose another folder"),
+    ({"data__flip": False}, "begun with config.data.flip=True, now it is False"),
+    ({"seed": 1}, "begun with config.seed=0, now it is 1"),
+    ({"objective": "denoise"}, "begun with kind='pairs', now it is 'images'"),
     (
       {"objective": "spo", "preference_model": "x", "data__caption_dropout": 0.0, "data__flip": False},
       "objective='spo' needs the VAE while it trains",
@@ -382,7 +382,7 @@ def test_a_finished_folder_of_other_data_is_refused(folder, monkeypatch, field):
       {"objective": "spm", "preference_model": "x"},
       "objective='spm' needs the VAE while it trains, so nothing can be precomputed for it",
     ),
-    ({"data__source": "precomputed", "data__path": "x"}, "is what this command makes; give the images"),
+    ({"data__source": "precomputed", "data__path": "x"}, "is what this command makes; set the source of the images"),
   ],
 )
 def test_what_cannot_be_precomputed_into_a_folder(folder, fields, sentence):

@@ -225,5 +225,5 @@ def test_precomputed_folders_in_a_bucket(served, tmp_path):
     latents.open_folder("gs://bucket/made")
   with pytest.raises(latents.DamagedFile, match="gs://bucket/made/rows-00001-of-00003.array_record is damaged .*No"):
     found.rows[latents_test.ROWS_PER_FILE]
-  with pytest.raises(ValueError, match="--out=gs://bucket/made was begun with num_rows=10, and now it is 11"):
+  with pytest.raises(ValueError, match="--out=gs://bucket/made was begun with num_rows=10, now it is 11"):
     latents.start(folder, latents_test.PLAN | {"num_rows": 11})

@@ -205,12 +205,12 @@ def test_a_word_that_names_a_file_is_no_prompt(tmp_path, monkeypatch):
     ("a.txt", " \n\n", "has no prompts"),
     ("a.txt", b"\xff\xfe\xfa", "is not UTF-8 text"),
     ("a.png", b"\x89PNG\r\n\x1a\n\0\0", "is not UTF-8 text"),
-    ("a.parquet", b"PAR1\0\0", "is no Parquet file .*; download it again"),
+    ("a.parquet", b"PAR1\0\0", "is not a Parquet file .*; download it again"),
     ("a.bin", b"PAR1\0\0", "is no text; expected one of the kinds text, json"),
-    ("a.md", "# Prompts", r"is of no form in which prompts are known; expected .txt, .json, .*name it .txt"),
-    ("a.yaml", "- a cat", "is of no form"),
-    ("a.xml", "<prompt>a cat</prompt>", "is of no form"),
-    ("a.txt", "---\nprompts:\n  - a cat\n", "is of no form"),
+    ("a.md", "# Prompts", r"has no known form of prompts; expected .txt, .json, .*name it .txt"),
+    ("a.yaml", "- a cat", "has no known form"),
+    ("a.xml", "<prompt>a cat</prompt>", "has no known form"),
+    ("a.txt", "---\nprompts:\n  - a cat\n", "has no known form"),
     ("a.txt", '{\n "prompts": ["a cat"]\n}', "found a JSON dict; expected a list"),
     ("a.txt", '{"prompts": ["a cat"]}', "line 1: found prompts; expected a field caption or prompt"),
     ("a.txt", '{"prompt": "a cat"', "line 1: no JSON"),
@@ -220,11 +220,11 @@ def test_a_word_that_names_a_file_is_no_prompt(tmp_path, monkeypatch):
     ("a.json", '["a", 3]', r"entry 2: 3; expected a string, or an object with a caption or a prompt"),
     ("a.json", '[{"text": "a"}]', r"entry 1: found text; expected a field caption or prompt"),
     ("a.json", '{"a": 1}', r"found a JSON dict; expected a list"),
-    ("a.json", '["a', r"is no JSON .*; expected a list of prompts"),
+    ("a.json", '["a', r"is not JSON .*; expected a list of prompts"),
     ("photo.json", '[{"prompt": "a"}]', r"entry 1: .*expected HPDv2's list of strings"),
     ("a.jsonl", '{"caption": "a"}\n\n{"caption": " "}', r"line 3: caption = ' '; expected a text that is not empty"),
-    ("a.jsonl", '{"caption": "a"}\n{"caption": ', r"line 2: no JSON .*; expected an object a line"),
-    ("a.jsonl", '["a"]\n', r"line 1: found \['a'\]; expected an object a line"),
+    ("a.jsonl", '{"caption": "a"}\n{"caption": ', r"line 2: not JSON .*; expected one object per line"),
+    ("a.jsonl", '["a"]\n', r"line 1: found \['a'\]; expected one object per line"),
     ("a.jsonl", lines([*GENEVAL, {"tag": "colors", "prompt": "x"}]), r"line 3: no include; expected tag, include, p"),
     ("a.csv", "a cat\na dog\n", r"line 2: found a cat; expected a field caption or prompt"),
     ("a.csv", "id;caption\n1;a cat\n", r"line 2: found id;caption; expected a field caption or prompt"),
@@ -248,8 +248,8 @@ def test_the_kind_that_is_asked_for_is_expected(tmp_path):
   for kind, message in (
     ("parti", "no column Prompt or Category"),
     ("geneval", "line 1: no JSON"),
-    ("json", "is no JSON"),
-    ("hpdv2", "is no JSON"),
+    ("json", "is not JSON"),
+    ("hpdv2", "is not JSON"),
     ("table", "line 1: no JSON"),
   ):
     with pytest.raises(ValueError, match=message):
@@ -302,7 +302,7 @@ def test_geneval_layout_refuses(tmp_path, drawn):
   prompts, files = drawn
   with pytest.raises(ValueError, match=r"prompt 1, 'a cat', has no tag, include, prompt; GenEval's scorer needs"):
     prompt_sets.geneval_layout(tmp_path / "a", [prompts[0], Prompt("a cat")], lambda p: files[p])
-  with pytest.raises(FileNotFoundError, match=r"there is no picture .*nothing.png \(2 are missing\)"):
+  with pytest.raises(FileNotFoundError, match=r"the picture .*nothing.png does not exist \(2 are missing\)"):
     prompt_sets.geneval_layout(tmp_path / "a", prompts, lambda p: [tmp_path / "nothing.png"])
   assert not (tmp_path / "a").exists()
   prompt_sets.geneval_layout(tmp_path / "a", prompts, lambda p: files[p])

@@ -360,7 +360,9 @@ def test_wrong_rankings_are_answered_by_file_and_entry(images, entry, message):
     sources.open_rankings(file)
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "is not valid JSON"), ("{}", "holds no list, or an empty one")])
+@pytest.mark.parametrize(
+  ("content", "message"), [("{", "is not valid JSON"), ("{}", "does not hold a list, or an empty one")]
+)
 def test_files_that_are_no_rankings(tmp_path, content, message):
   (tmp_path / "train.json").write_text(content)
   with pytest.raises(ValueError, match=message):

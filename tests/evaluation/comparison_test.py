@@ -110,7 +110,7 @@ def test_a_verdict_needs_the_corrected_p_and_the_interval(results):
 def test_what_a_reader_must_know_is_said():
   (warning,) = comparison.summarize(make_results())["warnings"]
   assert warning.startswith("The pictures of dpo are less diverse than those of base: -0.")
-  assert "There is one prompt only" in comparison.summarize(make_results(prompts=1))["warnings"][0]
+  assert "There is only one prompt" in comparison.summarize(make_results(prompts=1))["warnings"][0]
   assert "only 19 prompts" in comparison.summarize(make_results(prompts=19))["warnings"][0]
   same = make_results(("base", "copy"))
   for of_models in (same["scores"], same["diversity"]):
@@ -236,7 +236,7 @@ def test_the_latex_table_compiles(tmp_path, latex_table):
 
 
 def test_numbers_are_written_though_a_picture_is_missing(tmp_path, results):
-  with pytest.raises(FileNotFoundError, match="there is no picture .*nothing.png; draw it again"):
+  with pytest.raises(FileNotFoundError, match="the picture .*nothing.png does not exist; draw it again"):
     comparison.write(tmp_path, results, lambda model, p, s: tmp_path / "nothing.png")
   assert {f.name for f in tmp_path.iterdir()} == set(comparison.FILES) - {"report.html"}
   (tmp_path / "broken.png").write_bytes(b"no picture")
@@ -398,7 +398,7 @@ def test_pictures_are_bounded_by_making_them_smaller_and_then_fewer(tmp_path, mo
 
 def test_one_prompt_has_a_page_without_intervals(tmp_path):
   text, page, _ = page_of(tmp_path, make_results(("base", "dpo"), prompts=1, seeds=1))
-  assert "There is one prompt only" in page.all("section", "warning")[0][2]
+  assert "There is only one prompt" in page.all("section", "warning")[0][2]
   assert "1 prompt, 1 picture of each" in page.all("header")[0][2]
   assert not page.all("line", "bar") and "resamples" not in text
 

@@ -706,7 +706,7 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=message):
       adapters.load_lora(tmp_path / name, UNET, PARAMS)
   save_file(GOOD, tmp_path / "y.safetensors", {"lora_adapter_metadata": "{"})
-  with pytest.raises(ValueError, match="the metadata of .*y.safetensors is no JSON object"):
+  with pytest.raises(ValueError, match="the metadata of .*y.safetensors is not a JSON object"):
     adapters.load_lora(tmp_path / "y.safetensors", UNET, PARAMS)
 
 

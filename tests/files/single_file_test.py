@@ -328,10 +328,10 @@ def test_names_that_are_no_readable_checkpoint_are_refused(sd1, tmp_path):
     ),
     (tmp_path / "none.safetensors", "there is no file .*none.safetensors; check the path"),
     ("organisation/none.safetensors", "there is no file organisation/none.safetensors"),
-    (f"{sd1.folder}+config={sd1.configs}", "is for a checkpoint in one .safetensors file, and .*folder is none: leave"),
+    (f"{sd1.folder}+config={sd1.configs}", "is for a checkpoint in one .safetensors file, which .*folder is not"),
     (
       f"tiny-sd+config={sd1.configs}",
-      "is for a checkpoint in one .safetensors file, and tiny-sd is none: leave it out",
+      "is for a checkpoint in one .safetensors file, which tiny-sd is not; leave it out",
     ),
     (f"random:tiny-sd+config={sd1.configs}", "and random:tiny-sd is none: leave it out"),
     (f"{tmp_path / 'none.safetensors'}+config={sd1.configs}", "there is no file .*none.safetensors"),

@@ -259,5 +259,5 @@ def test_a_1x1_convolution():
 def test_adapter_of_another_network_is_an_error():
   adapter = lora.init_lora(KEY, PARAMS, rank=2)
   other = {"blocks.0": PARAMS["blocks.0"]}
-  with pytest.raises(ValueError, match=r"blocks\.1\.to_\w+.*has none of this name"):
+  with pytest.raises(ValueError, match=r"blocks\.1\.to_\w+.*none of this name"):
     lora.merge_lora(other, adapter)

@@ -234,7 +234,7 @@ def test_what_cannot_be_a_reward_is_refused(fields, sentence):
     ("picscore:1", "picscore is unknown, expected preference_model, pickscore, "),
     ("tests.rewards.base_test:nothing", "has no function 'nothing'"),
     ("aesthetic=/nowhere:1", "scorer aesthetic has no weights: there is no folder /nowhere"),
-    ("tiny-clip:1,tiny-clip=/x:1", "stands there twice"),
+    ("tiny-clip:1,tiny-clip=/x:1", "occurs twice"),
     ("judge:1", "the judge of the evaluation, config.judge=tiny-judge, cannot also be trained on"),
   ],
 )

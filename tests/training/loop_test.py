@@ -261,7 +261,7 @@ def test_the_results_of_an_earlier_end_do_not_pass_for_those_of_a_run_that_goes_
     run(toy_config(num_steps=12, max_bad_steps=1), Batches(poisoned=[9, 10]))
   assert not (folder / "export").exists() and not (folder / "results.json").exists()
   assert (aside / "export").read_bytes() == exported and (aside / "results.json").exists()
-  assert f"the results of step 6 are in {aside} now" in capsys.readouterr().err
+  assert f"the results of step 6 are now in {aside}" in capsys.readouterr().err
   run(toy_config(num_steps=12))
   assert (folder / "export").read_bytes() != exported == (aside / "export").read_bytes()
   run(toy_config(num_steps=12))  # at its end: everything stays

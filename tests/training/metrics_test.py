@@ -66,7 +66,7 @@ def test_a_full_disk_costs_rows_but_not_the_run(tmp_path, capfd):
   found = steps(tmp_path)
   assert found == [*range(1, len(found)), 31] and 5 < len(found) < 15  # whole lines only
   (said,) = capfd.readouterr().err.splitlines()
-  pattern = rf"{tmp_path}/metrics.jsonl and the curves .* \(File too large\); training goes on without them."
+  pattern = rf"{tmp_path}/metrics.jsonl and the curves .* \(File too large\); training continues without them."
   assert re.fullmatch(pattern, said)
 
 
