@@ -21,7 +21,7 @@ from jaxpref.config import default, smoke
 
 
 def get_config(variant: str = ""):
-  """The recipe; `smoke` runs it on a miniature of the same topology in about a minute on a CPU."""
+  """Returns the recipe; `smoke` runs it on a miniature of the same topology in about a minute on a CPU."""
   if variant not in ("", "smoke"):
     raise ValueError(f"configs/lpo_sdxl.py:{variant} is unknown; expected nothing or smoke.")
   config = default()

@@ -21,7 +21,7 @@ STAGES = ("vae", "unet", "unet_restart", "clip", "judge")
 
 
 def get_config(stage: str = "unet"):
-  """The recipe of one stage."""
+  """Returns the recipe of one stage."""
   if stage not in STAGES:
     raise ValueError(f"configs/pretrain_tiny.py:{stage} is unknown; expected one of {', '.join(STAGES)}.")
   config = default()

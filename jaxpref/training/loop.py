@@ -68,7 +68,7 @@ def _check_folder(config: Config, folder: pathlib.Path) -> None:
 
 
 def _set_results_aside(folder: pathlib.Path, num_steps: int) -> None:
-  """Moves away the results of an earlier end of the run, which now goes on to `num_steps`."""
+  """Moves away the results of an earlier end of the run, which now continues to `num_steps`."""
   ended = checkpoint.num_steps_before(folder)
   there = [name for name in RESULTS if (folder / name).exists()]
   if ended is None or ended >= num_steps or not there:
