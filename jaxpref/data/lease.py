@@ -93,7 +93,7 @@ class Writer:
 
   @classmethod
   def here(cls) -> "Writer":
-    """This process."""
+    """Returns this process as a writer."""
     try:
       start = _process_start(os.getpid())
     except OSError:
