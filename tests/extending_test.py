@@ -411,7 +411,7 @@ def test_a_family_of_ones_own_compiles_on_shapes_alone(pixels):
 @pytest.mark.parametrize(
   ("family", "sentence"),
   [
-    ("sd3", "config.family='sd3'; expected one of stable_diffusion, or package.module:NAME"),
+    ("sd3", "config.family='sd3'; expected one of stable_diffusion, or your own as package.module:NAME"),
     ("pixels:PIXEL", "config.family=pixels:PIXEL: the module pixels has no PIXEL .did you mean PIXELS"),
     (
       "mine:WINNERS",

@@ -506,7 +506,7 @@ def try_reward(name):
     ("few", "returned numbers of shape [1] for 2 images", None),
     (
       "no_number",
-      "gives nan to 2 of 2 images, the first of them number 0, expected finite scores; mend the function.",
+      "gives nan to 2 of 2 images, the first of them number 0, expected finite scores; fix the function.",
       None,
     ),
     ("texts", "returned texts", "def texts"),
@@ -543,7 +543,7 @@ def test_a_good_reward_is_asked_for_two_pictures(mine, monkeypatch):
   [
     ("tiny-clip:abc", "'tiny-clip:abc' is neither NAME:WEIGHT"),
     ("pickscore:1;aesthetic:2", "'pickscore:1;aesthetic' is neither NAME:WEIGHT"),
-    ("pickscore:abc", "the weight 'abc' of pickscore is no number"),
+    ("pickscore:abc", "the weight 'abc' of pickscore is not a number"),
     ("picscore:1", r"\(did you mean 'pickscore'\?\)"),
     ("own_sample.mean", r"one of your own is package.module:NAME: own_sample:mean\)"),
   ],

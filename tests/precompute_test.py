@@ -490,7 +490,7 @@ def test_another_vae_is_told_by_its_weights(model):
 def test_numbers_beyond_float16_are_refused(tmp_path, monkeypatch):
   encode = StableDiffusion.encode_moments
   monkeypatch.setattr(StableDiffusion, "encode_moments", lambda *args: jax.tree.map(lambda x: x * 1e9, encode(*args)))
-  with pytest.raises(ValueError, match=r"row 0 of the data: the VAE gives pixels_0 no finite float16 latents; set"):
+  with pytest.raises(ValueError, match=r"row 0 of the data: the VAE makes no finite float16 latents of pixels_0; set"):
     precompute.run(recipe(), tmp_path / "data", **OPTIONS)
 
 

@@ -207,7 +207,7 @@ def test_other_folders_are_refused(folder, tmp_path):
     with pytest.raises(latents.DamagedFile, match=r"manifest.json is damaged \(.*\); delete it and run the same"):
       latents.open_folder(folder)
   (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
-  with pytest.raises(ValueError, match="is of format 2, expected 1; make it again with this version"):
+  with pytest.raises(ValueError, match="has format 2, expected 1; make it again with this version"):
     latents.open_folder(folder)
   with pytest.raises(FileNotFoundError, match=r"nowhere has no precomputed data \(no manifest.json\)"):
     latents.open_folder(tmp_path / "nowhere")

@@ -76,7 +76,7 @@ def test_what_clients_of_buckets_raise_is_one_sentence(bucket, monkeypatch, rais
 
 def test_other_schemes_are_refused(tmp_path):
   for path in ("http://example.com/a.jsonl", "ftp://a", "://a"):
-    with pytest.raises(ValueError, match=f"{path} is no place that data can be in; expected a path, or gs://, s3://"):
+    with pytest.raises(ValueError, match=f"{path} is not a place for data; expected a path, or gs://, s3://"):
       sources.open_pairs_file(path)
 
 
@@ -89,7 +89,9 @@ def test_array_record_files_are_read_from_google_or_here(bucket, monkeypatch, tm
     functools.partial(pickapic.prepare, tmp_path),
   ):
     (tmp_path / "a").touch()
-    with pytest.raises(ValueError, match="s3://bucket/a: ArrayRecord files can be read from this machine and from gs"):
+    with pytest.raises(
+      ValueError, match="s3://bucket/a: ArrayRecord files can only be read from this machine and from gs"
+    ):
       fails("s3://bucket/a")
   plan = latents_test.PLAN
   with pytest.raises(ValueError, match="s3://bucket/a: ArrayRecord files"):

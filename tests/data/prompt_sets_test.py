@@ -115,7 +115,7 @@ def test_of_repeated_prompts_the_first_is_used(tmp_path, caplog):
   with caplog.at_level(logging.WARNING):
     found = prompt_sets.read(write(tmp_path, "a.jsonl", lines(rows)))
   assert found == [Prompt("a cat", id="1"), Prompt("a dog 2"), Prompt("a dog 4")]
-  assert "1 prompts are there more than once, such as 'a cat' (3 times); each is used once." in caplog.text
+  assert "1 prompts are repeated, such as 'a cat' (3 times); each is used once." in caplog.text
   twice = [*GENEVAL, GENEVAL[0]]  # GenEval's scorer numbers all of them
   with caplog.at_level(logging.WARNING):
     assert [p.id for p in prompt_sets.read(write(tmp_path, "b.jsonl", lines(twice)))] == ["00000", "00001", "00002"]
@@ -179,12 +179,12 @@ def test_a_word_that_names_a_file_is_no_prompt(tmp_path, monkeypatch):
   write(tmp_path, "camera", b"\x89PNG\r\n\x1a\n\0\0")
   (tmp_path / "pictures" / "volcano").mkdir(parents=True)
   for words, message in (
-    (["a cat", "camera"], "--prompts has 2 prompts, and 'camera' is the name of a file; give one file of prompts"),
+    (["a cat", "camera"], "--prompts has 2 prompts, and 'camera' is the name of a file; give only one file of prompts"),
     (["a cat", "nowhere.jsonl"], "and 'nowhere.jsonl' is the name of a file"),
     (["camera"], "camera is not UTF-8 text"),
     (["nowhere.csv"], "there is no file of prompts nowhere.csv"),
     (["pictures/volcano"], "--prompts='pictures/volcano' names a file or a folder, expected the words of a prompt"),
-    (["ftp://a/b"], "ftp://a/b is no place that data can be in"),
+    (["ftp://a/b"], "ftp://a/b is not a place for data"),
   ):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
       prompt_sets.given(words, option="--prompts")
@@ -206,7 +206,7 @@ def test_a_word_that_names_a_file_is_no_prompt(tmp_path, monkeypatch):
     ("a.txt", b"\xff\xfe\xfa", "is not UTF-8 text"),
     ("a.png", b"\x89PNG\r\n\x1a\n\0\0", "is not UTF-8 text"),
     ("a.parquet", b"PAR1\0\0", "is not a Parquet file .*; download it again"),
-    ("a.bin", b"PAR1\0\0", "is no text; expected one of the kinds text, json"),
+    ("a.bin", b"PAR1\0\0", "is not a text; expected one of the kinds text, json"),
     ("a.md", "# Prompts", r"has no known form of prompts; expected .txt, .json, .*name it .txt"),
     ("a.yaml", "- a cat", "has no known form"),
     ("a.xml", "<prompt>a cat</prompt>", "has no known form"),

@@ -193,7 +193,7 @@ def test_a_folder_stands_for_its_pairs(images):
   file = write(images, [pair(label_0=1)])
   assert sources.detect_kind(file.parent) == "pairs_file"
   assert sources.open_source("pairs_file", file.parent)[0] == sources.open_pairs_file(file)[0]
-  with pytest.raises(ValueError, match="images is no .jsonl or .csv file"):
+  with pytest.raises(ValueError, match="images is not a .jsonl or .csv file"):
     sources.open_pairs_file(images)
 
 
@@ -211,14 +211,14 @@ def test_missing_images_are_answered_by_file_and_line(images):
   [
     ("a.jsonl", "", "a.jsonl has no rows"),
     ("a.jsonl", "\n\n{'caption'}", "a.jsonl, line 3: no JSON"),
-    ("a.jsonl", "[1, 2]", "a.jsonl, line 1: list; expected one JSON object a line"),
+    ("a.jsonl", "[1, 2]", "a.jsonl, line 1: found a list; expected one object per line"),
     ("a.csv", "", "a.csv, line 1: no caption"),
     ("a.csv", "caption,image_0,image_1,lable_0\n", "a.csv, line 1: unknown column 'lable_0'; did you mean 'label_0'"),
     ("a.csv", "caption,image_0\n", "a.csv, line 1: no image_1"),
     ("a.csv", "caption,image_0,image_1\na,b,c,d\n", "a.csv, line 2: more cells than the header has; quote texts"),
     ("a.csv", "caption,image_0,image_1,label_0\na,b,,1\n", "a.csv, line 2: no image_1"),
     ("a.csv", 'caption,image_0,image_1\n"a"b,c,d\n', "a.csv, line 2: no CSV"),
-    ("a.txt", "", "a.txt is no .jsonl or .csv file"),
+    ("a.txt", "", "a.txt is not a .jsonl or .csv file"),
   ],
 )
 def test_wrong_files_are_answered_by_a_sentence(tmp_path, name, content, message):

@@ -185,7 +185,10 @@ def fails(images, prompts):
   ("function", "sentence"),
   [
     (fails, "reward light raised KeyError: 'no such key'"),
-    (slow, "reward light took longer than 0.5 s for 2 images; make it faster, or allow more by config.reward_timeout."),
+    (
+      slow,
+      "reward light took longer than 0.5 s for 2 images; make it faster, or allow more time with config.reward_timeout.",
+    ),
     (lambda i, p: [1.0], "scorer light returned numbers of shape [1] for 2 images"),
     (lambda i, p: [1.0, np.nan], "scorer light gives nan to 1 of 2 images"),
   ],
