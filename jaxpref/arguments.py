@@ -115,7 +115,7 @@ def _check_arguments(argv: list[str]) -> None:
   for recipe in _recipes(argv):
     file = recipe.partition(":")[0]
     if not pathlib.Path(file).is_file():
-      raise ValueError(f"--config={recipe}: {file} does not exist; give a recipe such as configs/spo_tiny.py.")
+      raise ValueError(f"--config={recipe}: there is no file {file}; give a recipe such as configs/spo_tiny.py.")
     variants = re.search(r"def get_config\((.*?)\)", pathlib.Path(file).read_text(encoding="utf-8", errors="replace"))
     if ":" in recipe and variants is not None and not variants[1]:
       raise ValueError(f"--config={recipe}: {file} has no variants; leave out the colon and what follows.")

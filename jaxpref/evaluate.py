@@ -273,7 +273,7 @@ def parse_models(specs: Sequence[str]) -> dict[str, Model]:
       loras.insert(0, adapters.parse_lora_file(part[2]))
       if not loras[0].path.is_file():
         raise FileNotFoundError(
-          f"--models {spec!r}: {loras[0].path} does not exist; give a LoRA of diffusers, PEFT or kohya."
+          f"--models {spec!r}: there is no file {loras[0].path}; give a LoRA of diffusers, PEFT or kohya."
         )
     found[name] = (places.expand(source), tuple(loras))
   return found

@@ -184,7 +184,7 @@ def _check_drawing(args: argparse.Namespace) -> Asked:
   for option in ("lora", "other_lora"):
     for file, _ in map(adapters.parse_lora_file, getattr(args, option)):
       if not file.is_file():
-        raise FileNotFoundError(f"--{option}: {file} does not exist; give a LoRA of diffusers, PEFT or kohya.")
+        raise FileNotFoundError(f"--{option}: there is no file {file}; give a LoRA of diffusers, PEFT or kohya.")
   models = {"model": _model(args.model, args.model_config, args.unet_model, args.lora)}
   if two:
     models["other"] = _model(args.other_model, args.other_model_config, args.other_unet_model, args.other_lora)

@@ -106,7 +106,7 @@ def check(args: argparse.Namespace) -> None:
   settings.check(args)
   for file, _ in map(adapters.parse_lora_file, args.lora):
     if not file.is_file():
-      raise FileNotFoundError(f"--lora: {file} does not exist; give a LoRA of diffusers, PEFT or kohya.")
+      raise FileNotFoundError(f"--lora: there is no file {file}; give a LoRA of diffusers, PEFT or kohya.")
   if args.out.suffix.lower() == ".png":
     if args.out.is_dir():
       raise ValueError(f"--out={args.out} is a folder; choose another name.")

@@ -166,7 +166,7 @@ def test_names_of_pictures(prompt, expected):
     (["--out=pyproject.toml"], "is a file; name a folder, or a file that ends in .png"),
     (["--guidance_scale=-1"], "--guidance_scale=-1.0; expected a number of at least 0"),
     (["--guidance_scale=nan"], "--guidance_scale=nan; expected a number of at least 0"),
-    (["--lora", "gone.safetensors", "--lora=b.safetensors"], "--lora: gone.safetensors does not exist"),
+    (["--lora", "gone.safetensors", "--lora=b.safetensors"], "--lora: there is no file gone.safetensors"),
     (["--lora=a.safetensors:big"], "the strength is 'big'; expected a number, such as a.safetensors:0.8"),
     (["--prompts", "cat", "pyproject.toml"], "--prompts has 2 prompts, and 'pyproject.toml' is the name of a file"),
     (["--prompts", "nowhere.jsonl"], "there is no file of prompts nowhere.jsonl"),
