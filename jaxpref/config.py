@@ -273,7 +273,7 @@ class Reference(Section):
   rho: float = 0.0
   tau: int = 32
   delta: float = 0.005
-  decay: float = 0.5  # weight of the past in the mean of D that the gate reads; 0: each D by itself, as in the paper
+  decay: float = 0.5  # weight of the past in the mean of D that the gate reads; 0: each D alone, as in the paper
   on_diverge: str = "freeze"  # freeze or reinit
 
   def check(self) -> None:
@@ -347,7 +347,9 @@ class Spo(Section):
     self.require(group == 1 or not self.pool_last_step, "pool_last_step", "False, as spo.inner_steps is above 0")
     if latent:
       alike = group > 1 or self.pool_last_step
-      self.require(alike, "pool_last_step", f"True with config.reward={config.reward}: it scores all steps alike")
+      self.require(
+        alike, "pool_last_step", f"True with config.reward={config.reward}: it scores all steps the same way"
+      )
       self.require(self.step_aware, "step_aware", f"True with config.reward={config.reward}: its latents have noise")
       self.require(not self.decode_size, "decode_size", f"0 with config.reward={config.reward}: nothing is decoded")
     expected = f"end: the time of a step's start is for config.reward={LATENT}"

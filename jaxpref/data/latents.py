@@ -391,7 +391,7 @@ def open_folder(folder: Path) -> Precomputed:
 
   Raises:
     FileNotFoundError: the folder does not exist or is unfinished.
-    ValueError: a file is missing or has another size, or the folder is of another version.
+    ValueError: a file is missing or has another size, or the folder has another version.
     OSError: its bucket cannot be reached.
   """
   place = paths.open_path(folder)

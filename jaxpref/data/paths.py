@@ -29,7 +29,7 @@ def open_path(path: Path) -> Any:
   """Returns the path as an object with the methods of pathlib.Path.
 
   Raises:
-    ValueError: the path is of another kind than those above, or a package for it is missing.
+    ValueError: the path has another kind than those above, or a package for it is missing.
     OSError: the bucket cannot be reached.
   """
   text = os.fspath(path)

@@ -187,7 +187,7 @@ def fails(images, prompts):
     (fails, "reward light raised KeyError: 'no such key'"),
     (
       slow,
-      "reward light took longer than 0.5 s for 2 images; make it faster, or allow more time with config.reward_timeout.",
+      "reward light took longer than 0.5 s for 2 images; make it faster, or allow more time with",
     ),
     (lambda i, p: [1.0], "scorer light returned numbers of shape [1] for 2 images"),
     (lambda i, p: [1.0, np.nan], "scorer light gives nan to 1 of 2 images"),
