@@ -322,7 +322,7 @@ def test_original_sizes_that_are_none(refused, monkeypatch):
 
 
 @pytest.mark.usefixtures("made")
-def test_prompt_files(refused, tmp_path):
+def test_wrong_prompt_files_raise(refused, tmp_path):
   fields = {
     "objective": "spo",
     "data__source": "prompts",

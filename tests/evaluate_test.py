@@ -224,7 +224,7 @@ def test_scores_of_a_function_that_has_changed_are_not_its_own(tmp_path, monkeyp
   assert versions[0] == versions[1] != versions[2]
 
 
-def test_geneval_layout(models, tmp_path):
+def test_geneval_layout_writes_the_folders_of_its_scorer(models, tmp_path):
   prompts = tmp_path / "evaluation_metadata.jsonl"
   objects = [{"class": "bench", "count": 1}]
   rows = [{"tag": "single_object", "include": objects, "prompt": f"a photo of {i}"} for i in "ab"]

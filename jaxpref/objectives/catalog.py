@@ -213,7 +213,7 @@ def make(config: Config, model: Model, scorer: Scorer = None) -> Any:
   return objective
 
 
-# ---- The user's own methods --------------------------------------------------------------------------------------
+# ---- The user's own methods -------------------------------------------------------------------------------------
 
 
 def _own(spec: str) -> Method:

@@ -46,7 +46,7 @@ def test_the_share_of_held_out_prompts(share):
 # ---- Selection -------------------------------------------------------------------------------------------------
 
 
-def test_ties():
+def test_ties_are_dropped_kept_or_soft():
   index = make([1.0, 0.5, 0.0])
   dropped, kept, soft = (select(index, ties=ties) for ties in ("drop", "keep", "soft"))
   assert dropped.kept.tolist() == [0, 2] and dropped.label.tolist() == [1, 0]
@@ -123,7 +123,7 @@ def test_no_prompt_is_in_both_parts():
   assert set(index.prompt[half.kept].tolist()) <= validation
 
 
-def test_flipped_labels():
+def test_a_share_of_training_labels_is_flipped():
   index = random_index(20_000, 900)
   clean = select(index, ties="keep", validation_share=0.1)
   few, more, other = (

@@ -112,7 +112,7 @@ def check(folder, start, count, split):
   return source
 
 
-def test_round_trip(prepared, monkeypatch):
+def test_a_prepared_dataset_has_the_parquet_files_records(prepared, monkeypatch):
   monkeypatch.setattr(sources, "index_of_records", lambda *args, **kwargs: pytest.fail("all records are read"))
   assert prepared.endswith("pickapic/v2/1.0.0")
   source = check(prepared, 0, ROWS, "train")

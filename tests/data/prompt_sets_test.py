@@ -39,14 +39,14 @@ def lines(rows):
 @pytest.mark.parametrize("name", ["prompts.txt", "pick_test", "prompts.TXT"])
 @pytest.mark.parametrize("form", ["{}", "\ufeff{}", "{}\n\n  \n"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_text(tmp_path, name, form, end):
+def test_a_text_file_gives_one_prompt_per_line(tmp_path, name, form, end):
   text = form.format('a cat\n\n{red|blue} dog, "quoted"\n [x]\n').replace("\n", end)
   file = write(tmp_path, name, text)
   assert prompt_sets.read(file) == [Prompt("a cat"), Prompt('{red|blue} dog, "quoted"'), Prompt(" [x]")]
   assert [p.text for p in prompt_sets.read(file)] == sources.read_prompts(file)
 
 
-def test_json(tmp_path):
+def test_json_prompts_are_strings_or_objects(tmp_path):
   rows = ["a cat", {"caption": "a dog", "category": "Animals", "id": 7, "seed": 3}, {"prompt": "a cow"}]
   expected = [Prompt("a cat"), Prompt("a dog", "Animals", "7", {"seed": 3}), Prompt("a cow")]
   assert prompt_sets.read(write(tmp_path, "prompts.json", json.dumps(rows))) == expected
@@ -55,7 +55,7 @@ def test_json(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_parti_prompts(tmp_path, end):
+def test_parti_prompts_keep_their_quotes_and_categories(tmp_path, end):
   """Quotes are a part of the prompts, wherever they are; the last cell may be missing."""
   content = (
     "Prompt\tCategory\tChallenge\tNote\n"
@@ -75,7 +75,7 @@ def test_parti_prompts(tmp_path, end):
     assert prompt_sets.read(write(tmp_path, name, content)) == expected
 
 
-def test_hpdv2(tmp_path):
+def test_hpdv2_prompts_have_their_style_as_category(tmp_path):
   for style in prompt_sets.STYLES:
     write(tmp_path, f"{style}.json", json.dumps([f"{style} one", f"{style} two"]))
   write(tmp_path, "drawbench.json", json.dumps([{"prompts": "of another benchmark"}]))
@@ -88,7 +88,7 @@ def test_hpdv2(tmp_path):
     prompt_sets.read(tmp_path)
 
 
-def test_geneval(tmp_path):
+def test_geneval_prompts_have_their_tag_as_category(tmp_path):
   found = prompt_sets.read(write(tmp_path, "evaluation_metadata.jsonl", lines(GENEVAL)))
   assert found == [
     Prompt("a photo of a bench", "single_object", "00000", GENEVAL[0]),

@@ -56,7 +56,7 @@ def pair(caption="a cat", first=0, second=1, **fields):
 
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.csv"])
-def test_pairs_file(images, name):
+def test_pairs_file_reads_jsonl_and_csv(images, name):
   rows = [
     pair("a cat, sitting", 0, 1, label_0=1, id="first"),
     pair("a dog", 2, 3, label_0=0, original_size_1="1024x768"),
@@ -376,7 +376,7 @@ def test_files_that_are_no_rankings(tmp_path, content, message):
 # ---- Single images ---------------------------------------------------------------------------------------------
 
 
-def test_unpaired_file(images):
+def test_unpaired_file_reads_jsonl_and_csv(images):
   rows = [
     {"caption": "a cat", "image": image(0), "label": value, "id": str(i)}
     for i, value in enumerate([True, False, 1, 0, "true", "False", "1", "0"])
@@ -453,7 +453,7 @@ def test_pairs_as_single_images_where_images_are_not_known():
     ("a.json", '[{"caption": "a cat", "trainset_idx": 3}, {"caption": "a dog"}]'),
   ],
 )
-def test_prompts(tmp_path, name, content):
+def test_read_prompts_reads_every_format(tmp_path, name, content):
   (tmp_path / name).write_text(content)
   assert sources.read_prompts(tmp_path / name) == ["a cat", "a dog"]
 
@@ -461,7 +461,7 @@ def test_prompts(tmp_path, name, content):
 @pytest.mark.parametrize(
   "content", ["[1]", "[]", "3", '"abc"', '{"1": "a cat"}', '[{"text": "a"}]', "[", '["a", " "]', '[{"caption": ""}]']
 )
-def test_wrong_prompts(tmp_path, content):
+def test_prompts_of_a_wrong_form_raise(tmp_path, content):
   (tmp_path / "a.json").write_text(content)
   with pytest.raises(ValueError, match="a.json.*expected"):
     sources.read_prompts(tmp_path / "a.json")
@@ -487,7 +487,7 @@ def cache(tmp_path, monkeypatch):
   return tmp_path / "cache" / "indexes"
 
 
-def test_tfds(dataset, cache, monkeypatch):
+def test_open_tfds_reads_records_and_index(dataset, cache, monkeypatch):
   folder = dataset / "emoji_pairs" / "openmoji_core" / "1.1.0"
   source = sources.open_tfds(dataset, "test")
   rows = list(emoji_pairs.records(split="test"))

@@ -159,7 +159,7 @@ def test_results_of_another_form_are_refused(results, damage, message):
 # ---- Files -----------------------------------------------------------------------------------------------------
 
 
-def test_files(tmp_path, results):
+def test_write_makes_all_files_of_a_comparison(tmp_path, results):
   before = copy.deepcopy(results)
   summary = comparison.write(tmp_path / "a" / "b", results, pictures(tmp_path / "pictures"))
   assert results == before
@@ -189,7 +189,7 @@ def cells(line):
   return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
 
 
-def test_markdown(results):
+def test_markdown_has_tables_of_scores_categories_and_diversity(results):
   results["prompts"][1]["category"] = "a|b"
   summary = comparison.summarize(results)
   text = comparison.markdown(results, summary)
@@ -216,7 +216,7 @@ def latex_table(results):
   return comparison.latex(results, comparison.summarize(results))
 
 
-def test_latex(latex_table):
+def test_the_latex_table_is_escaped_and_aligned(latex_table):
   assert r"dpo\_5\%\&\$\#\{x\}\textasciitilde{}\textasciicircum{}\textbackslash{}\textless{}" in latex_table
   body = [line for line in latex_table.splitlines() if line.endswith(r"\\")]
   assert {len(re.split(r"(?<!\\)&", line)) for line in body} == {8} and len(body) == 1 + 2 * 3

@@ -143,7 +143,7 @@ def test_a_model_of_another_task_is_refused_at_loading_by_the_field(component, c
     pipelines.load_pipeline(folder)
 
 
-def test_incomplete_tokenizers(folder):
+def test_an_incomplete_tokenizer_raises(folder):
   """Either format will do, the one file of transformers 5 or the two of CLIP; not half of one."""
   tokenizer = folder / "tokenizer"
   prompts = ["grinning cat", ""]
