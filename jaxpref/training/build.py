@@ -310,7 +310,7 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
 def _rewards(
   config: Config, sharding: pipelines.Sharding, model: Model, *, tokens: int
 ) -> tuple[Weighted, dict[str, Any]]:
-  """Returns `terms.load`; raises for latent reward models of another model, or whose prompts have other tokens."""
+  """Returns `terms.load`; raises for latent reward models made for another model, judged by its prompts' `tokens`."""
   reward, params = terms.load(config, sharding)
   for of_it, _ in reward.graph:
     if isinstance(of_it, LatentReward):
