@@ -213,7 +213,7 @@ def test_a_word_that_names_a_file_is_no_prompt(tmp_path, monkeypatch):
     ("a.txt", "---\nprompts:\n  - a cat\n", "has no known form"),
     ("a.txt", '{\n "prompts": ["a cat"]\n}', "found a JSON dict; expected a list"),
     ("a.txt", '{"prompts": ["a cat"]}', "line 1: found prompts; expected a field caption or prompt"),
-    ("a.txt", '{"prompt": "a cat"', "line 1: no JSON"),
+    ("a.txt", '{"prompt": "a cat"', "line 1: not JSON"),
     ("a.txt", "id;caption\n1;a cat\n", "line 2: found id;caption; expected a field caption or prompt"),
     ("a.txt", "caption\tscore\na cat\t1\n", "no column Prompt or Category"),
     ("a.json", "[]", "has no prompts"),
@@ -229,7 +229,7 @@ def test_a_word_that_names_a_file_is_no_prompt(tmp_path, monkeypatch):
     ("a.csv", "a cat\na dog\n", r"line 2: found a cat; expected a field caption or prompt"),
     ("a.csv", "id;caption\n1;a cat\n", r"line 2: found id;caption; expected a field caption or prompt"),
     ("a.csv", "caption\na cat, sitting\n", r"line 2: more cells than the header has; quote"),
-    ("a.csv", 'caption\n"a cat\n', r"no CSV .*expected commas and quotes"),
+    ("a.csv", 'caption\n"a cat\n', r"not CSV .*expected commas and quotes"),
     ("a.csv", "caption,id\n", "has no prompts"),
     ("a.tsv", "caption\tscore\na\t1\n", r"no column Prompt or Category in .*expected PartiPrompts' Prompt, Category"),
     ("a.tsv", "Prompt\tCategory\na\tb\tc\n", r"line 2: 3 cells; expected 2, separated by tabs"),
@@ -247,10 +247,10 @@ def test_the_kind_that_is_asked_for_is_expected(tmp_path):
   text = write(tmp_path, "prompts.txt", "a cat\n")
   for kind, message in (
     ("parti", "no column Prompt or Category"),
-    ("geneval", "line 1: no JSON"),
+    ("geneval", "line 1: not JSON"),
     ("json", "is not JSON"),
     ("hpdv2", "is not JSON"),
-    ("table", "line 1: no JSON"),
+    ("table", "line 1: not JSON"),
   ):
     with pytest.raises(ValueError, match=message):
       prompt_sets.read(text, kind=kind)

@@ -210,14 +210,14 @@ def test_missing_images_are_answered_by_file_and_line(images):
   ("name", "content", "message"),
   [
     ("a.jsonl", "", "a.jsonl has no rows"),
-    ("a.jsonl", "\n\n{'caption'}", "a.jsonl, line 3: no JSON"),
+    ("a.jsonl", "\n\n{'caption'}", "a.jsonl, line 3: not JSON"),
     ("a.jsonl", "[1, 2]", "a.jsonl, line 1: found a list; expected one object per line"),
     ("a.csv", "", "a.csv, line 1: no caption"),
     ("a.csv", "caption,image_0,image_1,lable_0\n", "a.csv, line 1: unknown column 'lable_0'; did you mean 'label_0'"),
     ("a.csv", "caption,image_0\n", "a.csv, line 1: no image_1"),
     ("a.csv", "caption,image_0,image_1\na,b,c,d\n", "a.csv, line 2: more cells than the header has; quote texts"),
     ("a.csv", "caption,image_0,image_1,label_0\na,b,,1\n", "a.csv, line 2: no image_1"),
-    ("a.csv", 'caption,image_0,image_1\n"a"b,c,d\n', "a.csv, line 2: no CSV"),
+    ("a.csv", 'caption,image_0,image_1\n"a"b,c,d\n', "a.csv, line 2: not CSV"),
     ("a.txt", "", "a.txt is not a .jsonl or .csv file"),
   ],
 )

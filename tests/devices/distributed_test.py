@@ -462,7 +462,7 @@ def test_a_second_start_in_the_folder_of_a_run_is_refused_in_all_its_processes(t
   for said in second.said():
     assert said.splitlines()[-1].startswith(
       f"error: {tmp_path / 'run'} is being written by process {there['pid']} on host {there['host']}, which started "
-      f"{there['since']}; wait until it ends, or stop it, and run the same command again; or choose another folder."
+      f"{there['since']}; wait until it ends or stop it, and run the same command again; or choose another folder."
     )
   assert first.processes[0].poll() is None
   assert (tmp_path / "run" / "metrics.jsonl").read_text().startswith(before)  # not rewound

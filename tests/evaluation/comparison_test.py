@@ -137,7 +137,7 @@ def change(**fields):
     (change(models=[]), r"models of the results: \[\]; expected at least one"),
     (change(models=["base", "base"]), "each with its own name"),
     (change(scorers=SCORERS + SCORERS[:1]), "scorers of the results: .*each with its own name"),
-    (change(baseline="bsae"), "baseline 'bsae' is none of the models base, dpo, spo"),
+    (change(baseline="bsae"), "baseline 'bsae' is not one of the models base, dpo, spo"),
     (change(prompts=["a cat"] * 24), "prompts of the results: expected"),
     (lambda r: r["scores"]["dpo"].pop("aesthetic"), "there are no scores of dpo by aesthetic; score all models"),
     (change(seeds_per_prompt=2), r"scores of base by pickscore: shape \(24, 3\); expected \(24, 2\)"),

@@ -359,7 +359,7 @@ def beyond(error):
       http_error(hub_errors.RepositoryNotFoundError, 404),
       "no model of this name, or it is private; check the name; for a",
     ),
-    (http_error(hub_errors.DisabledRepoError), "the hub has disabled it; take another"),
+    (http_error(hub_errors.DisabledRepoError), "the hub has disabled it; use another"),
     (http_error(hub_errors.RevisionNotFoundError, 404), "has no revision main; download the revision you want"),
     (http_error(hub_errors.HfHubHTTPError, 401), r"refuses the token \(401\); log in .*HF_TOKEN to a valid one"),
     (
