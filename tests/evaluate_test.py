@@ -248,7 +248,7 @@ def test_geneval_layout_writes_the_folders_of_its_scorer(models, tmp_path):
     ({"prompts": "gone.txt"}, "gone.txt"),
     ({"scorers": ("beauty",)}, "beauty"),
     ({"scorers": ("imagereward",)}, "ImageReward.pt.*convert_scorer.py"),
-    ({"arguments": ("--num_prompts=4",)}, "has 3, expected 1 to that"),
+    ({"arguments": ("--num_prompts=4",)}, "has 3, expected 1 to 3"),
     ({"arguments": ("--prompts=emoji:tests",)}, "split of the emoji data must be one of train, validation, test"),
     ({"arguments": ("--steps=0",)}, "--steps=0; expected at least 1"),
     ({"arguments": ("--score_batch_size=0",)}, "--score_batch_size=0; expected at least 1"),

@@ -274,7 +274,7 @@ def test_another_unet_takes_the_place_of_the_models_own(layout, folder, tmp_path
   edit(place / "config.json", cross_attention_dim=32)
   with (
     pytest.warns(UserWarning, match="decay"),
-    pytest.raises(ValueError, match="cross_attention_dim is 32, expected 24 as of the model's own UNet; choose"),
+    pytest.raises(ValueError, match="cross_attention_dim is 32, expected 24 like the model's own UNet; choose"),
   ):
     loading.load_text_to_image(name, dtype="float32", components=())
 
