@@ -598,7 +598,7 @@ def test_judge_and_preference_model_folders(refused, folder):
   c = settings(model=str(folder), judge=str(folder))
   assert "config.json is missing" in refused(c, FileNotFoundError)
   c = settings(model=str(folder), objective="spo", preference_model=str(folder / "unet"))
-  assert "unet/config.json describes no CLIP" in refused(c)
+  assert "unet/config.json does not describe a CLIP" in refused(c)
 
 
 # ---------------------------------------------------------------------------------------------
