@@ -35,7 +35,7 @@ def run() -> None:
   if command not in COMMANDS:
     near = difflib.get_close_matches(command, COMMANDS, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
-    sys.exit(f"error: jaxpref {command} is no command{hint}; expected one of {', '.join(COMMANDS)}.")
+    sys.exit(f"error: jaxpref {command} is not a command{hint}; expected one of {', '.join(COMMANDS)}.")
   if given == command:
     del sys.argv[1]
   endings.begin()

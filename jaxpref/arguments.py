@@ -129,7 +129,7 @@ def _check_arguments(argv: list[str]) -> None:
     name = option.removeprefix("config.")
     if option.startswith("config.") and name not in known and not name.startswith("options."):
       near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-      raise ValueError(f"--config.{name} is no field; did you mean --config.{near}? See jaxpref/config.py for all.")
+      raise ValueError(f"--config.{name} is not a field; did you mean --config.{near}? See jaxpref/config.py for all.")
 
 
 class _RefusedOptions(Exception):
@@ -165,7 +165,7 @@ class _RecipeParser(flags.ArgumentParser):
       if name.startswith("config.options.") and name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
         hint = f"did you mean --{near[0]}?" if near else f"{objective} has none."
-        raise ValueError(f"--{name} is no option; {hint}")
+        raise ValueError(f"--{name} is not an option; {hint}")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -268,7 +268,7 @@ def _check_recipes(argv: list[str]) -> None:
   for name in config_lib.names(value) if _recipes(argv) else ():
     if name not in known and not name.startswith("options."):
       near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-      raise ValueError(f"{_recipes(argv)[-1]} sets config.{name}, which is no field; did you mean config.{near}?")
+      raise ValueError(f"{_recipes(argv)[-1]} sets config.{name}, which is not a field; did you mean config.{near}?")
 
 
 def _line_of_recipe(error: BaseException, argv: list[str]) -> str | None:

@@ -61,7 +61,7 @@ PRETRAIN = f"--config={REPOSITORY / 'configs' / 'pretrain_tiny.py'}"
   ("arguments", "sentence"),
   [
     ([RECIPE, "--config.optimizer.learning_rat=1"], "did you mean --config.optimizer.learning_rate?"),
-    ([RECIPE, "--config.los.beta=1"], "--config.los.beta is no field; did you mean --config.loss.beta?"),
+    ([RECIPE, "--config.los.beta=1"], "--config.los.beta is not a field; did you mean --config.loss.beta?"),
     ([RECIPE, "--config.num_steps=many"], "--config.num_steps=many"),
     ([RECIPE, "--workdri=x"], "workdri"),
     ([RECIPE, "stray"], "unexpected argument 'stray'"),

@@ -184,7 +184,7 @@ def convert(kind: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any
     if name not in known:
       near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
       hint = f"did you mean {prefix}{near[0]}?" if near else "there are no others."
-      raise ValueError(f"{prefix}{name} is no field; {hint}")
+      raise ValueError(f"{prefix}{name} is not a field; {hint}")
   return {name: _value(hints[name], value, prefix + name) for name, value in values.items()}
 
 
