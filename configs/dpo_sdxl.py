@@ -1,4 +1,4 @@
-r"""Diffusion-DPO (arXiv 2311.12908) on SDXL, all of the UNet, the published hyper-parameters.
+r"""Diffusion-DPO (arXiv 2311.12908) on SDXL: all of the UNet, the published hyper-parameters.
 
     python -m jaxpref.main --config=configs/dpo_sdxl.py --config.data.path=PICKAPIC --config.mesh.fsdp=16
     python -m jaxpref.main --config=configs/dpo_sdxl.py:smoke    # the same code path on a miniature with random weights
@@ -6,26 +6,26 @@ r"""Diffusion-DPO (arXiv 2311.12908) on SDXL, all of the UNet, the published hyp
 PICKAPIC is a folder that tensorflow_datasets wrote (ArrayRecord) with the features caption, image_0, image_1 and
 label_0; the paper trains on Pick-a-Pic v2, 851,293 pairs without the ties.
 
-From launchers/sdxl.sh and train.py of github.com/SalesforceAIResearch/DiffusionDPO: 2,000 steps of 2,048 pairs (16
-GPUs x 1 pair x accumulation 128), beta 5000, Adafactor without relative step or parameter scaling, rate 1e-8 a pair x
-2,048, constant after a warm-up of 200 steps, gradient norm clipped to 1, activation checkpointing, 1024 pixels, the
-VAE madebyollin/sdxl-vae-fp16-fix, 20 % of the captions dropped, ties dropped, weight decay 0.01 x the rate. Other than
-there: both images of a pair are mirrored alike (there each by itself), bfloat16 (there float16), and Lanczos resampling
-(there bilinear).
-
-Hardware of the paper: 16 x A100; the launcher says about 30 hours for 200 steps, so 4,800 A100 hours for all 2,000.
-`accumulation` 128 leaves 16 pairs at a time, one a device on 16 devices; with fewer devices it can stay, with more
-lower it. Policy and reference are 2.6 billion float32 parameters each: `mesh.fsdp` splits them over the devices. The
-pixels of one batch are 13 GB, in the memory of hosts and of devices together. With --config.lora.rank=64
---config.optimizer.name=adamw a pair at a time takes 9.8 GiB of one device (docs/results/benchmarks.md). To expect, by
-the table of SPO's paper (arXiv 2406.04314): PickScore 22.64, from 21.95. This recipe has not been run at full size.
+Source: launchers/sdxl.sh and train.py of github.com/SalesforceAIResearch/DiffusionDPO: 2,000 steps of 2,048 pairs (16
+  GPUs x 1 pair x accumulation 128), beta 5000, Adafactor without relative step or parameter scaling, rate 1e-8 per pair
+  x 2,048, constant after a warm-up of 200 steps, gradient norm clipped to 1, activation checkpointing, 1024 pixels, the
+  VAE madebyollin/sdxl-vae-fp16-fix, 20 % of the captions dropped, ties dropped, weight decay 0.01 x the rate.
+Differs: both images of a pair are mirrored together (there each separately), bfloat16 (there float16), Lanczos
+  resampling (there bilinear).
+Hardware: the paper's 16 x A100; the launcher says about 30 hours for 200 steps, so 4,800 A100 hours for all 2,000.
+  `accumulation` 128 leaves 16 pairs at a time, one per device on 16 devices; fewer devices can keep it, more need a
+  lower one. Policy and reference are 2.6 billion float32 parameters each; `mesh.fsdp` splits them over the devices. The
+  pixels of one batch are 13 GB, in the memory of hosts and of devices together. With --config.lora.rank=64
+  --config.optimizer.name=adamw a pair at a time takes 9.8 GiB of one device (docs/results/benchmarks.md).
+Expect: PickScore 22.64, from 21.95 (the table of SPO's paper, arXiv 2406.04314). This recipe has not been run at full
+  size.
 """
 
 from jaxpref.config import default, smoke
 
 
 def get_config(variant: str = ""):
-  """The recipe; `smoke` runs it on a miniature of the same topology in about a minute on a CPU."""
+  """Returns the recipe; `smoke` runs it on a miniature of the same topology in about a minute on a CPU."""
   if variant not in ("", "smoke"):
     raise ValueError(f"configs/dpo_sdxl.py:{variant} is unknown; expected nothing or smoke.")
   config = default()
@@ -39,7 +39,7 @@ def get_config(variant: str = ""):
   config.data.update(source="tfds", caption_dropout=0.2, flip=True, num_threads=16)
   config.optimizer.update(name="adafactor", learning_rate=2.048e-5, warmup_steps=200, weight_decay=1e-2, clip_norm=1.0)
   config.checkpoint.every = 200
-  # Of config.evaluation.scorers, if any are named: as papers of this line draw.
+  # For config.evaluation.scorers, if any: draws as the papers of this line do.
   config.evaluation.update(num_prompts=0, num_inference_steps=50, guidance_scale=7.5, batch_size=8)
   if variant == "smoke":
     smoke(config, "sdxl-miniature")

@@ -2,15 +2,18 @@
 
     python -m jaxpref.main --config=configs/dpo_tiny.py
 
-Over seeds 0, 1 and 2 the share of the preferred style rises from 34.4 to 85.5, 82.8 and 86.7 %, and
-the win rate against the base model is 93.4, 93.0 and 93.8 % (`python scripts/study/tiny_results.py`).
+Source: our own numbers; the pairs are the embedded emoji.
+Differs: beta 500 instead of 5000, 240 steps of 32 pairs.
+Hardware: any CPU.
+Expect: over seeds 0, 1 and 2 the share of the preferred style rises from 34.4 to 85.5, 82.8 and 86.7 %, and the win
+  rate against the base model is 93.4, 93.0 and 93.8 % (`python scripts/study/tiny_results.py`).
 """
 
 from jaxpref.config import default
 
 
 def get_config():
-  """The recipe."""
+  """Returns the recipe."""
   config = default()
   config.objective = "dpo"
   config.model = "tiny-sd"

@@ -6,22 +6,22 @@ r"""LPO (arXiv 2502.01051) on SDXL with LoRA, the published hyper-parameters.
     python -m jaxpref.main --config=configs/lpo_sdxl.py:smoke    # the same code path on a miniature with random weights
 
 The latent reward model is in casiatao/LRM on the Hugging Face hub (or configs/lrm_sdxl.py makes one). The run's name
-there says 8,000 prompts; the configuration reads the 4,000 of Stable Diffusion 1.5, as here.
+there says 8,000 prompts; its configuration reads the 4,000 of Stable Diffusion 1.5, as here.
 
-From lpo_sdxl_5ep_cfg75_8k_beta500_multiscale_wocfg_thresh45-6-sigma.py there: threshold from 0.45 to 0.6; LoRA of rank
-64 and alpha 64; rate 1e-5; the VAE madebyollin/sdxl-vae-fp16-fix; the rest as for Stable Diffusion 1.5
-(configs/lpo_sd15.py). 5 epochs over 4,000 prompts, 4 prompts a GPU on 4 GPUs: 1,250 rollouts of 16 prompts. Updates are
-made of 4 transitions a GPU, 16 in all. bfloat16, there float16.
-
-Hardware of the paper: 4 x A100, 92 A100 hours with the latent reward model's training. To expect: PickScore 22.86, from
-21.65. This recipe has not been run at full size.
+Source: lpo_sdxl_5ep_cfg75_8k_beta500_multiscale_wocfg_thresh45-6-sigma.py there: threshold from 0.45 to 0.6; LoRA of
+  rank 64 and alpha 64; rate 1e-5; the VAE madebyollin/sdxl-vae-fp16-fix; the rest as for Stable Diffusion 1.5
+  (configs/lpo_sd15.py). 5 epochs over 4,000 prompts, 4 prompts per GPU on 4 GPUs: 1,250 rollouts of 16 prompts. An
+  update has 4 transitions per GPU, 16 in all.
+Differs: bfloat16 (there float16), and what configs/lpo_sd15.py says.
+Hardware: the paper's 4 x A100, 92 A100 hours with the latent reward model's training.
+Expect: PickScore 22.86, from 21.65. This recipe has not been run at full size.
 """
 
 from jaxpref.config import default, smoke
 
 
 def get_config(variant: str = ""):
-  """The recipe; `smoke` runs it on a miniature of the same topology in about a minute on a CPU."""
+  """Returns the recipe; `smoke` runs it on a miniature of the same topology in about a minute on a CPU."""
   if variant not in ("", "smoke"):
     raise ValueError(f"configs/lpo_sdxl.py:{variant} is unknown; expected nothing or smoke.")
   config = default()

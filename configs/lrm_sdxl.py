@@ -6,22 +6,21 @@ r"""The latent reward model of LPO (arXiv 2502.01051) for SDXL, from its own UNe
 PICKAPIC, the filter of its pairs and what can be precomputed are as for configs/lrm_sd15.py. To skip all this,
 scripts/assets/convert_lrm.py turns the published model into a folder.
 
-From lrm/lrm_xl/ of github.com/Kwai-Kolors/LPO: 3,520 features projected to 1,280, against the pooled text of the second
-text encoder; both text encoders are trained; 1024 pixels, of which the UNet is told 1024 x 1024 and no crop whatever
-the image; the VAE madebyollin/sdxl-vae-fp16-fix; 8,000 steps of 32 pairs (8 GPUs x 4), rate 1e-5, warm-up of 1,000
-steps; the rest as for Stable Diffusion 1.5.
-
-2,066 million parameters are trained: with AdamW 31 GiB of weights, moments and gradients in float32, spread over
-devices by config.mesh.fsdp.
-
-Hardware of the paper: 8 A100; with LPO itself 92 A100 hours. This recipe has not been run at full size.
+Source: lrm/lrm_xl/ of github.com/Kwai-Kolors/LPO: 3,520 features projected to 1,280, against the pooled text of the
+  second text encoder; both text encoders are trained; 1024 pixels, of which the UNet gets 1024 x 1024 and no crop for
+  any image; the VAE madebyollin/sdxl-vae-fp16-fix; 8,000 steps of 32 pairs (8 GPUs x 4), rate 1e-5, warm-up of 1,000
+  steps; the rest as for Stable Diffusion 1.5.
+Differs: what configs/lrm_sd15.py says.
+Hardware: the paper's 8 A100; with LPO itself 92 A100 hours. 2,066 million parameters are trained: with AdamW 31 GiB of
+  weights, moments and gradients in float32, which config.mesh.fsdp spreads over devices.
+Expect: the accuracy on held-out pairs is not stated. This recipe has not been run at full size.
 """
 
 from jaxpref.config import default, smoke
 
 
 def get_config(variant: str = ""):
-  """The recipe; `smoke` runs it on a miniature of the same topology in about a minute on a CPU."""
+  """Returns the recipe; `smoke` runs it on a miniature of the same topology in about a minute on a CPU."""
   if variant not in ("", "smoke"):
     raise ValueError(f"configs/lrm_sdxl.py:{variant} is unknown; expected nothing or smoke.")
   config = default()

@@ -2,14 +2,19 @@
 
     python -m jaxpref.main --config=configs/lrm_tiny.py
 
-It scores noisy latents: `configs/lpo_tiny.py` trains by it. Not tuned.
+It scores noisy latents; `configs/lpo_tiny.py` trains with it.
+
+Source: our own numbers; the pairs are the embedded emoji.
+Differs: no filter of the pairs; 400 steps of 32 pairs.
+Hardware: any CPU.
+Expect: no result is recorded; nothing was tuned.
 """
 
 from jaxpref.config import default
 
 
 def get_config():
-  """The recipe."""
+  """Returns the recipe."""
   config = default()
   config.objective = "lrm"
   config.model = "tiny-sd"

@@ -1,4 +1,4 @@
-"""Makes tiny-sd, the small Stable Diffusion that is shipped, from the embedded emoji; one stage a run.
+"""Makes tiny-sd, the small Stable Diffusion that is shipped, from the embedded emoji; each run is one stage.
 
     python -m jaxpref.main --config=configs/pretrain_tiny.py:vae
     python -m jaxpref.main --config=configs/pretrain_tiny.py:unet            # needs :vae
@@ -6,8 +6,13 @@
     python -m jaxpref.main --config=configs/pretrain_tiny.py:clip
     python -m jaxpref.main --config=configs/pretrain_tiny.py:judge
 
-`scripts/assets/make_tiny_sd.sh` runs all of them, and `configs/spm_tiny.py`, and installs the results in
+`scripts/assets/make_tiny_sd.sh` runs all stages and `configs/spm_tiny.py`, and installs the results in
 `jaxpref/assets`.
+
+Source: our own numbers.
+Differs: no published recipe.
+Hardware: hours on two CPU cores for all stages, minutes on a GPU.
+Expect: the models in jaxpref/assets; docs/results/judge.md measures the judge.
 """
 
 from jaxpref.config import default
@@ -16,7 +21,7 @@ STAGES = ("vae", "unet", "unet_restart", "clip", "judge")
 
 
 def get_config(stage: str = "unet"):
-  """The recipe of one stage."""
+  """Returns the recipe of one stage."""
   if stage not in STAGES:
     raise ValueError(f"configs/pretrain_tiny.py:{stage} is unknown; expected one of {', '.join(STAGES)}.")
   config = default()

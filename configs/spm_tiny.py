@@ -2,14 +2,17 @@
 
     python -m jaxpref.main --config=configs/spm_tiny.py
 
-The tiny-spm that comes with jaxpref was made by it.
+Source: our own numbers; the pairs are the embedded emoji, ties included.
+Differs: 800 steps of 32 pairs, rate 3e-4 with cosine decay.
+Hardware: any CPU.
+Expect: the tiny-spm that comes with jaxpref, which this recipe made.
 """
 
 from jaxpref.config import default
 
 
 def get_config():
-  """The recipe."""
+  """Returns the recipe."""
   config = default()
   config.objective = "spm"
   config.model = "tiny-sd"

@@ -6,25 +6,26 @@ r"""SPO (arXiv 2406.04314) on Stable Diffusion 1.5 with LoRA, the published hype
     python -m jaxpref.main --config=configs/spo_sd15.py:smoke    # the same code path on a miniature with random weights
 
 The checkpoint is in SPO-Diffusion-Models/Step-Aware_Preference_Models on the Hugging Face hub (or configs/spm_sd15.py
-makes one), the 4,000 prompts in github.com/RockeyCoss/SPO (a list of {"caption": ...}); any text file with a prompt a
-line will do.
+makes one). The 4,000 prompts are in github.com/RockeyCoss/SPO (a list of {"caption": ...}); any text file with one
+prompt per line works.
 
-From configs/basic_config.py and configs/spo_sd-v1-5_4k-prompts_num-sam-4_10ep_bs10.py there: DDIM with 20 steps, eta
-1, guidance 5; from the fifth step on pools of 4; threshold 0.3; beta 10, ratio clipped to 1 +- 0.1; LoRA of rank 4
-and alpha 4 on to_q, to_k, to_v and to_out.0, A normal with a deviation of 1/4; AdamW (0.9, 0.999, 1e-8), weight decay
-1e-4, constant rate 6e-5, gradient norm clipped to 1 (there it is not: an exhausted iterator is clipped); seed 42. 10
-epochs over 4,000 prompts, 10 prompts a GPU on 4 GPUs: 1,000 rollouts of 40 prompts, with 16 decisions a prompt, the
-last step's included (`pool_last_step`). Updates are made of 10 transitions a GPU, 40 in all. bfloat16, there float16.
-
-Hardware of the paper: 4 x A100 (80 GB), 80 A100 hours with the preference model's training. To expect: PickScore
-21.43, from 20.53. This recipe has not been run at full size.
+Source: configs/basic_config.py and configs/spo_sd-v1-5_4k-prompts_num-sam-4_10ep_bs10.py there: DDIM with 20 steps, eta
+  1, guidance 5; from the fifth step on pools of 4; threshold 0.3; beta 10, ratio clipped to 1 +- 0.1; LoRA of rank 4
+  and alpha 4 on to_q, to_k, to_v and to_out.0, A normal with a deviation of 1/4; AdamW (0.9, 0.999, 1e-8), weight decay
+  1e-4, constant rate 6e-5; seed 42. 10 epochs over 4,000 prompts, 10 prompts per GPU on 4 GPUs: 1,000 rollouts of 40
+  prompts, with 16 decisions per prompt, including the last step's (`pool_last_step`). An update has 10 transitions per
+  GPU, 40 in all.
+Differs: the gradient norm is clipped to 1 (there it is not: an exhausted iterator is clipped); bfloat16 (there
+  float16).
+Hardware: the paper's 4 x A100 (80 GB), 80 A100 hours with the preference model's training.
+Expect: PickScore 21.43, from 20.53. This recipe has not been run at full size.
 """
 
 from jaxpref.config import default, smoke
 
 
 def get_config(variant: str = ""):
-  """The recipe; `smoke` runs it on a miniature of the same topology in about a minute on a CPU."""
+  """Returns the recipe; `smoke` runs it on a miniature of the same topology in about a minute on a CPU."""
   if variant not in ("", "smoke"):
     raise ValueError(f"configs/spo_sd15.py:{variant} is unknown; expected nothing or smoke.")
   config = default()

@@ -6,26 +6,25 @@ r"""Timestep-aware DPO with a stable reference update (arXiv 2505.18736) on Stab
 PICKAPIC is a folder that tensorflow_datasets wrote (ArrayRecord) with the features caption, image_0, image_1 and
 label_0; the paper trains on Pick-a-Pic v2.
 
-From the paper: beta 5000; rate 1e-8 a pair (5e-8 collapses); t from Cat(gamma^i), i = 0 the noisiest, gamma 0.9 (0.8
-was also tried); reward scale lambda(t) in [1, 2]; every tau steps the reference becomes the policy (alpha 1, rho 0)
-unless the divergence exceeds delta = 0.005, and then it stays ("freeze", PickScore 21.93 against 21.50 for "reinit");
-tau was searched among 16, 32 and 64. Not stated: the grid of i (here 20 bins), whether the divergence is scaled by
-the number of timesteps (here it is not), and which tau is the table's (here the middle one). Batch, steps, warm-up,
-optimiser and augmentation are those of Diffusion-DPO, on which the method builds (configs/dpo_sd15.py says where they
-come from and what differs). The gate reads a running mean of the divergence, as 8 samples are noisy (reference.decay
-0.5; 0 is the paper's single measurement).
-
-Hardware: as Diffusion-DPO's 16 x A100, about 24 hours, and every tau steps two more UNet calls on 8 images. The
-pixels of one batch are 3 GB, in the memory of hosts and of devices together. To expect: PickScore 21.93 where the
-paper has 21.36 for Diffusion-DPO, and an average win rate against it of 67 to 70 %. This recipe has not been run at
-full size.
+Source: the paper: beta 5000; rate 1e-8 per pair (5e-8 collapses); t from Cat(gamma^i), i = 0 the noisiest, gamma 0.9
+  (0.8 was also tried); reward scale lambda(t) in [1, 2]; every tau steps the reference becomes the policy (alpha 1,
+  rho 0) unless the divergence exceeds delta = 0.005, and then it stays ("freeze", PickScore 21.93 against 21.50 for
+  "reinit"); tau was searched among 16, 32 and 64. Batch, steps, warm-up, optimiser and augmentation are those of
+  Diffusion-DPO, on which the method builds (configs/dpo_sd15.py says where they come from).
+Differs: what configs/dpo_sd15.py says. The gate reads a running mean of the divergence, as 8 samples are noisy
+  (reference.decay 0.5; 0 is the paper's single measurement). Not stated, and chosen here: the grid of i (20 bins),
+  whether the divergence is scaled by the number of timesteps (it is not), and the table's tau (the middle one).
+Hardware: that of Diffusion-DPO, 16 x A100 for about 24 hours, and every tau steps two more UNet calls on 8 images. The
+  pixels of one batch are 3 GB, in the memory of hosts and of devices together.
+Expect: PickScore 21.93 where the paper has 21.36 for Diffusion-DPO, and an average win rate against it of 67 to 70 %.
+  This recipe has not been run at full size.
 """
 
 from jaxpref.config import default, smoke
 
 
 def get_config(variant: str = ""):
-  """The recipe; `smoke` runs it on a miniature of the same topology in about a minute on a CPU."""
+  """Returns the recipe; `smoke` runs it on a miniature of the same topology in about a minute on a CPU."""
   if variant not in ("", "smoke"):
     raise ValueError(f"configs/tdpo_sd15.py:{variant} is unknown; expected nothing or smoke.")
   config = default()
@@ -40,7 +39,7 @@ def get_config(variant: str = ""):
   config.data.update(source="tfds", caption_dropout=0.2, flip=True, num_threads=16)
   config.optimizer.update(learning_rate=2.048e-5, warmup_steps=500, weight_decay=1e-2, clip_norm=1.0)
   config.checkpoint.every = 500
-  # Of config.evaluation.scorers, if any are named: as papers of this line draw.
+  # For config.evaluation.scorers, if any: draws as the papers of this line do.
   config.evaluation.update(num_prompts=0, num_inference_steps=50, guidance_scale=7.5, batch_size=8)
   if variant == "smoke":
     smoke(config, "sd15-miniature")

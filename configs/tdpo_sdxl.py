@@ -6,21 +6,21 @@ r"""Timestep-aware DPO with a stable reference update (arXiv 2505.18736) on SDXL
 PICKAPIC is a folder that tensorflow_datasets wrote (ArrayRecord) with the features caption, image_0, image_1 and
 label_0; the paper trains on Pick-a-Pic v2.
 
-From the paper: delta = 0.002 for SDXL; the rest as for Stable Diffusion 1.5, and the same is not stated
-(configs/tdpo_sd15.py). Batch, steps, warm-up, optimiser, VAE and augmentation are those of Diffusion-DPO on SDXL, on
-which the method builds (configs/dpo_sdxl.py says where they come from and what differs).
-
-Hardware: as Diffusion-DPO's 16 x A100, 30 hours for 200 steps, and every tau steps two more UNet calls on 8 images.
-Policy and reference, and here the pre-trained UNet beside them, are 2.6 billion parameters each: `mesh.fsdp` splits
-them over the devices. The pixels of one batch are 13 GB, in the memory of hosts and of devices together. To expect:
-an average win rate of 60.9 % against Diffusion-DPO. This recipe has not been run at full size.
+Source: the paper: delta = 0.002 for SDXL; the rest as for Stable Diffusion 1.5 (configs/tdpo_sd15.py). Batch, steps,
+  warm-up, optimiser, VAE and augmentation are those of Diffusion-DPO on SDXL, on which the method builds
+  (configs/dpo_sdxl.py says where they come from).
+Differs: what configs/dpo_sdxl.py and configs/tdpo_sd15.py say; the paper leaves the same numbers unstated.
+Hardware: that of Diffusion-DPO, 16 x A100, 30 hours for 200 steps, and every tau steps two more UNet calls on 8 images.
+  Policy and reference, and here also the pre-trained UNet, are 2.6 billion parameters each; `mesh.fsdp` splits them
+  over the devices. The pixels of one batch are 13 GB, in the memory of hosts and of devices together.
+Expect: an average win rate of 60.9 % against Diffusion-DPO. This recipe has not been run at full size.
 """
 
 from jaxpref.config import default, smoke
 
 
 def get_config(variant: str = ""):
-  """The recipe; `smoke` runs it on a miniature of the same topology in about a minute on a CPU."""
+  """Returns the recipe; `smoke` runs it on a miniature of the same topology in about a minute on a CPU."""
   if variant not in ("", "smoke"):
     raise ValueError(f"configs/tdpo_sdxl.py:{variant} is unknown; expected nothing or smoke.")
   config = default()
@@ -36,7 +36,7 @@ def get_config(variant: str = ""):
   config.data.update(source="tfds", caption_dropout=0.2, flip=True, num_threads=16)
   config.optimizer.update(name="adafactor", learning_rate=2.048e-5, warmup_steps=200, weight_decay=1e-2, clip_norm=1.0)
   config.checkpoint.every = 200
-  # Of config.evaluation.scorers, if any are named: as papers of this line draw.
+  # For config.evaluation.scorers, if any: draws as the papers of this line do.
   config.evaluation.update(num_prompts=0, num_inference_steps=50, guidance_scale=7.5, batch_size=8)
   if variant == "smoke":
     smoke(config, "sdxl-miniature")

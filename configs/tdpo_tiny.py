@@ -2,15 +2,18 @@
 
     python -m jaxpref.main --config=configs/tdpo_tiny.py
 
-Over seeds 0, 1 and 2 the share of the preferred style rises from 34.4 to 89.8, 89.5 and 93.0 %, and
-the win rate against the base model is 93.6, 92.6 and 93.4 % (`python scripts/study/tiny_results.py`).
+Source: our own numbers; gamma 0.9, delta 0.005 and the reward scale are the paper's.
+Differs: beta 500 instead of 5000, 240 steps of 32 pairs.
+Hardware: any CPU.
+Expect: over seeds 0, 1 and 2 the share of the preferred style rises from 34.4 to 89.8, 89.5 and 93.0 %, and the win
+  rate against the base model is 93.6, 92.6 and 93.4 % (`python scripts/study/tiny_results.py`).
 """
 
 from jaxpref.config import default
 
 
 def get_config():
-  """The recipe."""
+  """Returns the recipe."""
   config = default()
   config.objective = "tdpo"
   config.model = "tiny-sd"

@@ -1,17 +1,17 @@
-"""`jaxpref COMMAND ...`: all commands under one name. Each is also `python -m jaxpref.COMMAND`, train is jaxpref.main.
+"""`jaxpref COMMAND ...` runs any command. Each is also `python -m jaxpref.COMMAND`, except that train is jaxpref.main.
 
-  train        by a recipe: --config=configs/spo_tiny.py; the default, so that `jaxpref --config=...` trains, too
+  train        trains a recipe: --config=configs/spo_tiny.py; the default, so `jaxpref --config=...` trains too
   sample       draws prompts with a model
-  evaluate     compares models by scorers, with a page
-  export       writes the model of a run as a pipeline or a LoRA
+  evaluate     compares models by scorers and writes a page of their pictures
+  export       writes a run's model as a pipeline or a LoRA file
   score        scores the pairs of a recipe's data with a preference model
-  pairs        draws pairs of pictures for prompts, and labels them by a reward
+  pairs        draws pairs of pictures for prompts and labels them with a reward
   precompute   runs the frozen networks over a recipe's data once
-  describe     says what is in preference data
-  compile      compiles a training step for devices that need not be there
+  describe     says what preference data holds
+  compile      compiles a training step for devices that this machine need not have
   replay       runs a step that went wrong again
 
-`jaxpref COMMAND --help` has the arguments of each.
+`jaxpref COMMAND --help` lists the arguments of each.
 """
 
 import difflib
@@ -26,7 +26,7 @@ COMMANDS = (
 
 
 def run() -> None:
-  """The console entry point."""
+  """Runs the command that the first argument names: the console entry point."""
   given = sys.argv[1] if len(sys.argv) > 1 else "--help"
   if given in ("-h", "--help", "help"):
     print(__doc__, end="")
@@ -35,7 +35,7 @@ def run() -> None:
   if command not in COMMANDS:
     near = difflib.get_close_matches(command, COMMANDS, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
-    sys.exit(f"error: jaxpref {command} is no command{hint}; expected one of {', '.join(COMMANDS)}.")
+    sys.exit(f"error: jaxpref {command} is not a command{hint}; expected one of {', '.join(COMMANDS)}.")
   if given == command:
     del sys.argv[1]
   endings.begin()

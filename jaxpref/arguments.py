@@ -1,6 +1,6 @@
-"""Command lines: `Parser` for commands without a recipe, `parse_flags` for those with --config.
+"""Parses command lines: `Parser` for commands without a recipe, `parse_flags` for commands with --config.
 
-With neither a repeated option loses a value without a word, and what is wrong is one sentence.
+Both keep, or warn about, each value of a repeated option, and report an error in one sentence.
 """
 
 import argparse
@@ -24,8 +24,10 @@ MAX_AT_A_TIME = 2**16  # rows or pictures of one call
 
 
 class Parser(argparse.ArgumentParser):
-  """An ArgumentParser in which a repeated option of several values gathers them all. Of a repeated option of one value
-  the last counts, as usual, and stderr says so. The description is printed as it stands.
+  """An ArgumentParser that gathers all values of a repeated option of several values.
+
+  If an option of one value is repeated, the last one counts, as usual, and stderr says so. The description is printed
+  unchanged.
 
   >>> parser = Parser()
   >>> _ = parser.add_argument("--lora", nargs="+", default=[])
@@ -64,7 +66,7 @@ class _Store(argparse._StoreAction):
 
 
 def place(text: str) -> str:
-  """Reads an option that may be a path, for `type`: ~ is the home."""
+  """Reads an option that may be a path, for `type`; expands ~."""
   try:
     return places.expand(text)
   except ValueError as error:
@@ -72,15 +74,15 @@ def place(text: str) -> str:
 
 
 def path(text: str) -> pathlib.Path:
-  """Reads an option that is a path of this machine, for `type`."""
+  """Reads an option that is a local path, for `type`."""
   return pathlib.Path(place(text))
 
 
 def check_numbers(args: argparse.Namespace, *names: str, least: int = 1, most: int = MAX_COUNT) -> None:
-  """Refuses integers outside of what is used; None stands for an option that was not given.
+  """Checks that integers are within their limits; None stands for an option that was not given.
 
   Raises:
-    ValueError: one sentence: argument, value, what was expected.
+    ValueError: one sentence with the argument, its value and what was expected.
   """
   for name in names:
     if (value := getattr(args, name)) is not None:
@@ -88,7 +90,7 @@ def check_numbers(args: argparse.Namespace, *names: str, least: int = 1, most: i
 
 
 def check_seed(args: argparse.Namespace) -> None:
-  """Refuses a seed that would draw what another one draws; raises ValueError."""
+  """Raises ValueError for a seed so large that it would draw the same as another one."""
   sections.check_seed(args.seed, "--seed")
 
 
@@ -101,7 +103,7 @@ class _PlaceParser(flags.ArgumentParser):
 
 
 def define_place(name: str, default: str | None, help: str) -> Any:
-  """Defines a flag that may be a path, for commands with a recipe; returns its holder."""
+  """Defines a flag that may be a path, for commands with a recipe, and returns its holder."""
   return flags.DEFINE(_PlaceParser(), name, default, help)
 
 
@@ -109,7 +111,7 @@ def define_place(name: str, default: str | None, help: str) -> Any:
 
 
 def _check_arguments(argv: list[str]) -> None:
-  """Answers recipes that are not there and misspelt fields before absl does, which shows a traceback."""
+  """Raises ValueError for recipes that do not exist and misspelt fields, before absl shows a traceback for them."""
   for recipe in _recipes(argv):
     file = recipe.partition(":")[0]
     if not pathlib.Path(file).is_file():
@@ -127,15 +129,15 @@ def _check_arguments(argv: list[str]) -> None:
     name = option.removeprefix("config.")
     if option.startswith("config.") and name not in known and not name.startswith("options."):
       near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-      raise ValueError(f"--config.{name} is no field; did you mean --config.{near}? See jaxpref/config.py for all.")
+      raise ValueError(f"--config.{name} is not a field; did you mean --config.{near}? See jaxpref/config.py for all.")
 
 
 class _RefusedOptions(Exception):
-  """What is wrong with `config.options`, past absl, which would put words of its own before it."""
+  """Carries what is wrong with `config.options` past absl, which would put its own words before it."""
 
 
 class _RecipeParser(flags.ArgumentParser):
-  """Reads a recipe, and adds the options of the objective that it, or the command line, names."""
+  """Reads a recipe and adds the options of the objective that the recipe or the command line names."""
 
   def __init__(self, parser: flags.ArgumentParser, argv: list[str]) -> None:
     self.parser, self.argv = parser, argv
@@ -146,7 +148,7 @@ class _RecipeParser(flags.ArgumentParser):
   def parse(self, argument: str) -> Any:
     config = self.parser.parse(argument)
     if not isinstance(config, ml_collections.ConfigDict) or not isinstance(config.get("objective"), str):
-      return config  # which is refused later
+      return config  # `_check_recipes` raises for it
     given = [value for name, value in _options(self.argv) if name == "config.objective" and value]
     objective = (given or [config.objective])[-1]
     try:
@@ -157,24 +159,24 @@ class _RecipeParser(flags.ArgumentParser):
     return config
 
   def _check_names(self, config: ml_collections.ConfigDict, objective: str) -> None:
-    """Refuses misspelt options of the command line."""
+    """Raises `_RefusedOptions` or ValueError for misspelt options of the command line."""
     known = [f"config.options.{name}" for name in config_lib.names(config.options)]
     for name, _ in _options(self.argv):
       if name.startswith("config.options.") and name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
         hint = f"did you mean --{near[0]}?" if near else f"{objective} has none."
-        raise ValueError(f"--{name} is no option; {hint}")
+        raise ValueError(f"--{name} is not an option; {hint}")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """Parses a command line with --config, for `app.run`; what is wrong with it ends the program in one sentence."""
+  """Parses a command line with --config, for `app.run`; an error ends the program with one sentence."""
   try:
     _check_arguments(argv)
     recipe = flags.FLAGS["config"]
     recipe.parser = _RecipeParser(recipe.parser, argv)
     argv, emptied = _without_nones(argv)
     before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # what is warned of here is said below
+    logging.set_verbosity(logging.ERROR)  # what it would warn about is said below
     rest = flags.FLAGS(argv)
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(before)
@@ -201,13 +203,13 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _without_nones(argv: list[str]) -> tuple[list[str], list[str]]:
-  """Returns a command line without fields that may be None and are set to it, which flags cannot, and their names.
+  """Returns a command line without the fields set to None, and their names: flags cannot set a field to None.
 
-  Of a field that is given twice the last counts.
+  If a field is given twice, the last one counts.
   """
   optional = {f"config.{name}" for name in config_lib.optional_names(config_lib.Config)}
   last = {name: value for name, value in _options(argv) if value is not None}
-  may = lambda name: name in optional or name.startswith("config.options.")  # which are known later
+  may = lambda name: name in optional or name.startswith("config.options.")  # known only later
   emptied = [name for name, value in last.items() if value == "None" and may(name)]
   kept, following = argv[:1], iter(argv[1:])
   for argument in following:
@@ -220,10 +222,10 @@ def _without_nones(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _empty(config: ml_collections.ConfigDict, name: str) -> None:
-  """Sets a field to None; an option that is a text and cannot be None, to that text.
+  """Sets a field to None; sets an option that is a text and cannot be None to the text "None".
 
   Raises:
-    ValueError: it cannot be None.
+    ValueError: the field cannot be None.
   """
   section, _, field = name.removeprefix("config.").rpartition(".")
   inside = config
@@ -240,7 +242,7 @@ def _empty(config: ml_collections.ConfigDict, name: str) -> None:
 
 
 def _options(argv: list[str]) -> list[tuple[str, str | None]]:
-  """Returns name and value of each option, be it --name=value or --name value; None is no value."""
+  """Returns name and value of each option, written as --name=value or --name value; the value may be None."""
   found: list[tuple[str, str | None]] = []
   for argument, following in itertools.zip_longest(argv[1:], argv[2:], fillvalue="-"):
     if argument.startswith("-"):
@@ -250,12 +252,12 @@ def _options(argv: list[str]) -> list[tuple[str, str | None]]:
 
 
 def _recipes(argv: list[str]) -> list[str]:
-  """Returns what is given as --config."""
+  """Returns all values of --config."""
   return [value for name, value in _options(argv) if name == "config" and value]
 
 
 def _check_recipes(argv: list[str]) -> None:
-  """Refuses a recipe that gave no config."""
+  """Raises ValueError for a recipe whose `get_config` returned no config."""
   value = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
   if _recipes(argv) and not isinstance(value, ml_collections.ConfigDict):
     raise ValueError(
@@ -266,11 +268,11 @@ def _check_recipes(argv: list[str]) -> None:
   for name in config_lib.names(value) if _recipes(argv) else ():
     if name not in known and not name.startswith("options."):
       near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-      raise ValueError(f"{_recipes(argv)[-1]} sets config.{name}, which is no field; did you mean config.{near}?")
+      raise ValueError(f"{_recipes(argv)[-1]} sets config.{name}, which is not a field; did you mean config.{near}?")
 
 
 def _line_of_recipe(error: BaseException, argv: list[str]) -> str | None:
-  """Returns what is wrong in a recipe, with its file and line; None where the error is not of one."""
+  """Returns what is wrong in a recipe, with its file and line; None if the error did not arise in a recipe."""
   for recipe in _recipes(argv):
     file = recipe.partition(":")[0]
     name = pathlib.Path(file).name
@@ -279,7 +281,7 @@ def _line_of_recipe(error: BaseException, argv: list[str]) -> str | None:
     if "get_config" in str(error) and isinstance(error, AttributeError):
       return f"--config={recipe}: {file} has no function get_config; see configs/spo_tiny.py."
     cause: BaseException | None = error
-    while cause is not None:  # absl makes errors of its own of some
+    while cause is not None:  # absl wraps some in its own errors
       frames = traceback.extract_tb(cause.__traceback__)
       if lines := [frame.lineno for frame in frames if pathlib.Path(frame.filename).name == name]:
         text = (str(cause).splitlines() or [""])[0]

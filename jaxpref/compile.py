@@ -1,4 +1,4 @@
-r"""Compiles a recipe's training step for hardware that is not there: does it fit, what does it move, what bounds it.
+r"""Compiles a recipe's training step for absent hardware: does it fit, what does it move between chips, what bounds it.
 
     pip install libtpu
     python -m jaxpref.compile --config=configs/spo_sdxl.py --config.batch_size=32 --topology=v5e:4x4
@@ -6,16 +6,16 @@ r"""Compiles a recipe's training step for hardware that is not there: does it fi
     pip install 'jax[cuda12]'
     python -m jaxpref.compile --config=configs/dpo_sdxl.py --topology=h200:8
 
-needs no accelerator and no weights: the program is the one that training runs, with the shapes of the published models.
-Without --topology it compiles for the devices of this machine. For absent GPUs no kernels are timed, cuDNN's
-work space is not counted, and long attention goes in pieces where training takes cuDNN's.
+It needs no accelerator and no weights: it compiles the program that training runs, with the shapes of the published
+models. Without --topology it compiles for the devices of this machine. For absent GPUs it times no kernels, does not
+count cuDNN's work space, and computes long attention in pieces where training uses cuDNN's kernel.
 
-What it prints is of one chip. Memory is the compiler's. Operations are counted in the traced step
-(`jaxpref.planning.flops`, recomputation included) and divided by the devices; bytes are counted in the compiled program
-(`jaxpref.planning.hlo`). Times are what each resource takes at its peak, so that a step takes at least the longest of
-them. The updates of an SPO iteration are as many as if all pairs were valid. Rewards are counted by their names,
-without their weights. One that is a Python function runs between two programs: memory is that of the larger one, and
-what the function itself takes is not counted.
+All numbers are per chip. The compiler reports the memory. Operations are counted in the traced step
+(`jaxpref.planning.flops`, recomputation included) and divided by the number of devices; bytes are counted in the
+compiled program (`jaxpref.planning.hlo`). Times are what each resource takes at its peak, so a step takes at least the
+longest of them. An SPO iteration is counted with the updates it makes if all pairs are valid. Rewards are counted by
+name, without their weights. A reward that is a Python function runs between two programs: the memory is that of the
+larger program, and what the function itself uses is not counted.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ from jaxpref.training import step as step_lib
 
 AGAIN = "run the same command again"
 
-# For programs that are only to be looked at: a TPU's compiler spends most of its time on the instructions of each
-# convolution's tile, and takes several times less with small tiles (the default is 16 MiB and more) and less effort.
+# For programs that are only inspected: a TPU's compiler spends most of its time on the instructions of each
+# convolution's tile. Small tiles (the default is 16 MiB and more) and less effort make it several times faster.
 # What a step sends is the same; operands are read more often, and temporaries in HBM may be larger.
 TILES = "xla_tpu_scoped_vmem_limit_kib"
 _OF_PROGRAM = ("arguments", "temporaries", "output", "peak")
@@ -61,17 +61,18 @@ def compile_step(
   """Compiles one training step for the devices of a mesh.
 
   Args:
-    config: `plan.without_weights`.
-    compiler_options: of XLA.
+    config: as `plan.without_weights` returns it.
+    compiler_options: XLA's options.
 
   Returns:
-    Of one device: bytes of `arguments` by component, `temporaries`, `output` that is not in the place of an argument,
-    their sum `peak`; `flop`; `collectives`, as of `hlo.collective_bytes`; `memory_bytes`, read and written. And
-    `lower_seconds`, `compile_seconds`, `compile_cpu_seconds` (of all threads). A program that the compiler refuses for
-    want of memory has `refused`, and neither temporaries nor what is counted in compiled programs.
+    What one device holds and does: bytes of `arguments` by component, of `temporaries`, of `output` that does not reuse
+    an argument's memory, and their sum `peak`; `flop`; `collectives`, see `hlo.collective_bytes`; `memory_bytes`, read
+    and written. Also `lower_seconds`, `compile_seconds` and `compile_cpu_seconds` (of all threads). If the compiler
+    refuses a program for lack of memory, the report has `refused` but no temporaries and nothing that is counted in
+    compiled programs.
 
-    An online method also has `rewards` by name: `parameters`, `bytes`, `flop`, or `host`. With a reward on the host
-    there are `programs`, with these numbers of each; those of the step are sums, its memory that of the larger one.
+    An online method also has `rewards` by name: `parameters`, `bytes`, `flop`, or `host`. With a reward on the host,
+    `programs` has these numbers of each program; the step's costs are sums, and its memory is the larger program's.
   """
   p = plan.planned(config, mesh)
   shardings = jax.tree.map(lambda s: s.sharding, p.state)
@@ -79,7 +80,7 @@ def compile_step(
   arguments = plan.argument_bytes(*inputs)
   compiler = _Compiler(config, mesh.size, sum(arguments.values()), p.reward, dict(compiler_options or {}))
   if p.reward is not None and p.reward.host:
-    with contextlib.suppress(_Refused):  # what the first program leaves on the devices is not known without it
+    with contextlib.suppress(_Refused):  # without it, what the first program leaves on the devices is unknown
       host.compile_halves(p.halves, p.reward.host, mesh, shardings, inputs, compiler)
     report = {"arguments": arguments} | _together(compiler.reports)
   else:
@@ -95,21 +96,21 @@ def compile_step(
 
 
 class _Refused(Exception):
-  """The compiler says that a program does not fit; its report says by how much."""
+  """Raised when the compiler says that a program does not fit; its report says by how much."""
 
 
 class _Compiler:
-  """Compiles the programs of a step, and keeps what there is to report of each.
+  """Compiles the programs of a step and keeps what there is to report of each.
 
   Attributes:
-    reports: by the name of a program.
-    of_rewards: operations of one device and step by the name of a reward in the graph.
+    reports: the report of each program, by its name.
+    of_rewards: operations on one device in one step, by the name of a reward in the graph.
   """
 
   def __init__(
     self, config: ConfigDict, devices: int, arguments: int, reward: Weighted | None, options: dict[str, Any]
   ):
-    """Args: `arguments` are the bytes on one device that the first program is given."""
+    """Takes in `arguments` the bytes that the first program is given on one device."""
     self.reports: dict[str, dict[str, Any]] = {}
     self.of_rewards = {} if reward is None else {r.name: 0.0 for r, _ in reward.graph}
     self._trips = catalog.method(config).updates(config).count
@@ -120,7 +121,7 @@ class _Compiler:
     return flops_lib.of_jaxpr(traced.jaxpr.jaxpr, while_trips=self._trips, scope=scope) / self._devices
 
   def __call__(self, name: str, traced: Any) -> Any:
-    """The compiled program; raises `_Refused`."""
+    """Returns the compiled program; raises `_Refused` if it does not fit."""
     lowered = traced.lower()
     report = self.reports[name] = {"flop": self._flop(traced)}
     for reward in self.of_rewards:
@@ -147,7 +148,7 @@ class _Compiler:
 
 
 def _together(programs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-  """Of programs that run one after the other: the sums of their costs, and the memory of the one that takes most."""
+  """Returns the sums of the costs of programs that run one after the other, and the memory of the largest."""
   largest = max(programs.values(), key=lambda report: report["peak"])
   found: dict[str, Any] = {k: largest[k] for k in _OF_PROGRAM[1:] if k in largest}
   for key in ("flop", "lower_seconds", "compile_seconds", "compile_cpu_seconds", "memory_bytes"):
@@ -164,7 +165,7 @@ def _together(programs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _compile(lowered: Any, options: dict[str, Any]) -> Any:
-  """`lowered.compile`, with larger tiles where some cannot be as small."""
+  """Returns `lowered.compile`'s program, with larger tiles where some cannot be that small."""
   try:
     return lowered.compile(compiler_options=options)
   except jax.errors.JaxRuntimeError as error:
@@ -176,10 +177,10 @@ def _compile(lowered: Any, options: dict[str, Any]) -> Any:
 
 
 def _refused_bytes(message: str, arguments: float) -> float | None:
-  """What a program would have taken, from the compiler's message that there is less; None for other messages.
+  """Returns the bytes a program needs, from the compiler's message that they do not fit; None for other messages.
 
   Args:
-    arguments: bytes of the program's, which one of the two messages leaves out.
+    arguments: bytes of the program's arguments, which one of the two messages leaves out.
   """
   size = r"([\d.]+)([KMGT]?)"
   of_temporaries = re.search(rf"required for HLO temporaries \({size}\) exceeds available HBM", message)
@@ -191,7 +192,7 @@ def _refused_bytes(message: str, arguments: float) -> float | None:
 
 
 def least_seconds(report: Mapping[str, Any], chip: chips.Chip) -> dict[str, float]:
-  """`chips.least_seconds` of a report of `compile_step`."""
+  """Returns `chips.least_seconds` for a report of `compile_step`."""
   return chips.least_seconds(
     chip,
     flop=report["flop"],
@@ -201,7 +202,7 @@ def least_seconds(report: Mapping[str, Any], chip: chips.Chip) -> dict[str, floa
 
 
 def table(report: Mapping[str, Any], chip: chips.Chip | None = None) -> str:
-  """Markdown: memory, then operations and traffic with the least time that they take on a chip."""
+  """Returns Markdown: memory, then operations and traffic with the least time they take on a chip."""
   rows = [(name, size) for name, size in report["arguments"].items() if size > 2**20]
   rows += [(name, report[name]) for name in ("temporaries", "output", "peak") if name in report]
   rows += [("of", chip.usable)] if chip else []
@@ -230,7 +231,7 @@ def table(report: Mapping[str, Any], chip: chips.Chip | None = None) -> str:
 
 
 def fits(report: Mapping[str, Any], chip: chips.Chip) -> bool:
-  """Whether the compiler took the program, and it leaves something of the chip's memory."""
+  """Returns whether the compiler accepted the program and it leaves some of the chip's memory free."""
   return not report.get("refused") and report["peak"] <= chip.usable
 
 
@@ -243,36 +244,36 @@ def advise(
   search: bool,
   compiler_options: Mapping[str, Any],
 ) -> str:
-  """The nearest change that makes a step fit: estimated or, with `search`, found by compiling one after the other."""
+  """Returns the nearest change that makes a step fit: estimated or, with `search`, found by compiling in turn."""
   for change, peak in plan.estimates(config, devices, report):
     if peak > chip.usable:
       continue
     added = change.flags(config)
     if not search:
       return (
-        f"by an estimate that compiles nothing it fits with {added} (about {peak / GIB:.1f} GiB); --search makes sure"
+        f"an estimate, without compiling, says it fits with {added} (about {peak / GIB:.1f} GiB); --search makes sure"
       )
     print(f"compiling with {added}, about {peak / GIB:.1f} GiB ...", file=sys.stderr)
     new = change.apply(config)
     found = compile_step(new, sharding.make_mesh(**new.mesh, devices=devices), compiler_options=compiler_options)
     if fits(found, chip):
       return f"it fits with {added}: {found['peak'] / GIB:.2f} GiB"
-  return "no other accumulation, mesh.fsdp, remat or lora.rank makes it fit: take more chips or a smaller batch"
+  return "no other accumulation, mesh.fsdp, remat or lora.rank makes it fit: use more chips or a smaller batch"
 
 
 def topology_devices(name: str) -> list[Any]:
-  """The devices of a TPU topology such as v5e:4x4, or of a server with GPUs such as h200:8; needs none of them.
+  """Returns the devices of a TPU topology such as v5e:4x4, or of a GPU server such as h200:8, without having them.
 
   Raises:
-    ValueError: the compiler (libtpu, or JAX's plug-in for CUDA) is not there, or does not know the name.
+    ValueError: the compiler (libtpu, or JAX's plug-in for CUDA) is not installed or does not know the name.
   """
   kind, _, shape = name.partition(":")
   chip = chips.CHIPS.get(kind)
   if chip is None:
-    raise ValueError(f"--topology={name}; expected one of {', '.join(chips.CHIPS)}, and a shape: v5e:4x4, or h200:8.")
+    raise ValueError(f"--topology={name}; expected one of {', '.join(chips.CHIPS)}, with a shape: v5e:4x4, or h200:8.")
   if chip.gpu is None:
     needs, shapes = "libtpu (pip install libtpu)", f"a shape like {', '.join(chip.shapes)}"
-    # Two TensorCores of a chip are one device, as Google's machines have it.
+    # Two TensorCores of a chip are one device, as on Google's machines.
     options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
     if set(shape.split("x")) == {"1"}:  # libtpu otherwise expects whole hosts of four chips
       options["chips_per_host_bounds"] = [1, 1, 1]
@@ -285,23 +286,23 @@ def topology_devices(name: str) -> list[Any]:
     options = {"target_config": chip.gpu.target_config(chip), "topology": f"1x1x{shape or 1}"}
   try:
     return list(topologies.get_topology_desc(platform=platform, topology_name=topology_name, **options).devices)
-  except Exception as error:  # of several types, from the plug-in
+  except Exception as error:  # the plug-in raises several types
     reason = str(error).splitlines()[0]
     raise ValueError(f"--topology={name}: {reason}; expected {shapes}, and {needs}.") from error
 
 
 def compiler_options(chip: chips.Chip | None, *, quick: bool) -> dict[str, Any]:
-  """For a chip that is not there; {} for this machine's devices."""
+  """Returns the compiler's options for an absent chip; {} for this machine's devices."""
   if chip is None:
     return {}
   if chip.gpu is not None:
-    # Nothing can be timed, and without, Triton's products are of tiles that do not fit every shape.
+    # Nothing can be timed; untimed, Triton would choose tiles for matrix products that do not fit every shape.
     return {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False}
   return dict(QUICK) if quick else {}
 
 
 def main(argv: list[str]) -> None:
-  """Compiles and prints; expected errors end in one sentence."""
+  """Compiles and prints; an expected error ends the program with one sentence."""
   del argv
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
@@ -317,7 +318,7 @@ def _main() -> None:
   config = plan.without_weights(flags.FLAGS.config)
   devices = topology_devices(topology) if topology else jax.devices()
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
-  config.mesh.update(dict(mesh.shape))  # what was -1 is known now
+  config.mesh.update(dict(mesh.shape))  # replaces -1 by the number found
   online = catalog.method(config).facts.online
   sharding.check_batch_size(mesh, config.batch_size, 1 if online else config.accumulation)
   print(f"compiling a step of {config.objective} for {len(devices)} x {devices[0].device_kind} ...", file=sys.stderr)
@@ -350,27 +351,27 @@ def _main() -> None:
 
 def _check_out(file: pathlib.Path) -> None:
   if file.is_dir() or not file.parent.is_dir():
-    raise ValueError(f"--out={file}; expected a file, in a folder that is there.")
+    raise ValueError(f"--out={file}; expected a file in a folder that exists.")
   paths.check_writable(file, "--out")
 
 
 def run() -> None:
-  """The console entry point."""
-  config_flags.DEFINE_config_file("config", None, "The recipe; change a field with --config.NAME=VALUE.")
+  """Runs the command: the console entry point."""
+  config_flags.DEFINE_config_file("config", None, "The recipe. Change a field with --config.NAME=VALUE.")
   flags.DEFINE_string(
     "topology", None, "What to compile for, e.g. v5e:4x4 or h200:8; default: the devices of this machine."
   )
-  flags.DEFINE_bool("search", False, "Where it does not fit, compile changes until one does.")
+  flags.DEFINE_bool("search", False, "If the step does not fit, compile changed recipes until one does.")
   flags.DEFINE_bool(
-    "quick", True, "For TPUs: small tiles, which compile in a fifth of the time; their program is slower."
+    "quick", True, "For TPUs: use small tiles, which compile in a fifth of the time to a slower program."
   )
-  arguments.define_place("out", None, "A JSON file for the report.")
+  arguments.define_place("out", None, "JSON file to write the report to.")
   flags.mark_flag_as_required("config")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no process has a TPU, so several can compile
   if any(argument.startswith("--topology") for argument in sys.argv):
     jax.config.update("jax_platforms", "cpu")
-    # What libtpu asks its machine for, and complains about on stderr where there is none; the topology counts.
+    # libtpu asks its machine for these and complains on stderr if they are missing; only the topology counts.
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
   with endings.one_sentence(doing="compiling", again=AGAIN):

@@ -1,9 +1,9 @@
-"""Every field that a recipe can set, with its default and what it may be; recipes in `configs/` change `default()`.
+"""Defines every field that a recipe can set, with its default and its limits; recipes in `configs/` change `default()`.
 
-A section is a dataclass. Its `check` refuses values that can never be. Its `check_with` refuses what does not fit the
-method, which it asks for its `Facts`, or the rest of the config. Recipes and the command line change an
-`ml_collections.ConfigDict` that has these fields; what trains reads the dataclasses (`typed`). A field whose default is
-None has a type but no value, and can be set on the command line. In a field that is a Place, ~ is your home.
+A section is a dataclass. Its `check` raises for values that can never work. Its `check_with` raises for values that do
+not fit the method, whose `Facts` it asks, or the rest of the config. Recipes and the command line change an
+`ml_collections.ConfigDict` with these fields; training reads the dataclasses (`typed`). A field whose default is None
+has a type but no value, and can be set on the command line. In a field of type Place, ~ is your home.
 """
 
 import dataclasses
@@ -45,10 +45,10 @@ OWN_LOSS = (
 
 
 def own_loss(spec: str) -> Callable[..., Any]:
-  """Returns the function of a loss of one's own, package.module:function.
+  """Returns the user's own loss function, named as package.module:function.
 
   Raises:
-    OwnCodeError: there is none, or it takes other arguments.
+    OwnCodeError: the function does not exist, or it takes other arguments.
   """
   found = load_named(spec, "config.loss.name", "function")
   check_function(found, f"config.loss.name={spec}", OWN_LOSS, None, None, beta=1.0, weight=None)
@@ -60,41 +60,41 @@ def own_loss(spec: str) -> Callable[..., Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Options(Section):
-  """Fields of your own objective: those of its `Method.config` (docs/extending.md), or what the recipe sets."""
+  """Fields of your own objective: those of its `Method.config` (docs/extending.md), or those that the recipe sets."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh(Section):
-  data: int = -1  # as many devices as are left
+  data: int = -1  # -1: all devices that fsdp and tensor leave
   fsdp: int = 1
   tensor: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Data(Section):
-  """What is trained on: docs/data.md."""
+  """What to train on: docs/data.md."""
 
   # emoji (embedded: pairs, images, prompts); tfds (a folder of pairs, such as Pick-a-Pic's), pairs_file (.jsonl
   # or .csv), rankings (HPDv2's .json); unpaired_file (for kto); prompts (spo, grpo); precomputed (a folder)
   source: str = "emoji"
-  path: Place | None = None  # of the folder or file, for all but emoji
-  images: Place | None = None  # rankings: the folder of the images, where it is not the published one
-  ranking_pairs: str = "all"  # rankings: all pairs of a ranking, or winner: those of its best image with the others
+  path: Place | None = None  # the folder or file; not for emoji
+  images: Place | None = None  # rankings: the folder of the images, if it is not the published one
+  ranking_pairs: str = "all"  # rankings: all pairs of a ranking, or winner: its best image with each other one
   preferred_style: str = "openmoji"  # emoji: twemoji, noto or openmoji, the outlined one
   subset: str = "core"  # emoji
   split: str = "train"
-  validation_share: float = 0.0  # of the prompts of split "train", which are held out and become split "validation"
+  validation_share: float = 0.0  # share of the prompts of split "train" to hold out as split "validation"
   labels: str = "given"  # or scores: the image with the higher score wins
-  scores: Place | None = None  # written by jaxpref.score, instead of those that the source may have
-  ties: str = "drop"  # drop; keep, at 0.5 (spm); or soft: labels are probabilities, by the scores where there are any
-  min_gap: float = 0.0  # pairs whose scores give probabilities less than this apart are ties
-  only_labelled: bool = False  # leave out pairs that nobody judged (Pick-a-Pic's has_label)
-  max_per_prompt: int = 0  # pairs of a prompt that are used at most; 0: all
-  keep_best: bool = False  # an image that won and later lost gives way to the one that beat it
-  flip_labels: float = 0.0  # share of labels that is flipped, for studies of noise
-  caption_dropout: float = 0.0  # share of captions replaced by the empty prompt
+  scores: Place | None = None  # a file of jaxpref.score, instead of the source's own scores
+  ties: str = "drop"  # drop; keep, at 0.5 (spm); or soft: labels are probabilities, from the scores if there are any
+  min_gap: float = 0.0  # pairs are ties if their scores give probabilities that differ by less
+  only_labelled: bool = False  # skip pairs that nobody judged (Pick-a-Pic's has_label)
+  max_per_prompt: int = 0  # most pairs to use of one prompt; 0: all
+  keep_best: bool = False  # an image that won and later lost is replaced by the one that beat it
+  flip_labels: float = 0.0  # share of labels to flip, for studies of noise
+  caption_dropout: float = 0.0  # share of captions to replace by the empty prompt
   flip: bool = False  # mirror half of the pairs, both images of a pair together
-  random_crop: bool = False  # or the central part
+  random_crop: bool = False  # False: crops the central part
   num_threads: int = 2
   num_workers: int = 0  # processes that decode images; 0: the threads do
 
@@ -141,7 +141,7 @@ class Data(Section):
     self.require(not liked or self.ties == "drop", "ties", f"drop for {config.objective}: a tie has no liked image")
 
   def _fits(self, of: Facts) -> bool:
-    """Whether the source has rows for a method."""
+    """Returns whether the source has rows for the method."""
     return of.data in SOURCES[self.source][0] and (self.source != "precomputed" or of.of_latents)
 
 
@@ -150,8 +150,8 @@ class Lora(Section):
   rank: int = 0  # 0: full training, or the rank of init_from
   alpha: float | None = None  # default: the rank
   targets: str = r"(to_q|to_k|to_v|to_out\.0)$"
-  init: str = "kaiming"  # of A: kaiming (PEFT's default) or gaussian, of deviation 1 / rank (larger for small ranks)
-  init_from: Place | None = None  # a LoRA file (diffusers, PEFT or kohya) to continue from; it says the targets
+  init: str = "kaiming"  # of A: kaiming (PEFT's default) or gaussian, with deviation 1 / rank (larger for small ranks)
+  init_from: Place | None = None  # a LoRA file (diffusers, PEFT or kohya) to continue from; its targets are used
 
   def check(self) -> None:
     self.require(self.rank >= 0, "rank", "0 (full training) or a positive rank")
@@ -190,17 +190,17 @@ class Optimizer(Section):
     self.not_negative("weight_decay", "clip_norm")
 
   def check_with(self, config: "Config", of: Facts) -> None:
-    # A schedule counts updates, of which an iteration has many: with spo as many as it has valid pairs.
+    # A schedule counts updates, and an iteration makes many: with spo as many as its valid pairs need.
     self.require(not of.online or self.schedule == "constant", "schedule", f"constant for {config.objective}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss(Section):
-  name: str = "sigmoid"  # sigmoid, robust, ipo or hinge; of dpo and tdpo also dspo, mapo or sft
+  name: str = "sigmoid"  # sigmoid, robust, ipo or hinge; for dpo and tdpo also dspo, mapo or sft
   beta: float = 5000.0
-  label_smoothing: float = 0.0  # of sigmoid and robust
-  snr: float = 0.5  # of mapo: arXiv 2406.06424
-  safeguard: float | None = None  # dpo, tdpo: mu in [0, 1] of arXiv 2511.03317, on top of any loss
+  label_smoothing: float = 0.0  # for sigmoid and robust
+  snr: float = 0.5  # for mapo: arXiv 2406.06424
+  safeguard: float | None = None  # for dpo, tdpo: mu in [0, 1] of arXiv 2511.03317, on top of any loss
 
   def check(self) -> None:
     self.positive("beta", "snr")
@@ -221,12 +221,12 @@ class Loss(Section):
     smoothed = bool(of.losses) and self.name in ("sigmoid", "robust")
     expected = "0: it is for sigmoid and robust losses"
     self.require(smoothed or not self.label_smoothing, "label_smoothing", expected)
-    # The default of 5000 is for the margin of errors; these count it in units of the error itself.
+    # The default of 5000 is for a margin of errors; these losses count it in units of the error itself.
     self.require(self.name != "mapo" or self.beta <= 10.0, "beta", "at most 10 for mapo; published: 0.1")
     self.require(self.name != "dspo" or self.beta < 2.0, "beta", "below 2 for dspo; published: 0.001")
     if self.name in ("mapo", "sft"):
       config.require(config.reference.mode == "frozen", "reference.mode", f"frozen: {self.name} has no reference")
-    if self.name == "sft":  # which sees neither margin nor loser
+    if self.name == "sft":  # it sees neither margin nor loser
       self.require(self.safeguard is None, "safeguard", "None: the loss sft has no loser")
       config.require(not config.timesteps.reward_scale, "timesteps.reward_scale", "False: the loss sft has no margin")
       expected = "drop: the loss sft has no margin that a soft label would scale"
@@ -249,7 +249,7 @@ class Kto(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Timesteps(Section):
-  """For dpo and tdpo (two names of one method): arXiv 2505.18736."""
+  """Sampling and weights of timesteps for dpo and tdpo, which are one method (arXiv 2505.18736)."""
 
   gamma: float = 1.0
   num_bins: int = 20
@@ -273,7 +273,7 @@ class Reference(Section):
   rho: float = 0.0
   tau: int = 32
   delta: float = 0.005
-  decay: float = 0.5  # weight of the past in the mean of D that the gate reads; 0: each D by itself, as in the paper
+  decay: float = 0.5  # weight of the past in the mean of D that the gate reads; 0: each D alone, as in the paper
   on_diverge: str = "freeze"  # freeze or reinit
 
   def check(self) -> None:
@@ -293,19 +293,19 @@ class Reference(Section):
 class Spo(Section):
   num_inference_steps: int = 20
   eta: float = 1.0
-  guidance_scale: float = 5.0  # here and below: up to 1 there is no guidance
+  guidance_scale: float = 5.0  # here and below: 1 or less means no guidance
   warmup_steps: int = 4  # first denoising steps, one sample each
   pool_size: int = 4
   inner_steps: int = 0
   threshold: float = 0.3  # smallest softmax gap between winner and loser
-  threshold_max: float | None = None  # that of the noisiest step: in between it grows with the steps' noise
+  threshold_max: float | None = None  # threshold of the noisiest step; between them it grows with a step's noise
   next_latent: str = "random"  # random, winner or loser
-  pool_last_step: bool = False  # a pool in the last step, too (SD 1.5's rollout), with inner_steps 0
-  step_aware: bool = True  # False: the preference model is told time 0 at every step
-  score_time: str = "end"  # of a latent reward: the time of the latent that is scored, or start, that of the step to it
-  decode_size: int = 0  # of predictions' shorter side, in pixels, for the preference model; 0: the images' own
+  pool_last_step: bool = False  # draw a pool in the last step too (SD 1.5's rollout); needs inner_steps 0
+  step_aware: bool = True  # False: the preference model gets time 0 at every step
+  score_time: str = "end"  # a latent reward gets the time of the scored latent; start: the time of the step to it
+  decode_size: int = 0  # shorter side in pixels of what the preference model sees; 0: the images' own
   ratio_clip: float = 0.1
-  minibatch: int = 32  # transitions of one update
+  minibatch: int = 32  # transitions in one update
 
   def check(self) -> None:
     self.one_of("next_latent", ("random", "winner", "loser"))
@@ -347,7 +347,9 @@ class Spo(Section):
     self.require(group == 1 or not self.pool_last_step, "pool_last_step", "False, as spo.inner_steps is above 0")
     if latent:
       alike = group > 1 or self.pool_last_step
-      self.require(alike, "pool_last_step", f"True with config.reward={config.reward}: it scores all steps alike")
+      self.require(
+        alike, "pool_last_step", f"True with config.reward={config.reward}: it scores all steps the same way"
+      )
       self.require(self.step_aware, "step_aware", f"True with config.reward={config.reward}: its latents have noise")
       self.require(not self.decode_size, "decode_size", f"0 with config.reward={config.reward}: nothing is decoded")
     expected = f"end: the time of a step's start is for config.reward={LATENT}"
@@ -361,13 +363,13 @@ class Grpo(Section):
   num_inference_steps: int = 20
   eta: float = 1.0
   guidance_scale: float = 5.0
-  group_size: int = 8  # samples of a prompt
-  advantage: str = "group"  # rewards relative to those of the same prompt (GRPO), or of the whole batch (DDPO)
+  group_size: int = 8  # samples for each prompt
+  advantage: str = "group"  # compares rewards within a prompt (GRPO); batch: within the whole batch (DDPO)
   advantage_clip: float = 5.0
-  timestep_fraction: float = 1.0  # of each sample's steps, at random, that is trained on
+  timestep_fraction: float = 1.0  # share of each sample's steps to train on, chosen at random
   ratio_clip: float = 1e-4  # small, as log-densities are means over the latents
   kl_coef: float = 0.0  # weight of the KL to the reference; 0: the reference is not called
-  minibatch: int = 32  # steps of one update
+  minibatch: int = 32  # steps in one update
 
   def check(self) -> None:
     self.one_of("advantage", ("group", "batch"))
@@ -395,7 +397,7 @@ class Grpo(Section):
 class Spm(Section):
   guidance_scale: float = 5.0
   step_aware: bool = True  # False: trains on clean images, at time 0
-  decode_size: int = 0  # as of spo
+  decode_size: int = 0  # see spo.decode_size
 
   def check(self) -> None:
     self.guidance(self.guidance_scale)
@@ -408,12 +410,12 @@ class Spm(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Lrm(Section):
-  """The latent reward model of arXiv 2502.01051; times are of its noise schedule."""
+  """The latent reward model of arXiv 2502.01051; times count steps of its noise schedule."""
 
-  guidance_scale: float = 7.5  # of the features of the UNet's middle; up to 1: the prompt's alone
+  guidance_scale: float = 7.5  # for the features of the UNet's middle; 1 or less: the prompt's alone
   first_time: int = 1
   last_time: int = 951  # the noisiest
-  time_step: int = 50  # between two times; 1: all of them
+  time_step: int = 50  # between two times; 1: every time
 
   def check(self) -> None:
     self.guidance(self.guidance_scale)
@@ -456,7 +458,7 @@ class Checkpoint(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Sample(Section):
-  """Every so many steps (0: never) the same validation prompts are drawn from the same noise, and measured."""
+  """Draws the same validation prompts from the same noise every so many steps (0: never), and measures them."""
 
   every: int = 0
   num_prompts: int = 8
@@ -479,11 +481,11 @@ class Evaluation(Section):
   bootstrap_samples: int = 2000
   seed: int = 12345
   split: str = "test"
-  # After the run python -m jaxpref.evaluate compares base and aligned model by these, with commas between them:
+  # After the run, python -m jaxpref.evaluate compares base and aligned model by these scorers, separated by commas:
   # names of docs/evaluation.md, or a function of your own as package.module:function.
   scorers: str = ""
-  prompts: Place = "emoji"  # for them: a file, or emoji (those of `split`); num_prompts of it, 0: all
-  diversity: str = ""  # the CLIP that measures it; one of the scorers by itself
+  prompts: Place = "emoji"  # for the scorers: a file, or emoji (its `split`); uses num_prompts of them, 0: all
+  diversity: str = ""  # the CLIP that measures it; "": one of the scorers
 
   def check(self) -> None:
     self.one_of("split", SPLITS)
@@ -502,38 +504,38 @@ class Evaluation(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Config(Section):
-  """The whole of a recipe."""
+  """A whole recipe."""
 
-  objective: str = "dpo"  # one of FACTS, or package.module:NAME of your own (docs/extending.md)
+  objective: str = "dpo"  # one of FACTS, or your own as package.module:NAME (docs/extending.md)
   options: Any = Options()
   seed: int = 0
-  # Updates; for spo and grpo: iterations (rollout, scoring, and the updates it pays for). A run that is beyond them
-  # is refused; a finished one goes on with more if its learning rate is constant.
+  # Updates; for spo and grpo: iterations (rollout, scoring, and the updates they pay for). A run that has gone further
+  # raises; a finished one continues with more steps if its learning rate is constant.
   num_steps: int = 1000
   batch_size: int = 32  # global: pairs, images, or prompts of one rollout
-  accumulation: int = 1  # micro-batches that an update is split into
-  dtype: str = "float32"  # of computation and of what is not trained: float32 or bfloat16; what is trained is float32
+  accumulation: int = 1  # number of micro-batches in an update
+  dtype: str = "float32"  # for computation and frozen weights: float32 or bfloat16; trained weights are float32
   remat: str = "none"  # what the UNet's backward pass recomputes: none, attention, block or full; or "none,block,..."
-  vae_slicing: int = 0  # images that the VAE encodes or decodes at a time on each device; 0: all of a batch
-  family: str = "stable_diffusion"  # of the model: Stable Diffusion 1.x, 2.x, SDXL; or package.module:NAME of your own
-  # What is loaded. Each is a folder, a hub name, "tiny-sd" (shipped), "random:PRESET", or
-  # "drawn:PRESET" (random, too: see jaxpref/files/loading.py); the model may be a checkpoint in one .safetensors file.
+  vae_slicing: int = 0  # images the VAE takes at a time on each device; 0: the whole batch
+  family: str = "stable_diffusion"  # Stable Diffusion 1.x, 2.x, SDXL; or your own as package.module:NAME
+  # What to load. Each is a folder, a hub name, "tiny-sd" (shipped), "random:PRESET" or "drawn:PRESET" (also random:
+  # see jaxpref/files/loading.py). The model may also be a checkpoint in one .safetensors file.
   model: Place = "tiny-sd"
-  model_config: Place | None = None  # of such a file: a folder of config.json files that says its topology
+  model_config: Place | None = None  # for such a file: a folder of config.json files with its topology
   vae_model: Place | None = None  # a VAE's folder, hub name or file, instead of the model's own
   unet_model: Place | None = None  # a UNet's folder, hub name or file, instead of the model's own
-  preference_model: Place | None = None  # spo, grpo: a reward; spm, lrm: what to start from
-  # What spo and grpo are rewarded by: "" is preference_model, or a weighted sum of it and names of docs/evaluation.md,
-  # such as "pickscore:1,aesthetic:0.1"; grpo also takes a function of your own, package.module:function. "latent" takes
-  # preference_model for a latent reward model (docs/methods.md).
+  preference_model: Place | None = None  # for spo, grpo: a reward; for spm, lrm: what to start from
+  # The reward of spo and grpo: "" is preference_model; or a weighted sum of it and names of docs/evaluation.md, such as
+  # "pickscore:1,aesthetic:0.1". grpo also takes a function of your own, package.module:function. "latent" takes
+  # preference_model as a latent reward model (docs/methods.md).
   reward: str = ""
-  reward_timeout: float = 600.0  # seconds that such a function may take for the images of an iteration
-  judge: Place | None = None  # evaluation only
-  # Pixels of the images that are trained on and drawn: a side, or (height, width); None: by the UNet's sample_size.
+  reward_timeout: float = 600.0  # seconds such a function may take for the images of an iteration
+  judge: Place | None = None  # for evaluation only
+  # Pixels of the images to train on and draw: a side, or (height, width); None: from the UNet's sample_size.
   image_size: int | tuple[int, int] | None = None
   mesh: Mesh = Mesh()
-  max_bad_steps: int = 5  # steps in a row whose loss or gradient is not finite, and whose update is left out; then stop
-  profile_steps: str = ""  # START:STOP, e.g. 10:13: a profile of these steps in WORKDIR/profile
+  max_bad_steps: int = 5  # steps in a row with a non-finite loss or gradient to skip before stopping
+  profile_steps: str = ""  # START:STOP, e.g. 10:13: writes a profile of these steps to WORKDIR/profile
   data: Data = Data()
   lora: Lora = Lora()
   optimizer: Optimizer = Optimizer()
@@ -546,7 +548,7 @@ class Config(Section):
   spm: Spm = Spm()
   lrm: Lrm = Lrm()
   vae: Vae = Vae()
-  train_text_encoder: bool = False  # denoise only
+  train_text_encoder: bool = False  # for denoise only
   logging: Logging = Logging()
   checkpoint: Checkpoint = Checkpoint()
   sample: Sample = Sample()
@@ -605,24 +607,24 @@ class Config(Section):
     return [value for value in values if isinstance(value, Section)]
 
 
-AnyConfig: TypeAlias = Config | ml_collections.ConfigDict  # their fields are read alike
+AnyConfig: TypeAlias = Config | ml_collections.ConfigDict  # both are read the same way
 
 
 # ---- The two forms of a config: what a recipe changes, and what is read ------------------------------------------
 
 
 def default() -> ml_collections.ConfigDict:
-  """Returns the full set of fields, to be changed. Commands refuse an unknown field by name."""
+  """Returns all fields with their defaults, for a recipe to change. Commands refuse an unknown field by name."""
   return ml_collections.ConfigDict(fields(Config))
 
 
 def typed(config: AnyConfig) -> Config:
-  """Returns the dataclasses of a ConfigDict, and a `Config` as it is.
+  """Returns the dataclasses of a ConfigDict; returns a `Config` unchanged.
 
-  `options` is of the dataclass that the objective brings; what the ConfigDict leaves out has its default.
+  `options` has the dataclass that the objective brings. Fields that the ConfigDict leaves out get their defaults.
 
   Raises:
-    ValueError: an unknown field, or a value of another type than the field has.
+    ValueError: a field is unknown, or a value has another type than its field.
   """
   if isinstance(config, Config):
     return config
@@ -633,7 +635,7 @@ def typed(config: AnyConfig) -> Config:
 
 
 def _options(objective: str, values: Mapping[str, Any]) -> Any:
-  """Returns `options` with some values: of the objective's class, or of one made for them."""
+  """Returns `options` with the values given: of the objective's class, or of one made for them."""
   kind = options_class(objective)
   if kind is None:
     return dataclasses.make_dataclass("Options", values, bases=(Options,), frozen=True)(**values)
@@ -641,10 +643,10 @@ def _options(objective: str, values: Mapping[str, Any]) -> Any:
 
 
 def options_class(objective: str) -> type | None:
-  """Returns the dataclass of `config.options` that an objective brings, `Method.config`; None if it brings none.
+  """Returns the dataclass of `config.options` that an objective brings as `Method.config`; None if it brings none.
 
   Raises:
-    ValueError: there is no such objective, or what it brings is no dataclass.
+    ValueError: the objective does not exist, or what it brings is not a dataclass.
   """
   if ":" not in objective:
     return None
@@ -655,10 +657,10 @@ def options_class(objective: str) -> type | None:
 
 
 def fill_options(config: ml_collections.ConfigDict, objective: str) -> None:
-  """Adds the options of an objective that the recipe does not set, so that the command line can set them.
+  """Adds the objective's options that the recipe does not set, so that the command line can set them.
 
   Raises:
-    ValueError: an unknown option, or a value of another type; and as `options_class`.
+    ValueError: an option is unknown or has a value of another type; also raised as by `options_class`.
   """
   kind = options_class(objective)
   if kind is None:
@@ -671,14 +673,14 @@ def fill_options(config: ml_collections.ConfigDict, objective: str) -> None:
 
 
 def replace(config: AnyConfig, values: Mapping[str, Any]) -> Config:
-  """Returns a config with other values.
+  """Returns a config with some values replaced.
 
   >>> replace(default(), {"data.split": "test"}).data.split
   'test'
 
   Args:
-    config: stays as it is.
-    values: by dotted name.
+    config: is not changed.
+    values: new values by dotted name.
   """
   found: Any = typed(config)
   for name, value in values.items():
@@ -689,7 +691,7 @@ def replace(config: AnyConfig, values: Mapping[str, Any]) -> Config:
 
 
 def names(config: ml_collections.ConfigDict | None = None, prefix: str = "") -> list[str]:
-  """Dotted names of all fields."""
+  """Returns the dotted names of all fields."""
   found: list[str] = []
   for key, value in (default() if config is None else config).items():
     nested = isinstance(value, ml_collections.ConfigDict)
@@ -709,15 +711,15 @@ def optional_names(kind: type, prefix: str = "") -> list[str]:
 
 
 def to_dict(config: AnyConfig) -> dict[str, Any]:
-  """Returns nested plain values, for `config.json`."""
+  """Returns the config as nested plain values, for `config.json`."""
   return config.to_dict()
 
 
 def check(config: AnyConfig) -> None:
-  """Refuses values that cannot run, before anything is loaded or compiled.
+  """Raises for values that cannot run, before anything is loaded or compiled.
 
   Raises:
-    ValueError: one sentence: field, value, what was expected.
+    ValueError: one sentence with the field, its value and what was expected.
   """
   whole = typed(config)
   of = facts(whole)
@@ -730,25 +732,25 @@ def check(config: AnyConfig) -> None:
 
 
 def _check_options(config: Config) -> None:
-  """Refuses options of an objective that are no numbers, then by the check of their own class."""
+  """Checks that the numbers among an objective's options are finite, then runs their class's own check."""
   options, kind = config.options, options_class(config.objective)
   usual = {field.name: field.default for field in dataclasses.fields(options)}
   for name, value in dataclasses.asdict(options).items():
-    # Infinity may be what a class says itself.
+    # A class may use infinity as its own default.
     if isinstance(value, float) and not math.isfinite(value) and (math.isnan(value) or value != usual[name]):
       raise ValueError(f"config.options.{name}={value!r}; expected a finite number.")
   if kind is not None and hasattr(options, "check"):
     given = f"config.objective={config.objective}: the check of its options"
-    expected = "a ValueError whose sentence begins with config.options, where something is wrong"
+    expected = "a ValueError whose sentence begins with config.options, if something is wrong"
     with calling(given, config.objective, expected, options.check):
       options.check()
 
 
 def parse_steps(text: str) -> tuple[int, int]:
-  """START:STOP as two numbers; (0, 0) for "".
+  """Parses START:STOP into two numbers; "" into (0, 0).
 
   Raises:
-    ValueError: anything else, or a range without a step.
+    ValueError: the text is anything else, or a range without a step.
 
   >>> parse_steps("10:13")
   (10, 13)
@@ -765,13 +767,13 @@ def parse_steps(text: str) -> tuple[int, int]:
 
 
 def smoke(config: ml_collections.ConfigDict, preset: str) -> None:
-  """Shrinks a recipe to about a minute on a CPU: its code path, on a miniature of the same topology.
+  """Shrinks a recipe to about a minute on a CPU: the same code path on a miniature of the same topology.
 
-  Random weights, the embedded emoji, three steps, no evaluation. What decides which code runs stays as it is.
+  It uses random weights, the embedded emoji, three steps and no evaluation. Fields that decide which code runs stay.
 
   Args:
     config: changed in place.
-    preset: of `jaxpref.models.presets`: "sd15-miniature" or "sdxl-miniature".
+    preset: a name of `jaxpref.models.presets`: "sd15-miniature" or "sdxl-miniature".
   """
   config.model = f"random:{preset}"
   config.model_config = config.vae_model = config.unet_model = config.image_size = None
@@ -798,6 +800,6 @@ def smoke(config: ml_collections.ConfigDict, preset: str) -> None:
 
 
 def use_embedded_data(config: ml_collections.ConfigDict) -> None:
-  """The emoji in the place of what a recipe trains on, and no options that they have nothing for."""
+  """Replaces a recipe's training data by the emoji, and clears options that do not apply to them."""
   config.data.update(source="emoji", path=None, images=None, scores=None, labels="given", split="train")
   config.data.update(min_gap=0.0, keep_best=False, validation_share=0.0)

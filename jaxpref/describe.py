@@ -1,9 +1,9 @@
-"""What is in preference data: `python -m jaxpref.describe SOURCE --out=FOLDER`.
+"""Says what preference data holds: `python -m jaxpref.describe SOURCE --out=FOLDER`.
 
-SOURCE is a folder or file of any kind that training takes (see docs/data.md); several are compared with each other. It
-prints counts, ties, labels, captions, pairs of a prompt, and the sizes of some images, and says how many prompts the
-splits or sources have in common. Into --out it writes the same as stats.json, and for each a picture of some records:
-the winner in a green frame, a tie in grey, a disliked image in red.
+SOURCE is a folder or file of any kind that training accepts (see docs/data.md); several are compared with each other.
+The command prints counts, ties, labels, captions, pairs per prompt, the sizes of some images, and how many prompts the
+splits or sources share. With --out it also writes stats.json and, for each source, a picture of some records: the
+winner in a green frame, a tie in grey, a disliked image in red.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from jaxpref.data.files import PROGRESS_AFTER
 from jaxpref.devices import endings
 from jaxpref.evaluation import pictures
 
-SIDE, FRAME, GAP, COLUMNS = 128, 4, 12, 3  # of the picture: an image, its frame and the space, in pixels; records a row
+SIDE, FRAME, GAP, COLUMNS = 128, 4, 12, 3  # of the picture: pixels of an image, its frame and the gap; records in a row
 CAPTION_HEIGHT = 44
 GREEN, GREY, RED = (0, 150, 60), (150, 150, 150), (200, 40, 40)
 IN_COMMON = "prompts in common"
@@ -34,19 +34,26 @@ CLIP_LENGTH = 75  # tokens that fit beside the start and the end
 
 
 def main(argv: list[str] | None = None) -> None:
-  """Parses the arguments, prints; expected errors end in one sentence."""
+  """Parses the arguments and prints; an expected error ends the program with one sentence."""
   parser = arguments.Parser(prog="python -m jaxpref.describe", description=__doc__)
   add = parser.add_argument
   add("source", type=arguments.place, nargs="+", metavar="SOURCE", help="folder or file")
-  add("--kind", choices=sources.KINDS, help="of SOURCE (default: by its name and first lines)")
-  add("--split", action="append", help="of a tfds dataset; may be repeated (default: all)")
-  add("--images", type=arguments.place, metavar="FOLDER", help="of rankings (default: the one named as the file)")
-  add("--pairs", choices=("all", "winner"), default="all", help="of rankings (default: %(default)s)")
+  add("--kind", choices=sources.KINDS, help="kind of SOURCE (default: detected from its name and first lines)")
+  add("--split", action="append", help="split of a tfds dataset; may be repeated (default: all)")
+  add(
+    "--images",
+    type=arguments.place,
+    metavar="FOLDER",
+    help="folder of the images of rankings (default: the one named like the file)",
+  )
+  add(
+    "--pairs", choices=("all", "winner"), default="all", help="which pairs of a ranking to use (default: %(default)s)"
+  )
   add("--tokenizer", type=arguments.path, metavar="FOLDER", help="a CLIP tokenizer, to count tokens (default: none)")
-  add("--sample", type=int, default=200, metavar="N", help="records whose images are looked at (default: %(default)s)")
+  add("--sample", type=int, default=200, metavar="N", help="records whose images are read (default: %(default)s)")
   add("--pictures", type=int, default=36, metavar="N", help="records in the picture (default: %(default)s)")
-  add("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
-  add("--out", type=arguments.path, metavar="FOLDER", help="where stats.json and the pictures go (default: none)")
+  add("--seed", type=int, default=0, help="seed of the sample (default: %(default)s)")
+  add("--out", type=arguments.path, metavar="FOLDER", help="folder for stats.json and the pictures (default: none)")
   args = parser.parse_args(argv)
   doing = f"describing {' '.join(args.source)}"
   with endings.one_sentence(ValueError, OSError, doing=doing, again="run the same command again"):
@@ -54,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def describe(args: argparse.Namespace) -> str:
-  """Opens, counts, writes; arguments as of the command.
+  """Opens and counts the sources and writes what --out asks for; takes the arguments of the command.
 
   Returns:
     The text to print.
@@ -99,7 +106,7 @@ def describe(args: argparse.Namespace) -> str:
 
 
 def _remove_pictures(folder: pathlib.Path) -> None:
-  """Removes the pictures of an earlier run, whose sources its stats.json names."""
+  """Removes the pictures of an earlier run, which its stats.json names."""
   try:
     names = list(json.loads((folder / "stats.json").read_text(encoding="utf-8")))
   except (OSError, ValueError, TypeError):
@@ -109,7 +116,7 @@ def _remove_pictures(folder: pathlib.Path) -> None:
 
 
 def _open_all(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
-  """name -> kind and source; each split of a tfds dataset is one."""
+  """Returns {name: (kind, source)}; each split of a tfds dataset is a source."""
   opened: dict[str, tuple[str, Any]] = {}
   for path in args.source:
     kind = args.kind or sources.detect_kind(path)
@@ -128,7 +135,7 @@ def _open_all(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
 
 
 def pair_stats(index: index_lib.Index) -> dict[str, Any]:
-  """Of all pairs: labels, prompts, captions."""
+  """Returns numbers about all pairs: labels, prompts, captions."""
   label = index.label_0
   stats: dict[str, Any] = {
     "pairs": len(index),
@@ -153,14 +160,14 @@ def pair_stats(index: index_lib.Index) -> dict[str, Any]:
 
 
 def unpaired_stats(index: index_lib.Index) -> dict[str, Any]:
-  """Of all single images: labels, prompts, captions."""
+  """Returns numbers about all single images: labels, prompts, captions."""
   return {"images": len(index), "liked": float(np.mean(index.label_0 > 0.5))} | _prompt_numbers(
     index, "images_of_a_prompt"
   )
 
 
 def prompt_stats(prompts: Sequence[str]) -> dict[str, Any]:
-  """Of a list of prompts."""
+  """Returns numbers about a list of prompts."""
   prompt = index_lib.prompt_ids(prompts)
   return {
     "prompts": len(prompts),
@@ -178,13 +185,13 @@ def _prompt_numbers(index: index_lib.Index, name: str) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
-  """Mean, median, 95th percentile and largest."""
+  """Returns mean, median, 95th percentile and maximum."""
   half, most, largest = np.percentile(values, [50, 95, 100]).tolist()
   return {"mean": round(float(np.mean(values)), 2), "median": half, "95%": most, "max": largest}
 
 
 def image_stats(sample: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """Of the images of some records: size, format, bytes, and how many cannot be read."""
+  """Returns numbers about the images of some records: size, format, bytes, and how many cannot be read."""
   from PIL import Image
 
   sizes: collections.Counter[str] = collections.Counter()
@@ -199,7 +206,7 @@ def image_stats(sample: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
           sizes[f"{image.width}x{image.height}"] += 1
           formats[str(image.format)] += 1
         records.open_image(record[key])
-      except Exception as error:  # Pillow raises many kinds
+      except Exception as error:  # Pillow raises many types
         unreadable.append(str(error))
   because = {"unreadable_because": dict(collections.Counter(unreadable).most_common(3))} if unreadable else {}
   return {
@@ -213,7 +220,7 @@ def image_stats(sample: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def token_stats(captions: Sequence[str], count: Callable[[list[str]], list[int]]) -> dict[str, float]:
-  """Tokens of some captions, and the share of them that is too long for CLIP."""
+  """Returns statistics of the tokens of some captions, and the share of captions that is too long for CLIP."""
   tokens = np.asarray(count(list(captions)))
   return spread(tokens) | {f"above {CLIP_LENGTH}": float(np.mean(tokens > CLIP_LENGTH))}
 
@@ -221,7 +228,7 @@ def token_stats(captions: Sequence[str], count: Callable[[list[str]], list[int]]
 def _token_counter(folder: pathlib.Path) -> Callable[[list[str]], list[int]]:
   if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
     raise FileNotFoundError(f"{folder} has no vocab.json and no tokenizer.json; expected a CLIP tokenizer.")
-  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch: tokenizers need none
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # silences the note that PyTorch is missing
   from transformers import CLIPTokenizer
 
   tokenizer = CLIPTokenizer.from_pretrained(str(folder))
@@ -233,7 +240,7 @@ def _prompts(kind: str, source: Any) -> np.ndarray:
 
 
 def common_prompts(prompts: Mapping[str, np.ndarray]) -> dict[str, int]:
-  """How many prompts each two of several sets have in common."""
+  """Returns how many prompts each two of several sources share."""
   names = list(prompts)
   return {
     f"{a} and {b}": len(np.intersect1d(prompts[a], prompts[b], assume_unique=True))
@@ -243,7 +250,7 @@ def common_prompts(prompts: Mapping[str, np.ndarray]) -> dict[str, int]:
 
 
 def as_text(stats: Mapping[str, Any]) -> str:
-  """The numbers as lines, a block for each source."""
+  """Returns the numbers as lines, with a block for each source."""
 
   def number(value: Any) -> str:
     if isinstance(value, Mapping):
@@ -266,7 +273,7 @@ def _image_fields(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def contact_sheet(sample: Sequence[Mapping[str, Any]]) -> np.ndarray:
-  """u8[H, W, 3]: the images of records side by side, framed by their label, with the caption under them."""
+  """Returns u8[H, W, 3]: the images of records side by side, framed by their label, captions below."""
   from PIL import Image, ImageDraw
 
   images = len(_image_fields(sample[0]))
@@ -286,7 +293,7 @@ def contact_sheet(sample: Sequence[Mapping[str, Any]]) -> np.ndarray:
       except records.UnreadableImage:
         draw.text((x + FRAME + 4, top + SIDE // 2), "unreadable", fill="black")
     words = textwrap.wrap(records.text(record["caption"]), width=cell_width // 6, max_lines=3, placeholder=" ...")
-    # The font that comes with Pillow has the letters of Latin 1.
+    # Pillow's built-in font has the letters of Latin 1.
     text = "\n".join(words).encode("latin-1", "replace").decode("latin-1")
     draw.multiline_text((left, top + SIDE + 2 * FRAME + 2), text, fill="black", spacing=1)
   return np.asarray(canvas)
@@ -303,7 +310,7 @@ def _colours(record: Mapping[str, Any]) -> tuple[tuple[int, int, int], ...]:
 
 
 def _file_name(name: str) -> str:
-  """The last parts of a path, as a file name."""
+  """Returns the last parts of a path as a file name."""
   parts = pathlib.PurePosixPath(name.replace(":", "/")).parts
   return "-".join(part for part in parts[-4:] if part != "/")
 

@@ -1,12 +1,12 @@
-"""Compares models by pictures of the same prompts from the same seeds:
+"""Compares models by their pictures of the same prompts from the same seeds:
 
     python -m jaxpref.evaluate --models base=tiny-sd aligned=runs/spo_tiny --prompts=emoji --scorers judge tiny-clip
 
-The first model is the one that the others are compared with. --out gets the pictures, their scores, tables (Markdown,
-LaTeX, CSV, JSON) and report.html, a page by itself with intervals and the pictures side by side. An interrupted run
-continues with the same command, which is refused while the first one still runs; models and scorers can be added to a
-finished one. All devices take part. Several
-processes, started as for training (docs/operations.md), share the work if --out is on a disk that all of them see.
+The first model is the one that the others are compared with. --out receives the pictures, their scores, tables
+(Markdown, LaTeX, CSV, JSON) and report.html, a single file with intervals and the pictures side by side. The same
+command continues an interrupted run; it fails while the first one still runs. Models and scorers can be added to a
+finished one. All devices take part. Several processes, started as for training (docs/operations.md), share the work if
+all of them see the disk of --out.
 """
 
 import argparse
@@ -38,8 +38,8 @@ from jaxpref.recipes.messages import listed
 from jaxpref.recipes.sizes import sides
 from jaxpref.rewards import published
 
-Model = tuple[str, tuple[adapters.LoraFile, ...]]  # as of --model and --lora of jaxpref.sample
-IMAGES_AT_A_TIME = 256  # read for scoring
+Model = tuple[str, tuple[adapters.LoraFile, ...]]  # like --model and --lora of jaxpref.sample
+IMAGES_AT_A_TIME = 256  # pictures read for scoring
 WAIT_SECONDS = 24 * 3600.0  # for the pictures of other processes
 
 
@@ -47,19 +47,21 @@ WAIT_SECONDS = 24 * 3600.0  # for the pictures of other processes
 
 
 def main(argv: list[str] | None = None) -> None:
-  """Parses the arguments and evaluates; expected errors end in one sentence."""
+  """Parses the arguments and evaluates; an expected error ends the program with one sentence."""
   parser = make_parser()
   distributed.add_arguments(parser)
   args = parser.parse_args(argv)
   args.scorers = [name for spec in args.scorers for name in spec.split(",") if name]
   expected = (ValueError, OSError)
-  with endings.one_sentence(*expected, doing=f"evaluating into {args.out}", again="the same command goes on"):
+  with endings.one_sentence(
+    *expected, doing=f"evaluating into {args.out}", again="run the same command again to continue"
+  ):
     with distributed.joined(distributed.launch_of(args), args.out, expected=expected):
       evaluate(args)
 
 
 def make_parser() -> argparse.ArgumentParser:
-  """Of the arguments that `evaluate` takes."""
+  """Returns the parser of the arguments that `evaluate` takes."""
   parser = arguments.Parser(prog="python -m jaxpref.evaluate", description=__doc__)
   add = parser.add_argument
   add(
@@ -68,22 +70,22 @@ def make_parser() -> argparse.ArgumentParser:
     nargs="+",
     required=True,
     metavar="NAME=MODEL",
-    help="a folder, hub name, checkpoint file, shipped model or run; "
-    "NAME=MODEL+a.safetensors:0.8+b.safetensors adds 0.8 of one LoRA, and another one",
+    help="folder, hub name, checkpoint file, shipped model or run; "
+    "NAME=MODEL+a.safetensors:0.8+b.safetensors adds one LoRA at strength 0.8 and another at 1",
   )
   add(
     "--model_config",
     nargs="+",
     default=[],
     metavar="NAME=FOLDER",
-    help="of a checkpoint file: a folder of config.json files that says its topology, where it is not a published one",
+    help="for a checkpoint file: a folder of config.json files with its topology, if that is not a published one",
   )
   add(
     "--unet_model",
     nargs="+",
     default=[],
     metavar="NAME=UNET",
-    help="a UNet's folder, hub name or file, in the place of that model's own",
+    help="a UNet's folder, hub name or file, instead of that model's own",
   )
   add(
     "--prompts",
@@ -91,37 +93,37 @@ def make_parser() -> argparse.ArgumentParser:
     required=True,
     help="emoji (the embedded test captions), emoji:SPLIT, or a file of prompts: docs/evaluation.md",
   )
-  add("--prompts_kind", choices=prompt_sets.KINDS, help="format of the file (default: by its name and content)")
-  add("--num_prompts", type=int, help="so many of them, evenly spread (default: all)")
+  add("--prompts_kind", choices=prompt_sets.KINDS, help="format of the file (default: from its name and content)")
+  add("--num_prompts", type=int, help="how many prompts to use, evenly spread (default: all)")
   add(
     "--scorers",
     nargs="+",
     default=["pickscore"],
-    help=f"{', '.join(published.PUBLISHED)}; NAME=FOLDER for weights elsewhere; or MODULE:FUNCTION of your own; with "
-    "spaces or commas in between (default: %(default)s)",
+    help=f"{', '.join(published.PUBLISHED)}; NAME=FOLDER for weights elsewhere; or your own MODULE:FUNCTION; separated "
+    "by spaces or commas (default: %(default)s)",
   )
-  add("--diversity", default=None, help="CLIP for the distance among a prompt's pictures (default: one of --scorers)")
-  add("--preferred_style", default="openmoji", help="that the judge looks for (default: %(default)s)")
-  add("--score_batch_size", type=int, default=32, help="pictures scored at a time (default: %(default)s)")
+  add("--diversity", default=None, help="CLIP that measures how a prompt's pictures differ (default: one of --scorers)")
+  add("--preferred_style", default="openmoji", help="style that the judge looks for (default: %(default)s)")
+  add("--score_batch_size", type=int, default=32, help="pictures to score at a time (default: %(default)s)")
   settings.add_arguments(parser)
-  add("--pictures", type=int, default=12, help="in each section of report.html (default: %(default)s)")
+  add("--pictures", type=int, default=12, help="pictures in each section of report.html (default: %(default)s)")
   add(
     "--geneval_layout",
     "--geneval-layout",
     type=arguments.path,
     metavar="FOLDER",
-    help="also lay out pictures for GenEval's own scorer",
+    help="also write the pictures in the layout of GenEval's own scorer",
   )
-  add("--out", type=arguments.path, default=pathlib.Path("evaluation"), help="new folder, or one to continue")
+  add("--out", type=arguments.path, default=pathlib.Path("evaluation"), help="a new folder, or one to continue")
   parser.set_defaults(set_aside=False)
   return parser
 
 
 def arguments_of_run(config: Config, workdir: str) -> argparse.Namespace:
-  """What `evaluate` compares a finished run and its base model by: config.evaluation, into WORKDIR/evaluation.
+  """Returns the arguments that compare a finished run with its base model: config.evaluation, into WORKDIR/evaluation.
 
   Raises:
-    ValueError, FileNotFoundError: there are no such prompts or scorers.
+    ValueError, FileNotFoundError: the prompts or scorers do not exist.
   """
   e = config.evaluation
   prompts = f"emoji:{e.split}" if e.prompts == "emoji" else e.prompts
@@ -138,16 +140,16 @@ def arguments_of_run(config: Config, workdir: str) -> argparse.Namespace:
   if e.num_prompts:  # 0: all
     fields["num_prompts"] = min(e.num_prompts, len(read_prompts(prompts)))
   args = make_parser().parse_args(command + [f"--{name}={value}" for name, value in fields.items()])
-  args.set_aside = True  # the evaluation of a run that was continued since, or changed
+  args.set_aside = True  # an older evaluation, of a run that was continued since or changed
   check(args)
   return args
 
 
 def check(args: argparse.Namespace) -> tuple[dict[str, Model], list[prompt_sets.Prompt]]:
-  """The models and the prompts that are asked for; refuses what cannot work before anything is loaded.
+  """Returns the models and prompts asked for; raises for what cannot work before anything is loaded.
 
   Raises:
-    ValueError, FileNotFoundError: one sentence: argument, value, what was expected.
+    ValueError, FileNotFoundError: one sentence with the argument, its value and what was expected.
   """
   settings.check(args)
   arguments.check_numbers(args, "score_batch_size", most=arguments.MAX_AT_A_TIME)
@@ -158,7 +160,7 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Model], list[prompt_sets.
   names = [spec.partition("=")[0] for spec in args.scorers]
   for name in names:
     if names.count(name) > 1:
-      raise ValueError(f"--scorers names {name} twice; scores are kept by name, so give it once.")
+      raise ValueError(f"--scorers names {name} twice; scores are stored by name, so give it once.")
   if args.diversity is not None and args.diversity.partition("=")[0] not in published.CLIPS:
     raise ValueError(f"--diversity={args.diversity}; expected one of {', '.join(published.CLIPS)}, or NAME=FOLDER.")
   for spec in (*args.scorers, *filter(None, [args.diversity])):
@@ -167,7 +169,7 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Model], list[prompt_sets.
 
 
 def evaluate(args: argparse.Namespace) -> None:
-  """Draws, scores, writes, and prints the table. Several processes of JAX share the work."""
+  """Draws, scores, writes, and prints the table. JAX processes share the work."""
   models, prompts = check(args)
   sizes = check_sizes(models, args)
   if args.geneval_layout:
@@ -187,15 +189,15 @@ def _evaluate(
   sizes: dict[str, list[int]],
   held: lease.Held,
 ) -> None:
-  """The work of `evaluate`, in a folder that this run alone writes."""
+  """Does the work of `evaluate` in a folder that only this run writes."""
   folder, first = args.out, jax.process_index() == 0
   if not first:
     distributed.barrier("evaluation: the folder is begun")
     if not (folder / "manifest.json").is_file():
-      raise ValueError(f"this host does not see {folder}, which another one has begun; use a disk that all hosts see.")
+      raise ValueError(f"this host does not see {folder}, which another host has begun; use a disk that all hosts see.")
   asked = evaluation_folder.make_manifest(args, models, prompts, sizes)
   if first and args.set_aside and (aside := evaluation_folder.set_aside(folder, asked, held)) is not None:
-    print(f"{folder} was of other weights or settings, and is {aside} now", file=sys.stderr)
+    print(f"{folder} held results of other weights or settings; they are in {aside} now", file=sys.stderr)
   manifest = evaluation_folder.open_folder(folder, asked)
   if first:
     distributed.barrier("evaluation: the folder is begun")
@@ -235,7 +237,7 @@ def _evaluate(
 def write_files(
   folder: pathlib.Path, results: dict[str, Any], prompts: Sequence[prompt_sets.Prompt], args: argparse.Namespace
 ) -> None:
-  """Tables, page, and GenEval's folders."""
+  """Writes the tables, the page, and GenEval's folders."""
   place = lambda model, p, s: evaluation_folder.image_file(folder, model, p, s)
   comparison.write(folder, results, place, pictures=args.pictures)
   for name in results["models"] if args.geneval_layout else ():
@@ -247,11 +249,11 @@ def write_files(
 
 
 def parse_models(specs: Sequence[str]) -> dict[str, Model]:
-  """Reads NAME=MODEL or NAME=MODEL+FILE.safetensors[:STRENGTH]+... -> name: (model, its LoRAs), in order.
+  """Reads NAME=MODEL or NAME=MODEL+FILE.safetensors[:STRENGTH]+... into {name: (model, its LoRAs)}, in order.
 
   Raises:
-    ValueError: no name, a name that cannot be a folder's, one given twice, or a strength that is no number.
-    FileNotFoundError: there is no such LoRA.
+    ValueError: a name is missing, cannot name a folder or is given twice, or a strength is not a number.
+    FileNotFoundError: a LoRA does not exist.
   """
   found: dict[str, Model] = {}
   for spec in specs:
@@ -263,7 +265,7 @@ def parse_models(specs: Sequence[str]) -> dict[str, Model]:
     if name in found:
       raise ValueError(f"--models names {name!r} twice; give each model its own name.")
     loras: list[adapters.LoraFile] = []
-    # A checkpoint's own name may have a plus in it, and a UNet may be a file.
+    # A checkpoint's own name may contain a plus, and a UNet may be a file.
     while not pathlib.Path(source).is_file() and (
       part := re.fullmatch(rf"(.+)(?!{re.escape(loading.UNET)})\+([^+]*\.safetensors(?::[^+/]*)?)", source)
     ):
@@ -278,33 +280,33 @@ def parse_models(specs: Sequence[str]) -> dict[str, Model]:
 
 
 def with_unets(models: dict[str, Model], specs: Sequence[str]) -> dict[str, Model]:
-  """The models of `parse_models`, some of them with another UNet, by NAME=UNET.
+  """Returns the models of `parse_models`, with other UNets for those named as NAME=UNET.
 
   Raises:
-    ValueError: a name that none of the models has, or that is there twice.
+    ValueError: no model has the name, or it is given twice.
   """
   found = dict(models)
   for name, other in _by_name("--unet_model", "UNET", models, specs):
     source, loras = found[name]
     if loading.split_unet(source)[1]:
-      raise ValueError(f"--unet_model {name}={other}: {name} has another UNet already; give each model one.")
+      raise ValueError(f"--unet_model {name}={other}: {name} already has another UNet; give each model one.")
     found[name] = (loading.with_unet(source, other), loras)
   return found
 
 
 def with_configs(models: dict[str, Model], specs: Sequence[str]) -> dict[str, Model]:
-  """The models of `parse_models`, some of them with the folder of their topology, by NAME=FOLDER; raises likewise."""
+  """Returns the models of `parse_models`, with topologies for those named as NAME=FOLDER; raises as `with_unets`."""
   found = dict(models)
   for name, folder in _by_name("--model_config", "FOLDER", models, specs):
     source, loras = found[name]
     if loading.split_config(source)[1]:
-      raise ValueError(f"--model_config {name}={folder}: {name} has one already; give each model one.")
+      raise ValueError(f"--model_config {name}={folder}: {name} already has one; give each model one.")
     found[name] = (loading.with_config(source, folder), loras)
   return found
 
 
 def _by_name(option: str, what: str, models: dict[str, Model], specs: Sequence[str]) -> Iterator[tuple[str, str]]:
-  """Yields the two halves of each NAME=WHAT."""
+  """Yields the two halves of each NAME=WHAT; raises ValueError for a name that no model has."""
   for spec in specs:
     name, equals, value = spec.partition("=")
     if not equals or not value or name not in models:
@@ -313,7 +315,7 @@ def _by_name(option: str, what: str, models: dict[str, Model], specs: Sequence[s
 
 
 def read_prompts(name: str, *, kind: str | None = None, count: int | None = None) -> list[prompt_sets.Prompt]:
-  """The embedded captions of a split ("emoji" or "emoji:SPLIT"), or those of a file; `count` of them, evenly spread."""
+  """Returns `count` evenly spread prompts: embedded captions ("emoji" or "emoji:SPLIT"), or those of a file."""
   source, _, split = name.partition(":")
   if source == "emoji":
     prompts = [prompt_sets.Prompt(e.caption, e.group, e.id) for e in emoji.load_index("core", split or "test")]
@@ -321,17 +323,17 @@ def read_prompts(name: str, *, kind: str | None = None, count: int | None = None
     prompts = prompt_sets.read(name, kind=kind)
   if count is not None:
     if not 1 <= count <= len(prompts):
-      raise ValueError(f"--num_prompts={count}; {name} has {len(prompts)}, expected 1 to that.")
+      raise ValueError(f"--num_prompts={count}; {name} has {len(prompts)}, expected 1 to {len(prompts)}.")
     prompts = [prompts[i] for i in np.linspace(0, len(prompts) - 1, count).round().astype(int)]
   return prompts
 
 
 def check_sizes(models: dict[str, Model], args: argparse.Namespace) -> dict[str, list[int]]:
-  """Height and width of each model's pictures, from its configs alone.
+  """Returns height and width of each model's pictures, from its configs alone.
 
   Raises:
-    ValueError: they differ, so that pictures cannot be compared; or a model cannot draw them.
-    FileNotFoundError: a model, a LoRA or the VAE is not there.
+    ValueError: they differ, so pictures cannot be compared; or a model cannot draw them.
+    FileNotFoundError: a model, a LoRA or the VAE does not exist.
   """
   found = {}
   for name, (source, loras) in models.items():
@@ -360,9 +362,9 @@ def draw_missing(
   args: argparse.Namespace,
   mesh: Mesh,
 ) -> None:
-  """Draws those pictures of a model that are not in the folder, or damaged, and forgets the scores it had.
+  """Draws a model's pictures that are missing from the folder or damaged, and forgets the scores of the old ones.
 
-  Of several processes each looks after its own share of the pictures.
+  Each process looks after its own share of the pictures.
   """
   files = [evaluation_folder.image_file(folder, name, p, s) for p in range(len(prompts)) for s in range(args.seeds)]
   mine = own_share(len(files))
@@ -383,7 +385,7 @@ def draw_missing(
     numbers=missing,
     **settings.of_draw(args, module, tokenize),
   )
-  evaluation_folder.forget_scores(folder, name)  # of the pictures before
+  evaluation_folder.forget_scores(folder, name)  # of the old pictures
   with paths.cannot_be_written(folder):
     files[0].parent.mkdir(parents=True, exist_ok=True)
   for numbers, images in batches:
@@ -397,12 +399,12 @@ def draw_missing(
 
 
 def own_share(count: int) -> np.ndarray:
-  """i64[n]: those of the numbers below `count` that this process works on."""
+  """Returns i64[n]: the numbers below `count` that this process works on."""
   return np.arange(jax.process_index(), count, jax.process_count())
 
 
 def shared(count: int, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-  """f32[count]: `compute` of all numbers below `count`, of which each process does its share."""
+  """Returns f32[count], `compute` of all numbers below `count`; each process computes its share."""
   values = np.asarray(compute(own_share(count)), np.float32)
   if jax.process_count() == 1:
     return values
@@ -414,7 +416,7 @@ def shared(count: int, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarra
 def score_images(
   folder: pathlib.Path, model: str, scorer: published.Scorer, prompts: Sequence[prompt_sets.Prompt], seeds: int
 ) -> np.ndarray:
-  """f64[P, S] of a model's pictures."""
+  """Returns f64[P, S], the scores of a model's pictures."""
 
   def compute(numbers: np.ndarray) -> np.ndarray:
     found = [np.zeros(0, np.float32)]
@@ -438,15 +440,15 @@ def score_missing(
   mesh: Mesh,
   held: lease.Held,
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-  """Scores the models' pictures by each scorer, but for those whose scores are in the folder.
+  """Scores the models' pictures with each scorer, except where the folder already has the scores.
 
   Returns:
-    What each scorer is: its name, version and scale; and by model and scorer the scores, lists [P][S].
+    The name, version and scale of each scorer; and the scores by model and scorer, as lists [P][S].
   """
   described: list[dict[str, Any]] = []
   found: dict[str, dict[str, Any]] = {name: {} for name in models}
   for spec in args.scorers:
-    # In float32, whatever the pictures were drawn in: a score of bfloat16 is another one.
+    # In float32, whatever dtype the pictures were drawn in: bfloat16 gives other scores.
     scorer = published.load(spec, batch_size=args.score_batch_size, mesh=mesh, preferred_style=args.preferred_style)
     described.append({"name": scorer.name, "version": scorer.version, "scale": scorer.scale})
     known = {"version": scorer.version, "scale": scorer.scale}
@@ -462,7 +464,7 @@ def score_missing(
 
 
 def image_diversity(folder: pathlib.Path, model: str, embed: Any, num_prompts: int, seeds: int) -> list[float]:
-  """Of each prompt's pictures: see `published.diversity`."""
+  """Returns the diversity of each prompt's pictures: see `published.diversity`."""
   at_a_time = max(1, IMAGES_AT_A_TIME // seeds)
 
   def compute(numbers: np.ndarray) -> np.ndarray:

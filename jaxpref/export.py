@@ -1,10 +1,10 @@
 """Writes a run's model or adapter: `python -m jaxpref.export runs/dpo_sd15 --format=kohya --out=style.safetensors`.
 
-RUN is the work folder of a text-to-image run (spo, grpo, dpo, tdpo, kto, denoise), finished or not; its last checkpoint
-is taken, or that of --step; which one it was is said on stderr. The formats:
+RUN is the work folder of a text-to-image run (spo, grpo, dpo, tdpo, kto, denoise), finished or not. The command takes
+its last checkpoint, or that of --step, and says on stderr which one. The formats:
 
-  pipeline  a diffusers folder (`from_pretrained`): the trained model, an adapter merged into it
-  lora      the adapter alone, for diffusers (`load_lora_weights`): a file, or a folder with one
+  pipeline  a diffusers folder (`from_pretrained`): the trained model, with an adapter merged into it
+  lora      the adapter alone, for diffusers (`load_lora_weights`): a file, or a folder with one file
   kohya     the adapter alone, for ComfyUI and AUTOMATIC1111: a file
 """
 
@@ -28,24 +28,24 @@ TEXT_TO_IMAGE = tuple(name for name, facts in config_lib.FACTS.items() if facts.
 
 
 def main(argv: list[str] | None = None) -> None:
-  """Parses the arguments, writes; expected errors end in one sentence."""
+  """Parses the arguments and writes; an expected error ends the program with one sentence."""
   parser = arguments.Parser(prog="python -m jaxpref.export", description=__doc__)
   parser.add_argument("run", type=arguments.path, metavar="RUN", help="work folder: config.json and checkpoints/")
   parser.add_argument("--format", choices=("pipeline", "lora", "kohya"), required=True, help="see above")
   parser.add_argument(
-    "--out", type=arguments.path, required=True, metavar="PATH", help="new folder, or new file NAME.safetensors"
+    "--out", type=arguments.path, required=True, metavar="PATH", help="a new folder, or a new file NAME.safetensors"
   )
-  parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint (default: the last one)")
+  parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the last one)")
   parser.add_argument(
     "--dtype",
     choices=("float32", "float16", "bfloat16"),
-    help="precision of the files (default: float16 for a pipeline, float32 for an adapter, which is small)",
+    help="precision of the files (default: float16 for a pipeline, float32 for an adapter)",
   )
   parser.add_argument(
     "--unet_model",
     type=arguments.place,
     metavar="UNET",
-    help="where config.unet_model of the run is now: a folder, hub name or file",
+    help="where the run's config.unet_model is now: a folder, hub name or file",
   )
   args = parser.parse_args(argv)
   with endings.one_sentence(ValueError, OSError, doing=f"exporting to {args.out}", again="run the same command again"):
@@ -61,10 +61,10 @@ def export(
   dtype: str | None = None,
   unet_model: str | None = None,
 ) -> pathlib.Path:
-  """Writes what `run` has trained; arguments as of the command.
+  """Writes what `run` has trained; takes the arguments of the command.
 
   Returns:
-    The folder or file that was written.
+    The folder or file written.
   Raises:
     ValueError, OSError: one sentence on what is missing or does not fit.
   """
@@ -74,7 +74,7 @@ def export(
   if unet_model is not None:
     config.unet_model = unet_model
   name = loading.model_name(config)
-  # Of an objective of one's own the weights say it, so that its module need not be there.
+  # The weights say what a user's own objective trains, so that its module need not be installed.
   if ":" not in config.objective and config_lib.facts(config).trains != "denoiser":
     raise ValueError(
       f"{run} trained config.objective={config.objective!r}, expected one of {', '.join(TEXT_TO_IMAGE)}; a finished "
@@ -90,10 +90,10 @@ def export(
   paths.check_writable(out, "--out")
 
   of = families.get(config.family)
-  if form == "pipeline":  # for an adapter by itself its model need not be there
+  if form == "pipeline":  # an adapter alone does not need its model
     families.look_for(of, name, vae_model=config.vae_model)
   params, step = checkpoint.load_params(run, step)
-  end = "" if step == config.num_steps else f"; it is not the end of the run, which is step {config.num_steps}"
+  end = "" if step == config.num_steps else f"; the run ends at step {config.num_steps}"
   print(f"exporting step {step} of {run}{end}", file=sys.stderr)
   if not {of.denoiser, f"{of.denoiser}_lora"} & set(params):
     raise ValueError(f"{run} trained {', '.join(params)}, expected {of.denoiser}; its model is in export/ at the end.")
@@ -115,25 +115,27 @@ def export(
 
 
 def read_config(run: pathlib.Path) -> ConfigDict:
-  """The config of a work folder.
+  """Returns the config of a work folder.
 
   Raises:
-    ValueError, FileNotFoundError: there is none, or not one of this version.
+    ValueError, FileNotFoundError: there is no config, or it is not of this version.
   """
   path = run / "config.json"
   if not path.is_file():
     raise FileNotFoundError(
-      f"{run} is no work folder of a run: it has no config.json; give the --workdir of a training."
+      f"{run} is not the work folder of a run: it has no config.json; give the --workdir of a training."
     )
   config = config_lib.default().lock()
   try:
     values = json.loads(path.read_text(encoding="utf-8"))
-    options = values.pop("options", {})  # whose fields are those of an objective of its own
+    options = values.pop("options", {})  # their fields may be those of a user's own objective
     config.update(values)
     with config.unlocked():
       config.options.update(options)
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(f"{path} is no config of this version ({error}); export with the version that trained.") from error
+    raise ValueError(
+      f"{path} is not a config of this version ({error}); export with the version that trained."
+    ) from error
   return config
 
 

@@ -9,7 +9,7 @@ so that masks, example weights and the one division by the global number of vali
 the caller; no randomness, no model, no config. `err` is a squared error averaged over H, W, C and
 `logp` a Gaussian log-density averaged over H, W, C. A pair (w, l) shares prompt, timestep and
 noise. `weight` is a factor on the margin, one per pair: the timestep-aware reward scale lambda(t)
-of arXiv 2505.18736, `diffusion.timestep_reward_scale`, works with every loss that has a margin.
+of arXiv 2505.18736 (`diffusion.timestep_reward_scale`) works with every loss that has a margin.
 """
 
 import math
@@ -25,7 +25,7 @@ _MAX_LOG_RATIO = 20.0
 
 
 def implicit_reward(err: jax.Array, ref_err: jax.Array) -> jax.Array:
-  """Implicit reward of a sample under Diffusion-DPO: -(err - ref_err) / 2.
+  """Returns the implicit reward of a sample under Diffusion-DPO: -(err - ref_err) / 2.
 
   The difference of two of them times beta is the logit of arXiv 2311.12908, Eq. 14,
   -(beta / 2) [(err_w - err_w_ref) - (err_l - err_l_ref)], with the 1/2 that some public
@@ -49,7 +49,7 @@ def implicit_reward(err: jax.Array, ref_err: jax.Array) -> jax.Array:
 
 
 def clipped_log_ratio(logp: jax.Array, ref_logp: jax.Array, *, eps: float) -> jax.Array:
-  """log clip(exp(logp - ref_logp), 1 - eps, 1 + eps), the reward of a step in SPO.
+  """Returns log clip(exp(logp - ref_logp), 1 - eps, 1 + eps), the reward of a step in SPO.
 
   Clipped in log space, so that no ratio overflows. No gradient where the clip is active, none to
   the reference.
@@ -76,15 +76,15 @@ def clipped_log_ratio(logp: jax.Array, ref_logp: jax.Array, *, eps: float) -> ja
 
 
 def order_pair(value_0: jax.Array, value_1: jax.Array, label_0: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Sorts what belongs to images 0 and 1 of labelled pairs into winner and loser.
+  """Sorts the values of images 0 and 1 of labelled pairs into winner and loser.
 
   Args:
     value_0: [B] a reward, error or score of image 0.
     value_1: [B] the same of image 1.
     label_0: f32[B] preference for image 0 in {0, 0.5, 1}, as in Pick-a-Pic.
   Returns:
-    (value_w, value_l) and valid f32[B], 0 for ties: a tie has no winner, and is to be masked out
-    of the pair losses rather than counted as a win of image 1.
+    (value_w, value_l) and valid f32[B], 0 for ties. A tie has no winner: mask it out of the pair
+    losses instead of counting it as a win of image 1.
   Raises:
     ValueError: shapes that disagree.
 
@@ -100,7 +100,7 @@ def order_pair(value_0: jax.Array, value_1: jax.Array, label_0: jax.Array) -> tu
 
 
 def select_pair(scores: jax.Array, *, threshold: float | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Best and worst of a pool of candidates, and whether they differ enough to learn from.
+  """Returns the best and worst of a pool of candidates, and whether they differ enough to learn from.
 
   The criterion is softmax([s_w, s_l])_w - softmax([s_w, s_l])_l > threshold, which equals
   tanh((s_w - s_l) / 2) > threshold (SPO, arXiv 2406.04314).
@@ -125,9 +125,9 @@ def select_pair(scores: jax.Array, *, threshold: float | jax.Array) -> tuple[jax
 
 
 def implicit_accuracy(reward_w: jax.Array, reward_l: jax.Array) -> jax.Array:
-  """1 where the winner's reward is larger, 0 where smaller, 0.5 where equal; f32[B].
+  """Returns f32[B]: 1 where the winner's reward is larger, 0 where smaller, 0.5 where equal.
 
-  Half a point for equality: 0.5, not 0, is the accuracy of a policy equal to its reference.
+  Equality counts half, so a policy equal to its reference has accuracy 0.5, not 0.
   """
   _check_vectors(reward_w=reward_w, reward_l=reward_l)
   return 0.5 * (1.0 + jnp.sign(_f32(reward_w) - _f32(reward_l)))
@@ -350,7 +350,7 @@ def d3po_loss(
 
 
 def sft_loss(err_w: jax.Array) -> jax.Array:
-  """Supervised fine-tuning on the winners: the denoising error itself, f32[B].
+  """Supervised fine-tuning on the winners: returns the denoising error itself, f32[B].
 
   The baseline of every preference loss (arXiv 2006.11239, Eq. 14, mean over H, W, C).
 
@@ -362,10 +362,10 @@ def sft_loss(err_w: jax.Array) -> jax.Array:
 
 
 def kto_baseline(reward: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-  """K = max(0, mean(err_ref - err)) of Diffusion-KTO, an estimate of the KL divergence.
+  """Returns K = max(0, mean(err_ref - err)) of Diffusion-KTO, an estimate of the KL divergence.
 
-  The mean is over the global batch: under `jit` on a sharded array it is; inside `shard_map`, or
-  with accumulation over microbatches, compute it once for all and pass it to `kto_loss`.
+  The mean is over the global batch, as under `jit` on a sharded array. Inside `shard_map`, or with
+  accumulation over microbatches, compute it once for all and pass it to `kto_loss`.
 
   Args:
     reward: f32[B] `implicit_reward` of all samples, desirable or not.
@@ -461,7 +461,7 @@ def mapo_loss(
 
 
 def _x_over_expm1(x: jax.Array) -> jax.Array:
-  """x / (exp(x) - 1) for x >= 0, without overflow and with a gradient at 0."""
+  """Returns x / (exp(x) - 1) for x >= 0, without overflow and with a gradient at 0."""
   tiny = x < 1e-3
   safe = jnp.where(tiny, 1.0, x)
   return jnp.where(tiny, 1.0 - x / 2.0 + x * x / 12.0, safe * jnp.exp(-safe) / -jnp.expm1(-safe))
@@ -480,9 +480,9 @@ def dspo_loss(
   """DSPO, || (eps_w - eps) - beta (1 - sigmoid(z)) (eps_w - eps_w_ref) ||^2, z as in `dpo_loss`.
 
   Score matching to the preferred distribution. Gradients flow through the prediction, the
-  difference to the reference and z, as in the released trainers; with those, beta must stay far
-  below 2: beyond it the gradient at initialisation changes sign. With their 0.001 it is `sft_loss`
-  to a thousandth: at initialisation the gradient is 1 - beta / 2 times that one's.
+  difference to the reference and z, as in the released trainers. Therefore beta must stay far
+  below 2: above it the gradient at initialisation changes sign. With their 0.001 it is `sft_loss`
+  to a thousandth: at initialisation its gradient is 1 - beta / 2 times that of `sft_loss`.
 
   Args:
     pred_w: [B, ...] the policy's prediction for the preferred sample.
@@ -490,7 +490,7 @@ def dspo_loss(
     target_w: [B, ...] the training target, the noise for an epsilon network.
     reward_w: f32[B] `implicit_reward` of the preferred sample.
     reward_l: f32[B] `implicit_reward` of the dispreferred sample.
-    beta: strength of the pull to the reference, of the margin and of the correction alike.
+    beta: strength of the pull to the reference, in the margin and in the correction.
     weight: f32[B] factor on the margin z; None for 1.
   Returns:
     f32[B], mean over H, W, C; err_w where policy and reference agree.
@@ -521,7 +521,7 @@ def safeguard_scale(
   *,
   mu: float = 0.0,
 ) -> jax.Array:
-  """How much of the loser's gradient an update may use without raising the winner's error.
+  """Returns how much of the loser's gradient an update may use without raising the winner's error.
 
   To first order, and measured in output space, a step along -(g_w - lam g_l), with g the
   gradient of the error, changes err_w by -(|g_w|^2 - lam g_w . g_l). It does not grow for
@@ -556,7 +556,7 @@ def safeguard_scale(
 
 
 def scale_gradient(x: jax.Array, scale: jax.Array) -> jax.Array:
-  """x unchanged in value, with its gradient multiplied by scale; f32[B].
+  """Returns x unchanged in value, with its gradient multiplied by scale; f32[B].
 
   >>> print(jax.grad(lambda x: scale_gradient(x, jnp.array([0.25])).sum())(jnp.array([3.0])))
   [0.25]
@@ -578,14 +578,14 @@ def group_advantages(
   normalize_std: bool = True,
   eps: float = 1e-4,
 ) -> jax.Array:
-  """Advantages relative to the other samples of the same prompt: (r - mean) / (std + eps).
+  """Returns advantages relative to the other samples of the same prompt: (r - mean) / (std + eps).
 
   Args:
-    reward: f32[B] rewards, the group_size samples of a prompt next to each other.
+    reward: f32[B] rewards, with the group_size samples of a prompt next to each other.
     group_size: samples per prompt; B must be a multiple of it.
     mask: f32[B] 1 for the samples that count; None for all. Others get advantage 0.
     normalize_std: False only subtracts the mean (arXiv 2503.20783).
-    eps: keeps a group of equal rewards at advantage 0.
+    eps: gives a group of equal rewards advantage 0.
   Returns:
     f32[B] without gradient, of mean 0 in every group.
   Raises:
@@ -624,8 +624,8 @@ def ddpo_loss(
 ) -> jax.Array:
   """DDPO, the policy gradient of a denoising step.
 
-  Without old_logp the score-function estimator, -A logp, for samples of the current policy. With
-  it the importance-sampled one, max(-A r, -A clip(r, 1 - eps, 1 + eps)), r = exp(logp - old_logp).
+  Without old_logp it is the score-function estimator, -A logp, for samples of the current policy.
+  With it, the importance-sampled one: max(-A r, -A clip(r, 1 - eps, 1 + eps)), r = exp(logp - old_logp).
 
   Args:
     logp: f32[B] log-density of the step under the policy, mean over H, W, C.
@@ -709,8 +709,8 @@ def preference_loss(score_0: jax.Array, score_1: jax.Array, label_0: jax.Array) 
 
       loss = -label_0 log p_0 - (1 - label_0) log p_1 (+ log 0.5 for a tie),  p = softmax(s_0, s_1)
 
-  The offset makes the least loss of a tie 0, as it is for the other labels; it has no gradient.
-  Multiply by 1 / num_example_per_prompt to weigh prompts rather than pairs.
+  The offset makes the smallest loss of a tie 0, as for the other labels; it has no gradient.
+  Multiply by 1 / num_example_per_prompt to weigh prompts instead of pairs.
 
   Args:
     score_0: f32[B] score (logit) of image 0, exp(logit_scale) cos(image, text).
@@ -781,7 +781,7 @@ def _mean_where(x: jax.Array, mask: jax.Array, *, axis: int) -> jax.Array:
 
 
 def _normalize(x: jax.Array) -> jax.Array:
-  """Rows of unit length; a zero row stays zero, with gradient 0 rather than NaN."""
+  """Scales rows to unit length; a zero row stays zero, with gradient 0 instead of NaN."""
   square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
@@ -790,7 +790,7 @@ def _normalize(x: jax.Array) -> jax.Array:
 
 
 def _margin(reward_w, reward_l, beta, weight):
-  """z = weight beta (r_w - r_l), the weight acting on each pair by itself."""
+  """Returns z = weight beta (r_w - r_l), with a weight for each pair."""
   _check_vectors(reward_w=reward_w, reward_l=reward_l, weight=reward_w if weight is None else weight)
   z = beta * (_f32(reward_w) - _f32(reward_l))
   return z if weight is None else _f32(weight) * z
@@ -816,7 +816,7 @@ def _check_same_precision(**arrays):
   dtypes = {name: jnp.asarray(x).dtype.name for name, x in arrays.items()}
   if len(set(dtypes.values())) != 1:
     raise ValueError(
-      f"policy and reference are of different precision, {dtypes}; compute both in float32, or "
+      f"policy and reference have different precisions, {dtypes}; compute both in float32, or "
       f"their difference is not 0 where they agree."
     )
 

@@ -1,9 +1,9 @@
-"""Trains by a recipe, or goes on with a run:
+"""Trains a recipe, or continues a run:
 
     python -m jaxpref.main --config=configs/spo_tiny.py --workdir=runs/spo_tiny --config.num_steps=80
 
-jaxpref/config.py lists all fields of a recipe. Several processes need nothing else under SLURM, Open MPI, Kubernetes
-and on TPUs; elsewhere --distributed, --coordinator_address, --num_processes and --process_id (docs/operations.md).
+jaxpref/config.py lists all fields of a recipe. Under SLURM, Open MPI and Kubernetes and on TPUs several processes need
+no flags; elsewhere use --distributed, --coordinator_address, --num_processes and --process_id (docs/operations.md).
 """
 
 import os
@@ -23,15 +23,15 @@ from jaxpref.devices import chips, distributed, endings
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
-  "The recipe, e.g. configs/spo_tiny.py or configs/spo_sdxl.py:smoke; change a field with --config.NAME=VALUE.",
+  "The recipe, e.g. configs/spo_tiny.py or configs/spo_sdxl.py:smoke. Change a field with --config.NAME=VALUE.",
 )
 _WORKDIR = arguments.define_place(
   "workdir",
   None,
-  "Folder of checkpoints, metrics and results, the same for all processes; the same command resumes, and is refused "
+  "Folder of checkpoints, metrics and results, the same for all processes. The same command resumes a run; it fails "
   "while the first one still runs. Default: runs/NAME of the recipe.",
 )
-AGAIN = "the same command goes on from the last checkpoint"
+AGAIN = "the same command continues from the last checkpoint"
 distributed.define_flags()
 flags.mark_flag_as_required("config")
 
@@ -42,22 +42,22 @@ def _default_workdir() -> str:
 
 
 def set_defaults(environment: MutableMapping[str, str]) -> None:
-  """Sets the environment variables of libraries that nobody has set; to be called before JAX is imported."""
+  """Sets defaults for libraries' environment variables; must run before JAX is imported."""
   caches = os.path.expanduser(environment.get("XDG_CACHE_HOME") or "~/.cache")
-  # A compiled step is kept, so that the second start of a run does not wait for it.
+  # Compiled steps are kept, so that the second start of a run does not compile again.
   environment.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(caches, "jaxpref", "compiled"))
-  environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # a start has a hundred small programs
+  environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # a start compiles a hundred small programs
   if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment:  # its older name
     environment.setdefault("XLA_CLIENT_MEM_FRACTION", str(chips.GPU_SHARE))
   if virtual := re.search(r"xla_force_host_platform_device_count=(\d+)", environment.get("XLA_FLAGS", "")):
-    # A virtual device that waits for the others holds a thread; with as few as there are cores, all may wait for ever.
+    # A virtual device that waits for the others holds a thread; with only as many as cores, all may wait for ever.
     environment.setdefault("NPROC", str(4 * int(virtual[1])))
 
 
 def main(argv: list[str]) -> None:
-  """Runs the recipe; expected errors end in one sentence (--verbosity=1 shows the traceback)."""
+  """Runs the recipe; an expected error ends the program with one sentence (--verbosity=1 shows the traceback)."""
   if len(argv) > 1:
-    sys.exit(f"error: unexpected argument {argv[1]!r}; fields are set as --config.NAME=VALUE.")
+    sys.exit(f"error: unexpected argument {argv[1]!r}; set fields with --config.NAME=VALUE.")
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   workdir = _WORKDIR.value or _default_workdir()
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
 
 
 def run_and_evaluate(config: Config, workdir: str) -> None:
-  """`loop.run`; then, if config.evaluation.scorers names any, the comparison with the base model by them."""
+  """Calls `loop.run`, then compares with the base model by config.evaluation.scorers, if there are any."""
   from jaxpref import evaluate
   from jaxpref.data import lease
   from jaxpref.training import loop
@@ -82,15 +82,15 @@ def run_and_evaluate(config: Config, workdir: str) -> None:
     loop.run(config, workdir)
     return
   config_lib.check(config)
-  arguments = evaluate.arguments_of_run(config, workdir)  # what is not there is refused before the training
-  with lease.hold(workdir):  # in between, too
+  arguments = evaluate.arguments_of_run(config, workdir)  # raises for missing files before training
+  with lease.hold(workdir):  # also between the two
     loop.run(config, workdir)
     evaluate.evaluate(arguments)
 
 
 def run() -> None:
-  """The console entry point."""
-  set_defaults(os.environ)  # now, as reading the options of an objective of your own imports JAX
+  """Runs the command: the console entry point."""
+  set_defaults(os.environ)  # now: reading the options of your own objective imports JAX
   with endings.one_sentence(doing="training", again=AGAIN):
     app.run(main, flags_parser=arguments.parse_flags)
 

@@ -1,15 +1,15 @@
-"""Draws pairs of pictures for prompts, to be trained on once someone, or a reward, has said which is the better one.
+"""Draws pairs of pictures for prompts, to train on once a person or a reward has said which picture is better.
 
     python -m jaxpref.pairs --model=tiny-sd --prompts=emoji:train --seeds=4 --out=pairs --label=tiny-clip
     python -m jaxpref.main --config=configs/dpo_tiny.py --config.data.source=pairs_file --config.data.path=pairs
 
-With --other_model a pair has one picture of each model, such as of the base model and the aligned one. --label may also
-come later, and again with another reward: with --out and --label alone nothing is drawn. An interrupted run continues
-with the same command, to the same files; it is refused while the first one still runs. All devices take part. Several
-processes, started as for training (docs/operations.md), share the work if --out is on a disk that all of them see.
+With --other_model a pair has one picture of each model, such as the base model and the aligned one. --label may also
+come later, and again with another reward: --out and --label alone draw nothing. The same command continues an
+interrupted run and gives the same files; it fails while the first one still runs. All devices take part. Several
+processes, started as for training (docs/operations.md), share the work if all of them see the disk of --out.
 
---out gets images/, settings.json (what they were drawn with), pictures.jsonl (of each picture the prompt, the model,
-and the seed and number of the noise it began with) and pairs.jsonl, the `pairs_file` to train on; with --label also
+--out receives images/, settings.json (what they were drawn with), pictures.jsonl (for each picture its prompt, its
+model, and the seed and number of its initial noise) and pairs.jsonl, the `pairs_file` to train on; with --label also
 scores.jsonl and labels.json. See docs/data.md.
 """
 
@@ -44,88 +44,90 @@ SETTINGS, PICTURES, SCORES, LABELS = "settings.json", "pictures.jsonl", "scores.
 NOISES = ("different", "same")
 OF_LABELS = ("label_kind", "min_gap", "pairing", "preferred_style", "score_batch_size")
 LABELS_ALONE = ("label", "out", *OF_LABELS, "distributed", "coordinator_address", "num_processes", "process_id")
-IMAGES_AT_A_TIME = 256  # of each process, read for scoring
-SAVE_SECONDS = 60.0  # between two writes of what is scored so far
+IMAGES_AT_A_TIME = 256  # pictures each process reads for scoring
+SAVE_SECONDS = 60.0  # between two writes of the scores so far
 
 
 # ---- Command -----------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
-  """Parses the arguments, draws and labels; expected errors end in one sentence."""
+  """Parses the arguments, draws and labels; an expected error ends the program with one sentence."""
   parser = make_parser()
   args = parser.parse_args(argv)
   args.changed = [name for name, value in vars(args).items() if value != parser.get_default(name)]
   expected = (ValueError, OSError)
-  with endings.one_sentence(*expected, doing=f"making pairs in {args.out}", again="the same command goes on"):
+  with endings.one_sentence(
+    *expected, doing=f"making pairs in {args.out}", again="run the same command again to continue"
+  ):
     with distributed.joined(distributed.launch_of(args), args.out, expected=expected):
       make_pairs(args)
 
 
 def make_parser() -> argparse.ArgumentParser:
-  """Of the arguments that `make_pairs` takes."""
+  """Returns the parser of the arguments that `make_pairs` takes."""
   parser = arguments.Parser(prog="python -m jaxpref.pairs", description=__doc__)
   add = parser.add_argument
   what = "folder, hub name, shipped model or run"
   add("--model", type=arguments.place, default="tiny-sd", help=f"{what} (default: %(default)s)")
-  add("--model_config", type=arguments.place, help="of a --model in one file: a folder that says its topology")
-  add("--unet_model", type=arguments.place, help="a UNet's folder or hub name, in the place of the model's own")
+  add("--model_config", type=arguments.place, help="for a --model in one file: a folder with its topology")
+  add("--unet_model", type=arguments.place, help="a UNet's folder or hub name, instead of the model's own")
   loras: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "FILE[:STRENGTH]"}
-  add("--lora", **loras, help=".safetensors files of diffusers, PEFT or kohya; a.safetensors:0.8 takes 0.8 of one")
-  add(
-    "--other_model", type=arguments.place, help=f"{what}, which draws the second picture of each pair (default: none)"
-  )
-  add("--other_model_config", type=arguments.place, help="as --model_config, of --other_model")
-  add("--other_unet_model", type=arguments.place, help="as --unet_model, of --other_model")
-  add("--other_lora", **loras, help="as --lora, of --other_model")
+  add("--lora", **loras, help=".safetensors files of diffusers, PEFT or kohya; a.safetensors:0.8 has strength 0.8")
+  add("--other_model", type=arguments.place, help=f"{what} that draws the second picture of each pair (default: none)")
+  add("--other_model_config", type=arguments.place, help="like --model_config, for --other_model")
+  add("--other_unet_model", type=arguments.place, help="like --unet_model, for --other_model")
+  add("--other_lora", **loras, help="like --lora, for --other_model")
   add(
     "--prompts",
     type=arguments.place,
     help="emoji (the embedded test captions), emoji:SPLIT, or a file of prompts: docs/evaluation.md; without it "
-    "nothing is drawn, and --label labels what is there",
+    "nothing is drawn and --label labels the pictures in --out",
   )
-  add("--prompts_kind", choices=prompt_sets.KINDS, help="format of the file (default: by its name and content)")
-  add("--num_prompts", type=int, help="so many of them, evenly spread (default: all)")
+  add(
+    "--prompts_kind", choices=prompt_sets.KINDS, help="format of the file (default: detected from its name and content)"
+  )
+  add("--num_prompts", type=int, help="how many prompts to use, evenly spread (default: all)")
   add(
     "--noise",
     choices=NOISES,
     default=NOISES[0],
-    help="same: both pictures of a pair begin with one noise, the i-th of two models; of one model all of a prompt, "
-    "which differ by --eta alone (default: %(default)s)",
+    help="same: both pictures of a pair start from one noise, with two models the i-th of each; with one model all "
+    "pictures of a prompt do, and differ by --eta alone (default: %(default)s)",
   )
   settings.add_arguments(parser)
-  add("--out", type=arguments.path, required=True, help="new folder, or one to continue or label")
+  add("--out", type=arguments.path, required=True, help="a new folder, or one to continue or label")
   of_labels = parser.add_argument_group("labels by a reward")
   add = of_labels.add_argument
   add(
     "--label",
     metavar="REWARD",
     help=f"{', '.join(published.PUBLISHED)}; preference_model=FOLDER, a step-aware model; NAME=FOLDER for weights "
-    "elsewhere; package.module:function of your own; or a sum such as pickscore:1,aesthetic:0.1, in logits",
+    "elsewhere; your own package.module:function; or a sum such as pickscore:1,aesthetic:0.1, in logits",
   )
   add("--label_kind", choices=labels.KINDS, default="hard", help="soft: probabilities (default: %(default)s)")
   add(
     "--min_gap",
     type=float,
     default=0.0,
-    help="pairs whose two probabilities differ by no more are ties, which dpo leaves out and spm learns equal scores "
-    "from; 0 to 1 (default: %(default)s, equal scores alone)",
+    help="pairs whose two probabilities differ by no more than this, 0 to 1, are ties: dpo leaves them out, spm learns "
+    "equal scores from them (default: %(default)s, equal scores alone)",
   )
   add(
     "--pairing",
     choices=labels.PAIRINGS,
     default=labels.PAIRINGS[0],
-    help="best_worst: of each prompt the pair whose scores differ most (default: %(default)s)",
+    help="best_worst: for each prompt the pair whose scores differ most (default: %(default)s)",
   )
-  add("--preferred_style", default="openmoji", help="that the judge looks for (default: %(default)s)")
-  add("--score_batch_size", type=int, default=32, help="pictures scored at a time (default: %(default)s)")
+  add("--preferred_style", default="openmoji", help="style that the judge looks for (default: %(default)s)")
+  add("--score_batch_size", type=int, default=32, help="pictures to score at a time (default: %(default)s)")
   distributed.add_arguments(parser)
   return parser
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-  """What is to be drawn.
+  """What to draw.
 
   Attributes:
     models: one or two, by name, see `evaluate.Model`.
@@ -139,10 +141,10 @@ class Asked:
 
 
 def check(args: argparse.Namespace) -> Asked | None:
-  """What is to be drawn, None for nothing; refuses what cannot work before anything is loaded.
+  """Returns what to draw, None for nothing; raises for what cannot work before anything is loaded.
 
   Raises:
-    ValueError, FileNotFoundError: one sentence: argument, value, what was expected.
+    ValueError, FileNotFoundError: one sentence with the argument, its value and what was expected.
   """
   if args.label is None and (given := [name for name in OF_LABELS if name in args.changed]):
     raise ValueError(f"--{given[0]} is for labels by a reward; add --label=REWARD, or leave it out.")
@@ -155,11 +157,11 @@ def check(args: argparse.Namespace) -> Asked | None:
   elif given := [name for name in args.changed if name not in LABELS_ALONE]:
     raise ValueError(f"--{given[0]} is for drawing, which needs --prompts; add it, or leave out --{given[0]}.")
   elif args.label is None:
-    raise ValueError("--prompts is missing: name what to draw; or --label, to label what --out holds.")
+    raise ValueError("--prompts is missing; name what to draw, or give --label to label what --out holds.")
   elif not (args.out / PICTURES).is_file():
     raise ValueError(
-      f"--out={args.out} has no {PICTURES}, so its pictures are not complete; draw them by the same command with "
-      "--prompts and the other settings."
+      f"--out={args.out} has no {PICTURES}, so its pictures are not complete; finish them with the command that drew "
+      "them, with --prompts and the other settings."
     )
   if args.label is not None:
     scorers.check(args.label, given=f"--label={args.label!r}", preferred_style=args.preferred_style)
@@ -171,12 +173,12 @@ def _check_drawing(args: argparse.Namespace) -> Asked:
   two = args.other_model is not None
   for name in ("other_model_config", "other_unet_model", "other_lora"):
     if getattr(args, name) and not two:
-      raise ValueError(f"--{name} is for --other_model; name that model, too.")
+      raise ValueError(f"--{name} is for --other_model; name that model too.")
   if args.seeds < 2 and not two:
     raise ValueError(f"--seeds={args.seeds}; expected at least 2, or --other_model: a pair has two pictures.")
   if args.noise == "same" and not two and not args.eta:
     raise ValueError(
-      "--noise=same without --other_model: all pictures of a prompt would be one; add --eta=1, or draw from different "
+      "--noise=same without --other_model makes all pictures of a prompt the same; add --eta=1, or draw from different "
       "noise."
     )
   for option in ("lora", "other_lora"):
@@ -190,7 +192,9 @@ def _check_drawing(args: argparse.Namespace) -> Asked:
   drawing.check_count(len(models) * len(prompts), args.seeds)
   of_prompt = args.seeds**2 if two else args.seeds * (args.seeds - 1) // 2
   if len(prompts) * of_prompt > MAX_COUNT:
-    raise ValueError(f"--seeds={args.seeds}: {len(prompts)} prompts make more than {MAX_COUNT} pairs; draw fewer.")
+    raise ValueError(
+      f"--seeds={args.seeds}: {len(prompts)} prompts make more than {MAX_COUNT} pairs; reduce --seeds or the prompts."
+    )
   if args.out.exists() and not args.out.is_dir():
     raise ValueError(f"--out={args.out} is a file; name a folder.")
   sizes = evaluate.check_sizes(models, args)
@@ -202,7 +206,7 @@ def _model(name: str, topology: str | None, denoiser: str | None, loras: Sequenc
 
 
 def make_pairs(args: argparse.Namespace) -> None:
-  """Draws, and labels where a reward is given. Several processes of JAX share the work."""
+  """Draws pictures, and labels them if a reward is given. JAX processes share the work."""
   asked = check(args)
   with lease.hold(args.out) as held:
     mesh = sharding.make_mesh(devices=jax.local_devices())
@@ -235,9 +239,9 @@ class Picture:
   Attributes:
     image: its file, relative to the folder.
     caption: its prompt.
-    prompt: the number of that.
+    prompt: the number of its prompt.
     model: "model" or "other".
-    seed, number: of the noise that it began with, see `drawing.prior_noise`.
+    seed, number: of its initial noise, see `drawing.prior_noise`.
   """
 
   image: str
@@ -249,12 +253,12 @@ class Picture:
 
 
 def draw(args: argparse.Namespace, asked: Asked, mesh: Mesh, held: lease.Held) -> None:
-  """Draws what the folder lacks, and writes its list of pictures and of pairs without labels."""
+  """Draws what the folder lacks, and writes its list of pictures and the pairs without labels."""
   folder, first = args.out, jax.process_index() == 0
   if not first:
     distributed.barrier("pairs: the folder is begun")
     if not (folder / SETTINGS).is_file():
-      raise ValueError(f"this host does not see {folder}, which another one has begun; use a disk that all hosts see.")
+      raise ValueError(f"this host does not see {folder}, which another host has begun; use a disk that all hosts see.")
   manifest = evaluation_folder.make_manifest(args, asked.models, asked.prompts, asked.sizes)
   manifest["settings"] |= {"noise": args.noise, "models": list(asked.models)}
   evaluation_folder.open_folder(folder, manifest, SETTINGS)
@@ -275,7 +279,7 @@ def draw(args: argparse.Namespace, asked: Asked, mesh: Mesh, held: lease.Held) -
 
 
 def _numbers(args: argparse.Namespace, asked: Asked, place: int) -> tuple[np.ndarray, np.ndarray]:
-  """i64[P * K] of a model's pictures, by prompt: the numbers that they are drawn by, and those of their noise."""
+  """Returns i64[P * K] for a model's pictures, by prompt: the numbers they are drawn by, and those of their noise."""
   own = np.arange(len(asked.prompts) * args.seeds)
   if args.noise == "different":
     own = own + place * own.size
@@ -283,7 +287,7 @@ def _numbers(args: argparse.Namespace, asked: Asked, place: int) -> tuple[np.nda
 
 
 def _shares_noise(args: argparse.Namespace) -> bool:
-  """Whether all pictures of a prompt begin with one noise."""
+  """Returns whether all pictures of a prompt start from one noise."""
   return args.noise == "same" and args.other_model is None
 
 
@@ -305,10 +309,10 @@ def _pictures(args: argparse.Namespace, asked: Asked) -> list[Picture]:
 
 
 def _draw_missing(args: argparse.Namespace, asked: Asked, place: int, mesh: Mesh) -> None:
-  """Draws those pictures of a model that are not in the folder, or damaged; each process its own share.
+  """Draws a model's pictures that are missing from the folder or damaged; each process draws its own share.
 
-  A batch of which one is missing is drawn whole, so that every picture is one of the same batch as in a run without an
-  interruption, and the same to the bit.
+  If one picture of a batch is missing, the whole batch is drawn, so that every picture comes from the same batch as in
+  an uninterrupted run and is the same to the bit.
   """
   name = list(asked.models)[place]
   file = lambda n: evaluation_folder.image_file(args.out, name, *divmod(int(n), args.seeds))
@@ -319,7 +323,7 @@ def _draw_missing(args: argparse.Namespace, asked: Asked, place: int, mesh: Mesh
     return
   module, params, tokenize = settings.load(*asked.models[name], args, mesh)
   if not lacks.all():
-    print(f"{name}: {mine.size - lacks.sum()} of {mine.size} pictures are there", file=sys.stderr)
+    print(f"{name}: {mine.size - lacks.sum()} of {mine.size} pictures already drawn", file=sys.stderr)
   unit = sharding.batch_devices(mesh)
   batch = -(-min(args.batch_size, mine.size) // unit) * unit
   parts = [mine[i : i + batch] for i in range(0, mine.size, batch) if lacks[i : i + batch].any()]
@@ -328,7 +332,7 @@ def _draw_missing(args: argparse.Namespace, asked: Asked, place: int, mesh: Mesh
   drawn = drawing.draw(
     module,
     params,
-    np.concatenate([ids] * (place + 1)),  # of the numbers above those of the first model
+    np.concatenate([ids] * (place + 1)),  # the second model's numbers follow those of the first
     batch_size=batch,
     progress=f"{name}: {len(asked.prompts)} prompts x {args.seeds} seeds" if jax.process_index() == 0 else None,
     mesh=mesh,
@@ -348,7 +352,7 @@ def _draw_missing(args: argparse.Namespace, asked: Asked, place: int, mesh: Mesh
 
 
 def _remove_parts(folder: pathlib.Path) -> None:
-  """Removes what a run that was killed has not finished writing."""
+  """Removes files that a killed run did not finish writing."""
   with paths.cannot_be_written(folder):
     for place in (folder, *folder.glob("images/*")):
       for part in place.glob(f".*{paths.PART}"):
@@ -367,25 +371,25 @@ def _read_rows(file: pathlib.Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in paths.lines(file.read_text(encoding="utf-8")) if line.strip()]
     return [dict(row) for row in rows]
   except (ValueError, TypeError) as error:
-    raise ValueError(f"{file} cannot be read ({error}); make the folder again.") from error
+    raise ValueError(f"{file} cannot be read ({error}); draw into a new folder.") from error
 
 
 def read_pictures(folder: pathlib.Path) -> list[Picture]:
   """Reads pictures.jsonl.
 
   Raises:
-    ValueError: it is not of that form.
-    OSError: it is not there.
+    ValueError: the file does not have that form.
+    OSError: the file does not exist.
   """
   file = folder / PICTURES
   try:
     return [Picture(**row) for row in _read_rows(file)]
   except TypeError as error:
-    raise ValueError(f"{file} cannot be read ({error}); make the folder again.") from error
+    raise ValueError(f"{file} cannot be read ({error}); draw into a new folder.") from error
 
 
 def all_pairs(folder: pathlib.Path, pictures: Sequence[Picture]) -> np.ndarray:
-  """i64[P, T, 2]: the pairs of each prompt, by the numbers of pictures; see `labels.pairs_of_prompts`.
+  """Returns i64[P, T, 2]: the pairs of each prompt, by numbers of pictures; see `labels.pairs_of_prompts`.
 
   Raises:
     ValueError: settings.json and pictures.jsonl do not fit together.
@@ -396,9 +400,11 @@ def all_pairs(folder: pathlib.Path, pictures: Sequence[Picture]) -> np.ndarray:
     prompts, seeds, models, noise = (drawn[name] for name in ("num_prompts", "seeds", "models", "noise"))
     fits = prompts * seeds * len(models) == len(pictures)
   except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"{file} cannot be read ({error!r}); make the folder again.") from error
+    raise ValueError(f"{file} cannot be read ({error!r}); draw into a new folder.") from error
   if not fits:
-    raise ValueError(f"{folder / PICTURES} has {len(pictures)} pictures, {file} says otherwise; make the folder again.")
+    raise ValueError(
+      f"{folder / PICTURES} has {len(pictures)} pictures, {file} says otherwise; draw into a new folder."
+    )
   return labels.pairs_of_prompts(prompts, seeds, models=len(models), same=noise == "same")
 
 
@@ -412,11 +418,11 @@ def write_pairs(
   """Writes pairs.jsonl, which `sources.open_pairs_file` reads.
 
   Args:
-    folder: of the pictures.
-    pictures: of `read_pictures`.
+    folder: that of the pictures.
+    pictures: as `read_pictures` returns them.
     pairs: i64[M, 2] numbers of pictures.
-    label_0: f32[M] in [0, 1]; None for pairs that nobody has judged yet.
-    scores: f64[N] of all pictures, in logits, to be written beside the labels; None for none.
+    label_0: f32[M] in [0, 1]; None for pairs without labels.
+    scores: f64[N] of all pictures, in logits, to write beside the labels; None for none.
   """
 
   def row(m: int) -> dict[str, Any]:
@@ -436,10 +442,10 @@ Known = tuple[str, str]  # name and version of a reward
 
 
 def read_scores(folder: pathlib.Path, pictures: Sequence[Picture]) -> dict[Known, np.ndarray]:
-  """Reads scores.jsonl: f32[N] of all pictures in the reward's own numbers, NaN where there is none.
+  """Reads scores.jsonl into f32[N] for all pictures, in the reward's own units, NaN where there is no score.
 
   Raises:
-    ValueError: it is not of that form.
+    ValueError: the file does not have that form.
   """
   file = folder / SCORES
   found: dict[Known, np.ndarray] = {}
@@ -451,7 +457,7 @@ def read_scores(folder: pathlib.Path, pictures: Sequence[Picture]) -> dict[Known
       of_reward = found.setdefault((row["reward"], row["version"]), np.full(len(pictures), np.nan, np.float32))
       of_reward[place[row["image"]]] = row["score"]
   except (KeyError, TypeError, ValueError) as error:
-    raise ValueError(f"{file} cannot be read ({error!r}); delete it, and it is made again.") from error
+    raise ValueError(f"{file} cannot be read ({error!r}); delete it, and --label makes it again.") from error
   return found
 
 
@@ -469,7 +475,7 @@ def _write_scores(folder: pathlib.Path, pictures: Sequence[Picture], scores: dic
 
 
 def label(args: argparse.Namespace, mesh: Mesh, held: lease.Held) -> None:
-  """Scores the pictures of a complete folder, but for those whose scores are there, and writes the labelled pairs."""
+  """Scores a complete folder's pictures where scores are missing, and writes the labelled pairs."""
   folder, first = args.out, jax.process_index() == 0
   pictures = read_pictures(folder)
   pairs = all_pairs(folder, pictures)
@@ -499,14 +505,14 @@ def label(args: argparse.Namespace, mesh: Mesh, held: lease.Held) -> None:
     told = {"reward": args.label, "kind": args.label_kind, "min_gap": args.min_gap, "pairing": args.pairing}
     told |= {"pairs": len(chosen), "ties": int(np.sum(label_0 == 0.5)), "rewards": described}
     with paths.cannot_be_written(folder):
-      (folder / LABELS).unlink(missing_ok=True)  # so that it never speaks of other pairs
+      (folder / LABELS).unlink(missing_ok=True)  # so that it never describes other pairs
     write_pairs(folder, pictures, chosen, label_0, total if args.label_kind == "hard" else None)
     paths.write(folder / LABELS, (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode())
   distributed.barrier("pairs: the labels are there")
 
 
 def _drawn_by(folder: pathlib.Path) -> list[str]:
-  """The models of a folder, whose tokenizers a step-aware model may share."""
+  """Returns the models that drew a folder; a step-aware model may share their tokenizers."""
   described = json.loads((folder / SETTINGS).read_text(encoding="utf-8")).get("models", {})
   return [settings.model_folder(str(entry.get("model"))) for entry in described.values()]
 
@@ -518,7 +524,7 @@ def _score_missing(
   scores: dict[Known, np.ndarray],
   held: lease.Held,
 ) -> np.ndarray:
-  """f32[N] of all pictures; fills in what `scores` lacks, and saves it from time to time."""
+  """Returns f32[N] for all pictures; computes what `scores` lacks, and saves it from time to time."""
   first = jax.process_index() == 0
   found = scores.setdefault((scorer.name, scorer.version), np.full(len(pictures), np.nan, np.float32))
   at_a_time = IMAGES_AT_A_TIME * jax.process_count()
@@ -547,7 +553,7 @@ def _read(file: pathlib.Path) -> np.ndarray:
   try:
     return evaluation_folder.read_image(file)
   except (OSError, SyntaxError) as error:
-    raise ValueError(f"{file} cannot be read ({error}); the command that drew it draws it again.") from error
+    raise ValueError(f"{file} cannot be read ({error}); run the command that drew it again.") from error
 
 
 if __name__ == "__main__":

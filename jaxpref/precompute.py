@@ -3,11 +3,10 @@
     python -m jaxpref.precompute --config=configs/dpo_sdxl.py --config.data.path=PICKAPIC --out=FOLDER
     python -m jaxpref.main --config=configs/dpo_sdxl.py --config.data.source=precomputed --config.data.path=FOLDER
 
-Training then takes the same steps as without: what is drawn from the VAE's posterior, which captions are dropped and
-which images are mirrored is still decided there. Interrupted at any moment, the same command continues; it is refused
-while the first one still runs. All devices of a host take part. Several hosts, started as for training
-(docs/operations.md), share the files among them if they are given the same FOLDER, on a disk that all of them see or in
-a bucket (gs://); each waits at the end until all have finished.
+Training then takes the same steps as without: it still draws from the VAE's posterior, drops captions and mirrors
+images itself. The same command continues after any interruption; it fails while the first one still runs. All devices
+of a host take part. Several hosts, started as for training (docs/operations.md), share the files among them if they get
+the same FOLDER, on a disk that all of them see or in a bucket (gs://); each waits at the end until all have finished.
 
     python -m jaxpref.precompute --verify --out=FOLDER    # reads all files and names the damaged ones
 
@@ -43,9 +42,9 @@ from jaxpref.models.base import Model
 from jaxpref.training import build, inputs
 
 GIB = 2.0**30
-AGAIN = "the same command goes on"
+AGAIN = "run the same command again to continue"
 WAIT_SECONDS = 5.0  # between two looks at the files of other processes
-# What is not finite is refused; float16 ends at 65504.
+# Non-finite values raise; float16 ends at 65504.
 REMEDY = "set config.dtype=float32, or config.vae_model to a VAE that is made for half precision"
 
 Encode = Callable[[np.ndarray], Any]
@@ -60,18 +59,18 @@ def run(
   process_index: int | None = None,
   process_count: int | None = None,
 ) -> bool:
-  """Makes this process's files of a folder, and completes it if those of the others are there.
+  """Makes this process's files of a folder, and completes the folder if the others' files are there.
 
-  Several processes of JAX wait for each other's files, so that none leaves before the folder is complete: JAX ends all
-  of them some minutes after the first one has left.
+  JAX processes wait for each other's files, so that none leaves before the folder is complete: JAX ends all of them
+  some minutes after the first one has left.
 
   Args:
     config: a recipe of dpo, tdpo, kto, lrm or denoise.
-    out: the folder, new or begun with the same config and weights.
-    rows_per_file: pairs or images in a file; it is the unit in which processes share the work, and all that is lost
-      when one dies.
+    out: a new folder, or one begun with the same config and weights.
+    rows_per_file: pairs or images in a file. Processes share the work in units of a file, and lose at most one when
+      they die.
     batch_size: images, or prompts, on each device at a time.
-    process_index, process_count: of this process; by default JAX's.
+    process_index, process_count: number of this process and of all; JAX's by default.
 
   Returns:
     Whether the folder is complete.
@@ -90,7 +89,7 @@ def run(
     "config": inputs.precomputed_fields(config) | {"image_size": config.image_size},
     "rows_per_file": rows_per_file,
   }
-  latents.check_plan(folder, plan)  # before anything is looked at that takes time
+  latents.check_plan(folder, plan)  # before anything that takes time
   inputs.look_for(config)
   families.look_for(families.get(config.family), loading.model_name(config), vae_model=config.vae_model)
   build.check_image_size(config)
@@ -99,7 +98,7 @@ def run(
   if is_complete(folder):
     _say(f"{folder} is complete.")
     return True
-  # Processes that do not know of each other share a folder by their numbers.
+  # Processes that do not know of each other divide a folder by their numbers.
   name = lease.NAME if together or count == 1 else f"writer_lock_{index}.json"
   with lease.hold(folder, name=name) as held:
     return _run(config, folder, plan, held, batch_size=batch_size, index=index, count=count)
@@ -110,9 +109,9 @@ class _Share:
   """Which files of a folder this process makes.
 
   Attributes:
-    held: the folder, or a share of it, which this run alone writes.
-    index, count: of this process.
-    together: whether the processes are those of JAX, and so wait for each other.
+    held: the lease of the folder, or of this process's share of it.
+    index, count: number of this process and of all.
+    together: whether these are JAX processes, which wait for each other.
   """
 
   folder: Any
@@ -123,7 +122,7 @@ class _Share:
   together: bool
 
   def names(self, kind: str, num_rows: int) -> list[str]:
-    """Returns the names of the files that so many rows, or prompts, make."""
+    """Returns the names of the files for a number of rows or prompts."""
     num_files = -(-num_rows // self.rows_per_file)
     return [latents.file_name(kind, i, num_files) for i in range(num_files)]
 
@@ -132,13 +131,13 @@ class _Share:
     return range(self.index, num_files, self.count)
 
   def part(self, i: int) -> slice:
-    """Returns which of all rows, or prompts, file i holds."""
+    """Returns which of all rows or prompts file i holds."""
     return slice(i * self.rows_per_file, (i + 1) * self.rows_per_file)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Networks:
-  """A model, its parameters on every device of the mesh, and that mesh."""
+  """A model, its parameters on every device of the mesh, and the mesh."""
 
   model: Model
   params: Any
@@ -155,7 +154,7 @@ def _run(
   index: int,
   count: int,
 ) -> bool:
-  """The work of `run`, in a folder, or a share of one, that this run alone writes."""
+  """Does the work of `run` in a folder, or a share of one, that only this run writes."""
   # ---- Networks and data -------------------------------------------------------------------------------------
   mesh = sharding.make_mesh(devices=jax.local_devices())
   everywhere = sharding.replicated(mesh)
@@ -204,14 +203,14 @@ def _run(
 def _write_rows(
   share: _Share, networks: _Networks, data: batching.Batches, empty: np.ndarray, config: Config, *, batch_size: int
 ) -> list[str]:
-  """Makes this process's files of rows that are not there yet.
+  """Makes this process's files of rows that do not exist yet.
 
   Args:
     empty: i32[L], the empty prompt.
     batch_size: images on each device at a time.
 
   Returns:
-    The names of all files, those of the other processes, too.
+    The names of all files, including those of other processes.
   """
   model, mesh, flip = networks.model, networks.mesh, config.data.flip
   names = share.names("rows", data.num_records)
@@ -249,10 +248,10 @@ def _write_rows(
 def _write_prompts(
   share: _Share, networks: _Networks, keys: np.ndarray, input_ids: np.ndarray, *, batch_size: int
 ) -> list[str]:
-  """Makes the files of prompts that are not there yet: this process's, or all, where none waits for the others.
+  """Makes the missing files of prompts: this process's, or all of them if processes do not wait for each other.
 
   Args:
-    keys, input_ids: i64[n] and i32[n, L], of all different prompts.
+    keys, input_ids: i64[n] and i32[n, L] of all different prompts.
     batch_size: prompts on each device at a time.
 
   Returns:
@@ -274,7 +273,7 @@ def _write_prompts(
 
 
 def check(config: Config, *, rows_per_file: int, batch_size: int) -> None:
-  """Refuses what cannot be precomputed, before anything is loaded; raises ValueError."""
+  """Raises ValueError for what cannot be precomputed, before anything is loaded."""
   config_lib.check(config)
   counts = argparse.Namespace(rows_per_file=rows_per_file, batch_size=batch_size)
   arguments.check_numbers(counts, "rows_per_file")
@@ -285,15 +284,19 @@ def check(config: Config, *, rows_per_file: int, batch_size: int) -> None:
       f"expected one of {', '.join(n for n, facts in config_lib.FACTS.items() if inputs.precomputable(facts))}."
     )
   if config.data.source == "precomputed":
-    raise ValueError("config.data.source='precomputed' is what this command makes; give the images it is made from.")
+    raise ValueError(
+      "config.data.source='precomputed' is what this command makes; set the source of the images to make it from."
+    )
   if config.train_text_encoder:
-    raise ValueError("config.train_text_encoder=True changes the text encoder, so prompts cannot be encoded before.")
+    raise ValueError(
+      "config.train_text_encoder=True changes the text encoder, so prompts cannot be encoded beforehand."
+    )
   if config.data.random_crop:
     raise ValueError("config.data.random_crop=True draws other crops each epoch; precomputed data need it to be False.")
 
 
 def is_complete(folder: Any) -> bool:
-  """Whether all files are there in their full size."""
+  """Returns whether all files exist in their full size."""
   try:
     latents.open_folder(folder)
   except (FileNotFoundError, latents.DamagedFile):
@@ -302,7 +305,7 @@ def is_complete(folder: Any) -> bool:
 
 
 def _unfinished(folder: Any, names: Sequence[str], *, wait: bool) -> list[str]:
-  """The files that are not there yet; with wait none, after a while."""
+  """Returns the files that do not exist yet; with `wait`, waits until there are none."""
   told = False
   while missing := [name for name in names if latents.finished(folder, name) is None]:
     if not wait:
@@ -315,13 +318,15 @@ def _unfinished(folder: Any, names: Sequence[str], *, wait: bool) -> list[str]:
 
 
 def _open_data(config: Config, model: Model, tokenize: batching.Tokenize) -> batching.Batches:
-  """The recipe's data, of which the rows are read one by one."""
-  config = config_lib.replace(config, {"batch_size": jax.process_count()})  # the least: no batch is asked for
+  """Returns the recipe's data, whose rows are read one by one."""
+  config = config_lib.replace(
+    config, {"batch_size": jax.process_count()}
+  )  # the smallest possible: batches are never read
   return inputs.offline_batches(config, model.image_size, tokenize)
 
 
 def _encoder(networks: _Networks, stored: Callable[..., Any], rows: int) -> Encode:
-  """Applies a function of (model, params, x) to at most `rows` rows x, spread over the devices; one program for all."""
+  """Returns a function of at most `rows` rows x that calls (model, params, x) on all devices, as a single program."""
   mesh = networks.mesh
   rows = -(-rows // mesh.size) * mesh.size
   compiled = jax.jit(functools.partial(stored, networks.model), compiler_options=chips.compiler_options())
@@ -336,7 +341,7 @@ def _encoder(networks: _Networks, stored: Callable[..., Any], rows: int) -> Enco
 def _numbered_rows(
   data: batching.Batches, positions: range, *, flip: bool, num_threads: int
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-  """Rows of the data and their positions; with flip also what they are if the images are mirrored."""
+  """Yields rows of the data with their positions; with `flip` also the rows with mirrored images."""
   rows = data.rows(positions, num_threads=num_threads)
   if flip:
     mirrored = data.rows(positions, flipped=True, num_threads=num_threads)
@@ -352,14 +357,14 @@ def _row_records(
   *,
   on_rows: Callable[[int], object],
 ) -> Iterator[latents.Record]:
-  """Records of one file. The devices encode while the next images are read.
+  """Yields the records of one file. The devices encode while the next images are read.
 
   Args:
-    rows: of the data, with their positions.
+    rows: rows of the data with their positions.
     empty: i32[L], the empty prompt.
-    encode: of images u8[n, H, W, 3].
+    encode: function of images u8[n, H, W, 3].
     rows_at_a_time: rows whose images are encoded together.
-    on_rows: is told how many are done.
+    on_rows: called with the number of rows done.
   """
   prompts = {latents.prompt_key(empty): empty}
 
@@ -371,7 +376,9 @@ def _row_records(
         if "pixels" in field:
           record[field.replace("pixels", "moments")] = found = next(moments)
           if not np.isfinite(found).all():
-            raise ValueError(f"row {position} of the data: the VAE gives {field} no finite float16 latents; {REMEDY}.")
+            raise ValueError(
+              f"row {position} of the data: the VAE makes no finite float16 latents of {field}; {REMEDY}."
+            )
         elif field.endswith("input_ids"):
           key = latents.prompt_key(value)
           prompts[key] = value
@@ -395,7 +402,7 @@ def _row_records(
 def _prompt_records(
   keys: np.ndarray, input_ids: np.ndarray, encode: Encode, rows_at_a_time: int
 ) -> Iterator[latents.Record]:
-  """Records of one file of prompts, i64[n] and i32[n, L]."""
+  """Yields the records of one file of prompts, i64[n] and i32[n, L]."""
   for start in range(0, len(keys), rows_at_a_time):
     part = slice(start, start + rows_at_a_time)
     fields = jax.tree.map(np.asarray, encode(input_ids[part]))
@@ -407,7 +414,7 @@ def _prompt_records(
 
 
 def verify(folder: str | os.PathLike) -> list[str]:
-  """Reads all files of a complete folder; a sentence on each that is damaged."""
+  """Reads all files of a complete folder; returns a sentence for each damaged one."""
   problems = []
   for name, error in (bar := tqdm(latents.damaged_files(folder), unit=" files")):
     bar.set_postfix_str(name, refresh=False)
@@ -421,7 +428,7 @@ def _say(message: str) -> None:
 
 
 def main(argv: list[str]) -> None:
-  """Precomputes or verifies; expected errors end in one sentence."""
+  """Precomputes or verifies; an expected error ends the program with one sentence."""
   del argv
   options = flags.FLAGS
   if not options["verbosity"].present:
@@ -439,12 +446,12 @@ def main(argv: list[str]) -> None:
 
 
 def start() -> None:
-  """The console entry point."""
-  config_flags.DEFINE_config_file("config", None, "The recipe; change a field with --config.NAME=VALUE.")
+  """Runs the command: the console entry point."""
+  config_flags.DEFINE_config_file("config", None, "The recipe. Change a field with --config.NAME=VALUE.")
   arguments.define_place("out", None, "The folder to make, to continue or to verify.")
-  flags.DEFINE_integer("rows_per_file", 2048, "Pairs or images in a file; what is lost at most when a process dies.")
+  flags.DEFINE_integer("rows_per_file", 2048, "Pairs or images in a file; a process that dies loses at most one file.")
   flags.DEFINE_integer("batch_size", 8, "Images, or prompts, on each device at a time.")
-  flags.DEFINE_bool("verify", False, "Compare all files with the checksums of manifest.json.")
+  flags.DEFINE_bool("verify", False, "Only compare all files with the checksums of manifest.json.")
   distributed.define_flags()
   flags.mark_flag_as_required("out")
   with endings.one_sentence(doing="precomputing", again=AGAIN):

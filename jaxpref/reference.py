@@ -1,4 +1,4 @@
-"""The moving reference: a regularised EMA step behind a divergence gate, tree -> tree.
+"""The moving reference: a regularised EMA step behind a divergence gate, from tree to tree.
 
 Every tau steps the reference moves towards the policy, unless the move would take it too far from
 the pre-trained weights (Kang et al., arXiv 2505.18736):
@@ -8,13 +8,13 @@ the pre-trained weights (Kang et al., arXiv 2505.18736):
     D        = E[ err_ref(x_t) - err_init(x_t) ]  over preferred samples, t and noise
 
 alpha = 1, rho = 0 is the paper's hard update. Everything is elementwise, so it runs under `jit` on
-sharded parameters as it stands. The reference is float32: in bfloat16 a small EMA step is lost to
+sharded parameters unchanged. The reference is float32: in bfloat16 a small EMA step is lost to
 rounding (1,000 steps of 1e-3 from 1.0 towards 1.5 leave exactly 1.0).
 
 With LoRA the trees are the adapters and init is the zero adapter (`None`). alpha = 1 copies the
 adapter exactly. For alpha < 1 an average of the factors A, B is not the average of the products
-BA: `lora_average_gap` measures the difference, and the same functions applied to the products,
-`lora_delta`, are exact, for the memory of a dense matrix per adapted layer.
+BA. `lora_average_gap` measures the difference. The same functions applied to the products,
+`lora_delta`, are exact, at the cost of a dense matrix per adapted layer.
 """
 
 import dataclasses
@@ -34,10 +34,10 @@ GATES = ("proposal", "reference")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ReferenceStats:
-  """What the gate remembers, a pytree of scalars to keep in the training state and to log.
+  """What the gate remembers: a pytree of scalars to keep in the training state and to log.
 
   Attributes:
-    divergence: f32[] running estimate of D, mean-reduced error units; 0 before the first one.
+    divergence: f32[] running estimate of D in units of the mean-reduced error; 0 before the first.
     estimates: i32[] measurements in the running estimate, since the start or the last reset.
     proposals: i32[] update steps so far.
     accepted: i32[] proposals the reference moved to.
@@ -52,21 +52,21 @@ class ReferenceStats:
 
   @classmethod
   def zeros(cls) -> "ReferenceStats":
-    """The statistics at step 0; separate buffers, so that all can be donated."""
+    """Returns the statistics at step 0; separate buffers, so that all can be donated."""
     counts = (jnp.zeros((), jnp.int32) for _ in range(4))
     return cls(jnp.zeros((), jnp.float32), *counts)
 
 
 def init_reference(params: Tree) -> Tree:
-  """A float32 copy of the parameters: never the same buffers, so that both can be donated."""
+  """Returns a float32 copy of the parameters: never the same buffers, so that both can be donated."""
   return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
 
 
 def divergence(err_ref: jax.Array, err_init: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-  """D = mean(err_ref - err_init), how much worse the reference denoises preferred samples.
+  """Returns D = mean(err_ref - err_init), how much worse the reference denoises preferred samples.
 
-  The plain mean-reduced difference, of the sign that grows as the reference drifts: the paper's
-  Eq. 7 and 8 disagree in sign, and whether it scales by T is not stated.
+  The plain mean-reduced difference, with the sign that grows as the reference drifts: the paper's
+  Eq. 7 and 8 disagree in sign, and it does not say whether D scales with T.
 
   Args:
     err_ref: f32[B] squared error of the reference (or proposal), mean over H, W, C.
@@ -89,7 +89,7 @@ def divergence(err_ref: jax.Array, err_init: jax.Array, mask: jax.Array | None =
 
 
 def propose(ref: Tree, params: Tree, init: Tree | None = None, *, alpha: float = 1.0, rho: float = 0.0) -> Tree:
-  """The regularised EMA step, ref + alpha (params - ref) - rho (ref - init).
+  """Returns the regularised EMA step, ref + alpha (params - ref) - rho (ref - init).
 
   Args:
     ref: float32 tree, the reference.
@@ -139,14 +139,14 @@ def gated_update(
   delta: float = 0.005,
   on_diverge: str = "freeze",
 ) -> tuple[Tree, jax.Array]:
-  """One step of the reference where the divergence is already known; see `update`.
+  """Moves the reference one step for a known divergence; see `update`.
 
   Args:
     ref: float32 tree, the reference.
     params: tree of the same structure, the policy.
     init: the pre-trained weights; None for zeros (LoRA).
     step: i32[] number of completed steps.
-    divergence: f32[] D, from `divergence`; not finite counts as too large.
+    divergence: f32[] D, from `divergence`; a non-finite one counts as too large.
     alpha: share of the way to the policy, in (0, 1].
     rho: pull towards the pre-trained weights.
     tau: steps between moves.
@@ -209,15 +209,15 @@ def update(
     tau: steps between moves; the paper searches 16, 32, 64.
     delta: largest divergence at which a move is accepted; 0.005 for SD1.5, 0.002 for SDXL.
     on_diverge: "freeze" keeps the reference (better in the paper), "reinit" sets it to init.
-    gate: whose divergence is measured: of the "proposal", so that none beyond delta is taken up,
-      or of the present "reference", which lets the first one beyond it happen. Beyond it by the
-      running mean, that is: with decay = 0 by the proposal's own measurement.
+    gate: whose divergence is measured: the "proposal"'s, so that none above delta is adopted, or
+      the present "reference"'s, which adopts the first one above it. "Above" refers to the running
+      mean; with decay = 0 it is the proposal's own measurement.
     decay: weight of the past in the running mean, in [0, 1).
   Returns:
-    The float32 tree to use from now on, of ref's shardings, and the new statistics.
+    The float32 tree to use from now on, with ref's shardings, and the new statistics.
   Raises:
-    ValueError: an argument out of range or of an unknown name, trees that do not match, or a
-      reference that is not float32.
+    ValueError: an argument is out of range or has an unknown name, trees do not match, or the
+      reference is not float32.
 
   >>> ref, params = {"w": jnp.zeros(1)}, {"w": jnp.ones(1)}
   >>> ref, stats = update(ref, params, None, ReferenceStats.zeros(), step=32,
@@ -265,13 +265,13 @@ def update(
 
 
 def lora_delta(adapter: Tree) -> Tree:
-  """The dense weight changes A B of an adapter: an average of them is exact for every alpha.
+  """Returns the dense weight changes A B of an adapter; their average is exact for every alpha.
 
   Args:
     adapter: nested dict with {"lora_A" [..., in, r], "lora_B" [..., r, out]} at its leaves.
   Returns:
-    The same nesting with one f32[..., in, out] in the place of each pair, without any scale.
-    `propose` and `update` take such trees as they take any other, with init None.
+    The same nesting with one f32[..., in, out] instead of each pair, without any scale.
+    `propose` and `update` take such trees like any other, with init None.
 
   >>> print(lora_delta({"q": {"lora_A": jnp.ones((2, 1)), "lora_B": jnp.ones((1, 2))}})["q"])
   [[1. 1.]
@@ -281,7 +281,7 @@ def lora_delta(adapter: Tree) -> Tree:
 
 
 def lora_average_gap(ref: Tree, adapter: Tree, *, alpha: float) -> jax.Array:
-  """Relative error of averaging LoRA factors instead of their products.
+  """Returns the relative error of averaging LoRA factors instead of their products.
 
   The product of the averaged factors differs from the average of the products by
   alpha (1 - alpha) (A' - A)(B' - B), which is 0 for alpha = 1 and small for small moves.
@@ -319,7 +319,7 @@ def _product(pair):
 
 
 def _square_norm(a, b):
-  """|A B|_F^2 = sum (A^T A) * (B B^T), an r x r computation."""
+  """Returns |A B|_F^2 = sum (A^T A) * (B B^T), an r x r computation."""
   highest = jax.lax.Precision.HIGHEST
   left = jnp.matmul(jnp.swapaxes(a, -1, -2), a, precision=highest)
   right = jnp.matmul(b, jnp.swapaxes(b, -1, -2), precision=highest)
@@ -361,7 +361,7 @@ def _check_trees(ref: Any, params: Any, init: Any) -> None:
     for (path, r), x in zip(jax.tree_util.tree_leaves_with_path(ref), jax.tree.leaves(tree), strict=True):
       if jnp.shape(x) != jnp.shape(r):
         raise ValueError(
-          f"{name} leaf {jax.tree_util.keystr(path)} is of shape {jnp.shape(x)}, the reference "
+          f"{name} leaf {jax.tree_util.keystr(path)} has shape {jnp.shape(x)}, the reference "
           f"has {jnp.shape(r)}; make the reference with init_reference(params)."
         )
   for path, leaf in jax.tree_util.tree_leaves_with_path(ref):

@@ -1,8 +1,9 @@
 """Runs a step that went wrong again, on one device: `python -m jaxpref.replay runs/dpo_sd15/bad_step_000123`.
 
-Training writes the folder when loss or gradient were not finite in too many steps in a row (config.max_bad_steps),
-together with a checkpoint of the state, which those steps left as it was. This says whether the step goes wrong here
-too, and where: in which fields and records of the batch, at which times, in the gradients of which parameters.
+Training writes the folder when the loss or the gradient was not finite in too many steps in a row
+(config.max_bad_steps), with a checkpoint of the state, which those steps left unchanged. This command says whether the
+step goes wrong here too, and where: in which fields and records of the batch, at which times, in the gradients of which
+parameters.
 """
 
 import dataclasses
@@ -17,28 +18,28 @@ import optax
 from jaxpref import arguments, export
 from jaxpref import config as config_lib
 from jaxpref.devices import chips, endings, sharding
-from jaxpref.training import build, checkpoint, loop, metrics, monitor
+from jaxpref.training import build, checkpoint, metrics, monitor, programs
 
-TIMESTEPS = 1000  # of the schedules of all Stable Diffusion models
-NOT_FINITE = ("nan", "inf", "-inf")  # as a report has them
+TIMESTEPS = 1000  # in the schedules of all Stable Diffusion models
+NOT_FINITE = ("nan", "inf", "-inf")  # as a report writes them
 
 
 def main(argv: list[str] | None = None) -> None:
-  """Parses the arguments and prints; expected errors end in one sentence."""
+  """Parses the arguments and prints; an expected error ends the program with one sentence."""
   parser = arguments.Parser(prog="python -m jaxpref.replay", description=__doc__)
   parser.add_argument("folder", type=arguments.path, metavar="FOLDER", help="bad_step_... in the work folder of a run")
   parser.add_argument(
-    "--debug_nans", action="store_true", help="stop at the first operation that makes a NaN, with its place (slow)"
+    "--debug_nans", action="store_true", help="stop at the first operation that makes a NaN, and say where it is (slow)"
   )
   args = parser.parse_args(argv)
   jax.config.update("jax_debug_nans", args.debug_nans)
-  # The FloatingPointError of jax_debug_nans passes, with the traceback that was asked for.
+  # The FloatingPointError of jax_debug_nans passes, with the traceback that the flag asks for.
   with endings.one_sentence(ValueError, OSError, doing=f"replaying {args.folder}", again="run the same command again"):
     print(replay(args.folder))
 
 
 def replay(folder: pathlib.Path) -> str:
-  """Runs the step again and says what was found.
+  """Runs the step again and returns what it finds.
 
   Raises:
     ValueError, OSError: one sentence on what is missing or does not fit.
@@ -52,11 +53,11 @@ def replay(folder: pathlib.Path) -> str:
   mesh = sharding.make_mesh(**config.mesh, devices=jax.devices()[:1])
   build.look_for(config_lib.typed(config))
   experiment = build.build(config)
-  optimizer, _ = loop.make_optimizer(config)
-  init_state = loop.state_initializer(experiment, optimizer)
+  optimizer, _ = programs.make_optimizer(config)
+  init_state = programs.state_initializer(experiment, optimizer)
   shapes = jax.eval_shape(init_state, experiment.params)
   state = checkpoint.load_state(run, number, checkpoint.abstract(shapes, sharding.tree_shardings(mesh, shapes)))
-  state = dataclasses.replace(state, step=state.step - 1)  # the updates were left out: all else is as it was
+  state = dataclasses.replace(state, step=state.step - 1)  # the updates were skipped, so all else is unchanged
 
   bad_gradients: dict[str, int] = {}
 
@@ -70,7 +71,7 @@ def replay(folder: pathlib.Path) -> str:
     return optimizer.update(gradients, opt_state, params)
 
   watched = optax.GradientTransformation(optimizer.init, update)  # type: ignore[arg-type]
-  step_fn = jax.jit(loop.make_step(config, experiment, watched, mesh), compiler_options=chips.compiler_options())
+  step_fn = jax.jit(programs.make_step(config, experiment, watched, mesh), compiler_options=chips.compiler_options())
   _, values = step_fn(state, sharding.put_tree(mesh, experiment.frozen), sharding.put_batch(mesh, batch))
   found = metrics.to_scalars(values)
   jax.effects_barrier()
@@ -83,13 +84,13 @@ def describe(
   found: Mapping[str, float],
   bad_gradients: Mapping[str, int],
 ) -> str:
-  """What is said of a step.
+  """Returns a description of a step.
 
   Args:
-    batch: its rows.
+    batch: the step's rows.
     recorded: the report that training wrote.
-    found: metrics of the step as it was run again.
-    bad_gradients: numbers that are not finite, by parameter.
+    found: metrics of the step as run here.
+    bad_gradients: how many values of each parameter's gradient are not finite.
   """
   records, times = recorded["records"], recorded["timesteps"]
 
@@ -102,7 +103,7 @@ def describe(
     f"loss {then['loss']}, gradient norm {then['grad_norm']} in training"
   ]
   if np.isfinite(found["loss"]) and np.isfinite(found["grad_norm"]):
-    lines.append("the step is finite here: look at what differs, such as device, mesh, precision or a failing chip")
+    lines.append("the step is finite here: check what differs, such as device, mesh, precision or a failing chip")
   for name, values in batch.items():
     if np.issubdtype(values.dtype, np.inexact):
       wrong = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))
@@ -110,7 +111,7 @@ def describe(
         lines.append(f"{name} is not finite in {len(wrong)} of {len(values)} rows: {'; '.join(map(row, wrong[:8]))}")
   bins = recorded["metrics"].get("loss_bin", [])
   in_bad_bin = [i for i, t in enumerate(times or ()) if bins[t * len(bins) // TIMESTEPS] in NOT_FINITE]
-  if in_bad_bin:  # others without a row have no mean, which is not a number either
+  if in_bad_bin:  # bins without a row have no mean, which is NaN as well
     spans = sorted({times[i] * len(bins) // TIMESTEPS for i in in_bad_bin})
     at = [f"{TIMESTEPS * b // len(bins)}-{TIMESTEPS * (b + 1) // len(bins) - 1}" for b in spans]
     lines.append(f"the loss was not finite at t of {', '.join(at)}, where these rows were:")

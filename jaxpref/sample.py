@@ -1,8 +1,8 @@
 """Draws prompts with a model: `python -m jaxpref.sample --model=runs/spo_tiny --prompts volcano "red apple"`.
 
 The model is a folder in the layout of diffusers, a hub name, a checkpoint in one .safetensors file, a shipped model, or
-the work folder of a finished run. The same seed gives every model the same initial noise, so pictures of two models can
-be compared. All devices take part.
+the work folder of a finished run. The same seed gives every model the same initial noise, so pictures of two models are
+comparable. All devices take part.
 """
 
 import argparse
@@ -24,7 +24,7 @@ TABLE_ROWS = 24  # prompts in a folder's grid.png
 
 
 def main(argv: list[str] | None = None) -> None:
-  """Parses the arguments, draws, writes PNG; expected errors end in one sentence."""
+  """Parses the arguments, draws and writes PNG files; an expected error ends the program with one sentence."""
   parser = arguments.Parser(prog="python -m jaxpref.sample", description=__doc__)
   add = parser.add_argument
   add(
@@ -37,29 +37,33 @@ def main(argv: list[str] | None = None) -> None:
     "--model_config",
     type=arguments.place,
     metavar="FOLDER",
-    help="of a checkpoint file: a folder of config.json files that says its topology, where it is not a published one",
+    help="for a checkpoint file: a folder of config.json files with its topology, if that is not a published one",
   )
-  add("--unet_model", type=arguments.place, help="a UNet's folder, hub name or file, in the place of the model's own")
+  add("--unet_model", type=arguments.place, help="a UNet's folder, hub name or file, instead of the model's own")
   add(
     "--lora",
     nargs="+",
     default=[],
     metavar="FILE[:STRENGTH]",
-    help=".safetensors files of diffusers, PEFT or kohya, which act together; a.safetensors:0.8 takes 0.8 of one",
+    help=".safetensors files of diffusers, PEFT or kohya, added together; a.safetensors:0.8 has strength 0.8",
   )
   prompts = parser.add_mutually_exclusive_group(required=True)
   prompts.add_argument("--prompt", help="one prompt")
-  prompts.add_argument("--prompts", nargs="+", help=f"prompts, or one file of them: {', '.join(prompt_sets.ENDINGS)}")
+  prompts.add_argument(
+    "--prompts", nargs="+", help=f"prompts, or one file of prompts: {', '.join(prompt_sets.ENDINGS)}"
+  )
   settings.add_arguments(parser)
-  add("--out", type=arguments.path, default=pathlib.Path("samples"), help="new folder, or NAME.png for one table")
-  add("--overwrite", action="store_true", help="write into a folder that holds files")
+  add(
+    "--out", type=arguments.path, default=pathlib.Path("samples"), help="a new folder, or NAME.png for a single table"
+  )
+  add("--overwrite", action="store_true", help="write into a folder that is not empty")
   args = parser.parse_args(argv)
-  with endings.one_sentence(ValueError, OSError, doing=f"drawing into {args.out}", again="run it again"):
+  with endings.one_sentence(ValueError, OSError, doing=f"drawing into {args.out}", again="run the same command again"):
     draw(args)
 
 
 def draw(args: argparse.Namespace) -> None:
-  """A folder with each picture, their table and the settings; or the table alone, a row a prompt."""
+  """Writes a folder with each picture, their table and the settings; or the table alone, with a row for each prompt."""
   check(args)
   loras = [adapters.parse_lora_file(text) for text in args.lora]
   only_table = args.out.suffix.lower() == ".png"
@@ -85,7 +89,7 @@ def draw(args: argparse.Namespace) -> None:
   shown = prompts if only_table else prompts[:TABLE_ROWS]
   table: list[np.ndarray] = []
   for numbers, images in batches:
-    if not only_table and numbers[0] == 0:  # now that the settings have proved to work
+    if not only_table and numbers[0] == 0:  # the settings have proved to work
       start_folder(args, prompts, names)
     for number, image in zip(numbers, images, strict=True):
       if not only_table:
@@ -98,7 +102,7 @@ def draw(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-  """Refuses what cannot work before anything is loaded."""
+  """Raises for what cannot work, before anything is loaded."""
   settings.check(args)
   for file, _ in map(adapters.parse_lora_file, args.lora):
     if not file.is_file():
@@ -114,13 +118,13 @@ def check(args: argparse.Namespace) -> None:
 
 
 def slug(prompt: str) -> str:
-  """The beginning of a prompt for a file's name, with an underscore in front; empty where no letter is left."""
+  """Returns the beginning of a prompt for a file name, after an underscore; "" if no letter is left."""
   words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].rstrip("-")
   return f"_{words}" if words else ""
 
 
 def start_folder(args: argparse.Namespace, prompts: list[str], names: list[str]) -> None:
-  """Removes the pictures that an earlier samples.json lists, and writes a new one: all settings, and what is drawn."""
+  """Removes the pictures that an earlier samples.json lists, and writes a new one with all settings and pictures."""
   file = args.out / "samples.json"
   if file.is_file():
     try:

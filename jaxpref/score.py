@@ -2,11 +2,11 @@
 
     python -m jaxpref.score --config=configs/spm_sdxl.py --config.data.path=PICKAPIC --out=scores.npz
 
-The recipe with --config.data.scores=scores.npz and --config.data.labels=scores then takes its labels from them instead
-of people's, as SPO does for its SDXL preference model (arXiv 2406.04314), and --config.data.min_gap makes ties of pairs
-that score nearly alike. The model is a CLIP such as PickScore, or a step-aware preference model (at time 0), by folder
-or hub name; scores are exp(logit_scale) x cosine. The devices of one host take part; an interrupted run continues
-with the same command, which is refused while the first one still runs.
+With --config.data.scores=scores.npz and --config.data.labels=scores the recipe then takes its labels from the scores
+instead of from people, as SPO does for its SDXL preference model (arXiv 2406.04314); --config.data.min_gap turns pairs
+with nearly equal scores into ties. The model is a CLIP such as PickScore, or a step-aware preference model (at time 0),
+by folder or hub name; scores are exp(logit_scale) x cosine. The devices of one host take part. The same command
+continues an interrupted run; it fails while the first one still runs.
 """
 
 import concurrent.futures
@@ -38,8 +38,8 @@ from jaxpref.rewards import networks
 from jaxpref.rewards.loading import load_scorer, look_for_scorer, scorer_fingerprint
 from jaxpref.training import inputs
 
-AGAIN = "the same command goes on"
-SAVE_SECONDS = 60  # between two writes of what is scored so far
+AGAIN = "run the same command again to continue"
+SAVE_SECONDS = 60  # between two writes of the scores so far
 
 
 def score_pairs(
@@ -54,14 +54,14 @@ def score_pairs(
   num_threads: int = 8,
   progress: bool = True,
 ) -> Iterator[int]:
-  """Fills in the scores that are missing.
+  """Computes the scores that are missing.
 
   Args:
-    scores: f32[N, 2] of image_0 and image_1 of each record, NaN where they are to be computed; changed in place. The
-      scores of a record with an unreadable image become -inf.
-    batch_size: pairs scored at a time, on all devices together.
+    scores: f32[N, 2] of image_0 and image_1 of each record, NaN where missing; changed in place. A record with an
+      unreadable image gets scores of -inf.
+    batch_size: pairs scored at a time on all devices together.
   Yields:
-    the number of records that have their scores, after each batch.
+    The number of records that have scores, after each batch.
   """
   config = scorer.config
   size = config.vision_config.image_size
@@ -111,7 +111,7 @@ def score_pairs(
 
 
 def score(config: AnyConfig, *, model: str, out: pathlib.Path, batch_size: int) -> index_lib.Index:
-  """Writes the index of the config's pairs with the scores of their images; returns it.
+  """Writes the index of the config's pairs with the scores of their images, and returns it.
 
   Raises:
     ValueError, FileNotFoundError: one sentence on what is missing or does not fit.
@@ -128,7 +128,7 @@ def score(config: AnyConfig, *, model: str, out: pathlib.Path, batch_size: int) 
 
 
 def _score(config: Config, held: lease.Held, *, model: str, out: pathlib.Path, batch_size: int) -> index_lib.Index:
-  """The work of `score`, on a file that this process alone writes."""
+  """Does the work of `score` on a file that only this process writes."""
   tokenizer = loading.load_tokenizer(model, config.model)
   source = inputs.open_pairs(config)
   fingerprint = sources.content_fingerprint(source)
@@ -165,7 +165,7 @@ def _score(config: Config, held: lease.Held, *, model: str, out: pathlib.Path, b
 
 
 def main(argv: list[str]) -> None:
-  """Scores; expected errors end in one sentence."""
+  """Scores; an expected error ends the program with one sentence."""
   del argv
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
@@ -173,12 +173,12 @@ def main(argv: list[str]) -> None:
   with endings.one_sentence(ValueError, OSError, doing=f"scoring into {out}", again=AGAIN):
     scored = score(flags.FLAGS.config, model=flags.FLAGS.model, out=out, batch_size=flags.FLAGS.batch_size)
   agrees, unreadable = index_lib.score_agreement(scored), int(np.isneginf(scored.scores()[0]).sum())
-  print(f"{out}: {len(scored)} pairs, {unreadable} unreadable; agrees with {agrees:.1%} of the labels, ties aside")
+  print(f"{out}: {len(scored)} pairs, {unreadable} unreadable; agrees with {agrees:.1%} of the labels, without ties")
 
 
 def run() -> None:
-  """The console entry point."""
-  config_flags.DEFINE_config_file("config", None, "The recipe; change a field with --config.NAME=VALUE.")
+  """Runs the command: the console entry point."""
+  config_flags.DEFINE_config_file("config", None, "The recipe. Change a field with --config.NAME=VALUE.")
   arguments.define_place("model", "yuvalkirstain/PickScore_v1", "The preference model: a folder or a hub name.")
   arguments.define_place("out", None, "The .npz file to write, or to continue.")
   flags.DEFINE_integer("batch_size", 64, "Pairs scored at a time.", lower_bound=1, upper_bound=arguments.MAX_AT_A_TIME)

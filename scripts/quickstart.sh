@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs jaxpref into .venv and aligns the small Stable Diffusion that it ships by SPO, on the CPU; with EXTRA=cuda or
-# EXTRA=tpu in the environment it installs JAX for these, and they do it.
+# Installs jaxpref into .venv and aligns the small Stable Diffusion that it ships with SPO, on the CPU. With EXTRA=cuda or
+# EXTRA=tpu in the environment it installs JAX for these devices and uses them.
 #
 #   bash scripts/quickstart.sh [--config.FIELD=VALUE ...]
 #

@@ -1,9 +1,9 @@
-"""Whether the present checkout computes the same numbers as an earlier commit, bit by bit.
+"""Checks that the present checkout computes the same numbers as an earlier commit, bit by bit.
 
     python scripts/same_numbers.py COMMIT                        # all runs
     python scripts/same_numbers.py COMMIT --only dpo spo_lora    # some of them
     python scripts/same_numbers.py COMMIT --tolerance 1e-6       # close is enough
-    python scripts/same_numbers.py --renew                       # writes tests/numbers.json anew, of all or some runs
+    python scripts/same_numbers.py --renew                       # writes tests/numbers.json again, for all or some runs
     python scripts/same_numbers.py --list                        # names and arguments of the runs
 
 For a change that moves code and is not to change what it does. COMMIT is checked out into a temporary git worktree; in
@@ -20,7 +20,7 @@ present checkout. Both have to leave what COMMIT leaves without a stop.
 
 What COMMIT leaves is kept under --cache, by commit, processor and versions, so that it runs once. One line is printed
 for each run; exit status 1: something differs. Programs are compiled without LLVM's optimisation, which changes
-numbers, but in both checkouts alike, and one that is the same in both is compiled once.
+numbers, but the same way in both checkouts, and a program that is the same in both is compiled once.
 """
 
 import argparse
@@ -93,7 +93,7 @@ class Run:
 
   Attributes:
     recipe: file of configs/, with its variant.
-    fields: of the config, in the place of the recipe's.
+    fields: fields of the config that replace the recipe's.
     processes: that make the run together.
     precomputed: whether its data is precomputed first.
     stops_at: the step that a first start ends at; 0 for a run that is not interrupted.
@@ -111,7 +111,7 @@ class Run:
 
 
 def _variants(name: str, recipe: str, fields: Fields) -> dict[str, Run]:
-  """A run, and the same with each option that takes another way through the trainer."""
+  """Returns a run, and the same with each option that takes another way through the trainer."""
   return {
     name: Run(recipe, fields),
     f"{name}_lora": Run(recipe, fields | {"lora.rank": 2}),
@@ -151,7 +151,7 @@ class FailedError(RuntimeError):
 
 
 def environment(tree: pathlib.Path, cache: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
-  """Of a process that runs the code of `tree`."""
+  """Returns the environment of a process that runs the code of `tree`."""
   return os.environ | {
     "PYTHONPATH": str(tree),
     "JAX_PLATFORMS": "cpu",
@@ -165,7 +165,7 @@ def environment(tree: pathlib.Path, cache: pathlib.Path, data: pathlib.Path) -> 
 
 
 def arguments(tree: pathlib.Path, run: Run, **others: Any) -> list[str]:
-  """The flags that describe a run; `others` are fields without a dot in their name."""
+  """Returns the flags that describe a run; `others` are fields without a dot in their name."""
   fields = run.fields | others
   return [f"--config={tree / 'configs' / run.recipe}", *(f"--config.{k}={v}" for k, v in fields.items())]
 
@@ -245,7 +245,7 @@ class Tree:
 
 
 def _values(tree: Any, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
-  """(name, value) of the leaves of nested JSON values or arrays; what is empty is a leaf, too."""
+  """Yields (name, value) of the leaves of nested JSON values or arrays; an empty value is a leaf too."""
   if isinstance(tree, Mapping) and tree:
     for key, value in tree.items():
       yield from _values(value, f"{prefix}/{key}")
@@ -268,7 +268,7 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _state(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
-  """The arrays of a checkpoint, by what Orbax alone knows of them."""
+  """Yields the arrays of a checkpoint, by what Orbax alone knows of them."""
   import jax
   import orbax.checkpoint as ocp
 
@@ -292,7 +292,7 @@ def _export(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def left_by(workdir: pathlib.Path, step: int) -> Left:
-  """What is compared, of a finished run; `step` is its last."""
+  """Returns what is compared of a finished run; `step` is its last."""
   checkpoint = (workdir / "checkpoints" / str(step)).absolute()
   return {
     **dict(_rows(workdir / "metrics.jsonl")),
@@ -303,7 +303,7 @@ def left_by(workdir: pathlib.Path, step: int) -> Left:
 
 
 def differences(found: Left, expected: Left, tolerance: float = 0.0) -> list[tuple[str, str, float]]:
-  """(name, what differs, by how much at most) of each value that is not the same.
+  """Returns (name, difference, its largest size) of each value that is not the same.
 
   Args:
     tolerance: that numbers may be apart, relative to the largest of their array.
@@ -327,7 +327,7 @@ def differences(found: Left, expected: Left, tolerance: float = 0.0) -> list[tup
 
 
 def describe(differ: list[tuple[str, str, float]], total: int) -> str:
-  """What differs, in one line: the first metrics, and of all else the largest differences."""
+  """Returns what differs in one line: the first metrics, and of all else the largest differences."""
   if not differ:
     return f"same ({total} values)"
   parts = []
@@ -345,7 +345,7 @@ def describe(differ: list[tuple[str, str, float]], total: int) -> str:
 
 
 def summary(left: Left) -> dict[str, float]:
-  """Metrics of every step, and Euclidean norms: of the parts of the state, and of the way from the reference."""
+  """Returns metrics of every step, and Euclidean norms: of the state's parts, and of the way from the reference."""
   found = {k: float(v) for k, v in left.items() if k.startswith("metrics/") and v.ndim == 0}
   squares: dict[str, float] = collections.defaultdict(float)
   for name, value in left.items():
@@ -385,7 +385,7 @@ def _git(*arguments: Any) -> str:
 
 
 def _processor() -> str:
-  """What may round differently elsewhere."""
+  """Returns what may make rounding differ elsewhere."""
   cpu = pathlib.Path("/proc/cpuinfo")
   lines = cpu.read_text().splitlines() if cpu.is_file() else [platform.processor()]
   described = sorted({line for line in lines if line.startswith(("model", "flags", "Features", "CPU part"))})
@@ -396,7 +396,7 @@ class Before:
   """What runs of an earlier commit leave, made when they are first asked for, by one thread each."""
 
   def __init__(self, commit: str, work: pathlib.Path, cache: pathlib.Path):
-    """Args: `commit` is its hash, `work` the folder of what is not kept, `cache` that of what is."""
+    """Takes the hash of the commit, the folder of temporary files, and the folder of those to keep."""
     self._commit = commit
     versions = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
     known = "\n".join([platform.python_version(), *versions, _processor(), QUICK_FLAGS])
@@ -418,11 +418,11 @@ class Before:
       _git("worktree", "remove", "--force", self._tree.code)
 
   def _place(self, name: str, run: Run, suffix: str) -> pathlib.Path:
-    """Where something of a run is kept; with other arguments of the run it is another place."""
+    """Returns where something of a run is kept; other arguments of the run give another place."""
     return self._kept / f"{name}_{hashlib.sha256(repr(run).encode()).hexdigest()[:8]}{suffix}"
 
   def left(self, name: str) -> Left:
-    """What a run leaves."""
+    """Returns what a run leaves."""
     run = RUNS[name]
     place = self._place(name, run, ".npz")
     with self._locks[name]:
@@ -437,7 +437,7 @@ class Before:
       return dict(file)
 
   def begun(self, name: str) -> pathlib.Path:
-    """The work folder of a run after its first start."""
+    """Returns the work folder of a run after its first start."""
     run = RUNS[name]
     place = self._place(name, run, "")
     if not place.exists():
@@ -450,7 +450,7 @@ class Before:
 
 
 def compare(name: str, before: Before, now: Tree, tolerance: float) -> str:
-  """Makes a run on both sides; what differs, in one line."""
+  """Makes a run on both sides; returns what differs in one line."""
   run = RUNS[name]
   expected = before.left(run.like or name)
   if run.begun_before:
@@ -463,7 +463,7 @@ def compare(name: str, before: Before, now: Tree, tolerance: float) -> str:
 
 
 def _compare_all(args: argparse.Namespace, work: pathlib.Path, now: Tree) -> list[str]:
-  """Names of the runs that differ; says a line of each."""
+  """Returns the names of the runs that differ; prints a line for each run."""
   before = Before(args.commit, work, args.cache)
 
   def same(name: str) -> bool:

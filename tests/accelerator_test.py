@@ -208,7 +208,7 @@ def test_a_part_that_fails_or_hangs_leaves_the_others(tmp_path):
   done = shell(tmp_path, PYTHON=str(tmp_path / "python"), LIMIT="2", SIZE="smoke")
   assert done.returncode == 1
   assert "dpo-lora-sdxl: stopped after 2 s" in done.stderr
-  assert "error: proof dpo-lora-sdxl failed or ran out of time; the same command goes on." in done.stderr
+  assert "error: proof dpo-lora-sdxl failed or ran out of time; run the same command again to continue." in done.stderr
   calls = (tmp_path / "calls.txt").read_text().splitlines()
   assert [line.split()[1] for line in calls] == list(accelerator.PARTS)
   assert calls[0].endswith("--size smoke --limit 2")

@@ -61,7 +61,7 @@ PRETRAIN = f"--config={REPOSITORY / 'configs' / 'pretrain_tiny.py'}"
   ("arguments", "sentence"),
   [
     ([RECIPE, "--config.optimizer.learning_rat=1"], "did you mean --config.optimizer.learning_rate?"),
-    ([RECIPE, "--config.los.beta=1"], "--config.los.beta is no field; did you mean --config.loss.beta?"),
+    ([RECIPE, "--config.los.beta=1"], "--config.los.beta is not a field; did you mean --config.loss.beta?"),
     ([RECIPE, "--config.num_steps=many"], "--config.num_steps=many"),
     ([RECIPE, "--workdri=x"], "workdri"),
     ([RECIPE, "stray"], "unexpected argument 'stray'"),
@@ -322,7 +322,7 @@ def test_original_sizes_that_are_none(refused, monkeypatch):
 
 
 @pytest.mark.usefixtures("made")
-def test_prompt_files(refused, tmp_path):
+def test_wrong_prompt_files_raise(refused, tmp_path):
   fields = {
     "objective": "spo",
     "data__source": "prompts",
@@ -333,7 +333,7 @@ def test_prompt_files(refused, tmp_path):
   for name, text, sentence in (
     ("a.json", '[{"text": "cat"}]', "entry 1: found text; expected a field caption or prompt"),
     ("b.json", "[1, 2]", "entry 1: 1; expected a string, or an object with a caption or a prompt"),
-    ("c.json", "{", "is no JSON"),
+    ("c.json", "{", "is not JSON"),
     ("d.txt", "\n\n", "has no prompts; expected at least one"),
     ("e.txt", "cat\ndog\n", "fewer than the batch_size of 8"),
   ):
@@ -598,7 +598,7 @@ def test_judge_and_preference_model_folders(refused, folder):
   c = settings(model=str(folder), judge=str(folder))
   assert "config.json is missing" in refused(c, FileNotFoundError)
   c = settings(model=str(folder), objective="spo", preference_model=str(folder / "unet"))
-  assert "unet/config.json describes no CLIP" in refused(c)
+  assert "unet/config.json does not describe a CLIP" in refused(c)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def files(folder):
   return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_damaged_checkpoints(alone, tmp_path):
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(alone, tmp_path):
   folder = tmp_path / "run"
   shutil.copytree(alone, folder)
   flip(folder / "checkpoints" / "6")
@@ -198,6 +198,6 @@ def test_kills_of_a_run_that_compiles_in_no_time(tmp_path, kills):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--kills=25"], ["--kills=8", "--mesh_changes"]])
-def test_many_kills(tmp_path, arguments):
+def test_a_run_survives_many_kills_bit_by_bit(tmp_path, arguments):
   report = run_chaos(tmp_path, *arguments)
   assert report["passed"] and report["hits"]["save"] >= 2

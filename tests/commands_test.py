@@ -58,7 +58,7 @@ def test_help_names_every_command(monkeypatch, capsys):
 
 def test_other_commands_are_refused(monkeypatch):
   monkeypatch.setattr(sys, "argv", ["jaxpref", "sampel"])
-  with pytest.raises(SystemExit, match="sampel is no command .did you mean sample.*expected one of train, sample"):
+  with pytest.raises(SystemExit, match="sampel is not a command .did you mean sample.*expected one of train, sample"):
     commands.run()
 
 
@@ -84,7 +84,7 @@ DEFAULT = "  from jaxpref.config import default\n  config = default()\n"
     (f"def get_config():\n{DEFAULT}  config.seed = 'x'\n  return config\n", "recipe.py, line 4: TypeError: "),
     (
       f"def get_config():\n{DEFAULT}  config.batch_sise = 2\n  return config\n",
-      "sets config.batch_sise, which is no field; did you mean config.batch_size?",
+      "sets config.batch_sise, which is not a field; did you mean config.batch_size?",
     ),
   ],
 )

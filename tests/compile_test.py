@@ -95,7 +95,7 @@ def test_advice_is_the_nearest_change_by_estimate():
   advice = compile.advise(config, devices, report, chip, search=False, compiler_options={})
   assert "estimate" in advice and "--config.accumulation=2 (about 0.8 GiB)" in advice
   tiny = chips.Chip(1e12, 2**20, 1e9, 1e9, ())
-  assert "take more chips" in compile.advise(config, devices, report, tiny, search=False, compiler_options={})
+  assert "use more chips" in compile.advise(config, devices, report, tiny, search=False, compiler_options={})
 
 
 def test_search_compiles_until_it_fits(monkeypatch):
@@ -169,7 +169,7 @@ def test_topologies_have_a_device_for_each_chip(name, chips_expected, monkeypatc
 @pytest.mark.parametrize(
   ("name", "message"),
   [
-    ("v99:1x1", r"expected one of v4, v5e, v5p, v6e, a100-40.*rtx4090, and a shape: v5e:4x4, or h200:8"),
+    ("v99:1x1", r"expected one of v4, v5e, v5p, v6e, a100-40.*rtx4090, with a shape: v5e:4x4, or h200:8"),
     ("v5e-16", "a shape: v5e:4x4, or h200:8"),
     ("v5e:3x3", "; expected a shape like 1x1, .*4x4, 4x8.*, and libtpu"),
     ("h200:0", "expected h200 and a number of GPUs of one server, such as 8: h200:8"),

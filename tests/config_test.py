@@ -44,9 +44,9 @@ def test_both_forms_say_the_same():
   [
     ("num_steps", None, r"config\.num_steps=None; expected an integer\."),
     ("objective", None, r"config\.objective=None; expected a text\."),
-    ("loss", {"nam": "ipo"}, r"config\.loss\.nam is no field; did you mean config\.loss\.name\?"),
+    ("loss", {"nam": "ipo"}, r"config\.loss\.nam is not a field; did you mean config\.loss\.name\?"),
     ("loss", None, r"config\.loss=None; expected Loss\."),
-    ("los", {"name": "ipo"}, r"config\.los is no field; did you mean config\.loss\?"),
+    ("los", {"name": "ipo"}, r"config\.los is not a field; did you mean config\.loss\?"),
   ],
 )
 def test_values_that_a_config_dict_lets_pass_are_refused(field, value, sentence):

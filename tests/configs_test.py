@@ -74,7 +74,7 @@ def test_batches_divide_over_the_hardware_of_the_papers(name):
   assert c.batch_size % (devices * c.accumulation) == 0
 
 
-def test_published_numbers():
+def test_recipes_have_the_published_numbers():
   """METHODS' tables, so that an edit of the shared code does not change a recipe unnoticed."""
   for model, warmup in (("sd15", 500), ("sdxl", 200)):
     for method in ("dpo", "tdpo"):

@@ -19,7 +19,7 @@ import optax
 import pytest
 
 from jaxpref.devices import sharding
-from jaxpref.objectives import catalog, kto, pairs, spo
+from jaxpref.objectives import catalog, kto, lpo, pairs, spo
 from jaxpref.planning import flops, hlo, plan
 from jaxpref.training import optim, step
 from scripts.study import study_plan
@@ -125,7 +125,7 @@ def test_an_iteration_of_lpo_takes_a_call_a_step_whatever_the_pool(warmup_steps,
 
   found = evaluations(make, {"input_ids": pair_batch(prompts)["input_ids"]}, trips=updates(config))
   counts["num_steps"] = counts.pop("num_inference_steps")
-  calls = spo.latent_calls(**counts)
+  calls = lpo.latent_calls(**counts)
   assert inner_steps or calls == 12
   transitions = groups + 2 * groups * inner_steps
   assert found == 2 * prompts * (calls + 4 * transitions)

@@ -9,7 +9,7 @@ from jaxpref import diffusion
 
 
 @pytest.mark.parametrize("name", ["losses", "diffusion.gaussian", "diffusion.transitions", "reference"])
-def test_examples(name):
+def test_the_docstrings_examples_hold(name):
   names = vars(diffusion) if name.startswith("diffusion.") else {}  # those of the folder, whichever file they are in
   found = doctest.testmod(importlib.import_module(f"jaxpref.{name}"), extraglobs=names)
   assert found.attempted > 0

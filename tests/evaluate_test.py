@@ -180,7 +180,7 @@ def test_one_prompt_has_no_interval_and_identical_models_are_even(models, tmp_pa
   text = json.dumps(found)
   assert "null" in text
   table = capsys.readouterr().out
-  assert "50.0%" in table and "[" not in table.split("In brackets")[0].split("| one |")[1].split("\n")[0]
+  assert "50.0%" in table and "[" not in table.split("Brackets")[0].split("| one |")[1].split("\n")[0]
   assert "one prompt" in table.lower() and "1 prompt, 2 pictures each" in table
   assert "Drawn with scheduler ddim, steps 2," in table
   assert "Diversity was not measured, as no CLIP is among the scorers" in table
@@ -224,7 +224,7 @@ def test_scores_of_a_function_that_has_changed_are_not_its_own(tmp_path, monkeyp
   assert versions[0] == versions[1] != versions[2]
 
 
-def test_geneval_layout(models, tmp_path):
+def test_geneval_layout_writes_the_folders_of_its_scorer(models, tmp_path):
   prompts = tmp_path / "evaluation_metadata.jsonl"
   objects = [{"class": "bench", "count": 1}]
   rows = [{"tag": "single_object", "include": objects, "prompt": f"a photo of {i}"} for i in "ab"]
@@ -248,7 +248,7 @@ def test_geneval_layout(models, tmp_path):
     ({"prompts": "gone.txt"}, "gone.txt"),
     ({"scorers": ("beauty",)}, "beauty"),
     ({"scorers": ("imagereward",)}, "ImageReward.pt.*convert_scorer.py"),
-    ({"arguments": ("--num_prompts=4",)}, "has 3, expected 1 to that"),
+    ({"arguments": ("--num_prompts=4",)}, "has 3, expected 1 to 3"),
     ({"arguments": ("--prompts=emoji:tests",)}, "split of the emoji data must be one of train, validation, test"),
     ({"arguments": ("--steps=0",)}, "--steps=0; expected at least 1"),
     ({"arguments": ("--score_batch_size=0",)}, "--score_batch_size=0; expected at least 1"),

@@ -144,7 +144,7 @@ def test_export_says_which_step_it_writes(lora_run, tmp_path, capsys):
     file = tmp_path / f"{expected}.safetensors"
     export.main([str(folder), "--format=lora", f"--out={file}", *more])
     said = capsys.readouterr()
-    assert said.err.startswith(f"exporting step {expected} of {folder}; it is not the end of the run, which is step ")
+    assert said.err.startswith(f"exporting step {expected} of {folder}; the run ends at step ")
     assert said.out == f"{file}\n"
 
 
@@ -162,10 +162,10 @@ def test_what_cannot_be_exported_ends_in_one_sentence(lora_run, full_run, tmp_pa
     (lora_folder, "pipeline", "taken", [], "taken exists and is not empty"),
     (lora_folder, "kohya", "taken/thesis.tex", [], "expected a file name"),
     (lora_folder, "lora", "x", ["--step=7"], "no checkpoint of step 7, only of 1, 2"),
-    (tmp_path / "nowhere", "lora", "x", [], "nowhere is no work folder of a run"),
+    (tmp_path / "nowhere", "lora", "x", [], "nowhere is not the work folder of a run"),
     (tmp_path / "fresh", "lora", "x", [], "holds no checkpoint yet"),
     (tmp_path / "judge", "pipeline", "x", [], "trained config.objective='classify'"),
-    (tmp_path / "future", "pipeline", "x", [], "future/config.json is no config of this version.*warp"),
+    (tmp_path / "future", "pipeline", "x", [], "future/config.json is not a config of this version.*warp"),
   ]
   for run, form, out, more, message in cases:
     with pytest.raises(SystemExit, match=message) as stopped:

@@ -411,7 +411,7 @@ def test_a_family_of_ones_own_compiles_on_shapes_alone(pixels):
 @pytest.mark.parametrize(
   ("family", "sentence"),
   [
-    ("sd3", "config.family='sd3'; expected one of stable_diffusion, or package.module:NAME"),
+    ("sd3", "config.family='sd3'; expected one of stable_diffusion, or your own as package.module:NAME"),
     ("pixels:PIXEL", "config.family=pixels:PIXEL: the module pixels has no PIXEL .did you mean PIXELS"),
     (
       "mine:WINNERS",
@@ -444,7 +444,7 @@ def test_options_of_ones_own_have_types_and_defaults(mine):
 @pytest.mark.parametrize(
   ("options", "sentence"),
   [
-    ({"scal": 2.0}, "config.options.scal is no field; did you mean config.options.scale?"),
+    ({"scal": 2.0}, "config.options.scal is not a field; did you mean config.options.scale?"),
     ({"scale": "two"}, "config.options.scale='two'; expected a number."),
     ({"scale": None}, "config.options.scale=None; expected a number."),
     ({"scale": -1.0}, "config.options.scale=-1.0; expected a number above 0."),
@@ -496,9 +496,9 @@ print(flags.FLAGS.config.options.to_dict())
     (["--config=RECIPE", "--config.objective", "mine:WINNERS", "--config.options.scale", "3"], "{'scale': 3.0}"),
     (
       ["--config=winners.py", "--config.options.scal=3"],
-      "error: --config.options.scal is no option; did you mean --config.options.scale?",
+      "error: --config.options.scal is not an option; did you mean --config.options.scale?",
     ),
-    (["--config=RECIPE", "--config.options.scale=3"], "error: --config.options.scale is no option; dpo has none."),
+    (["--config=RECIPE", "--config.options.scale=3"], "error: --config.options.scale is not an option; dpo has none."),
     (["--config=winners.py", "--config.options.scale=x"], "--config.options.scale=x"),
     (["--config=winners.py", "--config.objective=mine:WINNER"], "has no WINNER (did you mean WINNERS?)"),
   ],

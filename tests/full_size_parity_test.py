@@ -73,7 +73,7 @@ def run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["sdxl-unet", "sd15-vae", "clip-h"])
-def test_miniatures_agree(run, name):
+def test_miniatures_agree_with_their_torch_originals(run, name):
   """Forward only: the gradients of these networks are compared in tests/models."""
   (row,) = run("--models", name, "--dtypes", "float32", "--no-gradient")
   assert row["passed"] and row["bound"] == 1e-4

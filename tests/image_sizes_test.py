@@ -25,7 +25,7 @@ from jaxpref.models.vae import VAEConfig
 from jaxpref.planning import flops, plan
 from jaxpref.recipes import sizes
 from jaxpref.rewards import networks, published
-from jaxpref.training import build, checkpoint, loop, optim
+from jaxpref.training import build, checkpoint, optim, programs
 
 SIZE = HEIGHT, WIDTH = 16, 24
 LATENT = HEIGHT // 2, WIDTH // 2, 4
@@ -49,8 +49,8 @@ def recipe(objective="dpo", **fields):
 def step_of(c, experiment, batch):
   """A training step as JAX's text, which has the shape of each array."""
   optimizer = optim.make_optimizer("sgd", 1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
-  state = jax.eval_shape(loop.state_initializer(experiment, optimizer), experiment.params)
-  return str(jax.make_jaxpr(loop.make_step(c, experiment, optimizer, MESH))(state, experiment.frozen, batch))
+  state = jax.eval_shape(programs.state_initializer(experiment, optimizer), experiment.params)
+  return str(jax.make_jaxpr(programs.make_step(c, experiment, optimizer, MESH))(state, experiment.frozen, batch))
 
 
 # ---- The field -----------------------------------------------------------------------------------------------------

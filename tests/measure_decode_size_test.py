@@ -39,7 +39,7 @@ def test_smaller_pictures_cost_fewer_operations(monkeypatch):
   np.testing.assert_allclose(whole - small, candidates * (of(0) - of(8)), rtol=1e-2)
 
 
-def test_tables():
+def test_the_tables_show_shares_and_operations():
   share = {"same_winner": 0.9, "same_loser": 0.8, "order_kept": 0.95, "valid": 0.5, "truly_valid": 0.6}
   report = {
     "model": "m", "preference_model": "p", "image_size": 32, "groups": 10, "pool": 4, "truly_valid": 0.6,

@@ -155,7 +155,7 @@ def test_transposed_activations_are_told_from_kernels():
   assert measured.transposed(text, of_batch=8) == ["bf16[8,320,64,64]", "f32[8,1280]"]
 
 
-def test_lines():
+def test_fit_finds_a_straight_line_and_its_deviation():
   found = measure_linearity.fit([1, 2, 4], [13.0, 23.0, 43.0])
   assert (found["slope"], found["intercept"]) == pytest.approx((10.0, 3.0)) and found["deviation"] < 1e-12
   bent = measure_linearity.fit([1, 2, 3], [1.0, 4.0, 9.0])

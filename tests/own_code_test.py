@@ -22,7 +22,7 @@ from jaxpref.recipes import own, places
 from jaxpref.rewards import published, scorers, terms
 from jaxpref.rewards.base import Weighted
 from jaxpref.rewards.python import PythonReward
-from jaxpref.training import build, checkpoint, loop
+from jaxpref.training import build, checkpoint, loop, own_code, programs
 
 MODULE = r'''
 import dataclasses
@@ -316,8 +316,12 @@ def experiment(config, **fields):
 def try_method(name, **fields):
   config = config_lib.typed(recipe(objective=f":{name}", batch_size=8, **fields))
   config_lib.check(config)
-  loop._try_own(
-    config, experiment(config), loop.make_optimizer(config)[0], sharding.make_mesh(devices=jax.devices()[:1])
+  own_code.try_own(
+    config,
+    experiment(config),
+    programs.make_optimizer(config)[0],
+    sharding.make_mesh(devices=jax.devices()[:1]),
+    say=print,
   )
 
 
@@ -493,7 +497,7 @@ def try_reward(name):
   config_lib.check(config)
   reward = Weighted((), ((PythonReward(published.load(config.reward), 60.0), 1.0),))
   one = build.Experiment({}, {}, lambda: None, print, None, reward=reward, model=Model(), captions=lambda: ["a", "b"])
-  loop._try_own(config, one, None, None)
+  own_code.try_own(config, one, None, None, say=print)
 
 
 @pytest.mark.parametrize(
@@ -502,7 +506,7 @@ def try_reward(name):
     ("few", "returned numbers of shape [1] for 2 images", None),
     (
       "no_number",
-      "gives nan to 2 of 2 images, the first of them number 0, expected finite scores; mend the function.",
+      "gives nan to 2 of 2 images, the first of them number 0, expected finite scores; fix the function.",
       None,
     ),
     ("texts", "returned texts", "def texts"),
@@ -539,7 +543,7 @@ def test_a_good_reward_is_asked_for_two_pictures(mine, monkeypatch):
   [
     ("tiny-clip:abc", "'tiny-clip:abc' is neither NAME:WEIGHT"),
     ("pickscore:1;aesthetic:2", "'pickscore:1;aesthetic' is neither NAME:WEIGHT"),
-    ("pickscore:abc", "the weight 'abc' of pickscore is no number"),
+    ("pickscore:abc", "the weight 'abc' of pickscore is not a number"),
     ("picscore:1", r"\(did you mean 'pickscore'\?\)"),
     ("own_sample.mean", r"one of your own is package.module:NAME: own_sample:mean\)"),
   ],
@@ -564,7 +568,7 @@ def test_a_preference_model_that_the_reward_does_not_name_is_not_needed(mine):
 
 def test_a_module_that_has_changed_is_said_once(mine, tmp_path, monkeypatch):
   config = config_lib.typed(recipe(objective=":GOOD"))
-  versions = loop._own_versions(config)
+  versions = own_code.versions(config)
   assert list(versions) == ["own_sample:GOOD"] and len(versions["own_sample:GOOD"]) == 16
   assert checkpoint.note_own_code(tmp_path, versions) == []
   assert checkpoint.note_own_code(tmp_path, versions) == []
@@ -573,7 +577,7 @@ def test_a_module_that_has_changed_is_said_once(mine, tmp_path, monkeypatch):
   text = MODULE + "\n# another version\n"
   mine.write_text(text)
   linecache.checkcache(str(mine))
-  changed = loop._own_versions(config)
+  changed = own_code.versions(config)
   mine.write_text(MODULE)
   linecache.checkcache(str(mine))
   assert checkpoint.note_own_code(tmp_path, changed) == ["own_sample:GOOD"]
@@ -581,7 +585,7 @@ def test_a_module_that_has_changed_is_said_once(mine, tmp_path, monkeypatch):
 
 
 def test_a_run_without_code_of_ones_own_records_none(tmp_path):
-  assert loop._own_versions(config_lib.typed(recipe())) == {}
+  assert own_code.versions(config_lib.typed(recipe())) == {}
   assert checkpoint.note_own_code(tmp_path, {}) == [] and not list(tmp_path.iterdir())
 
 

@@ -386,7 +386,7 @@ def test_shipped_rewards_give_the_scores_they_give_in_training(drawn, tmp_path):
     (BROKEN, f"reward {BROKEN} raised KeyError: 'mine'"),
     ("tests.pairs_test:nothing", "has no function 'nothing'"),
     ("preference_model", "preference_model needs its model, a folder or hub name"),
-    ("judge,judge=x", "judge stands there twice"),
+    ("judge,judge=x", "judge occurs twice"),
   ],
 )
 def test_rewards_that_cannot_be_asked(by_hand, reward, sentence):
@@ -404,7 +404,7 @@ def test_rewards_that_cannot_be_asked(by_hand, reward, sentence):
     ("pictures.jsonl", "", "pictures.jsonl has 0 pictures, .*settings.json says otherwise"),
     ("settings.json", "{}", "settings.json cannot be read"),
     ("scores.jsonl", '{"image": "a.png"}', "scores.jsonl cannot be read .*; delete it"),
-    ("images/model/00001_1.png", "x", "00001_1.png cannot be read .*the command that drew it draws it again"),
+    ("images/model/00001_1.png", "x", "00001_1.png cannot be read .*run the command that drew it again"),
   ],
 )
 def test_folders_that_were_damaged(by_hand, name, content, sentence):

@@ -20,7 +20,7 @@ from jaxpref.models import presets
 from jaxpref.models.stable_diffusion import StableDiffusion
 from jaxpref.objectives import kto, pairs, pretraining
 from jaxpref.objectives.base import Weights
-from jaxpref.training import build, inputs, loop, optim
+from jaxpref.training import build, inputs, optim, programs
 from tests.configs_test import smaller
 from tests.data import bucket as buckets
 from tests.data.latents_test import largest_file
@@ -132,9 +132,9 @@ def steps(c, count):
   config.check(c)
   experiment = build.build(c)
   optimizer = optim.make_optimizer("adamw", 1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
-  state = jax.jit(loop.state_initializer(experiment, optimizer))(experiment.params)
+  state = jax.jit(programs.state_initializer(experiment, optimizer))(experiment.params)
   first = jax.device_get(state.params)
-  step = jax.jit(loop.make_step(c, experiment, optimizer, make_mesh(devices=jax.devices()[:1])))
+  step = jax.jit(programs.make_step(c, experiment, optimizer, make_mesh(devices=jax.devices()[:1])))
   batches, losses = experiment.batches(), []
   for _ in range(count):
     state, metrics = step(state, experiment.frozen, next(batches))
@@ -188,7 +188,7 @@ def test_images_whose_sides_differ_are_the_same_precomputed(tmp_path):
     trained.image_size = c.image_size = size
     with pytest.raises(ValueError, match="is of images of 16 x 24 pixels, random:sdxl-miniature wants (16|24) x 16"):
       build.build(trained).batches()
-    with pytest.raises(ValueError, match=r"was begun with config.image_size=\[16, 24\], and now it is"):
+    with pytest.raises(ValueError, match=r"was begun with config.image_size=\[16, 24\], now it is"):
       precompute.run(c, tmp_path / "wide", **OPTIONS)
 
 
@@ -370,10 +370,10 @@ def test_a_finished_folder_of_other_data_is_refused(folder, monkeypatch, field):
 @pytest.mark.parametrize(
   ("fields", "sentence"),
   [
-    ({"dtype": "bfloat16"}, "begun with config.dtype='float32', and now it is 'bfloat16'; choose another folder"),
-    ({"data__flip": False}, "begun with config.data.flip=True, and now it is False"),
-    ({"seed": 1}, "begun with config.seed=0, and now it is 1"),
-    ({"objective": "denoise"}, "begun with kind='pairs', and now it is 'images'"),
+    ({"dtype": "bfloat16"}, "begun with config.dtype='float32', now it is 'bfloat16'; choose another folder"),
+    ({"data__flip": False}, "begun with config.data.flip=True, now it is False"),
+    ({"seed": 1}, "begun with config.seed=0, now it is 1"),
+    ({"objective": "denoise"}, "begun with kind='pairs', now it is 'images'"),
     (
       {"objective": "spo", "preference_model": "x", "data__caption_dropout": 0.0, "data__flip": False},
       "objective='spo' needs the VAE while it trains",
@@ -382,7 +382,7 @@ def test_a_finished_folder_of_other_data_is_refused(folder, monkeypatch, field):
       {"objective": "spm", "preference_model": "x"},
       "objective='spm' needs the VAE while it trains, so nothing can be precomputed for it",
     ),
-    ({"data__source": "precomputed", "data__path": "x"}, "is what this command makes; give the images"),
+    ({"data__source": "precomputed", "data__path": "x"}, "is what this command makes; set the source of the images"),
   ],
 )
 def test_what_cannot_be_precomputed_into_a_folder(folder, fields, sentence):
@@ -490,7 +490,7 @@ def test_another_vae_is_told_by_its_weights(model):
 def test_numbers_beyond_float16_are_refused(tmp_path, monkeypatch):
   encode = StableDiffusion.encode_moments
   monkeypatch.setattr(StableDiffusion, "encode_moments", lambda *args: jax.tree.map(lambda x: x * 1e9, encode(*args)))
-  with pytest.raises(ValueError, match=r"row 0 of the data: the VAE gives pixels_0 no finite float16 latents; set"):
+  with pytest.raises(ValueError, match=r"row 0 of the data: the VAE makes no finite float16 latents of pixels_0; set"):
     precompute.run(recipe(), tmp_path / "data", **OPTIONS)
 
 

@@ -114,7 +114,7 @@ def test_settings_out_of_range_are_refused_by_name(kwargs, message):
 def test_trees_that_do_not_match_are_refused():
   with pytest.raises(ValueError, match="params and the reference are different trees"):
     reference.propose(REF, {"bias": PARAMS["bias"]})
-  with pytest.raises(ValueError, match=r"init leaf \['bias'\] is of shape \(1,\)"):
+  with pytest.raises(ValueError, match=r"init leaf \['bias'\] has shape \(1,\)"):
     reference.propose(REF, PARAMS, {**INIT, "bias": jnp.zeros(1)})
 
 

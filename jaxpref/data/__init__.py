@@ -1,1 +1,1 @@
-"""Data: the embedded emoji, a tfds builder of preference pairs, and Grain pipelines."""
+"""Data: the embedded emoji, preference data of every kind, and Grain pipelines."""

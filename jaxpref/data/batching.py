@@ -1,17 +1,17 @@
 """Endless, shuffled, resumable batches, through Grain.
 
-Every epoch visits every record once, in an order that follows from (seed, epoch). Batch i of the
-run holds the same rows in the same order whatever the number of processes; process p of P gets the
-p-th of P equal parts of it. Whatever is random about a row follows from (seed, epoch, record). A
-state is therefore one number, the same on all processes, and resuming is exact.
+Every epoch visits every record once, in an order that follows from (seed, epoch). Batch i of the run holds the same
+rows in the same order whatever the number of processes; process p of P gets the p-th of P equal parts. All randomness
+of a row follows from (seed, epoch, record). A state is therefore one number, the same on all processes, and resuming is
+exact.
 
   batches = pipeline.pair_batches(source, batch_size=32, image_size=64, tokenize=tokenize, seed=0)
   batch = next(batches)          # numpy arrays
   state = batches.get_state()    # JSON; set_state continues after the batch just taken
 
-Images are decoded ahead of time by threads, or by worker processes of this process, each of which makes every n-th
-batch. Neither changes what a batch holds. Captions are tokenized in this process, so that only the source has to be
-such that it can be pickled for the workers. scripts/bench/bench_data.py measures what costs how much.
+Threads decode images ahead of time, or worker processes of this process, each of which makes every n-th batch. Neither
+changes what a batch holds. Captions are tokenized in this process, so only the source must be picklable for the
+workers. scripts/bench/bench_data.py measures what costs how much.
 """
 
 import atexit
@@ -35,11 +35,11 @@ from jaxpref.data import records
 Tokenize = Callable[[list[str]], np.ndarray]
 Batch = dict[str, np.ndarray]
 # (position, whether the caption is dropped, whether images are mirrored) -> a row of a batch; with random crops also
-# where the crops lie, a `records.Place`. Of a row's fields `caption` becomes `input_ids`, and `skipped` is noted.
+# where the crops lie, a `records.Place`. The field `caption` of a row becomes `input_ids`, and `skipped` is noted.
 Row = Callable[..., Mapping[str, Any]]
 
-CAPTIONS_KEPT = 100_000  # whose token ids are remembered
-# A worker outlives a SIGTERM to the whole job so long, so that the training process can finish its step and save.
+CAPTIONS_KEPT = 100_000  # captions whose token ids are cached
+# A worker outlives a SIGTERM to the whole job by this long, so that training can finish its step and save.
 GRACE_SECONDS = 30.0
 
 
@@ -47,7 +47,7 @@ class Batches(Iterator[Batch]):
   """An endless iterator over batches, with a state.
 
   Attributes:
-    num_records: the records in an epoch (of all processes).
+    num_records: records in an epoch, of all processes together.
     batch_size: rows of a batch over all processes.
   """
 
@@ -63,7 +63,7 @@ class Batches(Iterator[Batch]):
     tokenizers: Mapping[str, Tokenize] | None = None,
     reader: records.Reader | None = None,
   ):
-    """Args: `open_at(i)` is an iterator over the stacked rows of batch i and those after it, see `stack`."""
+    """Takes in `open_at(i)` an iterator over the stacked rows of batch i and those after it, see `stack`."""
     self._open_at = open_at
     self._opened: list[grain.DatasetIterator] = []  # at most one
     weakref.finalize(self, _close, self._opened)  # also when the program ends
@@ -77,7 +77,7 @@ class Batches(Iterator[Batch]):
     self.batch_size = batch_size
 
   def __next__(self) -> Batch:
-    """The next batch of this process; raises ValueError on data that cannot be used."""
+    """Returns the next batch of this process; raises ValueError for unusable data."""
     if not self._opened:
       self._opened.append(self._open_at(self._next_batch))
     batch = self._finish(next(self._opened[0]))
@@ -85,12 +85,12 @@ class Batches(Iterator[Batch]):
     return batch
 
   def rows(self, positions: Sequence[int], *, flipped: bool = False, num_threads: int = 0) -> Iterator[Batch]:
-    """Single rows, without shuffling and drawing; independent of where the iterator stands.
+    """Yields single rows, without shuffling and drawing; independent of where the iterator stands.
 
     Args:
-      positions: of the records, among those that are used.
+      positions: positions among the records used.
       flipped: whether images are mirrored.
-      num_threads: threads that prepare them ahead; 0: none.
+      num_threads: threads that prepare rows ahead; 0: none.
     """
 
     def load(i: int) -> dict[str, Any]:
@@ -115,17 +115,17 @@ class Batches(Iterator[Batch]):
     return [] if self._reader is None else list(self._reader.skipped.values())
 
   def num_skipped(self) -> int:
-    """How many records this process has skipped, as a metric."""
+    """Returns how many records this process has skipped, as a metric."""
     return len(self.skipped)
 
   def names(self, places: Sequence[int]) -> list[str]:
-    """What the records at places of the source (`record` of a batch) are called there, else the places themselves."""
+    """Returns what the source calls the records at some places (`record` of a batch), else the places themselves."""
     if self._reader is None:
       return [str(place) for place in places]
     return [records.name_of(self._reader.source[place], place) for place in places]
 
   def get_state(self) -> dict[str, int]:
-    """Where the iterator stands, as JSON values; the same on every process."""
+    """Returns where the iterator stands, as JSON values; the same on every process."""
     return {
       "next_batch": self._next_batch,
       "batch_size": self.batch_size,
@@ -160,19 +160,19 @@ def _close(opened: list[grain.DatasetIterator]) -> None:
 
 
 class Prefetched(Iterator[tuple[Any, dict[str, int]]]):
-  """Batches on the devices, ahead of time: a thread takes the next ones and moves them while a step runs.
+  """Batches on the devices, ahead of time: a thread reads and moves the next ones while a step runs.
 
-  Each comes with the state after it, to be saved once it has been trained on: the iterator itself is ahead.
+  Each batch comes with the state after it, to save once it has been trained on: the iterator itself is ahead.
   """
 
   def __init__(self, batches: Any, put: Callable[[Any], Any], *, count: int, depth: int = 2):
     """Starts the thread.
 
     Args:
-      batches: iterator with `get_state` and `close`; the thread's own from now on.
+      batches: iterator with `get_state` and `close`; only the thread uses it from now on.
       put: moves a batch to the devices.
-      count: how many batches will be taken.
-      depth: how many wait on the devices at most.
+      count: number of batches that will be taken.
+      depth: largest number of batches that wait on the devices.
     """
     self._batches = batches
     self._ready: queue.Queue[tuple[Any, Any, BaseException | None]] = queue.Queue()
@@ -187,7 +187,7 @@ class Prefetched(Iterator[tuple[Any, dict[str, int]]]):
             return
           batch = put(next(batches))
           self._ready.put((batch, batches.get_state(), None))
-      except BaseException as error:  # is raised where the batch is asked for
+      except BaseException as error:  # raised where the batch is asked for
         self._ready.put((None, None, error))
 
     self._left = count
@@ -195,7 +195,7 @@ class Prefetched(Iterator[tuple[Any, dict[str, int]]]):
     self._thread.start()
 
   def __next__(self) -> tuple[Any, dict[str, int]]:
-    """The next batch and the state after it; raises what the iterator raised."""
+    """Returns the next batch and the state after it; raises what the iterator raised."""
     if not self._left:
       raise StopIteration
     batch, state, error = self._ready.get()
@@ -215,12 +215,12 @@ class Prefetched(Iterator[tuple[Any, dict[str, int]]]):
 
 
 class _Captions:
-  """Token ids of captions; those of the last `CAPTIONS_KEPT` different ones are remembered."""
+  """Token ids of captions; caches those of the last `CAPTIONS_KEPT` different captions."""
 
   def __init__(self, tokenize: Tokenize):
     self._tokenize = tokenize
     self._ids: dict[str, np.ndarray] = {}
-    self([""])  # for its errors, which are due before training
+    self([""])  # raises its errors before training
 
   def __call__(self, captions: Sequence[str]) -> np.ndarray:
     """i32[n, L]."""
@@ -266,7 +266,7 @@ def _check_sizes(what: str, num_records: int, batch_size: int, process_index: in
 
 @dataclasses.dataclass(frozen=True)
 class _DrawnRow:
-  """Draws what is random about a row, from (seed, epoch, record), and makes it."""
+  """Draws what is random about a row from (seed, epoch, record), and makes the row."""
 
   load: Row
   num_records: int
@@ -276,7 +276,7 @@ class _DrawnRow:
   random_crop: bool
 
   def __call__(self, index: int, record: int) -> Mapping[str, Any]:
-    """Args: index counts on from epoch to epoch."""
+    """Makes row `index`, which counts on from epoch to epoch."""
     draws = np.random.default_rng([self.seed, 1, index // self.num_records, record]).random(4)
     dropped, flipped = bool(draws[0] < self.caption_dropout), bool(draws[1] < (0.5 if self.flip else 0.0))
     place = ((draws[2], draws[3]),) if self.random_crop else ()
@@ -284,7 +284,7 @@ class _DrawnRow:
 
 
 def stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """Arrays [B, ...] by field; captions stay a list of strings, and what was skipped is one list for all rows."""
+  """Stacks rows into arrays [B, ...] by field; captions stay a list, and skipped records become one list."""
   stacked: dict[str, Any] = {}
   for key in rows[0]:
     values = [row[key] for row in rows]
@@ -296,7 +296,7 @@ def stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _start_worker(index: int, count: int) -> None:
-  """Lets a worker end with the process that started it, and not before."""
+  """Makes a worker end with the process that started it, and not before."""
   del index, count
 
   def end_soon(*_: Any) -> None:
@@ -312,11 +312,11 @@ def _start_worker(index: int, count: int) -> None:
 
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, end_soon)
-  atexit.register(os._exit, 0)  # the libraries that were loaded take a second to be unloaded
+  atexit.register(os._exit, 0)  # unloading the libraries takes a second
   threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-# Many parameters: every kind of data opens its batches here, and names only what it has.
+# Many parameters: every kind of data opens its batches here, and passes only what it has.
 def open_batches(
   num_records: int,
   load: Row,
@@ -335,21 +335,21 @@ def open_batches(
   tokenizers: Mapping[str, Tokenize] | None = None,
   reader: records.Reader | None = None,
 ) -> Batches:
-  """Order, what is random about a row, sharding, batching and prefetching.
+  """Returns batches: shuffles, draws what is random about a row, shards, stacks and prefetches.
 
   Args:
-    num_records: in an epoch.
+    num_records: records in an epoch.
     load: makes a row.
-    what: the records' name, for messages.
-    caption_dropout, flip, random_crop: what is drawn for a row.
+    what: name of the data, for messages.
+    caption_dropout, flip, random_crop: what to draw for a row.
     batch_size: rows over all processes.
-    num_threads, num_workers: that make rows ahead of time; processes do where there are any, else threads.
+    num_threads, num_workers: threads or processes that make rows ahead of time; threads only if there are no processes.
     tokenize: captions of a batch -> i32[n, L], its input_ids.
-    tokenizers: others by the field that they fill.
-    reader: of the source; it knows what could not be read, and the names of records.
+    tokenizers: further ones, by the field that they fill.
+    reader: reader of the source; it knows which records were unreadable, and the names of records.
 
   Raises:
-    ValueError: the batch cannot be shared by the processes, or is larger than an epoch.
+    ValueError: the processes cannot share the batch, or it is larger than an epoch.
   """
   _check_sizes(what, num_records, batch_size, process_index, process_count)
   rows = batch_size // process_count
@@ -359,7 +359,7 @@ def open_batches(
     # Before the shuffle, where index = epoch * num_records + record.
     .map_with_index(_DrawnRow(load, num_records, seed, caption_dropout, flip, random_crop))
     .shuffle(shuffle_seed)
-    .repeat()  # Then the shuffle is a new one every epoch.
+    .repeat()  # Every epoch has a new shuffle.
     .batch(rows, drop_remainder=True, batch_fn=stack)
   )
 
@@ -367,10 +367,10 @@ def open_batches(
     own = dataset[batch * process_count + process_index :: process_count]
     if not num_workers:
       return iter(own.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)))
-    if not flags.FLAGS.is_parsed():  # Outside of a program with flags: Grain looks at one of its own.
+    if not flags.FLAGS.is_parsed():  # Outside a program with flags: Grain reads a flag of its own.
       flags.FLAGS.mark_as_parsed()
     alone = own.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    # Through pipes: shared memory costs as much, containers have little of it, and killed runs leave it behind.
+    # Pipes: shared memory costs as much, containers have little of it, and killed runs leave it behind.
     no_shared_memory = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
     options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)
     return iter(

@@ -1,8 +1,8 @@
 """Preference data whose images are files: a .jsonl or .csv file with a row for each pair or image, or rankings.
 
-What the file says is in memory, images are read when they are asked for. That they exist is checked before, by listing
-each folder once. What is wrong with a file is said in one sentence with its name and the line. The file and the images
-may lie in a bucket (`paths`).
+The content of the file is in memory; images are read when they are asked for. Whether they exist is checked first, by
+listing each folder once. An error in a file is reported in one sentence with its name and the line. The file and the
+images may lie in a bucket (`paths`).
 """
 
 import array
@@ -34,7 +34,7 @@ PROGRESS_AFTER = 3.0  # seconds
 
 @dataclasses.dataclass(frozen=True)
 class _LineIds:
-  """Ids as the rows give them, else the name of the file and the line."""
+  """Ids that the rows give, else the name of the file and the line."""
 
   file: str
   lines: np.ndarray
@@ -46,7 +46,7 @@ class _LineIds:
 
 @dataclasses.dataclass(frozen=True)
 class _RankingIds:
-  """The name of the file, the entry, and the places of the two images in it."""
+  """Ids made of the name of the file, the entry, and the places of the two images in it."""
 
   file: str
   entry: np.ndarray
@@ -58,7 +58,7 @@ class _RankingIds:
 
 
 class FilePairs:
-  """Pairs whose images are files; what a row says is in memory, the images are not."""
+  """Pairs whose images are files; the rows are in memory, the images are not."""
 
   def __init__(
     self,
@@ -70,12 +70,12 @@ class FilePairs:
     index: Index,
     optional: Mapping[str, Mapping[int, list[int]]] | None = None,
   ):
-    """Opens pairs; reads nothing.
+    """Opens pairs without reading images.
 
     Args:
       files: paths relative to the folder.
-      images: the numbers of those of image_0 and image_1.
-      optional: fields of records that have them, by name and number of the record.
+      images: numbers of the files of image_0 and image_1.
+      optional: fields that only some records have, by name and number of the record.
     """
     self._folder = folder
     self._captions = captions
@@ -103,7 +103,7 @@ class FilePairs:
 
 
 class FileImages:
-  """Single images, liked or disliked, whose images are files."""
+  """Single images, liked or disliked, that are files."""
 
   def __init__(
     self,
@@ -143,18 +143,18 @@ UNPAIRED_COLUMNS = ("caption", "image", "label", "id")
 
 
 def open_pairs_file(file: Path) -> FilePairs:
-  """Pairs listed in a .jsonl or .csv file, or in pairs.jsonl of a folder.
+  """Opens pairs listed in a .jsonl or .csv file, or in pairs.jsonl of a folder.
 
-  Columns: caption; image_0 and image_1, paths relative to the file; who won, as label_0 (1, 0, 0.5, or between them the
-  probability that image_0 is preferred), as preferred (0 or 1, the number of the better image, or "tie"), or by the
-  higher of score_0 and score_1; and optionally id, score_0 and score_1 (see `Index`), num_example_per_prompt,
-  original_size_0 and original_size_1 ([height, width] or HEIGHTxWIDTH), and of drawn images noise_0 and noise_1
-  ([seed, number] or SEED:NUMBER), whose noise is `evaluation.drawing.prior_noise(seed, [number], ...)`. Fields may be
-  empty in some rows, except the scores, which are for all rows or none.
+  Columns: caption; image_0 and image_1, paths relative to the file; and the winner: label_0 (1, 0, 0.5, or between them
+  the probability that image_0 is preferred), preferred (0 or 1, the better image, or "tie"), or the higher
+  of score_0 and score_1. Optional: id, score_0 and score_1 (see `Index`), num_example_per_prompt, original_size_0 and
+  original_size_1 ([height, width] or HEIGHTxWIDTH), and for drawn images noise_0 and noise_1 ([seed, number] or
+  SEED:NUMBER), whose noise is `evaluation.drawing.prior_noise(seed, [number], ...)`. Fields may be empty in some rows,
+  except the scores, which all rows have or none.
 
   Raises:
     FileNotFoundError: the file or an image is missing.
-    ValueError: a row that is not of that form; file and line are named.
+    ValueError: a row has another form; names file and line.
   """
   place = paths.open_path(file)
   if place.suffix not in (".jsonl", ".csv") and (place / PAIRS_NAME).is_file():
@@ -200,13 +200,13 @@ def open_pairs_file(file: Path) -> FilePairs:
 
 
 def open_unpaired_file(file: Path) -> FileImages:
-  """Images, each liked or disliked, listed in a .jsonl or .csv file.
+  """Opens images, each liked or disliked, that a .jsonl or .csv file lists.
 
   Columns: caption; image, a path relative to the file; label (true or 1: liked, false or 0: disliked); optionally id.
 
   Raises:
     FileNotFoundError: the file or an image is missing.
-    ValueError: a row that is not of that form; file and line are named.
+    ValueError: a row has another form; names file and line.
   """
   table = _Table(file, UNPAIRED_COLUMNS, required=("caption", "image", "label"))
   labels, images = array.array("f"), array.array("q")
@@ -224,7 +224,7 @@ def open_unpaired_file(file: Path) -> FileImages:
 
 
 class _Row(dict):
-  """The non-empty fields of a row, and where it is."""
+  """The non-empty fields of a row, and its place."""
 
   def __init__(self, fields: Mapping[str, Any], file: Any, line: int):
     super().__init__({name: value for name, value in fields.items() if value is not None and value != ""})
@@ -247,18 +247,18 @@ class _Row(dict):
 
 
 class _Table:
-  """A .jsonl or .csv file with a row for each record: captions, ids, and the image files that are named.
+  """A .jsonl or .csv file with a row for each record: captions, ids, and the image files it names.
 
   Attributes:
     file: the file.
-    captions: of the rows read so far; equal ones are one string in memory.
-    files: path, without the ./ and // of the file -> its number; in the order of the numbers.
+    captions: those of the rows read so far; equal ones are one string in memory.
+    files: path, without ./ and // -> its number; in the order of the numbers.
   """
 
   def __init__(self, file: Path, columns: Sequence[str], required: Sequence[str]):
     self.file = paths.open_path(file)
     if self.file.suffix not in (".jsonl", ".csv"):
-      raise ValueError(f"{self.file} is no .jsonl or .csv file; rename or convert it.")
+      raise ValueError(f"{self.file} is not a .jsonl or .csv file; rename or convert it.")
     size = paths.size(self.file)
     if size is None or self.file.is_dir():
       raise FileNotFoundError(f"there is no file {self.file}; expected .jsonl or .csv with {', '.join(required)}.")
@@ -269,15 +269,15 @@ class _Table:
     self.files: dict[str, int] = {}
     self._ids: list[str | None] = []
     self._lines = array.array("q")
-    self._named_in: list[tuple[int, str]] = []  # line and column that first name each file
+    self._named_in: list[tuple[int, str]] = []  # the line and column that first name each file
     self._same: dict[str, str] = {}
 
   def ids(self) -> _LineIds:
-    """Of the rows read so far."""
+    """The ids of the rows read so far."""
     return _LineIds(self.file.name, np.asarray(self._lines), self._ids)
 
   def rows(self) -> Iterator[_Row]:
-    """All rows, checked for unknown and missing columns and empty captions."""
+    """Yields all rows, checked for unknown and missing columns and empty captions."""
     parse = self._json_rows if self.file.suffix == ".jsonl" else self._csv_rows
     with (
       paths.open_text(self.file) as stream,
@@ -304,9 +304,9 @@ class _Table:
       try:
         fields = json.loads(text)
       except json.JSONDecodeError as error:
-        raise ValueError(f"{self.file}, line {line}: no JSON ({error}); expected one object a line.") from error
+        raise ValueError(f"{self.file}, line {line}: not JSON ({error}); expected one object per line.") from error
       if not isinstance(fields, dict):
-        raise ValueError(f"{self.file}, line {line}: {type(fields).__name__}; expected one JSON object a line.")
+        raise ValueError(f"{self.file}, line {line}: found a {type(fields).__name__}; expected one object per line.")
       row = _Row(fields, self.file, line)
       self._check_columns(fields, row, row)
       yield row
@@ -324,10 +324,10 @@ class _Table:
         yield row
     except csv.Error as error:
       line = reader.reader.line_num
-      raise ValueError(f"{self.file}, line {line}: no CSV ({error}); expected commas and quotes.") from error
+      raise ValueError(f"{self.file}, line {line}: not CSV ({error}); expected commas and quotes.") from error
 
   def _check_columns(self, given: Iterable[str], filled: Iterable[str], row: _Row) -> None:
-    """Refuses unknown columns among those given, and required ones that are not filled."""
+    """Raises for unknown columns among those given, and for required ones that are not filled."""
     for name in given:
       if name not in self._columns:
         near = difflib.get_close_matches(str(name), self._columns, n=1)
@@ -338,7 +338,7 @@ class _Table:
         row.refuse(f"no {name}, or an empty one", f"expected {', '.join(self._required)} in every row")
 
   def file_number(self, row: _Row, column: str) -> int:
-    """The number of the image file that a column of a row names."""
+    """Returns the number of the image file that a column of a row names."""
     name = row[column]
     if not isinstance(name, str) or _leaves_folder(name):
       row.refuse(f"{column} = {name!r}", "expected the path of an image file, relative to this file's folder and in it")
@@ -348,7 +348,7 @@ class _Table:
     return number
 
   def check_files(self) -> np.ndarray:
-    """Returns `find_files` of all files; refuses image files that do not exist."""
+    """Returns `find_files` of all files; raises if image files do not exist."""
     files = list(self.files)
     image_ids, missing = find_files(self.file.parent, files)
     if missing:
@@ -371,17 +371,17 @@ def _counted(stream: Iterable[str], progress: Callable[[int], Any]) -> Iterator[
 
 
 def _leaves_folder(name: str) -> bool:
-  """Whether a path that a file gives may lead out of the folder that it is relative to."""
+  """Returns whether a path in a file may lead out of the folder that it is relative to."""
   path = pathlib.PurePosixPath(name)
   return path.is_absolute() or ".." in path.parts or "://" in name or "\0" in name
 
 
 def find_files(folder: Any, files: Sequence[str]) -> tuple[np.ndarray, list[int]]:
-  """Looks for files relative to a folder; each folder is listed once, and no file is opened.
+  """Looks for files relative to a folder, by listing each folder once; opens no file.
 
   Returns:
-    i64[n], an id for each file, the same for two names of one file: a hash of the first of these names. And the numbers
-    of the files that do not exist.
+    i64[n], an id for each file: a hash of the first name it has here, so two names of one file share it. And the
+    numbers of the files that do not exist.
   """
   listed: dict[str, dict[str, int | None]] = {}
   first: dict[int, bytes] = {}
@@ -423,7 +423,7 @@ def _pair_label(row: _Row, score: Sequence[float | None]) -> float:
   if score[0] is None or score[1] is None:
     row.refuse(
       "no label_0, no preferred and no scores",
-      "say which image is the better one, or have a reward say it of drawn pictures: python -m jaxpref.pairs "
+      "say which image is better, or label drawn pictures by a reward: python -m jaxpref.pairs "
       f"--out={row.file.parent} --label=REWARD",
     )
   return 0.5 if score[0] == score[1] else float(score[0] > score[1])
@@ -456,7 +456,7 @@ def _noise(row: _Row, name: str) -> list[int] | None:
 
 
 def _count(row: _Row) -> int:
-  """num_example_per_prompt of a row; 0 where it is not given."""
+  """Returns num_example_per_prompt of a row; 0 if it is not given."""
   value = row.number("num_example_per_prompt")
   if value is None:
     return 0
@@ -469,20 +469,21 @@ def _count(row: _Row) -> int:
 
 
 def open_rankings(file: Path, *, images: Path | None = None, pairs: str = "all") -> FilePairs:
-  """Rankings in the form of HPDv2 (arXiv 2306.09341), each expanded to pairs.
+  """Opens rankings in the form of HPDv2 (arXiv 2306.09341), each expanded to pairs.
 
   The file is a JSON list of objects with prompt, image_path (or file_path: a list of names), and either
   human_preference (train.json: 1 for the preferred image, 0 for others) or rank (test.json: 1 is best). Equal ranks are
-  a tie. Of images with human_preference 0, of more than two, nobody said which is better: they make no pair.
+  a tie. If more than two images are ranked, those with human_preference 0 were not compared with each other and make no
+  pair.
 
   Args:
     file: such as HPDv2/train.json.
-    images: folder of the images; None: the one named as the file without .json, as published, else the file's own.
-    pairs: "all" pairs of a ranking, or "winner": those of a best image with the others.
+    images: folder of the images; None: the one named like the file without .json, as published, else the file's own.
+    pairs: "all" pairs of a ranking, or "winner": a best image with each other one.
 
   Raises:
     FileNotFoundError: the file or an image is missing.
-    ValueError: an entry that is not of that form; file and entry are named.
+    ValueError: an entry has another form; names file and entry.
   """
   if pairs not in ("all", "winner"):
     raise ValueError(f"pairs={pairs!r}; expected 'all' or 'winner'.")
@@ -524,7 +525,7 @@ def open_rankings(file: Path, *, images: Path | None = None, pairs: str = "all")
       f"{_others(missing, names)}; say where the images are."
     )
   if not labels:
-    raise ValueError(f"{file} makes no pair; expected rankings of at least two images.")
+    raise ValueError(f"{file} gives no pair; expected rankings of at least two images.")
   images_of_pairs = [np.asarray(columns[name]) for name in ("image_0", "image_1")]
   return FilePairs(
     folder,
@@ -542,7 +543,7 @@ def open_rankings(file: Path, *, images: Path | None = None, pairs: str = "all")
 
 
 def _ranking(file: Any, number: int, entry: Any) -> tuple[str, list[str], list[float], bool]:
-  """Caption, image names, how bad each image is (lower is better), and whether all were compared with each other."""
+  """Returns caption, image names, how bad each image is (lower is better), and whether all were compared."""
 
   def refuse(problem: str, remedy: str) -> NoReturn:
     raise ValueError(f"{file}, entry {number}: {problem}; {remedy}.")
@@ -578,5 +579,5 @@ def _json_list(file: Any, what: str) -> list[Any]:
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise ValueError(f"{file} is not valid JSON ({error}); expected {what}.") from error
   if not isinstance(entries, list) or not entries:
-    raise ValueError(f"{file} holds no list, or an empty one; expected {what}.")
+    raise ValueError(f"{file} does not hold a list, or an empty one; expected {what}.")
   return entries

@@ -1,4 +1,4 @@
-"""From scores of pictures to labelled pairs: which pairs there are, which are kept, and what is said of them.
+"""Turns scores of pictures into labelled pairs: which pairs there are, which are kept, and their labels.
 
 All functions are pure, in numpy. Scores are logits: by Bradley and Terry's model image_0 is preferred with probability
 sigmoid(score_0 - score_1).
@@ -13,16 +13,16 @@ PAIRINGS = ("best_worst", "all")
 
 
 def pairs_of_prompts(prompts: int, pictures: int, *, models: int = 1, same: bool = False) -> np.ndarray:
-  """Returns the pairs that pictures can make, of each prompt.
+  """Returns the pairs that the pictures of each prompt can make.
 
   Args:
     prompts: P.
-    pictures: K, that each model draws of a prompt.
+    pictures: K, the number that each model draws for a prompt.
     models: 1, or 2: a pair then has a picture of each.
-    same: with two models, the i-th pictures alone.
+    same: with two models, pairs only the i-th pictures.
   Returns:
-    i64[P, T, 2] numbers of pictures, which are counted by prompt, then model, then picture. T = K (K - 1) / 2 with one
-    model, K^2 with two, and K of the `same`.
+    i64[P, T, 2] numbers of pictures, counted by prompt, then model, then picture. T = K (K - 1) / 2 with one model,
+    K^2 with two, and K with `same`.
 
   >>> pairs_of_prompts(2, 2).tolist()
   [[[0, 1]], [[2, 3]]]
@@ -39,10 +39,10 @@ def pairs_of_prompts(prompts: int, pictures: int, *, models: int = 1, same: bool
 
 
 def widest(pairs: np.ndarray, scores: np.ndarray) -> np.ndarray:
-  """Returns of each prompt the pair whose scores differ most: the best picture and the worst. The first of equals.
+  """Returns for each prompt the pair whose scores differ most, best and worst picture; the first of equals.
 
   Args:
-    pairs: i64[P, T, 2], as of `pairs_of_prompts`.
+    pairs: i64[P, T, 2], as `pairs_of_prompts` returns them.
     scores: f64[N] of all pictures.
   Returns:
     i64[P, 1, 2].
@@ -70,9 +70,9 @@ def label_pairs(score_0: np.ndarray, score_1: np.ndarray, *, kind: str = "hard",
 
   Args:
     score_0, score_1: f64[N], in logits.
-    kind: "hard": 1 where image_0 has the higher score, 0 where image_1 has, 0.5 for equal scores. "soft": the
-      probability that image_0 is preferred (`preference`).
-    min_gap: pairs with |p_0 - p_1| <= min_gap are ties, p being these probabilities; as `config.data.min_gap`.
+    kind: "hard": 1 if image_0 has the higher score, 0 if image_1 has, 0.5 for equal scores. "soft": the probability
+      that image_0 is preferred (`preference`).
+    min_gap: pairs with |p_0 - p_1| <= min_gap are ties, where p are these probabilities; see `config.data.min_gap`.
   Returns:
     f32[N].
   """
@@ -90,7 +90,7 @@ def label_pairs(score_0: np.ndarray, score_1: np.ndarray, *, kind: str = "hard",
 def noisy_labels(
   score_0: np.ndarray, score_1: np.ndarray, rng: np.random.Generator, *, temperature: float
 ) -> np.ndarray:
-  """Draws label_0 in {0, 1} as a noisy rater says it who has the scores in mind (Bradley and Terry's model).
+  """Draws label_0 in {0, 1} as a noisy rater with these scores in mind would give it (Bradley and Terry's model).
 
   A rater who is right in 70 % of the pairs:
 
@@ -104,16 +104,16 @@ def noisy_labels(
   Args:
     score_0, score_1: f64[N], on any scale.
     rng: numpy's generator; N numbers are drawn.
-    temperature: of `preference`; 0 for no noise.
+    temperature: see `preference`; 0 for no noise.
   Returns:
-    f32[N]; of equal scores either label with probability 1/2.
+    f32[N]; for equal scores either label with probability 1/2.
   """
   probability = preference(score_0, score_1, temperature=temperature)
   return (rng.random(len(probability)) < probability).astype(np.float32)
 
 
 def temperature_for(score_0: np.ndarray, score_1: np.ndarray, *, agreement: float) -> float:
-  """Returns the temperature with which `noisy_labels` agree with the scores in a stated share of pairs, in expectation.
+  """Returns the temperature at which `noisy_labels` agrees with the scores in a given share of pairs, in expectation.
 
   Pairs of equal scores do not count.
 
@@ -122,7 +122,7 @@ def temperature_for(score_0: np.ndarray, score_1: np.ndarray, *, agreement: floa
     agreement: mean probability of the image with the higher score, in (0.5, 1]; 1 gives 0.
 
   Raises:
-    ValueError: another agreement, or all scores are equal.
+    ValueError: agreement is out of range, or all scores are equal.
   """
   gap = np.abs(np.asarray(score_0, np.float64) - np.asarray(score_1, np.float64))
   gap = gap[gap > 0.0]

@@ -1,28 +1,28 @@
 """Training data as the frozen networks see it: moments of latents and encoded prompts, computed once.
 
-`python -m jaxpref.precompute` makes such a folder. This module reads and writes its files, and knows no network:
+`python -m jaxpref.precompute` makes such a folder. This module reads and writes its files and knows no network:
 
-  plan.json                            config fields, data, sizes and weights that decide what is in it; written first
+  plan.json                            config fields, data, sizes and weights that decide its content; written first
   rows-00000-of-00004.array_record     the rows of the data, in its order, `rows_per_file` in each file
   prompts-00000-of-00001.array_record  each different prompt once, in the order of the keys
-  *.array_record.json                  of a finished file: records, bytes, sha256, skipped (unreadable records)
+  *.array_record.json                  for a finished file: records, bytes, sha256, skipped (unreadable records)
   prompts.safetensors                  prompt i64[P], the keys, ascending; input_ids i32[P, L], the prompts
   manifest.json                        the plan, the files and the versions that wrote them; written last
 
-The files are ArrayRecord (group_size 1; not compressed, which would take 6 % off and make reading several times
-slower). Each of their records is a safetensors file in memory, that is arrays by name:
+The files are ArrayRecord (group_size 1; uncompressed: compression would save 6 % and slow down reading several times).
+Each record is a safetensors file in memory, that is arrays by name:
 
   row     moments f16[h, w, 2C], or moments_0 and moments_1: mean and log variance of the VAE's posterior side by side,
-          before any draw and not scaled; prompt i64[], the key of its prompt; the fields of the data's batches as they
-          are, such as label_0 f32[], and sizes_0 f32[6] as time_ids_0; and, if the plan says flip, all of them once
-          more for the mirrored images as flipped/moments_0 and so on
+          before any draw and unscaled; prompt i64[], the key of its prompt; the fields of the data's batches unchanged,
+          such as label_0 f32[], and sizes_0 f32[6] as time_ids_0; and, if the plan says flip, all of them again for the
+          mirrored images, as flipped/moments_0 and so on
   prompt  encoder_hidden_states f16[L, D] of the text encoders, text_embeds f16[E] (SDXL), and its key, prompt i64[]
 
-The last record of a file of rows is no row: it has input_ids i32[n, L], the different prompts of the file.
+The last record of a file of rows is not a row: it has input_ids i32[n, L], the different prompts of the file.
 
 float16 changes the loss of Diffusion-DPO by at most 3e-4 of its value at beta 5000, bfloat16 by up to 8e-4.
 
-A folder may lie in a bucket (gs://). Its ArrayRecord files are then written on this machine, one at a time, and copied.
+A folder may lie in a bucket (gs://). Its ArrayRecord files are then written locally, one at a time, and copied.
 """
 
 import collections
@@ -45,9 +45,9 @@ from jaxpref.recipes import places
 
 FORMAT = 1
 PLAN, MANIFEST, PROMPTS = "plan.json", "manifest.json", "prompts.safetensors"
-DTYPE = np.float16  # of moments and of encoded prompts
+DTYPE = np.float16  # dtype of moments and encoded prompts
 FLIPPED = "flipped/"
-SIZES = ("sizes", "time_ids")  # a field of batches, and what it is called in the files
+SIZES = ("sizes", "time_ids")  # a field of batches, and its name in the files
 # ArrayRecord files that a process keeps open. Opening one again takes 0.05 ms, reading a row of SDXL's 0.12 ms.
 MAX_OPEN_FILES = 64
 
@@ -56,23 +56,23 @@ Record = Mapping[str, np.ndarray]
 
 
 class DamagedFile(ValueError):
-  """A file is missing or is not what was written."""
+  """Raised for a file that is missing or is not what was written."""
 
   def __init__(self, file: Path, problem: str, remedy: str = ""):
     super().__init__(
       f"{file} is damaged ({problem}); "
-      + (remedy or "delete it and run the same python -m jaxpref.precompute again, which makes only what is missing.")
+      + (remedy or "delete it and run the same python -m jaxpref.precompute again; it makes only what is missing.")
     )
 
 
 def prompt_key(input_ids: np.ndarray) -> int:
-  """i64: a hash of the token ids of one prompt."""
+  """Returns an i64 hash of the token ids of one prompt."""
   digest = hashlib.blake2b(np.ascontiguousarray(input_ids, "<i4").tobytes(), digest_size=8).digest()
   return int.from_bytes(digest, "little", signed=True)
 
 
 def file_name(kind: str, number: int, count: int) -> str:
-  """Of the files of `kind` rows or prompts."""
+  """Returns the name of a file of `kind` rows or prompts."""
   return f"{kind}-{number:05d}-of-{count:05d}.array_record"
 
 
@@ -80,15 +80,15 @@ def file_name(kind: str, number: int, count: int) -> str:
 
 
 def start(folder: Any, plan: Mapping[str, Any], *, process_index: int = 0, process_count: int = 1) -> None:
-  """Makes a folder for what a plan describes, or continues one; removes the unfinished files of this process.
+  """Makes a folder for what a plan describes, or continues one; removes this process's unfinished files.
 
   Args:
-    folder: as of `paths.open_path`.
+    folder: as `paths.open_path` returns it.
     plan: JSON values; `config` and `weights` are dicts.
 
   Raises:
-    ValueError: the folder is for another plan, or holds other things.
-    OSError: it cannot be written.
+    ValueError: the folder is for another plan, or holds other files.
+    OSError: the folder cannot be written.
   """
   check_plan(folder, plan)
   with paths.cannot_be_written(folder):
@@ -102,10 +102,10 @@ def start(folder: Any, plan: Mapping[str, Any], *, process_index: int = 0, proce
 
 
 def check_plan(folder: Any, plan: Mapping[str, Any]) -> None:
-  """Refuses a folder with other things than a plan describes, as far as the plan goes; writes nothing.
+  """Raises for a folder whose content does not fit the plan; writes nothing.
 
   Raises:
-    ValueError: one sentence with the field that differs.
+    ValueError: one sentence that names the field that differs.
   """
   paths.check_array_record(folder)
   if folder.exists() and not folder.is_dir():
@@ -129,8 +129,8 @@ def check_plan(folder: Any, plan: Mapping[str, Any]) -> None:
           "another folder, or put the old data back to continue."
         )
       raise ValueError(
-        f"--out={folder} was begun with {field}={old.get(field)!r}, and now it is {value!r}; choose another folder, or "
-        "give the old value to continue."
+        f"--out={folder} was begun with {field}={old.get(field)!r}, now it is {value!r}; choose another folder, or "
+        "set the old value to continue."
       )
 
 
@@ -140,10 +140,10 @@ def _flat(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_plan(folder: Any, names: set[str]) -> dict[str, Any]:
-  """The plan of a folder: that of its manifest if it is complete, which has all of it."""
+  """Returns the plan of a folder; for a complete folder that of its manifest, which has all of it."""
   if MANIFEST in names:
     return _read_json(folder / MANIFEST, *MANIFEST_FIELDS)
-  # Without it nobody can tell what is in the files that are there.
+  # Without it nobody can tell what the existing files hold.
   remedy = f"delete the folder {folder} and run python -m jaxpref.precompute again."
   return _read_json(folder / PLAN, "format", "config", remedy=remedy)
 
@@ -156,17 +156,17 @@ def write_file(
   skipped: Callable[[], Iterable[str]] = tuple,
   process_index: int = 0,
 ) -> None:
-  """Writes one file of records: it is there whole or not at all.
+  """Writes one file of records; the file exists whole or not at all.
 
   Args:
-    folder: as of `paths.open_path`.
-    name: of the file.
+    folder: as `paths.open_path` returns it.
+    name: name of the file.
     records: made while they are written.
-    skipped: asked at the end: names of records of the data that could not be read.
-    process_index: of the process that writes; no other one may have it.
+    skipped: called at the end: names of the records of the data that were unreadable.
+    process_index: number of the process that writes; no other process may have it.
 
   Raises:
-    OSError: it cannot be written.
+    OSError: the file cannot be written.
   """
   from array_record.python import array_record_module
 
@@ -189,7 +189,7 @@ def write_file(
 
 
 def finished(folder: Any, name: str) -> dict[str, Any] | None:
-  """What `write_file` noted of a file that is there in its full size, else None."""
+  """Returns what `write_file` noted of a file that exists in its full size, else None."""
   if paths.size(folder / f"{name}.json") is None:
     return None
   found = _read_json(folder / f"{name}.json", "bytes", "sha256", "skipped")
@@ -197,7 +197,7 @@ def finished(folder: Any, name: str) -> dict[str, Any] | None:
 
 
 def different_prompts(folder: Any, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-  """The prompts of finished files of rows: keys i64[P], ascending, and input_ids i32[P, L]."""
+  """Returns the prompts of finished files of rows: keys i64[P], ascending, and input_ids i32[P, L]."""
   prompts: dict[int, np.ndarray] = {}
   for name in names:
     reader = _Reader(folder / name)
@@ -218,9 +218,9 @@ def write_manifest(
   """Declares a folder complete.
 
   Args:
-    folder: as of `paths.open_path`.
+    folder: as `paths.open_path` returns it.
     names: the finished files of "rows" and of "prompts", in order.
-    versions: of the software, to be kept.
+    versions: versions of the software, to record.
   """
   files: dict[str, Any] = {name: _read_json(folder / f"{name}.json") for kind in names.values() for name in kind}
   skipped = sorted({record for file in files.values() for record in file.pop("skipped")})
@@ -245,12 +245,12 @@ def _sha256(path: Any) -> str:
 # ---- Reading ---------------------------------------------------------------------------------------------------
 
 
-# What a manifest must have.
+# Fields that a manifest must have.
 MANIFEST_FIELDS = ("format", "kind", "config", "rows_per_file", "num_rows", "empty_prompt", "rows", "prompts", "files")
 
 
 def _read_json(path: Any, *fields: str, remedy: str = "") -> dict[str, Any]:
-  """A JSON object that has some fields."""
+  """Returns a JSON object that must have some fields."""
   try:
     value = json.loads(paths.read(path).decode("utf-8"))
   except ValueError as error:
@@ -269,7 +269,7 @@ def _decode(file: Path, record: bytes) -> dict[str, np.ndarray]:
 
 
 class _Reader:
-  """One ArrayRecord file, by the place of a record."""
+  """One ArrayRecord file, read by the place of a record."""
 
   def __init__(self, file: Any):
     from array_record.python import array_record_module
@@ -295,7 +295,7 @@ class _Reader:
 class _Records:
   """The records of several files as one sequence; may be pickled.
 
-  Files are opened when they are needed, and of those only the last ones used stay open: a dataset may have thousands.
+  Files are opened when needed, and only the last ones used stay open: a dataset may have thousands.
   """
 
   def __init__(self, folder: Any, names: Sequence[str], records_per_file: int):
@@ -320,11 +320,11 @@ class _Records:
       if reader is not None:
         self._readers.move_to_end(file.name)
         return reader
-    reader = _Reader(file)  # not under the lock: it may take a while, and several threads read
+    reader = _Reader(file)  # outside the lock: it may take a while, and several threads read
     with self._lock:
       reader = self._readers.setdefault(file.name, reader)
       if len(self._readers) > MAX_OPEN_FILES:
-        self._readers.popitem(last=False)  # is closed when no thread reads from it any more
+        self._readers.popitem(last=False)  # closed once no thread reads from it
     return reader
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
@@ -337,11 +337,11 @@ class Precomputed:
   """An opened folder.
 
   Attributes:
-    folder: where it is.
-    manifest: of the folder.
+    folder: its place.
+    manifest: its manifest.
     rows, prompts: their records.
-    keys: i64[P], those of the prompts, ascending.
-    input_ids: i32[P, L], their tokens.
+    keys: i64[P], keys of the prompts, ascending.
+    input_ids: i32[P, L], tokens of the prompts.
   """
 
   folder: Any
@@ -354,13 +354,13 @@ class Precomputed:
   def row(
     self, index: int, dropped: bool = False, flipped: bool = False, *, tokens: bool = False
   ) -> dict[str, np.ndarray]:
-    """A row of a batch: its moments and other fields, and what the text encoders made of its prompt.
+    """Returns a row of a batch: its moments and other fields, and its encoded prompt.
 
     Args:
-      index: of the row.
+      index: number of the row.
       dropped: whether its prompt is replaced by the empty one.
       flipped: whether its images are mirrored.
-      tokens: gives input_ids i32[L] of its prompt instead.
+      tokens: returns input_ids i32[L] of its prompt instead.
     """
     record = self.rows[index]
     prefix = FLIPPED if flipped else ""
@@ -371,15 +371,15 @@ class Precomputed:
     return row | ({"input_ids": self.input_ids[self._place(key)]} if tokens else self.prompt(key))
 
   def prompt(self, key: int) -> dict[str, np.ndarray]:
-    """What the text encoders made of the prompt with a key."""
+    """Returns the encoded prompt with a key."""
     place = self._place(key)
     record = self.prompts[place]
     if int(record.pop("prompt")) != key:
-      raise DamagedFile(self.prompts.file(place), "its prompts are others than those of the table")
+      raise DamagedFile(self.prompts.file(place), "its prompts differ from those of the table")
     return record
 
   def _place(self, key: int) -> int:
-    """That of a prompt's key in the table."""
+    """Returns the place of a prompt's key in the table."""
     place = int(np.searchsorted(self.keys, key))
     if place == len(self.keys) or self.keys[place] != key:
       raise DamagedFile(self.folder / PROMPTS, f"it lacks the prompt {key}")
@@ -387,12 +387,12 @@ class Precomputed:
 
 
 def open_folder(folder: Path) -> Precomputed:
-  """Opens a complete folder; looks at the sizes of its files, and reads none of the rows.
+  """Opens a complete folder; checks the sizes of its files, and reads none of the rows.
 
   Raises:
-    FileNotFoundError: there is none, or an unfinished one.
-    ValueError: a file is missing or has another size, or the folder is of another version.
-    OSError: it is in a bucket that cannot be reached.
+    FileNotFoundError: the folder does not exist or is unfinished.
+    ValueError: a file is missing or has another size, or the folder has another version.
+    OSError: its bucket cannot be reached.
   """
   place = paths.open_path(folder)
   paths.check_array_record(place)
@@ -415,11 +415,11 @@ def _read_manifest(folder: Any) -> dict[str, Any]:
   file = folder / MANIFEST
   manifest = _read_json(file, "format")
   if manifest["format"] != FORMAT:
-    raise ValueError(f"{file} is of format {manifest['format']}, expected {FORMAT}; make it again with this version.")
+    raise ValueError(f"{file} has format {manifest['format']}, expected {FORMAT}; make it again with this version.")
   manifest = _read_json(file, *MANIFEST_FIELDS)
   for name in (*manifest["rows"], *manifest["prompts"], *manifest["files"]):
     if not isinstance(name, str) or pathlib.PurePosixPath(name).name != name:
-      raise DamagedFile(file, f"{name!r} is no file of this folder")
+      raise DamagedFile(file, f"{name!r} is not a file of this folder")
   return manifest
 
 
@@ -431,10 +431,10 @@ def _wrong_size(file: Any, expected: int) -> str:
 
 
 def damaged_files(folder: Path) -> Iterator[tuple[str, DamagedFile | None]]:
-  """Reads all files of a complete folder: the name of each, and what is wrong with it, or None.
+  """Reads all files of a complete folder; yields the name of each, and what is wrong with it, or None.
 
   Raises:
-    FileNotFoundError: there is no complete folder.
+    FileNotFoundError: the folder is not complete.
   """
   place = paths.open_path(folder)
   if MANIFEST not in paths.names(place):
@@ -459,21 +459,21 @@ def batches(
   num_threads: int = 2,
   num_workers: int = 0,
 ) -> batching.Batches:
-  """Batches of the rows, in the same order and with the same captions dropped and images mirrored as without them.
+  """Returns batches of the rows, with the order, dropped captions and mirrored images of training without them.
 
   Args:
     data: an opened folder.
-    batch_size, seed, process_index, process_count, num_threads, num_workers: as of `pipeline.pair_batches`.
+    batch_size, seed, process_index, process_count, num_threads, num_workers: see `pipeline.pair_batches`.
     caption_dropout: share of rows whose prompt is replaced by the empty one.
     flip: mirror half of the rows; the folder must have been made with flip.
-    tokens: leaves input_ids i32[B, L] as they are, for methods that encode prompts themselves.
+    tokens: keeps input_ids i32[B, L], for methods that encode prompts themselves.
 
   Returns:
-    The batches of the pipeline with `moments` f16[B, h, w, 2C] (or moments_0 and moments_1) in the place of pixels, and
-    `encoder_hidden_states` f16[B, L, D] and, for SDXL, `text_embeds` f16[B, E] in the place of input_ids.
+    The batches of the pipeline with `moments` f16[B, h, w, 2C] (or moments_0 and moments_1) instead of pixels, and
+    `encoder_hidden_states` f16[B, L, D] and, for SDXL, `text_embeds` f16[B, E] instead of input_ids.
 
   Raises:
-    ValueError: too few rows for a batch.
+    ValueError: there are too few rows for a batch.
   """
   return batching.open_batches(
     data.manifest["num_rows"],

@@ -1,16 +1,16 @@
-"""One writer of a folder: who starts a second one is told who the first is, instead of writing into its files.
+"""Gives a folder one writer: a second one learns who the first is, instead of writing into its files.
 
-`hold` writes a small JSON file, `writer_lock.json`, into the folder that is written: host, process id, and since when.
-It removes the file at the end. A writer that is gone does not stand in the way of the next one:
+`hold` writes a small JSON file, `writer_lock.json`, into the folder: host, process id, and since when. It removes the
+file at the end. A writer that has gone does not block the next one:
 
-- On the same machine its process is looked up. A process is its id and the moment it began, so that an id which the
-  system has given to another process does not count.
-- Anywhere else (another host of a shared disk, another container) the file is a lease. A thread of the writer renews it
-  every `RENEW_SECONDS`; if that has not happened for `EXPIRE_SECONDS`, the lease has expired. The next writer watches
-  the file for so long, instead of comparing clocks, which differ between hosts.
+- On the same machine its process is looked up. A process is its id and the moment it started, so an id that the system
+  has given to another process does not count.
+- Elsewhere (another host of a shared disk, another container) the file is a lease. A thread of the writer renews it
+  every `RENEW_SECONDS`; without a renewal for `EXPIRE_SECONDS` the lease expires. The next writer watches the file for
+  that long instead of comparing clocks, which differ between hosts.
 
-Of the processes of one run process 0 holds the folder for all, and all are refused together. In a bucket (gs://), where
-a file cannot be created only if it is new, two starts within `SETTLE_SECONDS` may both go on for `RENEW_SECONDS`.
+In a run of several processes, process 0 holds the folder for all, and all are refused together. In a bucket (gs://) a
+file cannot be created "only if new", so two starts within `SETTLE_SECONDS` may both run for up to `RENEW_SECONDS`.
 """
 
 import contextlib
@@ -35,19 +35,19 @@ from jaxpref.devices import distributed
 
 NAME = "writer_lock.json"
 RENEW_SECONDS = 5.0
-EXPIRE_SECONDS = 60.0  # NFS and gcsfuse may show a file as it was up to 60 s ago
-GRACE_SECONDS = 5.0  # a process that was killed takes a moment to be gone
-SETTLE_SECONDS = 1.0  # where a file cannot be locked: after so long it has the last of those who wrote it
+EXPIRE_SECONDS = 60.0  # NFS and gcsfuse may show the state of up to 60 s ago
+GRACE_SECONDS = 5.0  # a killed process takes a moment to disappear
+SETTLE_SECONDS = 1.0  # if a file cannot be locked, it belongs to its last writer after this long
 POLL_SECONDS = 0.2
-SIZE = 512  # bytes of a lock; of one size, so that it is overwritten in one piece
+SIZE = 512  # bytes of a lock; a fixed size, so that it is overwritten in one piece
 
 
 class Occupied(OSError):
-  """Another process writes the folder, or has taken it over."""
+  """Raised if another process writes the folder, or has taken it over."""
 
 
 def is_lock(name: str) -> bool:
-  """Whether a file of a folder is a lock, and so no content."""
+  """Returns whether a file of a folder is a lock, and not content."""
   return re.fullmatch(r"(.*\.)?writer_lock(_\d+)?\.json", name) is not None
 
 
@@ -61,10 +61,10 @@ class Writer:
   Attributes:
     host, pid: where it runs.
     since: local time at which it began to write.
-    place: where process ids mean the same: a boot of a machine and a namespace; "" if that cannot be told.
-    process_start: when the process began, in the system's own units; "" if that cannot be told.
-    token: of this one hold.
-    renewals: so far, in a bucket, which has no times that could be set.
+    place: where process ids mean the same: a boot of a machine and a namespace; "" if unknown.
+    process_start: when the process began, in the system's own units; "" if unknown.
+    token: a name of this hold alone.
+    renewals: renewals so far; used in a bucket, whose files have no times to set.
   """
 
   host: str
@@ -79,12 +79,12 @@ class Writer:
     return f"process {self.pid} on host {self.host}, which started {self.since}"
 
   def encode(self) -> bytes:
-    """The content of a lock."""
+    """Returns the content of a lock."""
     return (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode().ljust(SIZE)
 
   @classmethod
   def decode(cls, content: bytes) -> "Writer | None":
-    """None: whoever wrote it did not come to the end."""
+    """Decodes a lock; returns None if its writer did not finish it."""
     try:
       found = cls(**json.loads(content))
     except (ValueError, TypeError):
@@ -93,7 +93,7 @@ class Writer:
 
   @classmethod
   def here(cls) -> "Writer":
-    """This process."""
+    """Returns this process as a writer."""
     try:
       start = _process_start(os.getpid())
     except OSError:
@@ -108,11 +108,11 @@ class Writer:
     )
 
   def is_running(self) -> bool | None:
-    """Whether the process is still there; None if that cannot be told from here."""
+    """Returns whether the process still runs; None if that is unknown from here."""
     if not self.place or not self.process_start or self.place != _place():
       return None
     if self.pid == os.getpid():
-      return False  # of this process, in which nobody holds the folder now
+      return False  # this process, in which nobody holds the folder now
     try:
       start = _process_start(self.pid)
     except ProcessLookupError:
@@ -123,15 +123,15 @@ class Writer:
 
 
 def _place() -> str:
-  """Where process ids mean what they mean here; "" if that cannot be told."""
+  """Returns where process ids mean what they mean here; "" if that is unknown."""
   if sys.platform != "linux":
     return f"{socket.gethostname()} {uuid.getnode():x}"
   try:
     if os.readlink("/proc/self") != str(os.getpid()):
-      return ""  # /proc is of another namespace
+      return ""  # /proc belongs to another namespace
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     spaces = [os.readlink("/proc/self/ns/pid")]
-    if os.path.lexists("/proc/self/ns/time"):  # in which the start of a process is counted
+    if os.path.lexists("/proc/self/ns/time"):  # process starts are counted in it
       spaces.append(os.readlink("/proc/self/ns/time"))
   except OSError:
     return ""
@@ -139,11 +139,11 @@ def _place() -> str:
 
 
 def _process_start(pid: int) -> str | None:
-  """When a process began, in the system's own units; None if it is there and hides that.
+  """Returns when a process began, in the system's own units; None if it exists and hides that.
 
   Raises:
-    ProcessLookupError: there is no such process.
-    OSError: that cannot be told.
+    ProcessLookupError: the process does not exist.
+    OSError: that is unknown.
   """
   if sys.platform != "linux":
     os.kill(pid, 0)
@@ -154,7 +154,7 @@ def _process_start(pid: int) -> str | None:
   except FileNotFoundError:
     os.kill(pid, 0)
     return None
-  fields = stat.rpartition(")")[2].split()  # the name, in brackets, may hold anything
+  fields = stat.rpartition(")")[2].split()  # the name in brackets may hold anything
   if fields[0] in ("Z", "X"):
     raise ProcessLookupError(f"process {pid} has ended")
   return fields[19]  # starttime of proc(5), in clock ticks since the boot
@@ -165,11 +165,11 @@ def _process_start(pid: int) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:
-  """A lock at some moment; two that are equal were not renewed in between.
+  """A lock at some moment; two equal ones mean no renewal in between.
 
   Attributes:
     writer: None if the file is not whole.
-    content, changed: of the file; nanoseconds by the file system's clock, None in a bucket.
+    content, changed: those of the file; nanoseconds by the file system's clock, None in a bucket.
   """
 
   writer: Writer | None
@@ -178,13 +178,13 @@ class _Seen:
 
 
 class _File:
-  """A lock on a disk. It is created by whoever is first, and never replaced: a new writer overwrites it in place."""
+  """A lock on a disk. The first process creates it; nobody replaces it: a new writer overwrites it in place."""
 
   def __init__(self, path: pathlib.Path):
     self.path = path
 
   def read(self) -> _Seen | None:
-    """None: there is none. Opening a file asks the server of a shared disk for its present state."""
+    """Returns the lock, None if there is none. Opening the file asks a shared disk's server for its present state."""
     try:
       with self.path.open("rb") as file:
         content = file.read()
@@ -195,7 +195,7 @@ class _File:
       return None
 
   def create(self, writer: Writer) -> bool:
-    """Returns whether there was none."""
+    """Creates the lock; returns False if it existed."""
     with paths.cannot_be_written(self.path):
       try:
         descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -210,12 +210,12 @@ class _File:
     return True
 
   def take(self, writer: Writer, seen: _Seen) -> None:
-    """Overwrites the lock of a writer that is gone, unless it was changed; reading it tells who was faster."""
+    """Overwrites the lock of a writer that is gone, unless it has changed; reading it tells who was faster."""
     with paths.cannot_be_written(self.path), contextlib.suppress(FileNotFoundError), self.path.open("r+b") as file:
       alone = True
       try:
         fcntl.flock(file, fcntl.LOCK_EX)
-      except OSError:  # of file systems without locks
+      except OSError:  # file systems without locks
         alone = False
       if self.read() == seen:
         os.pwrite(file.fileno(), writer.encode(), 0)
@@ -224,7 +224,7 @@ class _File:
         time.sleep(SETTLE_SECONDS)
 
   def renew(self, writer: Writer) -> bool:
-    """Returns whether the lock is still this writer's."""
+    """Renews the lock; returns whether it is still this writer's."""
     try:
       with self.path.open("r+b") as file:
         there = Writer.decode(file.read())
@@ -232,7 +232,7 @@ class _File:
           return False
         os.utime(file.fileno())  # by the clock of the file system
         return True
-    except FileNotFoundError:  # somebody has deleted it
+    except FileNotFoundError:  # someone has deleted it
       return self.create(writer)
 
   def remove(self) -> None:
@@ -240,7 +240,7 @@ class _File:
 
 
 class _Object:
-  """A lock in a bucket, as far as there can be one: whoever wrote last has it."""
+  """A lock in a bucket, as far as one is possible: the last writer has it."""
 
   def __init__(self, path: Any):
     self.path = path
@@ -285,7 +285,7 @@ class _Object:
 
 
 class Held:
-  """A folder that this process may write; in processes other than the first of a run it does nothing."""
+  """A folder that this process may write; it does nothing in processes other than a run's first."""
 
   def __init__(self, lock: _File | _Object | None, writer: Writer):
     self._lock, self._writer = lock, writer
@@ -293,13 +293,13 @@ class Held:
     self._renewed = time.monotonic()
     self._busy = threading.Lock()
     self._ended = threading.Event()
-    self.thread = threading.get_ident()  # that holds it
+    self.thread = threading.get_ident()  # the thread that holds it
     self.pid = os.getpid()
     if lock is not None:
       threading.Thread(target=self._keep, name="lease", daemon=True).start()
 
   def check(self) -> None:
-    """Raises Occupied if another process has taken the folder over, as after a sleep of this machine."""
+    """Raises Occupied if another process has taken over the folder, as after this machine slept."""
     if self._lock is not None and time.monotonic() - self._renewed > EXPIRE_SECONDS / 2:
       self._renew()
     if self._lost:
@@ -315,7 +315,7 @@ class Held:
       (target / self._lock.path.name).rename(self._lock.path)
 
   def end(self) -> None:
-    """Removes the lock, if it still is this one's."""
+    """Removes the lock, if it is still this one's."""
     self._ended.set()
     with self._busy, contextlib.suppress(OSError):
       if self._lock is not None and self.pid == os.getpid():
@@ -329,7 +329,7 @@ class Held:
 
   def _renew(self) -> None:
     assert self._lock is not None
-    # A disk that does not answer now may do so at the next time; until then nothing can be written either.
+    # A disk that does not answer now may answer next time; until then nothing can be written either.
     with self._busy, contextlib.suppress(OSError):
       if self._ended.is_set() or self._lost:
         return
@@ -339,8 +339,8 @@ class Held:
       seen = self._lock.read()
       other = "another process" if seen is None or seen.writer is None else str(seen.writer)
       self._lost = (
-        f"{self._lock.path.parent} was taken over by {other}: this process had not renewed its lease for "
-        f"{EXPIRE_SECONDS:.0f} s, as when a machine sleeps; stop one of the two, and run the same command again."
+        f"{self._lock.path.parent} was taken over by {other}: this process did not renew its lease for "
+        f"{EXPIRE_SECONDS:.0f} s, as when a machine sleeps; stop one of the two and run the same command again."
       )
 
 
@@ -349,14 +349,14 @@ _held: dict[str, Held] = {}  # by the path of the lock
 
 @contextlib.contextmanager
 def hold(folder: Any, *, name: str = NAME) -> Iterator[Held]:
-  """Makes this run the one writer of a folder, inside the block; all processes of a run have to call this.
+  """Makes this run the only writer of a folder inside the block; all processes of a run must call this.
 
-  The folder is made if it is not there, and removed if it is empty at the end. A block inside another one of the same
-  thread, for the same folder, does nothing.
+  A missing folder is created, and removed if it is empty at the end. A block inside another one of the same thread, for
+  the same folder, does nothing.
 
   Args:
-    folder: as of `paths.open_path`.
-    name: of the lock, where it is for one file, or one part, of the folder.
+    folder: as `paths.open_path` takes it.
+    name: name of the lock, if it is for one file or one part of the folder.
   Raises:
     Occupied: another process writes there.
     OSError: the folder cannot be written.
@@ -395,7 +395,7 @@ def hold(folder: Any, *, name: str = NAME) -> Iterator[Held]:
 
 
 def _make(folder: Any) -> list[pathlib.Path]:
-  """Makes a folder of this machine; returns it and those around it that were not there."""
+  """Makes a local folder; returns it and the parents that did not exist."""
   if paths.is_remote(folder):
     return []
   missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -405,15 +405,15 @@ def _make(folder: Any) -> list[pathlib.Path]:
 
 
 def _acquire(lock: _File | _Object, folder: Any) -> Held:
-  """Returns when this process is the writer of a folder; says on stderr whom it took over from.
+  """Returns when this process is the writer of a folder; says on stderr from whom it took over.
 
   Raises:
-    Occupied: another process is.
+    Occupied: another process is the writer.
   """
   writer = Writer.here()
   while not lock.create(writer):
     seen = lock.read()
-    if seen is None:  # it has just gone, or a shared disk is not of one mind yet
+    if seen is None:  # it has just gone, or a shared disk is not consistent yet
       time.sleep(POLL_SECONDS)
       continue
     found = _outlast(lock, seen, folder)
@@ -430,21 +430,21 @@ def _acquire(lock: _File | _Object, folder: Any) -> Held:
 
 
 def _outlast(lock: _File | _Object, seen: _Seen, folder: Any) -> str | None:
-  """Waits until the writer of a lock is known to be gone; returns what is said of it, or None to look again.
+  """Waits until a lock's writer is known to be gone; returns what to say of it, or None to look again.
 
   Raises:
-    Occupied: it is there.
+    Occupied: the writer still runs.
   """
   writer = seen.writer
   name = str(writer or "a process that has not given its name")
   began = time.monotonic()
-  remedy = "wait until it ends, or stop it, and run the same command again; or choose another folder."
+  remedy = "wait until it ends or stop it, and run the same command again; or choose another folder."
   while writer is not None and (running := writer.is_running()) is not None:
     if not running:
       return f"took over from {name}; that process is gone"
     now = lock.read()
     if now is None or now.writer is None or now.writer.token != writer.token:
-      return None  # that writer has ended, and its process goes on
+      return None  # that writer has ended, and its process continues
     if time.monotonic() - began > GRACE_SECONDS:
       raise Occupied(f"{folder} is being written by {name}; {remedy}")
     time.sleep(POLL_SECONDS)

@@ -1,8 +1,8 @@
-"""Files and folders of this machine, or of a bucket: gs://, s3://, az:// and hf://.
+"""Files and folders of this machine or of a bucket: gs://, s3://, az:// and hf://.
 
-A path of this machine is a pathlib.Path. One in a bucket is an etils.epath.Path, which reaches it through fsspec (or
-TensorFlow, where that is installed) and has the same methods, but for those that the functions below are for. Whatever
-goes wrong with a bucket is an OSError of one sentence.
+A local path is a pathlib.Path. A path in a bucket is an etils.epath.Path, which reaches it through fsspec (or
+TensorFlow, if that is installed) and has the same methods, except those that the functions below replace. Any error of
+a bucket is an OSError of one sentence.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ from jaxpref.recipes import places
 Path = str | os.PathLike
 # Scheme -> the package through which fsspec reaches it.
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
-PART = ".part"  # ends the names of files that are being written
+PART = ".part"  # ending of files that are being written
 
 
 class CannotBeWritten(OSError):
-  """A file cannot be written: no space, no right, or no such folder."""
+  """Raised if a file cannot be written: no space, no permission, or no such folder."""
 
 
 def open_path(path: Path) -> Any:
-  """The path as an object with the methods of pathlib.Path.
+  """Returns the path as an object with the methods of pathlib.Path.
 
   Raises:
-    ValueError: it is of another kind than those above, or a package for it is missing.
+    ValueError: the path has another kind than those above, or a package for it is missing.
     OSError: the bucket cannot be reached.
   """
   text = os.fspath(path)
@@ -37,9 +37,9 @@ def open_path(path: Path) -> Any:
   if not separator:
     return pathlib.Path(places.expand(text))
   if not isinstance(path, str):
-    return path  # of etils already
+    return path  # already etils'
   if scheme not in PACKAGES:
-    raise ValueError(f"{text} is no place that data can be in; expected a path, or {'://, '.join(PACKAGES)}://.")
+    raise ValueError(f"{text} is not a place for data; expected a path, or {'://, '.join(PACKAGES)}://.")
   from etils import epath
 
   place = epath.Path(text)
@@ -49,26 +49,26 @@ def open_path(path: Path) -> Any:
 
 
 def is_remote(path: Path) -> bool:
-  """Whether it lies in a bucket."""
+  """Returns whether a path lies in a bucket."""
   return "://" in os.fspath(path)
 
 
 def check_array_record(folder: Path) -> None:
-  """Refuses a folder of ArrayRecord files in a bucket that their reader knows nothing of.
+  """Raises for a folder of ArrayRecord files in a bucket that their reader does not support.
 
   Raises:
-    ValueError: such a folder.
+    ValueError: the folder is such a folder.
   """
   if is_remote(folder) and not os.fspath(folder).startswith("gs://"):
     raise ValueError(
-      f"{folder}: ArrayRecord files can be read from this machine and from gs:// alone; copy the folder to this "
+      f"{folder}: ArrayRecord files can only be read from this machine and from gs://; copy the folder to this "
       "machine, or mount the bucket."
     )
 
 
 @contextlib.contextmanager
 def _one_sentence(path: Path) -> Iterator[None]:
-  """Turns the many kinds of errors that clients of buckets raise into an OSError, or a ValueError with the remedy."""
+  """Turns the errors that clients of buckets raise into an OSError, or a ValueError with the remedy."""
   try:
     yield
   except ImportError as error:
@@ -83,24 +83,24 @@ def _one_sentence(path: Path) -> Iterator[None]:
     if not is_remote(path):
       raise
     raise OSError(
-      f"{path} cannot be reached ({type(error).__name__}: {error}); check its name, the network and your rights to it."
+      f"{path} cannot be reached ({type(error).__name__}: {error}); check its name, the network and your permissions."
     ) from error
 
 
 def read(path: Any) -> bytes:
-  """The content of a file."""
+  """Returns the content of a file."""
   with _one_sentence(path):
     return path.read_bytes()
 
 
 def open_text(path: Any) -> io.TextIOWrapper:
-  """A UTF-8 file as its lines, with the ends that they have; a mark at its beginning is left out."""
+  """Opens a UTF-8 file as its lines, with their line ends; skips a byte order mark."""
   stream: BinaryIO = io.BytesIO(read(path)) if is_remote(path) else path.open("rb")
   return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
 
 
 def lines(text: str) -> list[str]:
-  r"""Returns the lines of a text without their ends, which are \n, \r\n and \r alone.
+  r"""Returns the lines of a text without their ends, which are only \n, \r\n and \r.
 
   `str.splitlines` also cuts at U+2028, form feeds and others, which are characters of a prompt or of JSON.
   """
@@ -108,7 +108,7 @@ def lines(text: str) -> list[str]:
 
 
 def names(folder: Any) -> set[str]:
-  """Of all that lies in a folder; none if there is no such folder."""
+  """Returns the names of everything in a folder; empty if the folder does not exist."""
   try:
     with _one_sentence(folder):
       return {entry.name for entry in folder.iterdir()} if is_remote(folder) else set(os.listdir(folder))
@@ -117,10 +117,10 @@ def names(folder: Any) -> set[str]:
 
 
 def identities(folder: Any) -> dict[str, int | None]:
-  """Returns the names of all that lies in a folder, and of files of this machine a number.
+  """Returns the names of everything in a folder, with a number for each local file.
 
-  It is equal for two names of one file: links of both kinds, or names in capitals where these make no difference.
-  No file is opened, and of this machine none is asked for but symbolic links. A link that leads nowhere is left out.
+  The number is equal for two names of one file: links of both kinds, or names in capitals if case makes no difference.
+  No file is opened, and only symbolic links are asked for their targets. Dangling links are left out.
   """
   if is_remote(folder):
     return dict.fromkeys(names(folder))
@@ -141,14 +141,14 @@ def identities(folder: Any) -> dict[str, int | None]:
 
 
 def end_of(path: Any, length: int = 2**16) -> bytes:
-  """Returns the last bytes of a file, where Parquet and ArrayRecord say what lies where in the rest."""
+  """Returns the last bytes of a file, where Parquet and ArrayRecord index the rest."""
   with _one_sentence(path), path.open("rb") as stream:
     stream.seek(max(0, (size(path) or 0) - length))
     return stream.read()
 
 
 def size(path: Any) -> int | None:
-  """Bytes of a file; None if there is none."""
+  """Returns the bytes of a file; None if it does not exist."""
   try:
     with _one_sentence(path):
       found = path.stat()
@@ -160,19 +160,19 @@ def size(path: Any) -> int | None:
 
 
 def write(path: Any, content: bytes, *, tag: object = None) -> None:
-  """Writes a file: its place has the old one or the new one, never a part.
+  """Writes a file; its place has the old one or the new one, never a part.
 
   Args:
-    path: in a folder that exists.
-    content: of the file.
-    tag: as of `part_of`.
+    path: a path in an existing folder.
+    content: content of the file.
+    tag: see `part_of`.
 
   Raises:
-    CannotBeWritten: see there.
+    CannotBeWritten: the file cannot be written.
   """
   with cannot_be_written(path), _one_sentence(path):
     if is_remote(path):
-      path.write_bytes(content)  # which appears as a whole
+      path.write_bytes(content)  # it appears as a whole
       return
     with part_of(path, tag=tag) as part:
       part.write_bytes(content)
@@ -181,11 +181,11 @@ def write(path: Any, content: bytes, *, tag: object = None) -> None:
 
 @contextlib.contextmanager
 def part_of(path: Any, *, tag: object = None) -> Iterator[pathlib.Path]:
-  """Where a file is written before it is whole, for `move`: beside its place, or on this machine if it is for a bucket.
+  """Gives the path to write a file at before it is whole, for `move`: beside its place, or local for a bucket.
 
   Args:
-    path: of the file.
-    tag: in the name of the part; no other process may have it. None: the process's id.
+    path: final path of the file.
+    tag: part of the temporary name; no other process may have it. None: the process's id.
   """
   if not is_remote(path):
     yield path.with_name(f".{path.name}.{os.getpid() if tag is None else tag}{PART}")
@@ -195,10 +195,10 @@ def part_of(path: Any, *, tag: object = None) -> Iterator[pathlib.Path]:
 
 
 def move(part: pathlib.Path, path: Any) -> None:
-  """Gives a finished file of this machine its name, or its place in a bucket, when it is on the disk.
+  """Gives a finished local file its name, or its place in a bucket, once it is on the disk.
 
   Raises:
-    CannotBeWritten: see there.
+    CannotBeWritten: the file cannot be written.
   """
   with cannot_be_written(path), _one_sentence(path):
     if is_remote(path):
@@ -210,13 +210,13 @@ def move(part: pathlib.Path, path: Any) -> None:
       return
     _sync(part)
     part.replace(path)
-    with contextlib.suppress(OSError):  # of file systems on which this cannot be asked for
+    with contextlib.suppress(OSError):  # some file systems do not support this
       _sync(path.parent)
 
 
 @contextlib.contextmanager
 def cannot_be_written(path: Path) -> Iterator[None]:
-  """Names the file in errors of writing it; ArrayRecord's writer has a RuntimeError for all of them."""
+  """Names the file in errors of writing it; ArrayRecord's writer raises RuntimeError for all of them."""
   try:
     yield
   except CannotBeWritten:
@@ -229,14 +229,14 @@ def cannot_be_written(path: Path) -> Iterator[None]:
 
 
 def check_writable(path: pathlib.Path, option: str) -> None:
-  """Refuses a place of this machine where nothing can be written; leaves nothing there.
+  """Raises for a local place that cannot be written; leaves nothing there.
 
   Args:
-    path: a folder or file that may have to be made, with folders around it.
-    option: that it was given as, for messages.
+    path: a folder or file that may have to be made, with its parents.
+    option: the option that named it, for messages.
 
   Raises:
-    CannotBeWritten: see there.
+    CannotBeWritten: the place cannot be written.
   """
   nearest = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
   try:
@@ -244,13 +244,13 @@ def check_writable(path: pathlib.Path, option: str) -> None:
       pass
   except OSError as error:
     raise CannotBeWritten(
-      f"{option}={path} cannot be written ({error.strerror or error}); choose another place, or get the right to this "
-      "one."
+      f"{option}={path} cannot be written ({error.strerror or error}); choose another place, or get permission for "
+      "this one."
     ) from error
 
 
 def _sync(path: pathlib.Path) -> None:
-  """Returns when a file, or the names in a folder, are on the disk."""
+  """Returns once a file, or the names in a folder, are on the disk."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Batches of pairs, of images and of prompts: what a row of each holds. Their order is that of `batching`."""
+"""Batches of pairs, of images and of prompts, and what a row of each holds. `batching` decides their order."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from jaxpref.recipes.sizes import Size, sides
 
 
 def _pixels(image: np.ndarray, flip: bool) -> np.ndarray:
-  """u8[H, W, 3], mirrored or not; the model makes floats of it, so that a batch is small."""
+  """Returns u8[H, W, 3], mirrored or not; the model makes floats of it, so that a batch stays small."""
   if not flip:
     return image
   mirrored = np.empty_like(image)
@@ -58,7 +58,7 @@ class _PairRow:
 
 
 def _labels_of(source: records.Source, kept: np.ndarray, given: Sequence[float] | np.ndarray | None) -> np.ndarray:
-  """f32[M] in [0, 1]: those that are given, else of the source's index, else of its records."""
+  """Returns f32[M] in [0, 1]: the labels given, else those of the source's index, else of its records."""
   index: Any = getattr(source, "index", None)
   if given is not None:
     labels = _of_kept("labels", given, kept)
@@ -73,7 +73,7 @@ def _labels_of(source: records.Source, kept: np.ndarray, given: Sequence[float] 
 
 
 def _read_labels(source: records.Source, kept: np.ndarray) -> np.ndarray:
-  """f32[M] from the records themselves, which are all read; what is wrong with them shows before training."""
+  """Returns f32[M] from the records themselves, reading all of them; errors in them show before training."""
   labels = np.empty(len(kept), np.float32)
   for position, index in enumerate(kept.tolist()):
     record = source[index]
@@ -85,14 +85,14 @@ def _read_labels(source: records.Source, kept: np.ndarray) -> np.ndarray:
 
 
 def _of_kept(name: str, values: Sequence[float] | np.ndarray, kept: np.ndarray) -> np.ndarray:
-  """f32[M]: a value for each kept record."""
+  """Returns f32[M]: a value for each kept record."""
   values = np.asarray(values, np.float32)
   if values.shape != kept.shape:
     raise ValueError(f"{name} has {values.size} values for a source of {len(kept)} records (those in kept).")
   return values
 
 
-# Many parameters: public, and one call opens the data of a run; all but the first five have a default.
+# Many parameters: public, and one call opens the data of a run; all but the first five have defaults.
 def pair_batches(
   source: records.Source,
   *,
@@ -112,40 +112,39 @@ def pair_batches(
   num_threads: int = 2,
   num_workers: int = 0,
 ) -> batching.Batches:
-  """Preference pairs.
+  """Returns batches of preference pairs.
 
-  Opening reads no record if the labels are given, or if the source has them as `source.index.label_0`; else all.
+  Opening reads no record if the labels are given or the source has them as `source.index.label_0`; else it reads all.
 
   Args:
     source: records with caption, image_0, image_1 (image files' bytes or u8[H, W, 3]), label_0 (1: image_0 is
       preferred, 0: image_1, 0.5: tie) and optionally num_example_per_prompt, weight, id, and original_size_0 and
       original_size_1: [height, width] of an image that is stored smaller than it was, for SDXL's size conditioning.
     batch_size: pairs in a batch, over all processes.
-    image_size: of the images: side of squares, or (height, width); others are cropped to this shape and resampled, see
-      `records.decode`.
-    tokenize: captions -> i32[n, L]; called for those of a batch that are not remembered.
-    seed: of order, dropout, flips and crops.
+    image_size: size of the images: side of squares, or (height, width); others are cropped to this shape and resampled,
+      see `records.decode`.
+    tokenize: captions -> i32[n, L]; called for those of a batch that are not cached.
+    seed: seed of order, dropout, flips and crops.
     caption_dropout: share of pairs whose caption is replaced by the empty one.
     drop_ties: leave out the pairs with label 0.5.
-    flip: mirror half of the pairs, both images of a pair alike.
+    flip: mirror half of the pairs, both images of a pair together.
     random_crop: crop to a part drawn for each pair and epoch, at the same place in both images (in the same share of
-      what is left out, where their sizes differ); else to the central one.
+      what is left out, if their sizes differ); else to the central part.
     kept: i64[M], the records to use; None: all.
-    labels: f32[M], of the records that are kept: the probability that image_0 is preferred, in place of label_0.
-    weights: f32[M] of the records that are kept, in place of weight.
-    process_index: this process.
-    process_count: processes that share each batch.
-    num_threads: threads that prepare batches ahead; 0: none, when they are asked for.
-    num_workers: processes that prepare batches ahead, in place of the threads; 0: none. The source is pickled for them.
+    labels: f32[M] for the kept records: the probability that image_0 is preferred, instead of label_0.
+    weights: f32[M] for the kept records, instead of weight.
+    process_index: number of this process.
+    process_count: number of processes that share each batch.
+    num_threads: threads that prepare batches ahead; 0: batches are prepared on demand.
+    num_workers: processes that prepare batches ahead, instead of threads; 0: none. They get a pickled source.
 
   Returns:
-    Batches of input_ids i32[B, L], pixels_0 and pixels_1 u8[B, H, W, 3], sizes_0 and sizes_1 f32[B, 6] (of each
-    image, see `records.sizes`), label_0 f32[B], num_example_per_prompt i32[B], weight f32[B], which is
-    1 / num_example_per_prompt where nothing else is given, and record i32[B], the place of the pair in the source.
-    B = batch_size / process_count.
+    Batches of input_ids i32[B, L], pixels_0 and pixels_1 u8[B, H, W, 3], sizes_0 and sizes_1 f32[B, 6] (see
+    `records.sizes`), label_0 f32[B], num_example_per_prompt i32[B], weight f32[B] (1 / num_example_per_prompt unless
+    given), and record i32[B], the place of the pair in the source. B = batch_size / process_count.
 
   Raises:
-    ValueError: a label out of range, a missing field, an original size that is none, too few records for a batch.
+    ValueError: a label is out of range, a field is missing, an original size is invalid, or there are too few records.
   """
   chosen = np.arange(len(source)) if kept is None else np.asarray(kept, np.int64)
   if chosen.ndim != 1 or (len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(source)):
@@ -192,12 +191,12 @@ def emoji_images(
   split: str | None = "train",
   styles: Sequence[str] = emoji.STYLES,
 ) -> list[dict[str, Any]]:
-  """The embedded images as a source: one record for each emoji and style.
+  """Returns the embedded images as a source: one record for each emoji and style.
 
   Args:
     image_size: side of the images, or (height, width), to which the squares are cropped as by `records.decode`.
-    subset, split: of the emoji.
-    styles: each drawing is a record.
+    subset, split: which emoji.
+    styles: which drawings; each is a record.
 
   Returns:
     Records with image u8[H, W, 3], caption, style (index into `emoji.STYLES`), class_id and id.
@@ -221,7 +220,7 @@ def emoji_images(
 
 
 def _tiles(style: str, image_size: Size, class_ids: Sequence[int]) -> np.ndarray:
-  """u8[N, H, W, 3] of a style."""
+  """Returns the tiles of a style, u8[N, H, W, 3]."""
   height, width = sides(image_size)
   if height == width:
     return emoji.load_tiles(style, height, class_ids=class_ids)
@@ -276,34 +275,34 @@ def image_batches(
   num_threads: int = 2,
   num_workers: int = 0,
 ) -> batching.Batches:
-  """Single images with captions, for pre-training and for Diffusion-KTO.
+  """Returns batches of single images with captions, for pre-training and for Diffusion-KTO.
 
   Args:
     source: records with image and caption, and optionally label (1: liked, 0: disliked; in all records or none), style
       and class_id (integers), id, and original_size: [height, width] of an image that is stored smaller than it was;
-      None: the embedded emoji. None is read before its turn.
+      None: the embedded emoji. No record is read before its turn.
     batch_size: images in a batch, over all processes.
-    image_size: of the images: side of squares, or (height, width).
+    image_size: size of the images: side of squares, or (height, width).
     tokenize: captions -> i32[n, L]; None: no input_ids.
-    seed: of order, dropout, flips and crops.
-    subset: of the emoji, "core" or "all".
-    split: of the emoji; None: all three.
-    styles: of the emoji; each drawing is a record.
+    seed: seed of order, dropout, flips and crops.
+    subset: subset of the emoji, "core" or "all".
+    split: split of the emoji; None: all three.
+    styles: styles of the emoji; each drawing is a record.
     caption_dropout: share of images whose caption is replaced by the empty one.
     flip: mirror half of the images.
-    random_crop: crop to a part drawn for each image and epoch; else to the central one.
-    process_index: this process.
-    process_count: processes that share each batch.
+    random_crop: crop to a part drawn for each image and epoch; else to the central part.
+    process_index: number of this process.
+    process_count: number of processes that share each batch.
     num_threads: threads that prepare batches ahead.
-    num_workers: processes that do, in place of the threads; 0: none.
+    num_workers: processes that prepare batches ahead, instead of threads; 0: none.
 
   Returns:
-    Batches of pixels u8[B, H, W, 3], sizes f32[B, 6] (see `records.sizes`), style i32[B] and class_id i32[B] (-1
-    where the source has none), label f32[B] where the source has it, input_ids i32[B, L], and record i32[B], the place
-    of the image in the source.
+    Batches of pixels u8[B, H, W, 3], sizes f32[B, 6] (see `records.sizes`), style i32[B] and class_id i32[B] (-1 if
+    the source has none), label f32[B] if the source has it, input_ids i32[B, L], and record i32[B], the place of the
+    image in the source.
 
   Raises:
-    ValueError: a missing field, too few records for a batch.
+    ValueError: a field is missing, or there are too few records for a batch.
   """
   if source is None:
     source = emoji_images(image_size, subset=subset, split=split, styles=styles)
@@ -349,25 +348,25 @@ def prompt_batches(
   process_count: int = 1,
   num_threads: int = 1,
 ) -> batching.Batches:
-  """Prompts alone, for online methods.
+  """Returns batches of prompts alone, for online methods.
 
   Args:
-    prompts: what to draw from; None: the captions of the embedded emoji.
+    prompts: prompts to draw from; None: the captions of the embedded emoji.
     batch_size: prompts in a batch, over all processes.
-    tokenize: prompts -> i32[n, L]; called for those of a batch that are not remembered.
-    tokenizers: others, by the field of the batch that they fill.
-    seed: of the order.
-    subset: of the emoji, "core" or "all".
-    split: of the emoji; None: all three.
-    process_index: this process.
-    process_count: processes that share each batch.
+    tokenize: prompts -> i32[n, L]; called for those of a batch that are not cached.
+    tokenizers: further ones, by the field of the batch that they fill.
+    seed: seed of the order.
+    subset: subset of the emoji, "core" or "all".
+    split: split of the emoji; None: all three.
+    process_index: number of this process.
+    process_count: number of processes that share each batch.
     num_threads: threads that prepare batches ahead.
 
   Returns:
     Batches of input_ids i32[B, L] and record i32[B], the place in `prompts`.
 
   Raises:
-    ValueError: fewer prompts than a batch holds.
+    ValueError: there are fewer prompts than a batch holds.
   """
   prompts = emoji.prompts(split, subset) if prompts is None else list(prompts)
 

@@ -1,17 +1,17 @@
-"""The reader of prompts of all commands, in their published formats; and the folders that GenEval's own scorer reads.
+"""Reads prompts for all commands, in their published formats, and writes the folders of GenEval's own scorer.
 
   kind     file                                                            category
-  text     .txt, or a name without an ending: a prompt a line              none
-  json     a list of strings, or of objects with a caption or a prompt     of the object, if it has one
-  table    .csv, .jsonl or .parquet with a column caption or prompt, and   of the row, if it has one
+  text     .txt, or a name without an ending: one prompt per line           none
+  json     a list of strings, or of objects with a caption or a prompt     the object's, if it has one
+  table    .csv, .jsonl or .parquet with a column caption or prompt, and   the row's, if it has one
            optionally category and id, such as Pick-a-Pic's test_unique
   parti    PartiPrompts.tsv: Prompt, Category, Challenge, Note             Category
   hpdv2    HPDv2's benchmark: a folder of anime.json, concept-art.json,    the name of the file
            paintings.json and photo.json, or one of these
   geneval  evaluation_metadata.jsonl: objects with tag, include, prompt    tag
 
-The kind follows from the name and the content; a file that is none of these is refused. Lines end as
-`paths.lines` says. A path may be in a bucket.
+The kind follows from the name and the content; a file of none of these kinds raises. Lines end as `paths.lines` says. A
+path may be in a bucket.
 """
 
 import csv
@@ -34,12 +34,12 @@ Path = str | os.PathLike
 logger = logging.getLogger(__name__)
 
 KINDS = ("text", "json", "table", "parti", "hpdv2", "geneval")
-STYLES = ("anime", "concept-art", "paintings", "photo")  # of HPDv2's benchmark
+STYLES = ("anime", "concept-art", "paintings", "photo")  # HPDv2's benchmark
 TEXT_COLUMNS = ("caption", "prompt")
 PARTI_COLUMNS = ("Prompt", "Category", "Challenge", "Note")
 GENEVAL_FIELDS = ("tag", "include", "prompt")
-TEXT_ENDINGS = ("", ".txt", ".text")  # of files with a prompt a line
-ENDINGS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")  # a word with one of these names a file
+TEXT_ENDINGS = ("", ".txt", ".text")  # endings of files with one prompt per line
+ENDINGS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")  # a word with one of these endings names a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Prompt:
   """A prompt of a set.
 
   Attributes:
-    text: what is drawn.
-    category: by which results are broken down; empty if the set has none.
-    id: that the set gives it; empty if it gives none.
+    text: what to draw.
+    category: group of prompts in the results; empty if the set has none.
+    id: the set's name for it; empty if the set has none.
     extra: what else the set says of it: the other columns, or GenEval's whole object.
   """
 
@@ -60,10 +60,10 @@ class Prompt:
 
 
 def read(path: Path, *, kind: str | None = None) -> list[Prompt]:
-  """Reads the prompts that models are compared by: as `read_all`, but of those that are there twice the first alone.
+  """Reads the prompts to compare models by: as `read_all`, but repeated prompts only once.
 
-  They are the unit of intervals and tests, and a repeated one would count as if it were another. GenEval's all stay, as
-  its own scorer numbers them. A warning counts the repeated ones.
+  Prompts are the unit of intervals and tests, and a repeated one would count as another. All of GenEval's stay, as its
+  own scorer numbers them. A warning counts the repeated ones.
   """
   prompts, kind = _read(path, kind)
   repeated = repeats(prompts)
@@ -71,7 +71,7 @@ def read(path: Path, *, kind: str | None = None) -> list[Prompt]:
     first = next(iter(repeated))
     what = "each is kept and counts by itself" if kind == "geneval" else "each is used once"
     logger.warning(
-      "%s: %d prompts are there more than once, such as %r (%d times); %s.",
+      "%s: %d prompts are repeated, such as %r (%d times); %s.",
       paths.open_path(path), len(repeated), first, repeated[first], what,
     )  # fmt: skip
   if kind == "geneval":
@@ -83,15 +83,15 @@ def read(path: Path, *, kind: str | None = None) -> list[Prompt]:
 
 
 def read_all(path: Path, *, kind: str | None = None) -> list[Prompt]:
-  """Reads all prompts of a file, or of HPDv2's folder, in order; those that are there twice, twice.
+  """Reads all prompts of a file, or of HPDv2's folder, in order, with repeated ones.
 
   Args:
-    path: of the file or folder.
-    kind: one of KINDS; None: what it looks like.
+    path: the file or folder.
+    kind: one of KINDS; None: detected from name and content.
 
   Raises:
-    FileNotFoundError: there is nothing, or a file of HPDv2 is missing.
-    ValueError: not of that kind, or of none of them; the line is named.
+    FileNotFoundError: the path does not exist, or a file of HPDv2 is missing.
+    ValueError: the file is not of that kind, or of none; names the line.
   """
   return _read(path, kind)[0]
 
@@ -101,7 +101,7 @@ def given(words: Sequence[str], *, option: str) -> list[str]:
 
   Args:
     words: prompts, or the name of one file or of HPDv2's folder.
-    option: of the command, for messages.
+    option: option of the command, for messages.
 
   Raises:
     FileNotFoundError, ValueError: as `read_all`; or one of several words names a file.
@@ -109,8 +109,8 @@ def given(words: Sequence[str], *, option: str) -> list[str]:
   files = [word for word in words if _names_a_file(word)]
   if files and len(words) > 1:
     raise ValueError(
-      f"{option} has {len(words)} prompts, and {files[0]!r} is the name of a file; give one file of prompts "
-      "alone, or end this word with a space to draw it."
+      f"{option} has {len(words)} prompts, and {files[0]!r} is the name of a file; give only one file of prompts, or "
+      "end this word with a space to draw it."
     )
   if files and (not pathlib.Path(files[0]).is_dir() or is_hpdv2_folder(files[0])):
     return [prompt.text for prompt in read_all(files[0])]
@@ -118,35 +118,35 @@ def given(words: Sequence[str], *, option: str) -> list[str]:
 
 
 def check_prompt(word: str, *, option: str) -> str:
-  """Returns a prompt of a command line.
+  """Returns a prompt given on a command line.
 
   Raises:
-    ValueError: it is the name of a file, or the path of a folder, whose prompts may be meant.
+    ValueError: it is the name of a file or the path of a folder, whose prompts may be meant.
   """
   if _names_a_file(word):
     raise ValueError(
       f"{option}={word!r} names a file or a folder, expected the words of a prompt; give a file of prompts as "
-      "--prompts, or end these words with a space to mean them."
+      "--prompts, or end these words with a space to draw them."
     )
   return word
 
 
 def _names_a_file(word: str) -> bool:
-  """Whether a word is the name of something that exists, or looks as if a file was meant."""
+  """Returns whether a word names something that exists, or looks like the name of a file."""
   if paths.is_remote(word) and not any(c.isspace() for c in word):
     return True
   if pathlib.PurePath(word).suffix.lower() in ENDINGS:
     return True
   try:
     place = pathlib.Path(word).expanduser()
-    # A bare word is a prompt though a folder, perhaps of pictures, has that name; a path is not.
+    # A bare word is a prompt even if a folder, perhaps of pictures, has that name; a path is not.
     return place.is_file() or (place.is_dir() and (len(place.parts) > 1 or is_hpdv2_folder(place)))
-  except (OSError, RuntimeError, ValueError):  # longer than names may be, of an unknown user, with a zero byte
+  except (OSError, RuntimeError, ValueError):  # a name that is too long, of an unknown user, or with a zero byte
     return False
 
 
 def _read(path: Path, kind: str | None) -> tuple[list[Prompt], str]:
-  """The prompts, and the kind that they are of."""
+  """Returns the prompts and their kind."""
   if kind is not None and kind not in KINDS:
     raise ValueError(f"kind={kind!r} of prompts; expected one of {', '.join(KINDS)}.")
   place = paths.open_path(path)
@@ -170,12 +170,12 @@ def _read(path: Path, kind: str | None) -> tuple[list[Prompt], str]:
 
 
 def repeats(prompts: Sequence[Prompt]) -> dict[str, int]:
-  """Text -> how often, of the prompts that are there more than once."""
+  """Returns {text: count} of the prompts that are repeated."""
   return {text: n for text, n in Counter(p.text for p in prompts).items() if n > 1}
 
 
 def detect_kind(place: Any, text: str) -> str:
-  """Returns which of KINDS a file is, from its name and its content.
+  """Returns which of KINDS a file is, from its name and content.
 
   Raises:
     ValueError: it looks like none of them.
@@ -192,14 +192,14 @@ def detect_kind(place: Any, text: str) -> str:
     return "table"
   if suffix not in TEXT_ENDINGS or first.startswith(("<?xml", "<!DOCTYPE", "---")):
     raise ValueError(
-      f"{place} is of no form in which prompts are known; expected {', '.join(ENDINGS)}: convert it, or if it has a "
-      "prompt a line and nothing else, name it .txt."
+      f"{place} has no known form of prompts; expected {', '.join(ENDINGS)}: convert it, or name it .txt if it has "
+      "only one prompt per line."
     )
   return "text"
 
 
 def _is_header(cells: Sequence[str]) -> bool:
-  """Whether the cells of a first line are names of columns, one of them that of the prompts."""
+  """Returns whether the cells of a first line are names of columns, one of them the prompts'."""
   return any(cell.strip().strip('"').lower() in TEXT_COLUMNS for cell in cells)
 
 
@@ -209,12 +209,12 @@ def _decoded(place: Any) -> str:
   except UnicodeDecodeError as error:
     raise ValueError(f"{place} is not UTF-8 text ({error}); expected a text file of prompts, or convert it.") from error
   if "\0" in text:
-    raise ValueError(f"{place} is no text; expected one of the kinds {', '.join(KINDS)}.")
+    raise ValueError(f"{place} is not a text; expected one of the kinds {', '.join(KINDS)}.")
   return text
 
 
 def _prompt(fields: Mapping[str, Any], where: str, number: int, columns: Sequence[str]) -> Prompt:
-  """A row or an object as a prompt; names in any case."""
+  """Returns a row or an object as a prompt; names of fields in any case."""
   names = {str(name).strip().lower(): name for name in fields}
   column = next((names[c] for c in columns if c in names), None)
   if column is None:
@@ -248,7 +248,7 @@ def _json_list(place: Any, text: str) -> list[Any]:
   try:
     rows = json.loads(text)
   except json.JSONDecodeError as error:
-    raise ValueError(f"{place} is no JSON ({error}); expected a list of prompts.") from error
+    raise ValueError(f"{place} is not JSON ({error}); expected a list of prompts.") from error
   if not isinstance(rows, list):
     raise ValueError(f"{place}: found a JSON {type(rows).__name__}; expected a list of strings or objects.")
   for i, row in enumerate(rows, 1):
@@ -285,7 +285,7 @@ def _read_hpdv2_folder(folder: Any) -> list[Prompt]:
 
 
 def _read_parti(place: Any, text: str) -> list[Prompt]:
-  """Cells are as they stand between the tabs: the published file has quotes in prompts, and quotes no cells."""
+  """Reads the cells between tabs unchanged: the published file has quotes in prompts and does not quote cells."""
   lines = ((number, line.split("\t")) for number, line in enumerate(paths.lines(text), 1) if line.strip())
   _, header = next(lines, (0, []))
   header = [name.strip() for name in header]
@@ -326,7 +326,7 @@ def _read_table(place: Any, text: str) -> list[Prompt]:
 
 
 def _read_parquet(place: Any) -> list[Prompt]:
-  """Its columns of text alone: others may hold pictures."""
+  """Reads only the columns of text: others may hold pictures."""
   import pyarrow
   import pyarrow.parquet
 
@@ -339,7 +339,7 @@ def _read_parquet(place: Any) -> list[Prompt]:
         raise ValueError(f"{place}: found {listed(names)}; expected a column {' or '.join(TEXT_COLUMNS)}.")
       rows = file.read(columns=wanted).to_pylist()
   except pyarrow.ArrowInvalid as error:
-    raise ValueError(f"{place} is no Parquet file ({error}); download it again.") from error
+    raise ValueError(f"{place} is not a Parquet file ({error}); download it again.") from error
   return [_prompt(row, f"{place}, row", i, TEXT_COLUMNS) for i, row in enumerate(rows, 1)]
 
 
@@ -350,9 +350,9 @@ def _json_lines(place: Any, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
       row = json.loads(line)
     except json.JSONDecodeError as error:
-      raise ValueError(f"{place}, line {number}: no JSON ({error}); expected an object a line.") from error
+      raise ValueError(f"{place}, line {number}: not JSON ({error}); expected one object per line.") from error
     if not isinstance(row, dict):
-      raise ValueError(f"{place}, line {number}: found {row!r}; expected an object a line.")
+      raise ValueError(f"{place}, line {number}: found {row!r}; expected one object per line.")
     yield number, row
 
 
@@ -367,7 +367,7 @@ def _csv_rows(place: Any, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
       if any(isinstance(cell, str) and cell.strip() for cell in row.values()):
         yield reader.line_num, row
   except csv.Error as error:
-    raise ValueError(f"{place}, line {reader.line_num}: no CSV ({error}); expected commas and quotes.") from error
+    raise ValueError(f"{place}, line {reader.line_num}: not CSV ({error}); expected commas and quotes.") from error
 
 
 _READERS: dict[str, Callable[[Any, str], list[Prompt]]] = {
@@ -384,10 +384,10 @@ _READERS: dict[str, Callable[[Any, str], list[Prompt]]] = {
 
 
 def check_geneval(prompts: Sequence[Prompt]) -> None:
-  """Refuses prompts that GenEval's scorer could not read.
+  """Raises for prompts that GenEval's scorer could not read.
 
   Raises:
-    ValueError: they are of another kind.
+    ValueError: the prompts are of another kind.
   """
   for i, prompt in enumerate(prompts):
     missing = [name for name in GENEVAL_FIELDS if name not in prompt.extra]
@@ -404,12 +404,12 @@ def geneval_layout(folder: Path, prompts: Sequence[Prompt], image_of: Callable[[
   FOLDER/00000/metadata.jsonl has the object of the first prompt, FOLDER/00000/samples/0000.png and so on its pictures.
 
   Args:
-    folder: is made; may have the same prompts already, which are written anew.
-    prompts: of kind geneval, all of them: the numbers of the folders are theirs.
-    image_of: number of a prompt -> the files of its pictures; those that are no PNG are converted.
+    folder: created if missing; may have the same prompts already, which are written again.
+    prompts: all prompts of kind geneval: the numbers of the folders are theirs.
+    image_of: number of a prompt -> the files of its pictures; files that are not PNG are converted.
 
   Raises:
-    ValueError: prompts of another kind, or the folder has pictures that are none of these.
+    ValueError: the prompts are of another kind, or the folder has other pictures.
     FileNotFoundError: a picture is missing.
     CannotBeWritten: see `paths`.
   """
@@ -418,7 +418,7 @@ def geneval_layout(folder: Path, prompts: Sequence[Prompt], image_of: Callable[[
   files = [[pathlib.Path(file) for file in image_of(i)] for i in range(len(prompts))]
   absent = [str(file) for of_prompt in files for file in of_prompt if not file.is_file()]
   if absent:
-    raise FileNotFoundError(f"there is no picture {absent[0]} ({len(absent)} are missing); draw them first.")
+    raise FileNotFoundError(f"the picture {absent[0]} does not exist ({len(absent)} are missing); draw them first.")
   _refuse_others(place, [len(of_prompt) for of_prompt in files])
   with paths.cannot_be_written(place):
     for i, (prompt, sources) in enumerate(zip(prompts, files, strict=True)):
@@ -430,7 +430,7 @@ def geneval_layout(folder: Path, prompts: Sequence[Prompt], image_of: Callable[[
 
 
 def _refuse_others(place: pathlib.Path, counts: Sequence[int]) -> None:
-  """GenEval's scorer reads every numbered folder and picture, so none may be left from before."""
+  """Raises for other files: GenEval's scorer reads every numbered folder and picture, so none may be left over."""
   for entry in sorted(paths.names(place)):
     if not re.fullmatch("[0-9]+", entry):
       continue

@@ -1,7 +1,7 @@
-"""Reading one record: its fields, its images, and what to do with those that cannot be read.
+"""Reads one record: its fields and its images; skips those that cannot be read.
 
-A source is any sequence of dicts (`len` and `[i]`). Images are the bytes of an image file or
-u8[H, W, 3] arrays; strings may be bytes, as tfds gives them.
+A source is any sequence of dicts (`len` and `[i]`). Images are the bytes of an image file or u8[H, W, 3] arrays;
+strings may be bytes, as in tfds.
 """
 
 import io
@@ -21,9 +21,9 @@ from jaxpref.recipes.sizes import Size, sides
 
 logger = logging.getLogger(__name__)
 LABELS = (0.0, 0.5, 1.0)
-# Decoded images are kept if all of them fit: small datasets are then decoded once, not every epoch.
+# Decoded images are kept if all of them fit, so that small datasets are decoded once, not every epoch.
 CACHE_BYTES = 512 * 2**20
-# After so many unreadable records in a row the source as a whole is taken to be unreadable.
+# After this many unreadable records in a row the whole source counts as unreadable.
 MAX_SKIPS_IN_A_ROW = 1000
 
 
@@ -36,18 +36,18 @@ class Source(Protocol):
 
 
 def open_folder(folder: str | os.PathLike, split: str) -> Source:
-  """One split of a tfds dataset that lies in a folder as ArrayRecord files; needs no TensorFlow.
+  """Opens one split of a tfds dataset whose folder has ArrayRecord files; needs no TensorFlow.
 
   Args:
-    folder: the one with dataset_info.json and features.json.
+    folder: the folder with dataset_info.json and features.json.
     split: such as "train" or "validation[:500]".
 
   Returns:
     A source whose images are the bytes of their files.
 
   Raises:
-    FileNotFoundError: no dataset there, or not all of its files.
-    ValueError: no such split, or another file format.
+    FileNotFoundError: the dataset or some of its files are missing.
+    ValueError: the split does not exist, or the files have another format.
   """
   import tensorflow_datasets as tfds
 
@@ -60,7 +60,7 @@ def open_folder(folder: str | os.PathLike, split: str) -> Source:
     )
   try:
     builder = tfds.builder_from_directory(os.fspath(place))
-  except Exception as error:  # of the many kinds that readers of JSON have
+  except Exception as error:  # readers of JSON raise many types
     raise ValueError(
       f"{folder} holds a dataset_info.json or features.json that cannot be read ({' '.join(str(error).split())}); "
       "prepare the dataset again."
@@ -89,7 +89,7 @@ def open_folder(folder: str | os.PathLike, split: str) -> Source:
 
 
 class _Shards:
-  """The records of a tfds dataset; what is wrong with a file of it is said in one sentence."""
+  """The records of a tfds dataset; an error in one of its files is reported in one sentence."""
 
   def __init__(self, data: Any):
     self._data = data
@@ -101,7 +101,7 @@ class _Shards:
   def __getitem__(self, index: int) -> Mapping[str, Any]:
     try:
       return self._data[index]
-    except RuntimeError as error:  # ArrayRecord has no other
+    except RuntimeError as error:  # ArrayRecord's only error
       raise OSError(
         f"record {index} of {self.dataset_info.full_name} cannot be read ({error}); copy or prepare that file of the "
         "dataset again."
@@ -109,13 +109,13 @@ class _Shards:
 
 
 class Unusable(Exception):
-  """A record cannot be used, and is skipped; `clause` says why, after its name."""
+  """Raised for a record that cannot be used and is skipped; `clause` says why, after its name."""
 
   clause = ""
 
 
 class UnreadableImage(Unusable):
-  """The image of a record cannot be decoded."""
+  """Raised if the image of a record cannot be decoded."""
 
   def __init__(self, reason: str):
     super().__init__(reason)
@@ -123,26 +123,26 @@ class UnreadableImage(Unusable):
 
 
 class SameImages(Unusable):
-  """The two images of a pair with a winner are one."""
+  """Raised if the two images of a pair with a winner are the same."""
 
   clause = "whose two images are the same file, so that neither is better"
 
 
 def text(value: str | bytes) -> str:
-  """A string, whichever way the source gives it."""
+  """Returns a string, whether the source gives it as text or as bytes."""
   return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
 def name_of(record: Mapping[str, Any], index: int) -> str:
-  """How messages name a record: its id, or its place."""
+  """Returns how messages name a record: its id, or its place."""
   return repr(text(record["id"])) if "id" in record else f"number {index}"
 
 
 def field(record: Mapping[str, Any], index: int, key: str) -> Any:
-  """A field that every record must have.
+  """Returns a field that every record must have.
 
   Raises:
-    ValueError: it is missing.
+    ValueError: the field is missing.
   """
   try:
     return record[key]
@@ -154,10 +154,10 @@ def field(record: Mapping[str, Any], index: int, key: str) -> Any:
 
 
 def label_of(record: Mapping[str, Any], index: int) -> float:
-  """`label_0`: 1 where image_0 is preferred, 0 where image_1 is, 0.5 for a tie.
+  """Returns `label_0`: 1 if image_0 is preferred, 0 if image_1 is, 0.5 for a tie.
 
   Raises:
-    ValueError: any other value.
+    ValueError: the label has any other value.
   """
   value = field(record, index, "label_0")
   try:
@@ -173,12 +173,12 @@ def label_of(record: Mapping[str, Any], index: int) -> float:
 
 
 class Framing(NamedTuple):
-  """What an image was before it was cropped: the size conditioning of SDXL (arXiv 2307.01952, Section 2.2).
+  """An image's original size and its crop: the size conditioning of SDXL (arXiv 2307.01952, Section 2.2).
 
   Attributes:
     height, width: of the original, before any resizing, in pixels.
-    top, left, right: what the crop leaves out above, to the left and to the right, in pixels of the image resized so
-      that it just covers the crop; to the nearest pixel.
+    top, left, right: what the crop leaves out above, to the left and to the right, in pixels of the image resized to
+      just cover the crop; to the nearest pixel.
   """
 
   height: int
@@ -188,41 +188,40 @@ class Framing(NamedTuple):
   right: int
 
 
-# Where a crop lies in an image: the shares of the rows above it and of the columns to its left among all that it
-# leaves out, both in [0, 1).
+# Where a crop lies in an image: the shares of the rows above it and of the columns to its left among all that it leaves
+# out, both in [0, 1).
 Place = tuple[float, float]
 
 
 def framing_of(height: int, width: int, image_size: Size, place: Place | None = None) -> Framing:
-  """The framing of an image of a size in pixels, of which a crop is resized to `image_size`; see `decode`."""
+  """Returns the framing of an image of this height and width in pixels, cropped for `image_size`; see `decode`."""
   top, left, rows, columns = _crop(height, width, image_size, place)
   down, right = (n / old for n, old in zip(sides(image_size), (rows, columns), strict=True))
   return Framing(height, width, round(top * down), round(left * right), round((width - columns - left) * right))
 
 
 def sizes(framing: Framing, image_size: Size, *, flip: bool = False) -> np.ndarray:
-  """SDXL's f32[6]: original height, width, crop top, left, target height, width, in the order of diffusers.
+  """Returns SDXL's f32[6]: original height, width, crop top, left, target height, width, in the order of diffusers.
 
   As in diffusers' train_text_to_image_sdxl.py, original height and width are those before the resize, and the crop is
-  given in pixels of the resized image. Of a mirrored image they are those of the same crop in the mirrored original:
-  what lay to the right of it now lies to the left (diffusers mirrors the resized image before it crops). A crop has
-  the same width on both sides up to rounding, so that mirroring changes `left` by a pixel, if at all, where images are
-  not enlarged.
+  in pixels of the resized image. A mirrored image gets those of the same crop in the mirrored original: what lay to the
+  right of it now lies to the left (diffusers mirrors the resized image before it crops). A crop leaves out the same on
+  both sides up to rounding, so mirroring changes `left` by at most a pixel if images are not enlarged.
 
   Args:
-    framing: of the image.
+    framing: framing of the image.
     image_size: the target size: side of a square, or (height, width).
-    flip: the crop was mirrored.
+    flip: whether the crop was mirrored.
   """
   left = framing.right if flip else framing.left
   return np.asarray([framing.height, framing.width, framing.top, left, *sides(image_size)], np.float32)
 
 
 def original_size(record: Mapping[str, Any], index: int, image_field: str) -> tuple[int, int] | None:
-  """Height and width of an image before it was stored, from an optional field: `original_size_0` for `image_0`.
+  """Returns an image's height and width before it was stored, from an optional field: `original_size_0` for `image_0`.
 
   Raises:
-    ValueError: the field holds something else than two positive numbers.
+    ValueError: the field holds anything but two positive numbers.
   """
   key = f"original_size{image_field.removeprefix('image')}"
   value = record.get(key)
@@ -231,7 +230,7 @@ def original_size(record: Mapping[str, Any], index: int, image_field: str) -> tu
   try:
     height, width = (int(v) for v in value)
     valid = height > 0 and width > 0
-  except (TypeError, ValueError, OverflowError):  # of no two things, of nan, of infinity
+  except (TypeError, ValueError, OverflowError):  # not two values, nan, infinity
     valid = False
   if not valid:
     raise ValueError(
@@ -242,7 +241,7 @@ def original_size(record: Mapping[str, Any], index: int, image_field: str) -> tu
 
 
 def _crop(height: int, width: int, image_size: Size, place: Place | None) -> tuple[int, int, int, int]:
-  """Top, left, height and width of the largest part of an image that has the shape of `image_size`.
+  """Returns top, left, height and width of the largest part of an image that has the shape of `image_size`.
 
   It is as high or as wide as the image; the other side is rounded. It is central (None), or at a place. All are whole
   pixels, and all places are equally likely.
@@ -259,7 +258,7 @@ def _rounded(pixels: int, by: int) -> int:
   return max(1, (2 * pixels + by) // (2 * by))
 
 
-# How a picture is turned upright by the value of EXIF's orientation; viewers do so, and with them who judged it.
+# How EXIF's orientation turns a picture upright; viewers do so, and people judged what they showed.
 _UPRIGHT = {
   2: Image.Transpose.FLIP_LEFT_RIGHT,
   3: Image.Transpose.ROTATE_180,
@@ -274,27 +273,27 @@ _UPRIGHT = {
 def _orientation(picture: Image.Image) -> int:
   try:
     return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
-  except Exception:  # damaged EXIF data, beside a picture that may be whole
+  except Exception:  # damaged EXIF data; the picture may be intact
     return 1
 
 
 def open_image(image: bytes | np.ndarray) -> Image.Image:
-  """An RGB picture of an image file's bytes, or of u8[H, W, 3].
+  """Returns an RGB picture of an image file's bytes, or of u8[H, W, 3].
 
-  Transparency becomes white, a picture with EXIF's orientation is upright, of an animation it is the first frame;
-  samples of more than 8 bits are scaled by what the file declares.
+  Transparency becomes white, EXIF's orientation is applied, and an animation gives its first frame; samples of more
+  than 8 bits are scaled by what the file declares.
 
   Raises:
-    UnreadableImage: the bytes are corrupt or truncated, nobody can tell which sample is white, or the array is of
-      another kind.
+    UnreadableImage: the bytes are corrupt or truncated, it is unknown which sample is white, or the array is of another
+      kind.
   """
   return _open(image)[0]
 
 
 def _open(image: bytes | np.ndarray, at_least: Size | None = None) -> tuple[Image.Image, tuple[int, int], int]:
-  """The picture; its height and width in the file, upright; and by how much the decoder made it smaller.
+  """Returns the picture; its height and width in the file, upright; and by how much the decoder made it smaller.
 
-  By 1, or with `at_least`, the size that the picture still covers when it is upright, by 2 or 4.
+  That is 1, or 2 or 4 with `at_least`, the size that the upright picture must still cover.
   """
   if isinstance(image, np.ndarray):
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
@@ -325,26 +324,26 @@ def _open(image: bytes | np.ndarray, at_least: Size | None = None) -> tuple[Imag
     return picture, (height, width), reduced
   except UnidentifiedImageError as error:
     raise UnreadableImage(f"{len(image)} bytes in no known image format") from error
-  except Exception as error:  # Pillow's decoders raise many kinds on damaged files.
+  except Exception as error:  # Pillow's decoders raise many types on damaged files.
     raise UnreadableImage(str(error) or type(error).__name__) from error
 
 
 def decode(image: bytes | np.ndarray, image_size: Size, place: Place | None = None) -> tuple[np.ndarray, Framing]:
   """Decodes, crops to a part as high or as wide as the image, and resamples with antialiasing (Lanczos).
 
-  JPEG files that are at least 2 (4) times as large as needed are decoded at a half (a quarter) of their size, which the
-  format allows, and resampled from there: at twice the size that takes a fifth of the time. Against resampling the
-  whole, pixels differ by 36 to 43 dB (PSNR), and contours are as sharp; the antialiased bilinear filter of many
-  training scripts differs by 33 to 35 dB and is half as sharp.
+  JPEG files at least 2 (4) times as large as needed are decoded at a half (a quarter) of their size, which the format
+  allows, and resampled from there: at twice the size that takes a fifth of the time. Compared with resampling the
+  whole, pixels differ by 36 to 43 dB (PSNR) and contours are as sharp; the antialiased bilinear filter of many training
+  scripts differs by 33 to 35 dB and is half as sharp.
 
   Args:
     image: an image file's bytes (transparency becomes white), or u8[H, W, 3].
-    image_size: of the result in pixels: side of a square, or (height, width), whose shape the part has. Its sides are
-      whole pixels, so that the shape differs by half a pixel of the image at most.
+    image_size: size of the result in pixels: side of a square, or (height, width), whose shape the part has. The part's
+      sides are whole pixels, so its shape differs by at most half a pixel of the image.
     place: where the part lies; None: in the middle.
 
   Returns:
-    u8[height, width, 3]; and the size of the image as it was given, and where the part lies in it.
+    u8[height, width, 3]; and the original size of the image, and where the part lies in it.
 
   Raises:
     UnreadableImage: the bytes are corrupt or truncated.
@@ -361,7 +360,7 @@ def decode(image: bytes | np.ndarray, image_size: Size, place: Place | None = No
 
 
 class Skip(NamedTuple):
-  """A record that was stepped over: its place in the source, its name, and why, as a clause."""
+  """A skipped record: its place in the source, its name, and why, as a clause."""
 
   place: int
   name: str
@@ -376,12 +375,12 @@ def _refuse_same(record: Mapping[str, Any], fields: Sequence[str]) -> None:
 
 
 class Reader:
-  """Reads records with decoded images; steps over those that cannot be read.
+  """Reads records with decoded images; skips those that cannot be read.
 
-  A position whose record is unreadable is filled with the next readable one, so that batches, and the state of an
-  iterator over them, are the same on every process and in every run. Each unreadable record is named once in a warning.
-  Safe to call from several threads. A reader may be pickled, for worker processes, if its source may: copies keep no
-  decoded images and give no warnings, the original does at `note`.
+  An unreadable record is replaced by the next readable one, so that batches, and the state of an iterator over them,
+  are the same on every process and in every run. A warning names each unreadable record once. Several threads may use
+  a reader. It may be pickled, for worker processes, if its source may: copies keep no decoded images and give no
+  warnings; the original does, at `note`.
   """
 
   def __init__(
@@ -398,12 +397,12 @@ class Reader:
 
     Args:
       source: the records.
-      image_size: of the decoded images, see `decode`.
+      image_size: size of the decoded images, see `decode`.
       image_fields: the fields that hold images.
       convert: (record, index) -> the other fields wanted.
       kept: indices of the records to use; None: all.
-      decided: bool[M], the pairs of `kept` that have a winner. They are skipped where both images are the same bytes,
-        which costs nothing when they are read; sources that know it before make a tie of such a pair.
+      decided: bool[M], the pairs of `kept` that have a winner. They are skipped if both images have the same bytes, a
+        check that costs nothing while reading; sources that know it earlier make a tie of such a pair.
     """
     self.source = source
     self._decided = decided
@@ -434,7 +433,7 @@ class Reader:
       return {skip.place: skip.name for skip in self._skipped.values()}
 
   def note(self, skip: Skip) -> None:
-    """Remembers an unreadable record, which this reader or a copy of it has met; warns once."""
+    """Remembers an unreadable record that this reader or a copy of it has met; warns once."""
     with self._lock:
       if skip.place in self._skipped:
         return
@@ -450,11 +449,11 @@ class Reader:
       )
 
   def __getitem__(self, position: int) -> dict[str, Any]:
-    """`read` with the crops in the middle."""
+    """Returns `read` with the crops in the middle."""
     return self.read(position)
 
   def read(self, position: int, place: Place | None = None) -> dict[str, Any]:
-    """The record at a position of `kept`, or the next readable one.
+    """Returns the record at a position of `kept`, or the next readable one.
 
     Args:
       position: in `kept`.
@@ -462,8 +461,8 @@ class Reader:
 
     Returns:
       Images u8[H, W, 3]; the converted fields; `framing`, a dict with a `Framing` for each image field, whose size is
-      the record's `original_size` of the image where there is one, that of the stored image otherwise; `position`, of
-      the record that was read; and `skipped`, a list of `Skip` for the records that were stepped over.
+      the record's `original_size` of the image if it has one, else that of the stored image; `position`, that of the
+      record read; and `skipped`, a list of `Skip` for the records skipped.
 
     Raises:
       ValueError: no record can be read, or a record's other fields are wrong.

@@ -1,20 +1,20 @@
-"""Pictures whose samples are not 8 bits: as 8 bits, scaled by what the file declares, or a reason why that is unknown.
+"""Converts pictures whose samples are not 8 bits, scaled by what the file declares, or says why that is unknown.
 
-Pillow gives 16 bits of grey (modes I;16), 32-bit integers (I) and floats (F) as they are, and of colours with 16 bits
-the upper 8. A file declares its range by the bits of a sample, in TIFF also by MaxSampleValue. Without that, floats are
-in [0, 1]. Integers of 32 bits, and 16 bits of which the upper four are never used, may mean anything.
+Pillow returns 16 bits of grey (modes I;16), 32-bit integers (I) and floats (F) unchanged, and the upper 8 bits of
+colours with 16. A file declares its range by the bits of a sample, in TIFF also by MaxSampleValue. Without that, floats
+are in [0, 1]. Integers of 32 bits, and 16 bits whose upper four are never used, may mean anything.
 """
 
 import numpy as np
 from PIL import Image
 
-BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE, SAMPLE_FORMAT, S_MAX_SAMPLE_VALUE = 258, 262, 281, 339, 341  # of TIFF
+BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE, SAMPLE_FORMAT, S_MAX_SAMPLE_VALUE = 258, 262, 281, 339, 341  # TIFF tags
 WHITE_IS_ZERO, UNSIGNED = 0, 1
 REMEDY = "save it with 8 bits"
 
 
 def raw_mode(picture: Image.Image) -> str:
-  """Returns how the samples lie in the file, such as RGB;16B; known until the picture is loaded."""
+  """Returns how the samples lie in the file, such as RGB;16B; known only until the picture is loaded."""
   tiles = getattr(picture, "tile", None)
   if not tiles:
     return ""
@@ -23,16 +23,16 @@ def raw_mode(picture: Image.Image) -> str:
 
 
 def with_8_bits(picture: Image.Image, raw: str) -> Image.Image:
-  """Returns a loaded picture with 8 bits a sample; `raw` is its `raw_mode` of before.
+  """Returns a loaded picture with 8 bits per sample; `raw` is its `raw_mode` before loading.
 
   Raises:
-    ValueError: nobody can tell which value is white.
+    ValueError: it is unknown which value is white.
   """
   if picture.mode == "F" or picture.mode.startswith("I"):
     values = np.asarray(picture).astype(np.float64)
     white = _white(picture, values)
     grey = np.rint(values.clip(0, white) * (255 / white)).astype(np.uint8)
-    if _tag(picture, PHOTOMETRIC) == WHITE_IS_ZERO:  # which Pillow leaves to its caller
+    if _tag(picture, PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow leaves this to its caller
       grey = 255 - grey
     transparent = picture.info.get("transparency")
     if isinstance(transparent, int):
@@ -48,7 +48,7 @@ def with_8_bits(picture: Image.Image, raw: str) -> Image.Image:
 
 
 def _white(picture: Image.Image, values: np.ndarray) -> float:
-  """The value that is white."""
+  """Returns the value that is white."""
   low, high = float(values.min()), float(values.max())
   declared = _declared(picture)
   bits, form = _tag(picture, BITS_PER_SAMPLE), _tag(picture, SAMPLE_FORMAT) or UNSIGNED
@@ -70,14 +70,14 @@ def _white(picture: Image.Image, values: np.ndarray) -> float:
 
 
 def _tag(picture: Image.Image, number: int) -> int | float | None:
-  """The first value of a TIFF tag; None where there is none."""
+  """Returns the first value of a TIFF tag; None if there is none."""
   tags = getattr(picture, "tag_v2", None)
   value = None if tags is None else tags.get(number)
   return value[0] if isinstance(value, tuple) and value else value  # type: ignore[return-value]
 
 
 def _declared(picture: Image.Image) -> float | None:
-  """The largest value that samples may have, if it is 2^n - 1; another is the largest that they happen to have."""
+  """Returns the largest possible sample if it is 2^n - 1; another number is only the largest that occurs."""
   for number in (S_MAX_SAMPLE_VALUE, MAX_SAMPLE_VALUE):
     value = _tag(picture, number)
     if isinstance(value, int | float) and value >= 1 and np.log2(value + 1).is_integer():

@@ -8,7 +8,7 @@
   prompts       prompts in any form of `prompt_sets`; see `read_prompts`        (a string)
 
 A pair is a dict of caption, image_0, image_1 (the bytes of image files, untouched), label_0 (1: image_0 is preferred,
-0: image_1, 0.5: a tie; of a pairs_file also a probability), num_example_per_prompt, id, and where the source gives them
+0: image_1, 0.5: a tie; for a pairs_file also a probability), num_example_per_prompt, id, and if the source has them
 original_size_0 and original_size_1 ([height, width]), noise_0 and noise_1 ([seed, number]). An unpaired record is a
 dict of caption, image, label (1: liked, 0: disliked) and id.
 
@@ -42,12 +42,12 @@ from jaxpref.data.index import Index, Selection
 from jaxpref.recipes.messages import listed
 
 Path = str | os.PathLike
-# Records, or files, that are looked at to tell whether what was made of a dataset before is still of it.
+# Records, or files, to check whether what was made from a dataset earlier still fits it.
 SPOT_CHECKS = 8
 
 
 class Source(records.Source, Protocol):
-  """A random-access sequence of records, with what is known of all of them."""
+  """A random-access sequence of records, with an index of all of them."""
 
   @property
   def index(self) -> Index: ...
@@ -57,7 +57,7 @@ class Source(records.Source, Protocol):
 
 
 class Indexed:
-  """Records, as they are, with an index; such as a split of a tfds dataset."""
+  """Unchanged records with an index, such as a split of a tfds dataset."""
 
   def __init__(self, data: records.Source, index: Index):
     self._data = data
@@ -71,18 +71,19 @@ class Indexed:
 
 
 def open_tfds(folder: Path, split: str = "train") -> Indexed:
-  """One split of a tfds dataset of pairs: our Pick-a-Pic, or any with the fields of a pair.
+  """Opens one split of a tfds dataset of pairs: our Pick-a-Pic, or any with the fields of a pair.
 
-  The index is read from a file beside the dataset, or from the cache folder; where there is none that fits, all records
+  The index is read from a file beside the dataset or from the cache folder; if neither has one that fits, all records
   are read once to make it.
 
   Args:
-    folder: the one with dataset_info.json, or one above it that holds no second dataset.
+    folder: the folder with dataset_info.json, or one above it that holds no second dataset.
     split: such as "train" or "train[:1000]".
 
   Raises:
-    FileNotFoundError: no dataset there.
-    ValueError: no such split, several datasets, another file format, a field is missing or wrong.
+    FileNotFoundError: the dataset does not exist.
+    ValueError: the split does not exist, there are several datasets, the files have another format, or a field is
+      missing or wrong.
   """
   from tensorflow_datasets import core
 
@@ -105,10 +106,10 @@ def open_tfds(folder: Path, split: str = "train") -> Indexed:
 
 
 def find_dataset(folder: Path) -> Any:
-  """The folder of the one tfds dataset in or under a folder.
+  """Returns the folder of the one tfds dataset in or under a folder.
 
   Raises:
-    FileNotFoundError: there is none.
+    FileNotFoundError: there is no dataset.
     ValueError: there are several.
   """
   place = paths.open_path(folder)
@@ -116,7 +117,7 @@ def find_dataset(folder: Path) -> Any:
   file = "dataset_info.json"
   if (place / file).exists():
     return place
-  # A dataset lies in NAME/VERSION or NAME/CONFIG/VERSION of its data folder; one that is not finished has a name so.
+  # A dataset lies in NAME/VERSION or NAME/CONFIG/VERSION of its data folder; an unfinished one has this in its name.
   patterns = ("/".join(["*"] * depth + [file]) for depth in (1, 2, 3))
   parents = (path.parent for pattern in patterns for path in place.glob(pattern))
   found = sorted(os.fspath(parent) for parent in parents if not parent.name.startswith("incomplete."))
@@ -131,21 +132,21 @@ def find_dataset(folder: Path) -> Any:
 
 
 def splits_of(folder: Path) -> list[str]:
-  """The splits of a tfds dataset."""
+  """Returns the splits of a tfds dataset."""
   import tensorflow_datasets as tfds
 
   return list(tfds.builder_from_directory(find_dataset(folder)).info.splits)
 
 
 def index_name(split: str) -> str:
-  """The file that has the index of a split, beside its data."""
+  """Returns the name of the file with a split's index, beside its data."""
   return f"index-{split}.npz"
 
 
 def fingerprint(split_info: Any) -> str:
-  """Returns a fingerprint of a split, from its tfds SplitInfo: records and bytes of its files, and the ends of some.
+  """Returns a fingerprint of a split from its tfds SplitInfo: records and bytes of its files, and the ends of some.
 
-  The end of an ArrayRecord file has the places of its records, which another record nearly always moves.
+  The end of an ArrayRecord file has the places of its records, which a changed record nearly always moves.
   """
   value: list[Any] = [split_info.name, [int(n) for n in split_info.shard_lengths], int(split_info.num_bytes)]
   files = split_info.filepaths
@@ -154,15 +155,15 @@ def fingerprint(split_info: Any) -> str:
 
 
 def _some(count: int) -> list[int]:
-  """At most SPOT_CHECKS of the numbers below `count`, evenly spread."""
+  """Returns at most SPOT_CHECKS of the numbers below `count`, evenly spread."""
   return sorted({int(i) for i in np.linspace(0, count - 1, min(SPOT_CHECKS, count))})
 
 
 def content_fingerprint(source: Any) -> str:
-  """Returns a fingerprint of what a source with an index holds, for what is made of it and kept elsewhere.
+  """Returns a fingerprint of what a source with an index holds, for things made from it and kept elsewhere.
 
-  It is of the prompts, labels and images of all records as the index has them, and of the bytes of the images of some
-  records: a picture that was changed under its old name may be another one.
+  It covers the prompts, labels and images of all records as the index has them, and the bytes of the images of some
+  records: a picture may have changed under its old name.
   """
   digest = hashlib.sha256(index_lib.fingerprint(source.index).encode())
   for place in _some(len(source)):
@@ -180,10 +181,10 @@ def _cached_index(folder: Any, split: str) -> pathlib.Path:
 
 
 def index_of_records(source: records.Source, *, progress: str = "index") -> Index:
-  """The index of pairs that lie in records, which are all read.
+  """Returns the index of pairs in records, reading all of them.
 
   Raises:
-    ValueError: a record has no caption or no label, or a wrong one.
+    ValueError: a record has no caption or label, or a wrong one.
   """
   captions: list[str] = []
   columns: dict[str, list[Any]] = {"label_0": []}
@@ -202,7 +203,7 @@ def index_of_records(source: records.Source, *, progress: str = "index") -> Inde
       columns |= {name: [] for name in optional}
     columns["label_0"].append(records.label_of(record, i))
     for image in ("image_0", "image_1"):
-      records.original_size(record, i, image)  # for its error, which is due before training
+      records.original_size(record, i, image)  # raises its error before training
     captions.append(records.text(records.field(record, i, "caption")))
     for name, kind in optional.items():
       columns[name].append(kind(records.field(record, i, name)))
@@ -224,10 +225,10 @@ def _agrees(index: Index, source: records.Source) -> bool:
 
 
 def read_prompts(path: Path) -> list[str]:
-  """Reads all prompts of a file of any kind that `prompt_sets` knows, in order.
+  """Reads all prompts of a file of any kind in `prompt_sets`, in order.
 
   Raises:
-    FileNotFoundError, ValueError: no file, or not of such a form.
+    FileNotFoundError, ValueError: the file does not exist or has none of these forms.
   """
   return [prompt.text for prompt in prompt_sets.read_all(path)]
 
@@ -236,10 +237,10 @@ def read_prompts(path: Path) -> list[str]:
 
 
 class Selected:
-  """What `select` has chosen of a source of pairs, as a source.
+  """The pairs of a source that `select` has chosen, as a source.
 
-  A record has the label and weight of the selection (`label_0`, `weight`), and where the selection says so the winning
-  image of another record.
+  A record has the label and weight of the selection (`label_0`, `weight`), and the winning image of another record if
+  the selection says so.
   """
 
   def __init__(self, source: Source, selection: Selection):
@@ -247,7 +248,7 @@ class Selected:
     self._selection = selection
     index = source.index.take(selection.kept)
     arrays = index.arrays() | {"label_0": selection.label}
-    # Images that took another's place are the same image there and here.
+    # An image that replaced another one is the same image there and here.
     swapped = selection.winner != selection.kept
     if swapped.any() and index.image_0 is not None and index.image_1 is not None:
       others = source.index.take(selection.winner).arrays()
@@ -255,7 +256,7 @@ class Selected:
       first = index.label_0 > 0.5
       arrays["image_0"] = np.where(swapped & first, best, index.image_0)
       arrays["image_1"] = np.where(swapped & ~first, best, index.image_1)
-      arrays = {name: value for name, value in arrays.items() if not name.startswith("score")}  # of other images
+      arrays = {name: value for name, value in arrays.items() if not name.startswith("score")}  # scores of other images
     self.index = Index(**arrays)
 
   def __len__(self) -> int:
@@ -280,7 +281,7 @@ def _winning_side(index: Index, record: int) -> int:
 
 
 class Unpaired:
-  """The images of a source of pairs, each by itself, liked or disliked."""
+  """The images of a source of pairs, each on its own, liked or disliked."""
 
   def __init__(self, source: Source, record: np.ndarray, side: np.ndarray, index: Index):
     self._source = source
@@ -305,10 +306,10 @@ class Unpaired:
 
 
 def unpaired(source: Source) -> Unpaired:
-  """The images of pairs as liked and disliked ones, for Diffusion-KTO (arXiv 2404.04465); ties are left out.
+  """Returns the images of pairs as liked and disliked ones, for Diffusion-KTO (arXiv 2404.04465), without ties.
 
-  Where the source knows which images are the same, each image of a prompt is there once, and liked if it ever won, as
-  in the authors' training (policy gt_label_wi_l of github.com/jacklishufan/diffusion-kto). Else each pair gives its
+  If the source knows which images are the same, each image of a prompt occurs once, and is liked if it ever won, as in
+  the authors' training (policy gt_label_wi_l of github.com/jacklishufan/diffusion-kto). Otherwise each pair gives its
   winner as liked and its loser as disliked.
   """
   index = source.index
@@ -319,7 +320,7 @@ def unpaired(source: Source) -> Unpaired:
   image = None
   if index.image_0 is not None and index.image_1 is not None:
     image = np.where(side == 0, index.image_0[record], index.image_1[record])
-    # The best label of each image comes first, then the first record that shows it so.
+    # The best label of each image comes first, then the first record with that label.
     order = np.lexsort((np.arange(len(record)), -label, image, index.prompt[record]))
     new = np.ones(len(order), bool)
     new[1:] = (np.diff(image[order]) != 0) | (np.diff(index.prompt[record][order]) != 0)
@@ -341,7 +342,7 @@ def detect_kind(path: Path) -> str:
   """Returns which of KINDS a path looks like.
 
   Raises:
-    FileNotFoundError, ValueError: there is nothing, or nothing of these.
+    FileNotFoundError, ValueError: the path does not exist, or looks like none of them.
   """
   place = paths.open_path(path)
   if place.is_dir():
@@ -363,7 +364,7 @@ def detect_kind(path: Path) -> str:
 
 
 def _columns(suffix: str, first: str) -> set[str]:
-  """The names in the first line of a file, in small letters; none if it has no such line."""
+  """Returns the names in the first line of a file, in lower case; empty if it has no such line."""
   try:
     names = json.loads(first) if suffix == ".jsonl" else next(csv.reader([first]), [])
   except (json.JSONDecodeError, csv.Error):
@@ -372,7 +373,7 @@ def _columns(suffix: str, first: str) -> set[str]:
 
 
 def _kind_of_columns(names: set[str]) -> str:
-  """A file with a column of images or labels is of these, also if one is misspelt: its reader says what is wrong."""
+  """Returns the kind of a file with a column of images or labels, even a misspelt one, which its reader reports."""
   if {"image_0", "image_1", "label_0", "preferred", "score_0", "score_1"} & names:
     return "pairs_file"
   if {"image", "label"} & names or not set(prompt_sets.TEXT_COLUMNS) & names:
@@ -383,7 +384,7 @@ def _kind_of_columns(names: set[str]) -> str:
 def open_source(
   kind: str, path: Path, *, split: str = "train", images: Path | None = None, pairs: str = "all"
 ) -> Indexed | FilePairs | FileImages:
-  """Opens a source of one of KINDS except prompts; arguments as of the function for the kind."""
+  """Opens a source of one of KINDS except prompts; see the function of each kind for the arguments."""
   if kind == "tfds":
     return open_tfds(path, split)
   if kind == "pairs_file":
@@ -396,13 +397,13 @@ def open_source(
 
 
 def look_for(kind: str, path: Path, *, images: Path | None = None) -> None:
-  """Looks for a source of one of KINDS, without reading it; but prompts are read, as they are small.
+  """Checks that a source of one of KINDS exists, without reading it; prompts are read, as they are small.
 
   Args:
-    images: as of `open_rankings`.
+    images: see `open_rankings`.
 
   Raises:
-    FileNotFoundError, ValueError, OSError: there is nothing, in the words of the function that opens it.
+    FileNotFoundError, ValueError, OSError: it does not, in the words of the function that opens it.
   """
   if kind == "tfds":
     find_dataset(path)

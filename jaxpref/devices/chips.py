@@ -1,4 +1,4 @@
-"""What TPU chips and GPUs can do, and the least time that a step takes on one; what XLA is told for a CPU."""
+"""What TPU chips and GPUs can do, the least time a step takes on one, and XLA's options for a CPU."""
 
 import dataclasses
 import functools
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 GIB = 2.0**30
-GPU_SHARE = 0.92  # of a GPU's memory, which training asks JAX to take (see main.py); by itself JAX takes 0.75
+GPU_SHARE = 0.92  # share of a GPU's memory that main.py asks JAX to take; JAX's default is 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,12 +14,12 @@ class Chip:
   """A kind of TPU or GPU.
 
   Attributes:
-    flops: peak of matrix products in bfloat16, operations a second.
+    flops: peak of matrix products in bfloat16, operations per second.
     capacity: bytes of HBM.
-    memory: bytes a second of HBM.
-    interconnect: bytes a second that a chip can send to its neighbours, over all its links together.
-    shapes: of the topologies that Google rents, up to 256 chips; () for a GPU.
-    gpu: what XLA has to know of a GPU to compile for it where there is none; None for a TPU.
+    memory: bytes of HBM traffic per second.
+    interconnect: bytes per second that a chip can send to its neighbours, over all its links together.
+    shapes: the topologies that Google rents, up to 256 chips; () for a GPU.
+    gpu: what XLA must know to compile for an absent GPU; None for a TPU.
   """
 
   flops: float
@@ -31,22 +31,22 @@ class Chip:
 
   @property
   def usable(self) -> float:
-    """Bytes of HBM that a training step can have."""
+    """Bytes of HBM that a training step can use."""
     return self.capacity * (GPU_SHARE if self.gpu else 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-  """Of a GPU with CUDA.
+  """A GPU with CUDA.
 
   Attributes:
-    name: as its driver has it.
-    capability: compute capability; "9.0a" with the instructions of that architecture alone.
+    name: the driver's name for it.
+    capability: compute capability; "9.0a" includes the instructions of that architecture alone.
     cores: streaming multiprocessors.
     clock: GHz.
     l2: bytes of the L2 cache.
-    shared: bytes of shared memory of a core, of which a block can have all but 1 KiB.
-    threads: of a core.
+    shared: bytes of a core's shared memory; a block can use all but 1 KiB.
+    threads: threads of a core.
   """
 
   name: str
@@ -58,7 +58,7 @@ class Gpu:
   threads: int
 
   def target_config(self, chip: Chip) -> str:
-    """As XLA reads it, a text of the protocol buffer stream_executor.GpuTargetConfigProto."""
+    """Returns the GPU as XLA reads it: the text of the protocol buffer stream_executor.GpuTargetConfigProto."""
     major, minor = self.capability.rstrip("a").split(".")
     extension = "ACCELERATED_FEATURES" if self.capability.endswith("a") else "NONE"
     device = {
@@ -96,15 +96,15 @@ class Gpu:
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
 # https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p-training and /v6e: peak compute, HBM, and "bidirectional
-# inter-chip interconnect bandwidth (per chip)" of 400, 1,200 and 800 GB/s, of which half goes out. That of v4 is not
-# there: six links of 50 GB/s each way by arXiv 2304.01433, Table 4.
+# inter-chip interconnect bandwidth (per chip)" of 400, 1,200 and 800 GB/s, half of it outgoing. They do not give v4's:
+# six links of 50 GB/s each way by arXiv 2304.01433, Table 4.
 CHIPS: dict[str, Chip] = {
   "v4": Chip(275e12, 32 * GIB, 1200e9, 300e9, _CUBES),
   "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, _FLAT),
   "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, _CUBES),
   "v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9, _FLAT),
-  # NVIDIA's data sheets of A100, H100, H200 (SXM; dense, half of the NVLink bandwidth goes out) and of the Ada
-  # architecture (with accumulation in float32; PCIe 4.0 x16). What the driver has of the memory for programs.
+  # NVIDIA's data sheets of A100, H100, H200 (SXM; dense, half of the NVLink bandwidth is outgoing) and of the Ada
+  # architecture (with accumulation in float32; PCIe 4.0 x16). Capacity is what the driver leaves to programs.
   "a100-40": Chip(
     312e12, 39.4 * GIB, 1555e9, 300e9, gpu=Gpu("NVIDIA A100-SXM4-40GB", "8.0", 108, 1.41, 40 * 2**20, 167936, 2048)
   ),
@@ -122,10 +122,10 @@ CHIPS: dict[str, Chip] = {
 
 
 def least_seconds(chip: Chip, *, flop: float, memory_bytes: float, collective_bytes: float) -> dict[str, float]:
-  """Seconds that each resource of a chip is busy at its peak; none can be shorter than the longest.
+  """Returns the seconds that each resource of a chip is busy at its peak; a step takes at least the longest.
 
   Args:
-    flop, memory_bytes, collective_bytes: of one chip: operations, bytes to and from HBM, bytes sent to other chips.
+    flop, memory_bytes, collective_bytes: one chip's operations, bytes to and from HBM, and bytes to other chips.
 
   Returns:
     `compute`, `memory`, `interconnect`.
@@ -141,16 +141,16 @@ def least_seconds(chip: Chip, *, flop: float, memory_bytes: float, collective_by
 
 
 def bound(seconds: Mapping[str, Any]) -> str:
-  """The resource that takes longest."""
+  """Returns the resource that takes longest."""
   return max(seconds, key=lambda name: seconds[name])
 
 
 def program_bytes(compiled: Any) -> dict[str, int]:
-  """What a compiled program takes of each device.
+  """Returns what a compiled program takes of each device.
 
   Returns:
-    Bytes of its `arguments`, `temporaries`, `output` that is not in the place of an argument, and their sum `peak`; {}
-    where the device's compiler does not say.
+    Bytes of its `arguments`, `temporaries`, `output` that does not reuse an argument's memory, and their sum `peak`; {}
+    if the device's compiler does not say.
   """
   memory = compiled.memory_analysis()
   if memory is None:
@@ -163,11 +163,10 @@ def program_bytes(compiled: Any) -> dict[str, int]:
 
 @functools.cache
 def compiler_options() -> dict[str, Any] | None:
-  """For `jax.jit` of networks on this machine's devices; None, XLA's own choice, but on CPUs.
+  """Returns the options of `jax.jit` for networks on this machine's devices; None, XLA's defaults, except on CPUs.
 
-  There without YNNPACK, whose convolutions and matrix products are slower here than XLA's others
-  (docs/results/benchmarks.md) and which prepares each of them anew at every start; where the compiler has no such
-  option, None, too.
+  On CPUs they turn off YNNPACK, whose convolutions and matrix products are slower here than XLA's others
+  (docs/results/benchmarks.md) and are prepared again at every start. If the compiler has no such option, None.
   """
   import jax
 

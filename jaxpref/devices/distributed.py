@@ -1,14 +1,13 @@
-"""Several processes, one run: which belong together, how they start, and how one ends that cannot go on.
+"""Several processes in one run: they join, stay in step, and leave when one cannot go on.
 
-`detect` finds out from the environment how a launcher started this process; within `joined` it is one of them. Who is
-killed or falls silent there is missed by JAX's heartbeats, which end the others (SIGABRT, exit code 134); who raises
-leaves at once, as at JAX's exit barrier it would wait for the others, and they for it. docs/operations.md has how long
-each takes.
+`detection` finds out from the environment how a launcher started this process; within `joined` it takes part in the
+run. If a process is killed or falls silent, JAX's heartbeats end the others (SIGABRT, exit code 134). A process that
+raises leaves at once: at JAX's exit barrier it would wait for the others, and they for it. docs/operations.md says how
+long each takes.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import os
 import pathlib
@@ -18,193 +17,31 @@ import sys
 import threading
 import time
 import traceback
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from absl import flags
 
 from jaxpref.devices import endings
+from jaxpref.devices.detection import Launch, detect
 
 MODES = ("auto", "true", "false")
 
 START_SECONDS = 300  # how long processes wait for each other at the start
-PATIENCE_SECONDS = 30  # after so long at the start a line says what is waited for
-HEARTBEAT_SECONDS = 20  # without a heartbeat, after which JAX gives a process up
+PATIENCE_SECONDS = 30  # after this long at the start a line says what the process waits for
+HEARTBEAT_SECONDS = 20  # time without a heartbeat after which JAX gives up a process
 EXIT_SECONDS = 60  # how long processes wait for each other at the end of a run
-SETTLE_SECONDS = 2  # from an error to the end, so that processes that fail alike say so by themselves
-RUN_AGAIN = 75  # EX_TEMPFAIL, the exit code where nothing is wrong with this process
-_INTERRUPTED = "jaxpref/interrupted"  # the key of what `tell_interrupted` tells
-_words = itertools.count()  # numbers what process 0 tells the others
-
-
-# ---- Detection ---------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-  """How this process was started together with others; what is None is left to jax.distributed to find.
-
-  Attributes:
-    launcher: its name, for messages.
-    coordinator_address: HOST:PORT of process 0.
-    num_processes: how many there are.
-    process_id: which one this is.
-    local_device_ids: the devices of this machine that are this process's; () for all it can see.
-    detection: of jax.distributed: the name of one way to find what is None, or "deactivate".
-  """
-
-  launcher: str
-  coordinator_address: str | None = None
-  num_processes: int | None = None
-  process_id: int | None = None
-  local_device_ids: tuple[int, ...] | None = None
-  detection: str | None = None
-
-
-def detect(
-  environment: Mapping[str, str],
-  *,
-  coordinator_address: str | None = None,
-  num_processes: int | None = None,
-  process_id: int | None = None,
-) -> Launch | None:
-  """What the environment variables, and the flags of the same names, say about other processes of this run.
-
-  Args:
-    environment: of the process.
-    coordinator_address, num_processes, process_id: given by hand, which comes first.
-  Returns:
-    None: the process is alone.
-  Raises:
-    ValueError: one sentence on what is missing or contradicts itself.
-  """
-  by_hand = (coordinator_address, num_processes, process_id)
-  if by_hand != (None, None, None) or "JAX_NUM_PROCESSES" in environment or "JAX_PROCESS_ID" in environment:
-    return _by_hand(environment, *by_hand)
-  if _tpu_hosts() > 1:
-    return Launch("TPU slice")
-  for find in (_open_mpi, _slurm):
-    launch = find(environment)
-    if launch is not None:
-      return launch
-  if "JOB_COMPLETION_INDEX" in environment and "TPU_WORKER_HOSTNAMES" not in environment:
-    raise ValueError(
-      "this is a pod of an indexed Kubernetes Job (JOB_COMPLETION_INDEX is set), and nothing says how many pods make "
-      "one run; set JAX_NUM_PROCESSES and JAX_COORDINATOR_ADDRESS as in scripts/launch/kubernetes_job.yaml, or give "
-      "--distributed=false if each pod trains by itself."
-    )
-  return None
-
-
-def _integer(environment: Mapping[str, str], name: str) -> int | None:
-  """None if the variable is not set."""
-  text = environment.get(name)
-  if text is None:
-    return None
-  if not text.strip().isdecimal():
-    raise ValueError(f"environment variable {name}={text!r}; expected a number.")
-  return int(text)
-
-
-def _by_hand(
-  environment: Mapping[str, str], address: str | None, count: int | None, index: int | None
-) -> Launch | None:
-  address = address or environment.get("JAX_COORDINATOR_ADDRESS")
-  count = _integer(environment, "JAX_NUM_PROCESSES") if count is None else count
-  for name in ("JAX_PROCESS_ID", "JOB_COMPLETION_INDEX"):
-    index = _integer(environment, name) if index is None else index
-  found = {"--coordinator_address": address, "--num_processes": count, "--process_id": index}
-  if count is not None and count < 1:
-    raise ValueError(f"--num_processes={count}; expected at least 1.")
-  if count == 1 and index in (None, 0):
-    return None
-  missing = [name for name, value in found.items() if value is None]
-  if missing:
-    given = ", ".join(f"{name}={value}" for name, value in found.items() if value is not None)
-    raise ValueError(
-      f"{given} without {' and '.join(missing)}; give all three on every process (or set JAX_COORDINATOR_ADDRESS, "
-      "JAX_NUM_PROCESSES and JAX_PROCESS_ID)."
-    )
-  assert address is not None and count is not None and index is not None
-  if not re.fullmatch(r".+:\d+", address):
-    raise ValueError(f"--coordinator_address={address}; expected HOST:PORT of process 0, such as 10.0.0.1:8476.")
-  if not 0 <= index < count:
-    raise ValueError(f"--process_id={index}; expected 0 to {count - 1}, as --num_processes={count}.")
-  return Launch("by hand", address, count, index, detection="deactivate")
-
-
-def _open_mpi(environment: Mapping[str, str]) -> Launch | None:
-  count = _integer(environment, "OMPI_COMM_WORLD_SIZE")
-  if count is None or count < 2:
-    return None
-  index, local = _integer(environment, "OMPI_COMM_WORLD_RANK"), _integer(environment, "OMPI_COMM_WORLD_LOCAL_RANK")
-  on_host = _integer(environment, "OMPI_COMM_WORLD_LOCAL_SIZE")
-  devices = _local_devices(environment, on_host, local)
-  if "OMPI_MCA_orte_hnp_uri" in environment:  # Open MPI 4: JAX reads the address from it
-    return Launch("Open MPI", None, count, index, devices, detection="ompi")
-  address = environment.get("JAX_COORDINATOR_ADDRESS")
-  if address is None and on_host == count:
-    job = environment.get("PMIX_NAMESPACE", "")
-    address = f"localhost:{61440 + zlib.crc32(job.encode()) % 4096}"  # one port for each job
-  if address is None:
-    raise ValueError(
-      f"Open MPI started {count} processes, but does not say on which host process 0 runs; set JAX_COORDINATOR_ADDRESS "
-      "to its HOST:PORT (mpirun -x JAX_COORDINATOR_ADDRESS=...)."
-    )
-  return Launch("Open MPI", address, count, index, devices, detection="deactivate")
-
-
-def _slurm(environment: Mapping[str, str]) -> Launch | None:
-  """Of the job step that srun started: the job, which JAX looks at, may have more tasks (a shell is a step of one)."""
-  count = _integer(environment, "SLURM_STEP_NUM_TASKS")
-  if count is None or count < 2:
-    return None
-  index, local = _integer(environment, "SLURM_PROCID"), _integer(environment, "SLURM_LOCALID")
-  node = _integer(environment, "SLURM_NODEID") or 0
-  on_host = _tasks_on_node(environment.get("SLURM_STEP_TASKS_PER_NODE", "1"), node)
-  return Launch("SLURM", None, count, index, _local_devices(environment, on_host, local), detection="slurm")
-
-
-def _tasks_on_node(text: str, node: int) -> int:
-  """From SLURM's notation: "4(x2),1" means 4, 4, 1."""
-  counts: list[int] = []
-  for part in text.split(","):
-    match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-    if match is None:
-      raise ValueError(f"environment variable SLURM_STEP_TASKS_PER_NODE={text!r}; expected counts such as 4(x2),1.")
-    counts += [int(match[1])] * int(match[2] or 1)
-  return counts[min(node, len(counts) - 1)]
-
-
-def _local_devices(environment: Mapping[str, str], on_host: int | None, local: int | None) -> tuple[int, ...] | None:
-  """One device for each of several processes on a machine, unless the launcher shows each only its own.
-
-  JAX by itself gives one to a process that is alone on its machine, too.
-  """
-  if "JAX_LOCAL_DEVICE_IDS" in environment:  # which JAX reads
-    return None
-  visible = environment.get("CUDA_VISIBLE_DEVICES", environment.get("ROCR_VISIBLE_DEVICES", ""))
-  one_is_visible = bool(visible) and "," not in visible
-  return () if on_host in (None, 1) or local is None or one_is_visible else (local,)
-
-
-def _tpu_hosts() -> int:
-  """Hosts of the TPU slices that this machine is one of, as JAX finds them; 1 on other machines."""
-  from jax._src import clusters
-
-  for cluster in (clusters.GkeTpuCluster, clusters.GceTpuCluster):
-    with contextlib.suppress(OSError):  # no metadata server
-      if cluster.is_env_present():
-        return cluster.get_process_count()
-  return 1
+SETTLE_SECONDS = 2  # time from an error to the end, in which other processes can report the same error
+RUN_AGAIN = 75  # EX_TEMPFAIL, the exit code if nothing is wrong with this process
+_INTERRUPTED = "jaxpref/interrupted"  # the key that `tell_interrupted` sets
+_words = itertools.count()  # numbers the messages of process 0 to the others
 
 
 # ---- Start -------------------------------------------------------------------------------------------------------
 
 
 def define_flags() -> None:
-  """Defines the flags of how this process was started; `given_flags` has their values."""
+  """Defines the flags that say how this process was started; `given_flags` returns their values."""
   flags.DEFINE_enum(
     "distributed",
     "auto",
@@ -213,28 +50,28 @@ def define_flags() -> None:
     "the three flags below), true, false. docs/operations.md.",
     case_sensitive=False,
   )
-  flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where no launcher tells.")
-  flags.DEFINE_integer("num_processes", None, "Processes of this run, where no launcher tells.")
-  flags.DEFINE_integer("process_id", None, "Which one this is, from 0, where no launcher tells.")
+  flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, if no launcher says it.")
+  flags.DEFINE_integer("num_processes", None, "Number of processes of this run, if no launcher says it.")
+  flags.DEFINE_integer("process_id", None, "Number of this process, from 0, if no launcher says it.")
 
 
 def given_flags() -> dict[str, Any]:
-  """The values of the flags, as the arguments of `find_launch`."""
+  """Returns the values of the flags, as the arguments of `find_launch`."""
   names = ("coordinator_address", "num_processes", "process_id")
   return {"mode": flags.FLAGS.distributed, **{name: flags.FLAGS[name].value for name in names}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the same to a command without absl's flags; `launch_of` reads them."""
-  launch = parser.add_argument_group("several processes, where no launcher tells (docs/operations.md)")
+  """Adds the same flags to a command without absl; `launch_of` reads them."""
+  launch = parser.add_argument_group("several processes, if no launcher says it (docs/operations.md)")
   launch.add_argument("--distributed", choices=MODES, default="auto", help="default: %(default)s")
   launch.add_argument("--coordinator_address", help="HOST:PORT of process 0")
-  launch.add_argument("--num_processes", type=int, help="that run this command")
-  launch.add_argument("--process_id", type=int, help="which one this is, from 0")
+  launch.add_argument("--num_processes", type=int, help="number of processes that run this command")
+  launch.add_argument("--process_id", type=int, help="number of this process, from 0")
 
 
 def launch_of(args: argparse.Namespace) -> Launch | None:
-  """What `find_launch` makes of the arguments of `add_arguments`."""
+  """Returns `find_launch` of the arguments of `add_arguments`."""
   by_hand = {name: getattr(args, name) for name in ("coordinator_address", "num_processes", "process_id")}
   return find_launch(args.distributed, **by_hand)
 
@@ -246,13 +83,13 @@ def find_launch(
   num_processes: int | None = None,
   process_id: int | None = None,
 ) -> Launch | None:
-  """How this process was started together with others, None if it is alone.
+  """Returns how this process was started together with others; None if it is alone.
 
   Args:
-    mode: "auto": if there are others, see `detect`; "true": there have to be; "false": never.
-    coordinator_address, num_processes, process_id: as of `detect`.
+    mode: "auto": joins others if there are any, see `detect`; "true": there must be others; "false": never joins.
+    coordinator_address, num_processes, process_id: see `detect`.
   Raises:
-    ValueError: one sentence on what is missing or contradicts itself.
+    ValueError: one sentence on what is missing or contradictory.
   """
   by_hand: dict[str, Any] = dict(
     coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id
@@ -270,16 +107,16 @@ def find_launch(
 def joined(
   launch: Launch | None, folder: str | os.PathLike, *, expected: tuple[type[BaseException], ...]
 ) -> Iterator[None]:
-  """Joins this process to the others of its run; one that raises in the block, or is lost, ends all.
+  """Joins this process to the others of its run; if one raises in the block or is lost, all end.
 
-  Alone, the block does nothing. Otherwise what is raised in it is printed, and ends the process (`leave`).
+  A process that is alone just runs the block. Otherwise an exception in it is printed and ends the process (`leave`).
 
   Args:
-    launch: as of `find_launch`.
-    folder: that the processes write, for messages.
-    expected: exceptions of which the sentence is printed, and no traceback.
+    launch: as `find_launch` returns it.
+    folder: the folder that the processes write, for messages.
+    expected: exceptions of which only the message is printed, without a traceback.
   Raises:
-    ValueError: one sentence on who did not answer.
+    ValueError: one sentence on which process did not answer.
   """
   join(launch)
   try:
@@ -291,16 +128,16 @@ def joined(
 
 
 def join(launch: Launch | None) -> None:
-  """Joins this process to the others, if there are any; JAX ends it when one of them is lost for HEARTBEAT_SECONDS.
+  """Joins this process to the others, if any; JAX ends it once one of them has been lost for HEARTBEAT_SECONDS.
 
   Raises:
-    ValueError: one sentence on who did not answer.
+    ValueError: one sentence on which process did not answer.
   """
   if launch is None:
     return
   import jax
 
-  patience = threading.Timer(PATIENCE_SECONDS, lambda: _say(_waits(launch)))  # JAX gives up by ending the process
+  patience = threading.Timer(PATIENCE_SECONDS, lambda: _say(_waits(launch)))  # when JAX gives up, it ends the process
   patience.daemon = True
   patience.start()
   try:
@@ -317,14 +154,14 @@ def join(launch: Launch | None) -> None:
   except (ValueError, RuntimeError) as error:
     raise ValueError(
       f"jax.distributed cannot start for {launch.launcher} ({_first_line(error)}); give --coordinator_address, "
-      "--num_processes and --process_id, or --distributed=false to go on in this process alone."
+      "--num_processes and --process_id, or --distributed=false to continue in this process alone."
     ) from error
   finally:
     patience.cancel()
 
 
 def _waits(launch: Launch) -> str:
-  """One sentence of a start that others do not come to."""
+  """Returns a sentence for a start at which others are missing."""
   return (
     f"this process ({launch.launcher}{'' if launch.process_id is None else f', number {launch.process_id}'}) waits for "
     f"all {launch.num_processes or 'others'} at {launch.coordinator_address or 'the address of process 0'}, up to "
@@ -345,7 +182,7 @@ def _first_line(error: Any) -> str:
 
 
 def barrier(name: str, *, seconds: float = 3600.0) -> None:
-  """Returns when all processes have come here; at once where there is one. A name is used once in a program."""
+  """Waits until all processes have come here; returns at once if there is one. Use a name only once in a program."""
   from jax._src import distributed as runtime
 
   client: Any = runtime.global_state.client
@@ -354,7 +191,7 @@ def barrier(name: str, *, seconds: float = 3600.0) -> None:
 
 
 def is_first() -> bool:
-  """Whether this is process 0, or alone."""
+  """Returns whether this is process 0, or the only process."""
   from jax._src import distributed as runtime
 
   state: Any = runtime.global_state
@@ -362,7 +199,7 @@ def is_first() -> bool:
 
 
 def word_of_first(text: str, *, seconds: float = 3600.0) -> str:
-  """What process 0 gives as `text`, in all processes; all have to call this equally often, and the others wait."""
+  """Returns process 0's `text` in all processes; all must call it equally often, and the others wait."""
   from jax._src import distributed as runtime
 
   client: Any = runtime.global_state.client
@@ -376,14 +213,14 @@ def word_of_first(text: str, *, seconds: float = 3600.0) -> str:
 
 
 def tell_interrupted() -> bool:
-  """Lets all processes know that somebody pressed Ctrl-C; returns whether this one is the first to say so."""
+  """Tells all processes that someone pressed Ctrl-C; returns whether this process is the first to do so."""
   from jax._src import distributed as runtime
 
   client: Any = runtime.global_state.client
   if client is not None:
     try:
       client.key_value_set(_INTERRUPTED, str(runtime.global_state.process_id))
-    except RuntimeError:  # another one was first, or they are at their ends
+    except RuntimeError:  # another process was first, or they are ending
       return False
   return True
 
@@ -393,16 +230,16 @@ def was_interrupted() -> bool:
   from jax._src import distributed as runtime
 
   client: Any = runtime.global_state.client
-  with contextlib.suppress(RuntimeError):  # there is no such key
+  with contextlib.suppress(RuntimeError):  # the key does not exist
     return client is not None and bool(client.key_value_try_get(_INTERRUPTED))
   return False
 
 
 def check_shared(workdir: str | os.PathLike) -> None:
-  """Waits until process 0 has made the work folder, and checks that this process sees the same one.
+  """Waits until process 0 has made the work folder, then checks that this process sees it.
 
   Raises:
-    ValueError: it does not.
+    ValueError: this process does not see it.
   """
   barrier("workdir")
   path = pathlib.Path(workdir).absolute()
@@ -414,11 +251,11 @@ def check_shared(workdir: str | os.PathLike) -> None:
 
 
 def host_metrics(own_seconds: float, step_seconds: float) -> dict[str, float]:
-  """Which process the others wait for; {} where there is one. All processes have to call this.
+  """Returns which process the others wait for; {} if there is only one. All processes must call this.
 
   Args:
-    own_seconds: per step, that this process spent by itself: waiting for its data, and in Python.
-    step_seconds: per step, in all, which is the same everywhere, as each step waits for the slowest process.
+    own_seconds: per step, what this process spent by itself: waiting for its data, and in Python.
+    step_seconds: per step, in all. It is the same everywhere, as each step waits for the slowest process.
   """
   import jax
   import numpy as np
@@ -449,12 +286,12 @@ _BETWEEN = re.compile(
 def leave(error: BaseException, folder: str | os.PathLike, *, expected: tuple[type[BaseException], ...]) -> NoReturn:
   """Ends this process, one of several, which cannot go on: prints why, and does not wait for the others.
 
-  The exit code is 130 after Ctrl-C, here or, as far as this one knows, at another process; RUN_AGAIN where an operation
-  between processes failed otherwise, as another one is the cause; else 1.
+  The exit code is 130 after Ctrl-C, here or, as far as this process knows, elsewhere. It is RUN_AGAIN if an operation
+  between processes failed for another reason, as another process is the cause. Else it is 1.
 
   Args:
-    error: what was raised.
-    folder, expected: as of `joined`.
+    error: the exception that was raised.
+    folder, expected: see `joined`.
   """
   from jax._src import distributed as runtime
 
@@ -469,12 +306,12 @@ def leave(error: BaseException, folder: str | os.PathLike, *, expected: tuple[ty
   try:
     if between:
       why = f"another process of this run has ended ({_first_line(error)})"
-      with contextlib.suppress(RuntimeError):  # it has not said why, or process 0 is gone
+      with contextlib.suppress(RuntimeError):  # it has not said why, or process 0 has ended
         why = state.client.key_value_try_get("jaxpref/failed")
       _say(f"error: {why}; {advice(folder)}")
     else:
       me, first = f"process {state.process_id} of {state.num_processes} (host {socket.gethostname()})", False
-      with contextlib.suppress(RuntimeError):  # another one was first
+      with contextlib.suppress(RuntimeError):  # another process was first
         state.client.key_value_set("jaxpref/failed", f"{me} failed: {_first_line(words)}")
         first = True
       if interrupted:
@@ -484,7 +321,7 @@ def leave(error: BaseException, folder: str | os.PathLike, *, expected: tuple[ty
         _say(f"error: {words}")
       else:
         _say("".join(traceback.format_exception(error)).rstrip())
-      # Process 0 last: the others end when it does, before they can say anything.
+      # Process 0 ends last: the others end when it does, before they can say anything.
       time.sleep(2 * SETTLE_SECONDS if state.process_id == 0 else SETTLE_SECONDS)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -493,7 +330,7 @@ def leave(error: BaseException, folder: str | os.PathLike, *, expected: tuple[ty
 
 
 def advice(folder: str | os.PathLike) -> str:
-  """What to do once the cause is gone, for the end of a message."""
+  """Returns what to do once the cause is fixed, for the end of a message."""
   try:
     names = [path.name for path in (pathlib.Path(folder) / "checkpoints").iterdir()]
   except OSError:

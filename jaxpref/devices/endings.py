@@ -1,4 +1,4 @@
-"""How a command ends that cannot go on: errors in one sentence, Ctrl-C in one sentence and with exit code 130."""
+"""Ends a command that cannot go on: an error with one sentence, Ctrl-C with one sentence and exit code 130."""
 
 import _thread
 import contextlib
@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-ECHO_SECONDS = 0.5  # in which a second SIGINT is the same Ctrl-C, passed on by a program that started this one
-AGAIN_SECONDS = 0.05  # after which one that was swallowed is raised again
+INTERRUPTED = 130  # 128 + SIGINT, as in shells
+ECHO_SECONDS = 0.5  # a second SIGINT within it is the same Ctrl-C, passed on by a parent program
+AGAIN_SECONDS = 0.05  # after it a swallowed KeyboardInterrupt is raised again
 
 # What to do about errors of the operating system.
 _REMEDIES = {
@@ -24,9 +24,9 @@ _REMEDIES = {
   errno.EEXIST: "choose another name",
   errno.ENAMETOOLONG: "choose a shorter name",
   errno.ELOOP: "a link leads back to itself: choose another place",
-  errno.EACCES: "choose another place, or get the right to this one",
-  errno.EPERM: "choose another place, or get the right to this one",
-  errno.EROFS: "choose a place that can be written",
+  errno.EACCES: "choose another place, or get permission for this one",
+  errno.EPERM: "choose another place, or get permission for this one",
+  errno.EROFS: "choose a place that is writable",
   errno.ENOSPC: "free some space, or choose another place",
   errno.EDQUOT: "free some space, or choose another place",
   errno.EMFILE: "allow more open files (ulimit -n)",
@@ -34,33 +34,33 @@ _REMEDIES = {
 
 
 def in_words(error: BaseException, doing: str) -> str:
-  """Returns the sentence of an error; one of the operating system says what was done, to which file, and the remedy.
+  """Returns an error as a sentence; for an operating system's error: what was done, to which file, and the remedy.
 
   >>> in_words(FileNotFoundError(2, "No such file or directory", "/proc/x"), "writing --out=/proc/x")
   'writing --out=/proc/x: /proc/x: no such file or directory; check the name, or choose another place.'
 
   Args:
-    error: that was raised.
+    error: the exception that was raised.
     doing: what the command does, such as "scoring".
   """
   if not isinstance(error, OSError) or error.errno is None or not str(error).startswith("[Errno"):
     return str(error)
   reason = (error.strerror or os.strerror(error.errno)).strip()
   where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-  remedy = _REMEDIES.get(error.errno, "look at the disk or the network, and run the same command again")
+  remedy = _REMEDIES.get(error.errno, "check the disk or the network and run the same command again")
   return f"{doing}: {where}{reason[:1].lower()}{reason[1:]}; {remedy}."
 
 
 @contextlib.contextmanager
 def one_sentence(*expected: type[BaseException], doing: str, again: str) -> Iterator[None]:
-  """Ends the program where the block raises: with a sentence and exit code 1, or 130 at Ctrl-C.
+  """Ends the program if the block raises: with a sentence and exit code 1, or 130 after Ctrl-C.
 
-  A second Ctrl-C ends it at once, whatever it is at.
+  A second Ctrl-C ends it at once, whatever it is doing.
 
   Args:
-    expected: exceptions that are said in one sentence; others pass.
+    expected: exceptions to print as one sentence; others pass.
     doing: what the block does, such as "scoring".
-    again: what to do after Ctrl-C, as a sentence's end.
+    again: what to do after Ctrl-C, as the end of a sentence.
   """
   with ctrl_c():
     try:
@@ -73,17 +73,17 @@ def one_sentence(*expected: type[BaseException], doing: str, again: str) -> Iter
 
 
 def begin() -> None:
-  """Has Ctrl-C end the program in one sentence and with exit code 130 until a block of `one_sentence` begins.
+  """Makes Ctrl-C end the program with one sentence and exit code 130 until a block of `one_sentence` begins.
 
-  For programs alone: what is imported by others leaves their signals as they are. Where Ctrl-C is ignored, or somebody
-  else's, it stays so.
+  For programs only: an imported module leaves signals alone. Nothing changes if Ctrl-C is ignored or already has
+  another handler.
   """
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _not_begun)
 
 
 def is_command(argv: Sequence[str], interpreter: Sequence[str]) -> bool:
-  """Returns whether Python is about to run a module of this package by -m, whose packages it imports first.
+  """Returns whether Python is about to run a module of this package by -m, and first imports its packages.
 
   >>> is_command(["-m", "--help"], ["python", "-u", "-m", "jaxpref.sample", "--help"])
   True
@@ -91,7 +91,7 @@ def is_command(argv: Sequence[str], interpreter: Sequence[str]) -> bool:
   False
 
   Args:
-    argv: `sys.argv`, which begins with "-m" at that time alone.
+    argv: `sys.argv`, which begins with "-m" only at that time.
     interpreter: `sys.orig_argv`.
   """
   module = interpreter[-len(argv)] if argv[:1] == ["-m"] else ""
@@ -99,21 +99,21 @@ def is_command(argv: Sequence[str], interpreter: Sequence[str]) -> bool:
 
 
 def _not_begun(*_: Any) -> None:
-  """Ends at once: nothing is there to be finished, and an import may take a KeyboardInterrupt for its own error."""
+  """Ends at once: there is nothing to finish, and an import may mistake a KeyboardInterrupt for its own error."""
   _say("interrupted before it began.")
   os._exit(INTERRUPTED)
 
 
 @contextlib.contextmanager
 def ctrl_c(first: Callable[[], Any] | None = None, *, last: str = "") -> Iterator[None]:
-  """Has the first Ctrl-C inside the block call a function, and the second end the process at once.
+  """Makes the first Ctrl-C inside the block call a function, and the second end the process at once.
 
-  The function, and the end, come from threads: the main one may be in a compiler, which hears of no signal.
-  Outside the main thread the block does nothing, nor where SIGINT is ignored, as by nohup.
+  Both happen in threads: the main thread may be in a compiler, which sees no signals. The block changes nothing outside
+  the main thread, or if SIGINT is ignored, as under nohup.
 
   Args:
-    first: None for KeyboardInterrupt in the main thread, as usual.
-    last: what is said at the second.
+    first: the function; None raises KeyboardInterrupt in the main thread, as usual.
+    last: what to print at the second Ctrl-C.
   """
   if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     yield
@@ -129,11 +129,11 @@ def ctrl_c(first: Callable[[], Any] | None = None, *, last: str = "") -> Iterato
       raise KeyboardInterrupt
 
   def lost(unraisable: Any) -> None:
-    """Raises again what a callback of the garbage collector has swallowed: JAX has one, and it is called often."""
+    """Raises again what a callback of the garbage collector swallowed: JAX has one that is called often."""
     if unraisable.exc_type is not KeyboardInterrupt:
       hook(unraisable)
       return
-    timer = threading.Timer(AGAIN_SECONDS, again)  # here it would be swallowed, too
+    timer = threading.Timer(AGAIN_SECONDS, again)  # here it would be swallowed again
     timer.daemon = True
     timer.start()
 
@@ -176,5 +176,5 @@ def ctrl_c(first: Callable[[], Any] | None = None, *, last: str = "") -> Iterato
 
 
 def _say(text: str) -> None:
-  with contextlib.suppress(OSError):  # a terminal that is gone
+  with contextlib.suppress(OSError):  # the terminal is gone
     print(f"\n{text}", file=sys.stderr, flush=True)

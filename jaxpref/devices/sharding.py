@@ -1,7 +1,7 @@
-"""Mesh, shardings and the placement of batches: the only module that knows where arrays live.
+"""The mesh, shardings and the placement of batches: the only module that knows where arrays live.
 
 A mesh has the axes `data`, `fsdp` and `tensor`. Batches are split over `data` x `fsdp`; parameters are
-split over `fsdp` (their largest divisible axis) and, where a rule says so, over `tensor`.
+split over `fsdp` (their largest divisible axis) and, if a rule says so, over `tensor`.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 
-# First match wins; the value is a PartitionSpec of the last axes (stacked layers have one more in front) or "fsdp"
+# The first match wins. The value is a PartitionSpec of the last axes (stacked layers have one more in front) or "fsdp"
 # (split the largest divisible axis).
 DEFAULT_RULES: tuple[tuple[str, Any], ...] = (
   (r"(to_q|to_k|to_v|q_proj|k_proj|v_proj|fc1|net\.0/proj)/kernel$", PartitionSpec("fsdp", "tensor")),
@@ -29,12 +29,12 @@ MIN_FSDP_SIZE = 2**14
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh over all devices with the axes data, fsdp and tensor; one size may be -1 (inferred).
+  """Returns a mesh over all devices with the axes data, fsdp and tensor; one size may be -1 (inferred).
 
   Raises:
-    ValueError: if the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices.
   """
-  # Process by process, so that the rows of a batch have the same order however many processes read them.
+  # Process by process, so that a batch's rows have the same order whatever the number of processes.
   devices = sorted(jax.devices(), key=lambda d: d.process_index) if devices is None else list(devices)
   sizes = [data, fsdp, tensor]
   if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
@@ -53,29 +53,29 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The sharding that keeps a whole copy on every device."""
+  """Returns the sharding that keeps a whole copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The sharding of a batch: its leading axis over data x fsdp."""
+  """Returns the sharding of a batch: its leading axis over data x fsdp."""
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def batch_devices(mesh: Mesh) -> int:
-  """How many devices the rows of a batch are spread over."""
+  """Returns how many devices the rows of a batch are spread over."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def batch_part(mesh: Mesh, process_index: int | None = None) -> tuple[int, int]:
-  """(index, count): which part of every batch a process reads, and how many parts there are.
+  """Returns (index, count): which part of every batch a process reads, and how many parts there are.
 
-  Processes whose devices hold the same rows read the same part: those that `tensor` spreads a row over.
+  Processes whose devices hold the same rows read the same part: `tensor` spreads a row over them.
 
   Args:
-    process_index: by default this process.
+    process_index: this process by default.
   Raises:
-    ValueError: the devices of a process hold some rows of another one, but not all.
+    ValueError: the devices of a process hold some, but not all, rows of another process.
   """
   shards: dict[int, list[int]] = {}
   for shard, copies in enumerate(mesh.devices.reshape(batch_devices(mesh), -1)):
@@ -91,7 +91,7 @@ def batch_part(mesh: Mesh, process_index: int | None = None) -> tuple[int, int]:
 
 
 def path_name(path: Sequence[Any]) -> str:
-  """The slash-joined name of a pytree path, e.g. `unet/conv_in/kernel`."""
+  """Returns the slash-joined name of a pytree path, e.g. `unet/conv_in/kernel`."""
   return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
 
 
@@ -105,7 +105,7 @@ def _fsdp_spec(shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec
 
 
 def tree_shardings(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, Any]] = DEFAULT_RULES) -> Any:
-  """NamedShardings for a pytree of arrays or ShapeDtypeStructs, from regex rules on the path.
+  """Returns NamedShardings for a pytree of arrays or ShapeDtypeStructs, from regex rules on the path.
 
   A rule that does not fit an array (too few axes, sizes that do not divide) falls back to "fsdp".
   """
@@ -129,7 +129,7 @@ def tree_shardings(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, Any]] = DEF
 
 
 def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-  """A function, to be jitted, whose networks know the mesh: `apply_gathered` does nothing special without."""
+  """Returns a function to jit whose networks know the mesh; without it `apply_gathered` does nothing special."""
 
   @functools.wraps(function)
   def traced(*args: Any, **kwargs: Any) -> Any:
@@ -142,10 +142,10 @@ def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
 def apply_gathered(
   product: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, kernel: jax.Array, tensor_axis: int | None = None
 ) -> jax.Array:
-  """`product(x, kernel)` of a layer whose kernel is split over `fsdp`: a device applies the whole kernel to its rows.
+  """Returns `product(x, kernel)` for a kernel split over `fsdp`: each device applies the whole kernel to its rows.
 
-  It brings the kernel together just before, again in the backward pass, and sums the kernel's gradient into its own
-  part. Left to itself, a compiler moves activations between devices instead wherever they are the smaller of the two.
+  The kernel is gathered just before, and again in the backward pass; its gradient is summed into each device's own
+  part. A compiler left to itself moves activations between devices instead wherever they are smaller than the kernel.
 
   Args:
     product: linear in each argument, row by row: [B, ...], kernel -> [B, ...].
@@ -154,7 +154,7 @@ def apply_gathered(
     tensor_axis: the axis that `DEFAULT_RULES` split over `tensor`, if they do.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if not set(AXES) <= set(mesh.axis_names) or mesh.shape["fsdp"] == 1:  # none, or one of another program
+  if not set(AXES) <= set(mesh.axis_names) or mesh.shape["fsdp"] == 1:  # no mesh, or that of another program
     return product(x, kernel)
   if mesh.shape["tensor"] > 1 or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
     split = tensor_axis is not None and kernel.shape[tensor_axis] % mesh.shape["tensor"] == 0
@@ -178,10 +178,10 @@ def apply_gathered(
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, accumulation: int = 1) -> None:
-  """Refuses a batch that the mesh cannot split evenly.
+  """Raises for a batch that the mesh cannot split evenly.
 
   Raises:
-    ValueError: names the sizes and the nearest ones that work.
+    ValueError: names the sizes and the nearest batch sizes that work.
   """
   unit = batch_devices(mesh) * accumulation
   if batch_size < 1 or batch_size % unit:
@@ -205,5 +205,5 @@ def put_tree(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, Any]] = DEFAULT_R
 
 
 def fetch(tree: Any) -> Any:
-  """Whole arrays on the host, in every process, all of which have to call this."""
+  """Returns whole arrays on the host; every process must call it."""
   return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)

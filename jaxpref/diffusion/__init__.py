@@ -1,8 +1,8 @@
 """Noise processes as pure functions: `from jaxpref import diffusion`, then `diffusion.add_noise(schedule, ...)`.
 
-`gaussian` is the process of Stable Diffusion, `transitions` are steps back through it, `times` says which timesteps are
-trained on, and `process` has all of it behind the interface that methods use. `jaxpref.diffusion.samplers`, which goes
-all the steps, is imported by itself.
+`gaussian` is the process of Stable Diffusion, `transitions` are steps back through it, `times` chooses the timesteps to
+train on, and `process` puts all of it behind the interface that methods use. Import `jaxpref.diffusion.samplers`, which
+takes all the steps, separately.
 """
 
 from jaxpref.diffusion.gaussian import (

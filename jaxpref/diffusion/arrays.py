@@ -1,4 +1,4 @@
-"""What the functions of this folder do to every array: float32, broadcasting written out, shapes that agree."""
+"""Converts and checks arrays for the functions of this folder: float32, written-out broadcasting, equal shapes."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ def f32(x: jax.Array) -> jax.Array:
 
 
 def expand(coefficient: jax.Array, like: jax.Array) -> jax.Array:
-  """[B] -> [B, 1, ..., 1] of like's rank: broadcasting is always written out."""
+  """Reshapes [B] to [B, 1, ..., 1] of like's rank: broadcasting is always written out."""
   return coefficient.reshape(coefficient.shape + (1,) * (like.ndim - coefficient.ndim))
 
 

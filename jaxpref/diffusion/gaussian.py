@@ -2,7 +2,7 @@
 
     x_t = alpha_t x_0 + sigma_t eps,   alpha_t = sqrt(abar_t),  sigma_t = sqrt(1 - abar_t)
 
-`alpha_sigma` gives the two coefficients at a timestep; noise, targets and conversions between predictions are written
+`alpha_sigma` gives the two coefficients at a timestep. Noise, targets and conversions between predictions are written
 in terms of them, samplers and weights in terms of abar. All arithmetic is float32 whatever the input dtype: one bf16
 ulp of a squared error moves a Diffusion-DPO logit by more than 1 at beta = 5000.
 """
@@ -29,14 +29,14 @@ MIN_COEFFICIENT = 1e-6
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-  """A noise schedule and the conventions of the network trained with it; a pytree of two arrays.
+  """A noise schedule and the conventions of the network trained with it: a pytree of two arrays.
 
   Attributes:
     alphas_cumprod: f32[T] abar_t, decreasing in t.
-    final_alpha_cumprod: f32[] the abar that stands at "t = -1": 1, or abar_0 (`set_alpha_to_one`).
+    final_alpha_cumprod: f32[] the abar at "t = -1": 1, or abar_0 (`set_alpha_to_one`).
     prediction_type: what the network predicts: "epsilon", "v_prediction" or "sample" (static).
     timestep_spacing: "leading", "trailing" or "linspace" (static).
-    steps_offset: added to the timesteps of the "leading" spacing (static).
+    steps_offset: number added to the timesteps of the "leading" spacing (static).
   """
 
   alphas_cumprod: jax.Array | np.ndarray
@@ -60,18 +60,18 @@ jax.tree_util.register_dataclass(
 def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
   """Builds the schedule that a diffusers `scheduler_config.json` describes.
 
-  Reads what `DDIMScheduler.from_config` would, with its defaults for absent keys, whichever
-  scheduler class wrote the file. Holds numpy arrays, so that nothing touches a device.
+  Reads what `DDIMScheduler.from_config` would read, with its defaults for absent keys, whichever scheduler class wrote
+  the file. It holds numpy arrays, so nothing touches a device.
 
   Args:
     config: the parsed JSON. Used: num_train_timesteps, beta_start, beta_end, beta_schedule,
       trained_betas, rescale_betas_zero_snr, snr_shift_scale, set_alpha_to_one, prediction_type,
-      timestep_spacing, steps_offset; null stands for the default. Classes and keys of another process (flow matching,
-      EDM) and clipping or thresholding of x_0 are refused; keys that only choose a sampler are ignored.
+      timestep_spacing, steps_offset; null means the default. Classes and keys of another process (flow matching, EDM)
+      and clipping or thresholding of x_0 raise; keys that only choose a sampler are ignored.
   Returns:
     The `Schedule`.
   Raises:
-    ValueError: a value that is unknown or not implemented, by name.
+    ValueError: names a value that is unknown or not implemented.
   References:
     Zero terminal SNR: Lin et al., arXiv 2305.08891, Algorithm 1.
 
@@ -119,7 +119,7 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
     alphas_cumprod = (alphas_cumprod / (shift + (1.0 - shift) * alphas_cumprod)).astype(np.float32)
   if config.get("rescale_betas_zero_snr"):
     rescaled = _rescale_zero_terminal_snr(alphas_cumprod)
-    if shift == 1.0:  # as diffusers, which turns back to betas here
+    if shift == 1.0:  # as in diffusers, which converts back to betas here
       alphas = np.concatenate([rescaled[:1], rescaled[1:] / rescaled[:-1]])
       betas = (np.float32(1.0) - alphas).astype(np.float32)
       rescaled = np.cumprod(np.float32(1.0) - betas, dtype=np.float64)
@@ -150,7 +150,7 @@ def _rescale_zero_terminal_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
   return ((sqrt_bar - last) * (first / (first - last))) ** 2
 
 
-# Classes of diffusers whose process is discrete betas; they differ in how they sample from it.
+# Classes of diffusers whose process has discrete betas; they differ in how they sample from it.
 _DISCRETE_BETAS = frozenset(
   "CogVideoXDDIM CogVideoXDPM DDIMInverse DDIMParallel DDIM DDPMParallel DDPM DEISMultistep DPMSolverMultistepInverse "
   "DPMSolverMultistep DPMSolverSDE DPMSolverSinglestep EulerAncestralDiscrete EulerDiscrete HeunDiscrete "
@@ -159,10 +159,10 @@ _DISCRETE_BETAS = frozenset(
 
 
 def _check_process(config: Mapping[str, Any]) -> None:
-  """Refuses what describes another process than the forward process of discrete betas.
+  """Raises for a config of another process than the forward process of discrete betas.
 
   Raises:
-    ValueError: a class or a key, by name.
+    ValueError: names the class or the key.
   """
   name = config.get("_class_name", "DDIMScheduler")
   if name.removeprefix("Flax").removesuffix("Scheduler") not in _DISCRETE_BETAS:
@@ -186,7 +186,7 @@ def _check_process(config: Mapping[str, Any]) -> None:
 
 
 def alpha_sigma(schedule: Schedule, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Coefficients of signal and noise at t.
+  """Returns the coefficients of signal and noise at t.
 
   Args:
     schedule: the noise schedule.
@@ -199,7 +199,7 @@ def alpha_sigma(schedule: Schedule, t: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def snr(schedule: Schedule, t: jax.Array) -> jax.Array:
-  """Signal-to-noise ratio abar_t / (1 - abar_t), f32 of t's shape; 0 at zero terminal SNR."""
+  """Returns the signal-to-noise ratio abar_t / (1 - abar_t), f32 of t's shape; 0 at zero terminal SNR."""
   abar = jnp.asarray(schedule.alphas_cumprod, jnp.float32)[t]
   return abar / jnp.maximum(1.0 - abar, MIN_COEFFICIENT**2)
 
@@ -223,7 +223,7 @@ def add_noise(schedule: Schedule, x0: jax.Array, noise: jax.Array, t: jax.Array)
 
 
 def training_target(schedule: Schedule, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-  """What the network must predict: noise, x_0, or v = alpha_t noise - sigma_t x_0 (2202.00512).
+  """Returns what the network must predict: noise, x_0, or v = alpha_t noise - sigma_t x_0 (2202.00512).
 
   Args:
     schedule: its prediction_type decides.
@@ -244,7 +244,7 @@ def training_target(schedule: Schedule, x0: jax.Array, noise: jax.Array, t: jax.
 
 
 def get_velocity(schedule: Schedule, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-  """v = alpha_t noise - sigma_t x_0 (Salimans and Ho, arXiv 2202.00512, Section 4), f32[B, ...]."""
+  """Returns v = alpha_t noise - sigma_t x_0 (Salimans and Ho, arXiv 2202.00512, Section 4), f32[B, ...]."""
   arrays.check_batch(t=t, x0=x0, noise=noise)
   alpha, sigma = alpha_sigma(schedule, t)
   return arrays.expand(alpha, x0) * arrays.f32(noise) - arrays.expand(sigma, x0) * arrays.f32(x0)
@@ -303,22 +303,22 @@ def convert_prediction(
 
 
 def to_x0(schedule: Schedule, pred: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
-  """The network's output as a prediction of x_0, f32[B, ...]; see `convert_prediction`."""
+  """Returns the network's output as a prediction of x_0, f32[B, ...]; see `convert_prediction`."""
   return convert_prediction(schedule, pred, x_t, t, target="sample")
 
 
 def to_epsilon(schedule: Schedule, pred: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
-  """The network's output as a prediction of the noise, f32[B, ...]; see `convert_prediction`."""
+  """Returns the network's output as a prediction of the noise, f32[B, ...]; see `convert_prediction`."""
   return convert_prediction(schedule, pred, x_t, t, target="epsilon")
 
 
 def to_velocity(schedule: Schedule, pred: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
-  """The network's output as a prediction of v, f32[B, ...]; see `convert_prediction`."""
+  """Returns the network's output as a prediction of v, f32[B, ...]; see `convert_prediction`."""
   return convert_prediction(schedule, pred, x_t, t, target="v_prediction")
 
 
 def squared_error(pred: jax.Array, target: jax.Array) -> jax.Array:
-  """Squared error, averaged over everything but the batch, in float32.
+  """Returns the squared error, averaged over everything but the batch, in float32.
 
   Args:
     pred: [B, ...] the network's output.

@@ -1,4 +1,4 @@
-"""The interface `Process`: what methods and samplers ask of a noise process; and that of Stable Diffusion behind it."""
+"""The interface `Process`, through which methods and samplers use a noise process, and Stable Diffusion's process."""
 
 import dataclasses
 from typing import Protocol
@@ -12,54 +12,54 @@ from jaxpref.diffusion import gaussian, times, transitions
 class Process(Protocol):
   """How samples become noise, and one step back.
 
-  Times are numbers from 0, the sample, to `num_train_timesteps`, noise, of the dtype that the process says. A step is
-  its two ends, `t` and `prev_t`, as `grid` gives them; at the ends of the grid they may mean something special
-  (`prev_t` below 0, say) to the `transition` of the same process.
+  Times are numbers from 0, the sample, to `num_train_timesteps`, noise; the process chooses their dtype. A step is its
+  two ends, `t` and `prev_t`, as `grid` returns them. At the ends of the grid they may mean something special (such as
+  `prev_t` below 0) to the `transition` of the same process.
   """
 
   @property
   def num_train_timesteps(self) -> int: ...
 
   def sample_times(self, key: jax.Array, batch: int, *, gamma: float = 1.0, num_bins: int = 20) -> jax.Array:
-    """[batch] times to train at. With gamma below 1 noisy ones are drawn more often (arXiv 2505.18736), in num_bins."""
+    """Draws [batch] times to train at; gamma below 1 favours noisy ones (arXiv 2505.18736), in num_bins bins."""
     ...
 
   def reward_scale(self, t: jax.Array) -> jax.Array:
-    """f32[B], 1 to 2: what a reward at these times is multiplied by (arXiv 2505.18736)."""
+    """Returns f32[B] from 1 to 2, the factor on a reward at these times (arXiv 2505.18736)."""
     ...
 
   def add_noise(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-    """f32[B,...] x_t of x0 and noise [B,...] at t [B]."""
+    """Returns f32[B,...], x_t of x0 and noise [B,...] at t [B]."""
     ...
 
   def target(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-    """f32[B,...] what the network is to predict."""
+    """Returns f32[B,...], what the network must predict."""
     ...
 
   def to_x0(self, pred: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
-    """f32[B,...] x0 by the network's prediction."""
+    """Returns f32[B,...], x0 according to the network's prediction."""
     ...
 
   def grid(self, num_steps: int, *, density: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """`t` and `prev_t` [num_steps] of the steps from noise to the sample.
+    """Returns `t` and `prev_t` [num_steps] of the steps from noise to the sample.
 
     Args:
-      density: the last step, too, is to have noise and so a density, as methods that learn from it need.
+      density: gives the last step noise too, and so a density, as methods that learn from it need.
     Raises:
-      ValueError: the process cannot do so many, or none with a density.
+      ValueError: the process cannot take that many steps, or has none with a density.
     """
     ...
 
   def transition(
     self, pred: jax.Array, x_t: jax.Array, t: jax.Array, prev_t: jax.Array, *, eta: float
   ) -> tuple[jax.Array, jax.Array]:
-    """Mean f32[B,...] and standard deviation f32[B] of a step from t to prev_t [B]; eta 0 is without noise."""
+    """Returns mean f32[B,...] and standard deviation f32[B] of a step from t to prev_t [B]; eta 0 is without noise."""
     ...
 
 
 @dataclasses.dataclass(frozen=True)
 class VariancePreserving:
-  """The `Process` of `gaussian`: discrete-time Gaussian diffusion, with DDIM's steps; times are i32 timesteps."""
+  """The `Process` of `gaussian`: discrete-time Gaussian diffusion with DDIM's steps; times are i32 timesteps."""
 
   schedule: gaussian.Schedule
 
@@ -85,7 +85,7 @@ class VariancePreserving:
     return gaussian.to_x0(self.schedule, pred, x_t, t)
 
   def grid(self, num_steps: int, *, density: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """DDIM's timesteps. The last goes to abar_0 rather than to `final_alpha_cumprod` where it is to have a density."""
+    """Returns DDIM's timesteps. With a density the last step goes to abar_0 instead of `final_alpha_cumprod`."""
     t = transitions.ddim_timesteps(self.schedule, num_steps)
     return t, transitions.ddim_prev_timesteps(self.schedule, num_steps, clamp_last=density)
 

@@ -1,7 +1,7 @@
-"""Sampling as `lax.scan`s over a prediction function: a process's steps, also with all that was drawn; DPM-Solver++.
+"""Samplers as `lax.scan`s over a prediction function: a process's steps, with or without their record; DPM-Solver++.
 
-None knows a network: `predict(x f32[N,h,w,C], t [N]) -> f32[N,h,w,C]` has prompts and guidance bound, and rows
-are ordered prompt by prompt, so N may be any multiple of the number of prompts.
+No sampler knows a network: `predict(x f32[N,h,w,C], t [N]) -> f32[N,h,w,C]` has prompts and guidance bound. Rows are
+ordered prompt by prompt, so N may be any multiple of the number of prompts.
 """
 
 from collections.abc import Callable
@@ -19,18 +19,18 @@ Predict = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def rows_at(value: jax.Array, count: int) -> jax.Array:
-  """[count] of one value: every row is at this time."""
+  """Returns [count] copies of one value: every row is at this time."""
   return jnp.full((count,), value, value.dtype)
 
 
 def sample(
   predict: Predict, process: Process, x: jax.Array, key: jax.Array, *, num_steps: int, eta: float
 ) -> jax.Array:
-  """The steps of a process (DDIM's, arXiv 2010.02502, Eq. 12, say) from noise to x_0: `num_steps` calls of `predict`.
+  """Takes a process's steps (e.g. DDIM's, arXiv 2010.02502, Eq. 12) from noise to x_0: `num_steps` calls of `predict`.
 
   Args:
     x: f32[B,h,w,C] standard normal latents.
-    key: consumed only if eta > 0; one key, or one for each row [B], whose noise then depends on no other row.
+    key: used only if eta > 0; one key, or one for each row [B], whose noise then depends on no other row.
   Returns:
     f32[B,h,w,C] clean latents.
   """
@@ -59,12 +59,12 @@ def sample(
 def dpm_solver_sample(
   predict: Predict, schedule: Schedule, x: jax.Array, *, num_steps: int, karras: bool = False
 ) -> jax.Array:
-  """DPM-Solver++ 2M (arXiv 2211.01095) from x_T to x_0: deterministic, `num_steps` calls of `predict`.
+  """Samples by DPM-Solver++ 2M (arXiv 2211.01095) from x_T to x_0: deterministic, `num_steps` calls of `predict`.
 
   Args:
-    schedule: of concrete arrays; its timestep_spacing is read as diffusers' scheduler of this name does.
+    schedule: has concrete arrays; its timestep_spacing is read as diffusers' scheduler of this name reads it.
     x: f32[B,h,w,C] standard normal latents.
-    karras: the noise levels of arXiv 2206.00364 in place of the schedule's spacing.
+    karras: uses the noise levels of arXiv 2206.00364 instead of the schedule's spacing.
   Returns:
     f32[B,h,w,C] clean latents.
   """
@@ -82,7 +82,7 @@ def dpm_solver_sample(
 
 
 class Trajectories(NamedTuple):
-  """Samples with all that a policy gradient needs to know of how they were drawn, in T steps.
+  """Samples with everything a policy gradient needs to know of how they were drawn, in T steps.
 
   Attributes:
     x: f32[B,T+1,h,w,C] latents, from the noise to those of the image.
@@ -99,10 +99,10 @@ class Trajectories(NamedTuple):
 def trajectories(
   predict: Predict, process: Process, x: jax.Array, key: jax.Array, *, num_steps: int, eta: float
 ) -> Trajectories:
-  """As `sample` with eta > 0, keeping every latent and density; the rollout of DDPO (arXiv 2305.13301) and GRPO.
+  """Samples like `sample` with eta > 0, keeping every latent and density; the rollout of DDPO and GRPO.
 
-  The last step has a density, too (DDIM's goes to abar_0 rather than to 1): its std is positive, and `num_steps` steps
-  can be trained on, as in DDPO's reference implementation.
+  The last step has a density too (DDIM's goes to abar_0 instead of to 1): its std is positive, so all `num_steps` steps
+  can be trained on, as in DDPO's reference implementation (arXiv 2305.13301).
 
   Args:
     x: f32[B,h,w,C] standard normal latents.

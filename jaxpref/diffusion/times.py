@@ -1,4 +1,4 @@
-"""Timestep-aware training (arXiv 2505.18736): which timesteps are drawn, and how much they weigh."""
+"""Timestep-aware training (arXiv 2505.18736): draws timesteps, and weighs them."""
 
 import math
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxpref.diffusion.gaussian import MIN_COEFFICIENT, Schedule
 
-# 1/sqrt(SNR) of the scaled-linear schedule of Stable Diffusion ends at an SNR just above this.
+# 1/sqrt(SNR) of Stable Diffusion's scaled-linear schedule ends at an SNR just above this.
 _STABLE_DIFFUSION_MIN_SNR = 4.6e-3
 
 
@@ -23,20 +23,20 @@ def sample_timesteps(
 
   The time axis is cut into num_bins equal bins from the noisy end; bin i has probability
   proportional to gamma^i, and t is uniform inside the bin. gamma = 1 is the uniform distribution
-  whatever num_bins, also where it does not divide T.
+  for any num_bins, even one that does not divide T.
 
   Args:
     key: PRNG key.
     batch: number of timesteps.
     num_train_timesteps: T.
     gamma: decay from bin to bin, in (0, 1]; the paper uses 0.9 and also tries 0.8.
-    num_bins: the grid i runs over, which the paper does not state. With one bin a timestep,
-      gamma = 0.9 would leave nearly all mass on 30 of 1000; with 20 bins, as many as sampling
-      steps, the cleanest bin is drawn 0.14 times as often as the noisiest.
+    num_bins: number of bins, which the paper does not state. With one bin per timestep, gamma = 0.9
+      would leave nearly all mass on 30 of 1000; with 20 bins, as many as sampling steps, the
+      cleanest bin is drawn 0.14 times as often as the noisiest.
   Returns:
     i32[batch] in [0, T).
   Raises:
-    ValueError: gamma or num_bins out of range.
+    ValueError: gamma or num_bins is out of range.
   """
   if gamma <= 0:
     raise ValueError(f"gamma is {gamma}, expected a positive decay, e.g. 0.9, or 1 for uniform.")
@@ -51,19 +51,18 @@ def sample_timesteps(
 
 
 def timestep_reward_scale(schedule: Schedule, t: jax.Array, *, min_snr: float = _STABLE_DIFFUSION_MIN_SNR) -> jax.Array:
-  """lambda(t) = 1 + minmax_t(1 / sqrt(SNR(t))), the reward scale of arXiv 2505.18736.
+  """Returns lambda(t) = 1 + minmax_t(1 / sqrt(SNR(t))), the reward scale of arXiv 2505.18736.
 
-  The minimum and maximum are those of the whole schedule, so that lambda does not depend on the
-  batch. Pass it as `weight` to any pair loss.
+  Minimum and maximum are those of the whole schedule, so lambda does not depend on the batch.
+  Pass it as `weight` to any pair loss.
 
   Args:
     schedule: the noise schedule.
     t: i32[B].
-    min_snr: used only by a schedule that reaches zero SNR, where the ratio is infinite and its
-      min-max undefined (taking the largest finite one instead would leave lambda at 1 for all but
-      the last few steps): SNRs below it count as it. The default is where the schedule of Stable
-      Diffusion ends: the steps noisier than that share lambda 2, the others keep the shape the
-      paper used.
+    min_snr: floor of the SNR, used only by a schedule that reaches zero SNR, where the ratio is
+      infinite and its min-max undefined (the largest finite ratio instead would leave lambda at 1
+      for all but the last few steps). The default is where Stable Diffusion's schedule ends: the
+      noisier steps share lambda 2, the others keep the shape that the paper used.
   Returns:
     f32[B] in [1, 2], largest at the noisiest step.
   """

@@ -12,7 +12,7 @@ from jaxpref.diffusion.gaussian import MIN_COEFFICIENT, TIMESTEP_SPACINGS, Sched
 
 
 def ddim_timesteps(schedule: Schedule, num_steps: int) -> np.ndarray:
-  """The timesteps of a DDIM sampler, as diffusers' `DDIMScheduler.set_timesteps` spaces them.
+  """Returns the timesteps of a DDIM sampler, spaced as by diffusers' `DDIMScheduler.set_timesteps`.
 
   Args:
     schedule: gives the spacing, the offset and T.
@@ -20,7 +20,7 @@ def ddim_timesteps(schedule: Schedule, num_steps: int) -> np.ndarray:
   Returns:
     i32[num_steps] numpy array, descending.
   Raises:
-    ValueError: more steps than the schedule has, or an offset that leaves it.
+    ValueError: there are more steps than the schedule has, or the offset leaves it.
   References:
     Spacings: arXiv 2305.08891, Table 2.
 
@@ -38,8 +38,8 @@ def ddim_timesteps(schedule: Schedule, num_steps: int) -> np.ndarray:
   elif schedule.timestep_spacing == "leading":
     timesteps = np.arange(num_steps)[::-1] * (total // num_steps) + schedule.steps_offset
   else:
-    # num_steps values, also where rounding of the step makes diffusers' own arange return one
-    # more (whose timestep would be -1).
+    # num_steps values, even if rounding of the step makes diffusers' own arange return one more
+    # (whose timestep would be -1).
     timesteps = np.round(np.arange(total, 0, -total / num_steps))[:num_steps] - 1
   if timesteps[0] >= total:
     raise ValueError(
@@ -50,7 +50,7 @@ def ddim_timesteps(schedule: Schedule, num_steps: int) -> np.ndarray:
 
 
 def ddim_prev_timesteps(schedule: Schedule, num_steps: int, *, clamp_last: bool = False) -> np.ndarray:
-  """Where each step of `ddim_timesteps` goes: t - T // num_steps, as diffusers has it.
+  """Returns where each step of `ddim_timesteps` goes: t - T // num_steps, as in diffusers.
 
   Args:
     schedule: as for `ddim_timesteps`.
@@ -62,7 +62,7 @@ def ddim_prev_timesteps(schedule: Schedule, num_steps: int, *, clamp_last: bool 
   Returns:
     i32[num_steps] numpy array.
   Raises:
-    ValueError: with `clamp_last`, steps that end at timestep 0, from where the last one goes nowhere.
+    ValueError: with `clamp_last`, the steps end at timestep 0, from which the last one goes nowhere.
 
   >>> schedule = schedule_from_config({"steps_offset": 1})
   >>> ddim_prev_timesteps(schedule, 5)
@@ -90,7 +90,7 @@ def ddim_mean_std(
   *,
   eta: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """Mean and standard deviation of the DDIM transition p(x_prev | x_t).
+  """Returns mean and standard deviation of the DDIM transition p(x_prev | x_t).
 
       std  = eta sqrt((1 - abar_prev) / (1 - abar_t)) sqrt(1 - abar_t / abar_prev)
       mean = sqrt(abar_prev) x0_hat + sqrt(1 - abar_prev - std^2) eps_hat
@@ -102,8 +102,8 @@ def ddim_mean_std(
     t: i32[B] its timestep.
     prev_t: i32[B] the timestep to go to, from `ddim_prev_timesteps`. Negative values stand for
       `final_alpha_cumprod`; clamp them to 0 for a last step with positive std, as SPO does.
-    eta: 0 is deterministic DDIM, 1 ancestral sampling; a larger value than the variance left at
-      prev_t allows drops the noise direction altogether.
+    eta: 0 is deterministic DDIM, 1 ancestral sampling; a value above what the variance at prev_t
+      allows drops the noise direction altogether.
   Returns:
     mean f32[B, ...] and std f32[B]. The sample is mean + std * noise.
   Raises:
@@ -116,7 +116,7 @@ def ddim_mean_std(
   abar = abars[t]
   final = jnp.asarray(schedule.final_alpha_cumprod, jnp.float32)
   abar_prev = jnp.where(prev_t < 0, final, abars[jnp.maximum(prev_t, 0)])
-  # Both zero only for a step that goes nowhere from zero terminal SNR; its ratio is 1.
+  # Both are zero only for a step that goes nowhere from zero terminal SNR; its ratio is 1.
   ratio = jnp.where(abar_prev > 0, abar / jnp.where(abar_prev > 0, abar_prev, 1.0), 1.0)
   floor = MIN_COEFFICIENT**2
   variance = (1.0 - abar_prev) / jnp.maximum(1.0 - abar, floor) * (1.0 - ratio)
@@ -129,18 +129,18 @@ def ddim_mean_std(
 
 
 def gaussian_log_prob(x: jax.Array, mean: jax.Array, std: jax.Array, *, min_std: float = 1e-6) -> jax.Array:
-  """log N(x; mean, std^2), averaged over everything but the batch, constants included.
+  """Returns log N(x; mean, std^2), averaged over everything but the batch, constants included.
 
   The mean (not the sum) over H, W, C is the convention of the step-wise losses: their clip range
   and beta are tuned to it.
 
   Args:
-    x: [B, ...] where the density is taken. A sample drawn from the same mean must be passed
-      through `stop_gradient` first, or the gradient cancels.
+    x: [B, ...] where the density is taken. Pass a sample that was drawn from the same mean through
+      `stop_gradient` first, or the gradient cancels.
     mean: [B, ...] from `ddim_mean_std`.
     std: f32[B].
-    min_std: std is floored here. A deterministic transition has no density; the value is then
-      finite and meaningless, for the caller to mask.
+    min_std: floor of std. A deterministic transition has no density; the value is then finite and
+      meaningless, for the caller to mask.
   Returns:
     f32[B], mean over H, W, C.
   Raises:
@@ -170,7 +170,7 @@ class SolverSteps(NamedTuple):
   Attributes:
     t: i32, descending: the time condition of the network.
     x0_of_x, x0_of_pred: f32, from the network's output to the prediction of x_0.
-    keep, new, old: f32, `old` is 0 in the first step and wherever the step is of first order.
+    keep, new, old: f32; `old` is 0 in the first step and in each step of first order.
   """
 
   t: np.ndarray
@@ -182,10 +182,10 @@ class SolverSteps(NamedTuple):
 
 
 def dpm_solver_timesteps(schedule: Schedule, num_steps: int) -> np.ndarray:
-  """The timesteps of DPM-Solver, as diffusers' `DPMSolverMultistepScheduler` spaces them.
+  """Returns the timesteps of DPM-Solver, spaced as by diffusers' `DPMSolverMultistepScheduler`.
 
-  They are not DDIM's: all but "trailing" divide the axis into num_steps + 1 parts and leave out
-  the one next to t = 0, which the step to sigma = 0 replaces.
+  They are not DDIM's: all spacings but "trailing" divide the axis into num_steps + 1 parts and omit
+  the timestep next to t = 0, which the step to sigma = 0 replaces.
 
   Args:
     schedule: gives the spacing, the offset and T.
@@ -193,7 +193,7 @@ def dpm_solver_timesteps(schedule: Schedule, num_steps: int) -> np.ndarray:
   Returns:
     i32[num_steps] numpy array, descending.
   Raises:
-    ValueError: too many steps for the schedule.
+    ValueError: there are too many steps for the schedule.
 
   >>> schedule = schedule_from_config({"steps_offset": 1})
   >>> dpm_solver_timesteps(schedule, 4)
@@ -219,7 +219,7 @@ def dpm_solver_timesteps(schedule: Schedule, num_steps: int) -> np.ndarray:
 
 
 def dpm_solver_steps(schedule: Schedule, num_steps: int, *, karras: bool = False) -> SolverSteps:
-  """DPM-Solver++ 2M: second order, multistep, data prediction, from x_T to sigma = 0.
+  """Returns the steps of DPM-Solver++ 2M: second order, multistep, data prediction, from x_T to sigma = 0.
 
   With sigma = sigma_t / alpha_t, lambda = -log sigma, h = lambda_next - lambda and r = h_before / h:
 
@@ -232,12 +232,12 @@ def dpm_solver_steps(schedule: Schedule, num_steps: int, *, karras: bool = False
   Args:
     schedule: of concrete arrays, not traced ones.
     num_steps: number of sampling steps, below T.
-    karras: the noise levels of arXiv 2206.00364, Eq. 5 (rho 7), over the whole schedule, in place
-      of the schedule's timestep_spacing; each is shown to the network as the nearest timestep.
+    karras: uses the noise levels of arXiv 2206.00364, Eq. 5 (rho 7), over the whole schedule
+      instead of the schedule's timestep_spacing; the network gets the nearest timestep of each.
   Returns:
     The `SolverSteps`, computed in float64.
   Raises:
-    ValueError: too many steps for the schedule.
+    ValueError: there are too many steps for the schedule.
   References:
     Lu et al., arXiv 2211.01095, Algorithm 2.
   """

@@ -1,1 +1,1 @@
-"""Drawing pictures, judging and comparing them, and the pages and tables that show it."""
+"""Draws, judges and compares pictures, and writes the pages and tables that show them."""

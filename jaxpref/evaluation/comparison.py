@@ -1,14 +1,14 @@
-"""A comparison of models by the scores of their pictures: all its numbers, and the files that show them.
+"""Compares models by the scores of their pictures: all numbers, and the files that show them.
 
-`results`, which everything here takes, is a plain dict of what JSON has:
+`results`, which everything here takes, is a plain dict of JSON values:
 
   models            names, in the order of the tables
-  baseline          the one of them that the others are compared with; None: no comparison
+  baseline          the model that the others are compared with; None: no comparison
   prompts           P of {"text": ..., "category": ..., "id": ...}; the last two may be empty or absent
-  seeds_per_prompt  S, the pictures of each prompt
-  settings          name -> anything, such as scheduler, steps, guidance and seed; shown as it is
-  scorers           of {"name": ..., "version": ..., "scale": ...}; the names differ
-  scores            model -> name of a scorer -> P lists of S numbers, of which higher is better
+  seeds_per_prompt  S, the number of pictures of each prompt
+  settings          name -> anything, such as scheduler, steps, guidance and seed; shown unchanged
+  scorers           list of {"name": ..., "version": ..., "scale": ...}; the names differ
+  scores            model -> name of a scorer -> P lists of S numbers; higher is better
   diversity         optional: model -> P numbers, such as the mean distance between the pictures of a prompt
 
 `write` makes results.json (with `summarize`'s numbers under "summary"), scores.csv, table.md, table.tex and report.html
@@ -31,16 +31,16 @@ from jaxpref.evaluation import page, statistics
 from jaxpref.evaluation.page import bounded, change_text, p_text, score_text, share_text
 from jaxpref.recipes.messages import listed
 
-FEW_PROMPTS = 20  # with fewer, intervals of resampled prompts are too short
-LEVEL = 0.05  # of the verdicts
+FEW_PROMPTS = 20  # with fewer, bootstrap intervals over prompts are too short
+LEVEL = 0.05  # significance level of the verdicts
 FILES = ("results.json", "scores.csv", "table.md", "table.tex", "report.html")
 
 
 def check(results: Mapping[str, Any]) -> None:
-  """Refuses results that are not of the form above.
+  """Raises for results that do not have the form above.
 
   Raises:
-    ValueError: what is missing, has the wrong size, or is no number.
+    ValueError: names what is missing, has the wrong size, or is not a number.
   """
   needed = ("models", "baseline", "prompts", "seeds_per_prompt", "settings", "scorers", "scores")
   missing = [name for name in needed if name not in results]
@@ -51,7 +51,7 @@ def check(results: Mapping[str, Any]) -> None:
     if not names or len(set(names)) < len(names):
       raise ValueError(f"{what} of the results: {list(names)}; expected at least one, each with its own name.")
   if results["baseline"] is not None and results["baseline"] not in models:
-    raise ValueError(f"baseline {results['baseline']!r} is none of the models {listed(models)}; name one of them.")
+    raise ValueError(f"baseline {results['baseline']!r} is not one of the models {listed(models)}; name one of them.")
   if not all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in results["prompts"]):
     raise ValueError('prompts of the results: expected {"text": ...} in each of them.')
   shape = (len(results["prompts"]), results["seeds_per_prompt"])
@@ -70,19 +70,19 @@ def check(results: Mapping[str, Any]) -> None:
 
 
 def summarize(results: Mapping[str, Any], *, samples: int = statistics.SAMPLES, seed: int = 0) -> dict[str, Any]:
-  """All statistics of the results.
+  """Returns all statistics of the results.
 
   Args:
-    samples, seed: of the bootstrap.
+    samples, seed: settings of the bootstrap.
 
   Returns:
     `prompts`, `seeds_per_prompt` and `bootstrap_samples`;
     `models`: model -> scorer -> `statistics.describe`;
-    `comparisons`: model -> scorer -> `statistics.compare` with the baseline, and of its p `p_holm`, corrected for the
-    `tests` of all models and scorers, and `verdict`: "higher" or "lower" where p_holm is below 0.05 and the interval
-    of the win rate leaves out 50 %, else "undecided"; that of categories has neither, as they are not corrected;
+    `comparisons`: model -> scorer -> `statistics.compare` with the baseline, with `p_holm`, its p corrected for the
+    `tests` of all models and scorers, and `verdict`: "higher" or "lower" if p_holm is below 0.05 and the interval of
+    the win rate excludes 50 %, else "undecided". Categories have neither, as they are not corrected;
     `diversity`: model -> mean, interval, and with a baseline `statistics.change`, corrected for their number;
-    `warnings`: sentences that whoever reads the numbers must know.
+    `warnings`: sentences that anyone who reads the numbers must know.
 
   Raises:
     ValueError: see `check`.
@@ -138,9 +138,7 @@ def _warnings(results: Mapping[str, Any], summary: Mapping[str, Any]) -> list[st
   found = []
   prompts, baseline = summary["prompts"], results["baseline"]
   if prompts == 1:
-    found.append(
-      "There is one prompt only: nothing is known of how results vary between prompts, so there are no intervals."
-    )
+    found.append("There is only one prompt: how results vary between prompts is unknown, so there are no intervals.")
   elif prompts < FEW_PROMPTS:
     found.append(f"There are only {prompts} prompts: the intervals are too short; use {FEW_PROMPTS} or more.")
   for model, of_model in summary["diversity"].items():
@@ -156,7 +154,7 @@ def _warnings(results: Mapping[str, Any], summary: Mapping[str, Any]) -> list[st
   if baseline is not None and not summary["diversity"]:
     one = results["seeds_per_prompt"] == 1
     why = "there is one picture of each prompt" if one else "no CLIP is among the scorers (--diversity=clip_l)"
-    found.append(f"Diversity was not measured, as {why}: nothing would show drawing the same picture again and again.")
+    found.append(f"Diversity was not measured, as {why}: nothing would reveal that a model repeats one picture.")
   for model in summary["comparisons"]:
     if all(results["scores"][model][n] == results["scores"][baseline][n] for n in summary["comparisons"][model]):
       found.append(f"All scores of {model} and {baseline} are equal: they may be the same model.")
@@ -176,15 +174,15 @@ def write(
   """Writes FILES, those with numbers first.
 
   Args:
-    folder: is made.
+    folder: created if missing.
     image_path: model, number of the prompt and number of the seed -> file of the picture.
-    pictures: in each section of the report, at most.
+    pictures: most pictures in each section of the report.
 
   Returns:
     `summarize`'s numbers.
 
   Raises:
-    ValueError: see `check`; or a file is no picture.
+    ValueError: see `check`; or a file is not a picture.
     FileNotFoundError: a picture is missing.
     CannotBeWritten: see `paths`.
   """
@@ -194,7 +192,7 @@ def write(
     place.mkdir(parents=True, exist_ok=True)
 
   def save(name: str, text: str) -> None:
-    paths.write(place / name, text.encode(errors="replace"))  # JSON can hold halves of characters, which UTF-8 cannot
+    paths.write(place / name, text.encode(errors="replace"))  # JSON can hold halves of characters, UTF-8 cannot
 
   save("results.json", json.dumps({**results, "summary": summary}, indent=1, allow_nan=False) + "\n")
   save("scores.csv", scores_csv(results))
@@ -205,7 +203,7 @@ def write(
 
 
 def scores_csv(results: Mapping[str, Any]) -> str:
-  """A row for each picture: its model, prompt and seed, counted from 0, and a column for each scorer."""
+  """Returns CSV with a row for each picture: model, prompt and seed, counted from 0, and a column for each scorer."""
   scorers = [scorer["name"] for scorer in results["scorers"]]
   stream = io.StringIO(newline="")
   writer = csv.writer(stream, lineterminator="\n")
@@ -220,7 +218,7 @@ def scores_csv(results: Mapping[str, Any]) -> str:
 
 
 def table_rows(results: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterator[list[str]]:
-  """The header, then a row for each scorer and model: numbers as text, those of comparisons empty for the baseline."""
+  """Yields the header, then a row for each scorer and model as text; comparisons are empty for the baseline."""
   baseline = results["baseline"]
   against = [] if baseline is None else [f"win rate against {baseline}", "p (Holm)", "difference", "effect size"]
   yield ["scorer", "model", "mean", "median", *against]
@@ -244,7 +242,7 @@ def _notes(results: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
   prompts, seeds = summary["prompts"], summary["seeds_per_prompt"]
   text = f"{prompts} prompt{'s' * (prompts != 1)}, {seeds} picture{'s' * (seeds != 1)} each."
   if prompts > 1:
-    text += f" In brackets 95 % intervals, bootstrap over prompts ({summary['bootstrap_samples']} samples)."
+    text += f" Brackets: 95 % intervals, bootstrap over prompts ({summary['bootstrap_samples']} samples)."
   if results["baseline"] is not None:
     text += (
       f" Pairs have the same prompt and seed, ties count half. p: sign test over prompts, corrected (Holm) for "
@@ -254,7 +252,7 @@ def _notes(results: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
 
 
 def markdown(results: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-  """The tables of all scorers, of categories and of diversity."""
+  """Returns Markdown tables of all scorers, of categories and of diversity."""
 
   def table(rows: Iterator[list[str]]) -> list[str]:
     cells = [[cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
@@ -294,7 +292,7 @@ DRAWN_BY = ("scheduler", "steps", "guidance_scale", "eta", "seed", "prompts")
 
 
 def _drawn_by(results: Mapping[str, Any]) -> list[str]:
-  """A line of the settings that change all scores; none if results have none of them."""
+  """Returns a line with the settings that change all scores; none if results have none of them."""
   known = [f"{name} {results['settings'][name]}" for name in DRAWN_BY if results["settings"].get(name) is not None]
   return [f"Drawn with {', '.join(known)}."] if known else []
 
@@ -307,7 +305,7 @@ LATEX = {
 
 
 def latex(results: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-  """The table of all scorers for a paper; it needs the package booktabs."""
+  """Returns a LaTeX table of all scorers; it needs the package booktabs."""
 
   def line(row: Sequence[str]) -> str:
     cells = ("".join(LATEX.get(c, c) for c in cell) for cell in row)

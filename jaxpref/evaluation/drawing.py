@@ -19,7 +19,7 @@ SAMPLERS = ("ddim", "dpmpp_2m")
 
 
 def check_count(prompts: int, seeds: int) -> None:
-  """Refuses more pictures than there are numbers for, each of which has its own noise; raises ValueError."""
+  """Raises ValueError for more pictures than there are numbers; each number has its own noise."""
   if prompts * seeds > sections.MAX_COUNT:
     raise ValueError(
       f"--seeds={seeds}: {prompts} prompts make {prompts * seeds} pictures; expected at most {sections.MAX_COUNT}."
@@ -27,14 +27,14 @@ def check_count(prompts: int, seeds: int) -> None:
 
 
 def prior_noise(seed: int, numbers: np.ndarray | jax.Array, latent_shape: tuple[int, ...]) -> jax.Array:
-  """Returns the noise that pictures begin with.
+  """Returns the noise that pictures start from.
 
   Args:
-    seed: of the command that drew them.
-    numbers: i32[n] of the pictures, or of those whose noise they share.
+    seed: seed of the command that drew them.
+    numbers: i32[n] of the pictures, or of the pictures whose noise they share.
     latent_shape: (h, w, C) of one picture's latents.
   Returns:
-    f32[n, h, w, C], the same on every device but for rounding; on one, with one version of JAX, to the bit.
+    f32[n, h, w, C], the same on every device up to rounding; bit-identical on one device with one version of JAX.
   """
   base = jax.random.key(seed)
   keys = jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.asarray(numbers, jnp.int32))
@@ -45,7 +45,7 @@ def prior_noise(seed: int, numbers: np.ndarray | jax.Array, latent_shape: tuple[
 Sample = Callable[[Any, np.ndarray, np.ndarray], jax.Array]
 
 
-# Many parameters: all that a picture depends on besides its weights, prompt and number; and the devices.
+# Many parameters: everything a picture depends on besides its weights, prompt and number; and the devices.
 def make_sampler(
   model: Model,
   *,
@@ -61,21 +61,21 @@ def make_sampler(
   share_noise: int = 1,
   mesh: Mesh | None = None,
 ) -> Sample:
-  """The jitted function that draws a batch; what draws more than once compiles it once.
+  """Returns the jitted function that draws a batch; callers that draw more than once compile it once.
 
   Args:
-    eta: of DDIM: 0 is deterministic, 1 ancestral sampling.
-    seed: of the noise, which follows from it and the number of the picture alone.
+    eta: noise of DDIM: 0 is deterministic, 1 ancestral sampling.
+    seed: seed of the noise, which depends only on it and the number of the picture.
     negative_ids: i32[1, L] of a negative prompt; None for none.
-    guidance_rescale: as of `models.base.guided`.
+    guidance_rescale: see `models.base.guided`.
     sampler: "ddim", or "dpmpp_2m" for DPM-Solver++ 2M.
-    karras: noise levels of "dpmpp_2m", as of `samplers.dpm_solver_sample`.
+    karras: noise levels of "dpmpp_2m", see `samplers.dpm_solver_sample`.
     size: height and width in pixels; the model's own by default.
-    share_noise: so many pictures in a row begin with the same noise: that of number // share_noise.
-    mesh: splits each batch over its devices, on which the weights are.
+    share_noise: this many pictures in a row start from the same noise: that of number // share_noise.
+    mesh: splits each batch over its devices, which have the weights.
   Raises:
-    ValueError: an unknown sampler, or one that the model's process does not have; a seed or a number of steps that is
-      out of range.
+    ValueError: the sampler is unknown or needs another process than the model's, or a seed or a number of steps is out
+      of range.
   """
   sections.check_seed(seed)
   sections.check_count(num_inference_steps, "num_inference_steps", most=sections.MAX_STEPS)
@@ -84,10 +84,10 @@ def make_sampler(
   if sampler != "ddim" and not isinstance(model.process, VariancePreserving):
     raise ValueError(
       f"sampler={sampler!r} is for a variance-preserving process, and the model's is {type(model.process).__name__}; "
-      "expected ddim, which takes the steps of any process."
+      "expected ddim, which works with any process."
     )
   latent_shape = model.latent_shape if size is None else model.latent_shape_for(*size)
-  sizes = None if size is None else jnp.asarray([[*size, 0.0, 0.0, *size]], jnp.float32)  # the model is told
+  sizes = None if size is None else jnp.asarray([[*size, 0.0, 0.0, *size]], jnp.float32)  # the model gets them
   whole, split = (None, None) if mesh is None else (sharding.replicated(mesh), sharding.batch_sharding(mesh))
 
   def sample(weights, ids, number):
@@ -128,22 +128,22 @@ def draw_by(
   mesh: Mesh | None = None,
   numbers: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Draws every prompt from the same seeds, whatever the weights, the batch size and the devices.
+  """Draws every prompt from the same seeds, for any weights, batch size and devices.
 
   The picture numbered prompt * seeds_per_prompt + i has its own noise.
 
   Args:
-    sample: of `make_sampler`, for this mesh.
+    sample: from `make_sampler`, for this mesh.
     weights: parameters by component, with `empty_ids`.
     input_ids: i32[P, L].
-    batch_size: pictures of one call; made a multiple of the devices that split it.
+    batch_size: pictures in one call; rounded to a multiple of the devices that split it.
     progress: label of a progress bar; None for none.
-    numbers: i64[N] of the pictures to draw; all by default.
+    numbers: i64[N], the pictures to draw; all by default.
   Yields:
-    numbers i64[n] of pictures, in order, and the pictures u8[n, H, W, 3]; n at most the batch size.
-    2 * P * S * num_inference_steps UNet evaluations in all with guidance, S = seeds_per_prompt.
+    Numbers i64[n] of pictures, in order, and the pictures u8[n, H, W, 3]; n is at most the batch size. With guidance
+    2 * P * S * num_inference_steps UNet evaluations in all, S = seeds_per_prompt.
   Raises:
-    ValueError: a count that is out of range.
+    ValueError: a count is out of range.
   """
   sections.check_count(seeds_per_prompt, "seeds_per_prompt")
   sections.check_count(batch_size, "batch_size")
@@ -167,7 +167,7 @@ _BY_BATCH = ("seeds_per_prompt", "batch_size", "progress", "numbers")
 def draw(
   model: Model, weights: Any, input_ids: np.ndarray, *, mesh: Mesh | None = None, **arguments: Any
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """`draw_by` a sampler of the model: arguments are those of both functions."""
+  """Yields what `draw_by` does with a sampler of the model; takes the arguments of both functions."""
   by_batch = {name: arguments.pop(name) for name in _BY_BATCH if name in arguments}
   sample = make_sampler(model, mesh=mesh, **arguments)
   return draw_by(sample, weights, input_ids, mesh=mesh, **by_batch)
@@ -176,11 +176,11 @@ def draw(
 def generate(
   model: Model, weights: Any, input_ids: np.ndarray, *, seeds_per_prompt: int, **arguments: Any
 ) -> np.ndarray:
-  """All that `draw`, whose arguments these are, yields: u8[P, S, H, W, 3], S = seeds_per_prompt."""
+  """Returns all that `draw` yields, as u8[P, S, H, W, 3], S = seeds_per_prompt; takes the arguments of `draw`."""
   return together(draw(model, weights, input_ids, seeds_per_prompt=seeds_per_prompt, **arguments), seeds_per_prompt)
 
 
 def together(parts: Iterator[tuple[np.ndarray, np.ndarray]], seeds_per_prompt: int) -> np.ndarray:
-  """What `draw` yields of all pictures as one array u8[P, S, H, W, 3], S = seeds_per_prompt."""
+  """Joins what `draw` yields for all pictures to one array u8[P, S, H, W, 3], S = seeds_per_prompt."""
   flat = np.concatenate([images for _, images in parts])
   return flat.reshape(-1, seeds_per_prompt, *flat.shape[1:])

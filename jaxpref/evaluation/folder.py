@@ -1,4 +1,4 @@
-"""The folder of an evaluation: which pictures, prompts and weights it is of, the pictures, and their scores."""
+"""The folder of an evaluation: its record of pictures, prompts and weights, the pictures, and their scores."""
 
 import argparse
 import hashlib
@@ -22,7 +22,7 @@ from jaxpref.files import family as families
 
 MANIFEST = "manifest.json"
 PACKAGES = ("jax", "flax", "numpy", "transformers", "pillow")
-# Of the arguments: what decides the pictures, and so has to stay the same in a folder.
+# The arguments that decide the pictures, and so must stay the same in a folder.
 OF_PICTURES = (
   "seeds", "seed", "scheduler", "steps", "karras", "eta", "guidance_scale", "guidance_rescale", "negative_prompt",
   "clip_skip", "height", "width", "vae_model", "dtype",
@@ -30,7 +30,7 @@ OF_PICTURES = (
 
 
 def image_file(folder: pathlib.Path, model: str, prompt: int, seed: int) -> pathlib.Path:
-  """Where a picture is."""
+  """Returns the path of a picture."""
   return folder / "images" / model / f"{prompt:05d}_{seed}.png"
 
 
@@ -40,7 +40,7 @@ def make_manifest(
   prompts: Sequence[prompt_sets.Prompt],
   sizes: dict[str, list[int]],
 ) -> dict[str, Any]:
-  """What the pictures that are asked for will be of."""
+  """Returns the record of what the pictures will be made from."""
   versions = {"jaxpref": jaxpref.__version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
   texts = "\n".join(p.text for p in prompts)
   settings = {name: getattr(args, name) for name in OF_PICTURES} | {
@@ -64,7 +64,7 @@ def make_manifest(
 
 
 def _begun(folder: pathlib.Path, name: str = MANIFEST) -> dict[str, Any] | None:
-  """The manifest of a folder; None without."""
+  """Returns the manifest of a folder; None if it has none."""
   file = folder / name
   if not file.is_file():
     return None
@@ -78,7 +78,7 @@ def _begun(folder: pathlib.Path, name: str = MANIFEST) -> dict[str, Any] | None:
 
 
 def _difference(folder: pathlib.Path, begun: dict[str, Any], asked: dict[str, Any]) -> str | None:
-  """What the pictures of a folder were made with that is not what is asked for, as a sentence."""
+  """Returns a sentence on how a folder's pictures differ from what is asked for; None if they do not."""
   for name, value in asked["settings"].items():
     old = begun["settings"].get(name)
     if name != "prompts" and old != value:
@@ -90,7 +90,7 @@ def _difference(folder: pathlib.Path, begun: dict[str, Any], asked: dict[str, An
 
 
 def set_aside(folder: pathlib.Path, asked: dict[str, Any], held: lease.Held) -> pathlib.Path | None:
-  """Where the folder is now, FOLDER_1 or the next that is free, as it was of other settings or weights; else None."""
+  """Moves a folder of other settings or weights to FOLDER_1 or the next free name, and returns that; else None."""
   begun = _begun(folder)
   if begun is None or _difference(folder, begun, asked) is None:
     return None
@@ -100,12 +100,12 @@ def set_aside(folder: pathlib.Path, asked: dict[str, Any], held: lease.Held) -> 
 
 
 def open_folder(folder: pathlib.Path, asked: dict[str, Any], file: str = MANIFEST) -> dict[str, Any]:
-  """Starts the folder for what `make_manifest` gave, or continues it; returns its manifest, which is in `file`.
+  """Starts the folder for a manifest of `make_manifest`, or continues it; returns its manifest, which is in `file`.
 
   A model's `versions` stay those of the first call with it.
 
   Raises:
-    ValueError: it was begun with other settings, prompts or weights, or is something else.
+    ValueError: it was begun with other settings, prompts or weights, or is not such a folder.
   """
   begun = _begun(folder, file)
   described = dict(asked["models"])
@@ -129,17 +129,17 @@ def open_folder(folder: pathlib.Path, asked: dict[str, Any], file: str = MANIFES
 
 
 def read_image(file: pathlib.Path) -> np.ndarray:
-  """u8[H, W, 3].
+  """Reads a picture as u8[H, W, 3].
 
   Raises:
-    OSError: it is not there, or damaged.
+    OSError: it is missing or damaged.
   """
   with Image.open(file) as picture:
     return np.asarray(picture.convert("RGB"))
 
 
 def is_whole(file: pathlib.Path) -> bool:
-  """Whether a picture is there and can be decoded."""
+  """Returns whether a picture exists and can be decoded."""
   try:
     read_image(file)
   except (OSError, SyntaxError):
@@ -152,7 +152,7 @@ def _scores_file(folder: pathlib.Path, model: str, scorer: str) -> pathlib.Path:
 
 
 def read_scores(folder: pathlib.Path, model: str, scorer: str, known: dict[str, str]) -> list[list[float]] | None:
-  """The scores of an earlier run by the same version of a scorer, on the same scale; None without."""
+  """Returns the scores of an earlier run by the same version of a scorer, on the same scale; None if there are none."""
   try:
     found = json.loads(_scores_file(folder, model, scorer).read_text(encoding="utf-8"))
   except (OSError, ValueError):
@@ -172,7 +172,7 @@ def write_scores(
 
 
 def forget_scores(folder: pathlib.Path, model: str) -> None:
-  """Removes the scores of a model, of which a picture is drawn anew."""
+  """Removes the scores of a model that draws a picture again."""
   with paths.cannot_be_written(folder):
     for file in (folder / "scores" / model).glob("*.json"):
       file.unlink(missing_ok=True)
@@ -191,7 +191,7 @@ def fingerprint(source: str, loras: Sequence[adapters.LoraFile], family: str | N
 
 
 def fingerprint_of_vae(source: str) -> str:
-  """Of the weights of a VAE by itself, a folder, a hub name or a file."""
+  """Returns a hash of the weights of a separate VAE: a folder, a hub name or a file."""
   if source.partition(":")[0] in ("random", "zeros"):
     return source
   return _fingerprint(loading.vae_files(source))

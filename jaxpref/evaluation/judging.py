@@ -1,4 +1,4 @@
-"""What an independent judge says of the pictures of an emoji model, and of the model that it started from."""
+"""Asks an independent judge about the pictures of an emoji model, and of the model it started from."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ def _apply(judge: Judge, params: Any, images: jax.Array) -> tuple[jax.Array, jax
 def judge_images(
   judge: Judge, params: Any, images: np.ndarray, *, batch_size: int = 256
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Log-probabilities of styles f32[N, S] and logits of captions f32[N, C] for u8[N, H, W, 3]."""
+  """Returns log-probabilities of styles f32[N, S] and logits of captions f32[N, C] for u8[N, H, W, 3]."""
   parts = []
   batch_size = min(batch_size, len(images))
   for start in range(0, len(images), batch_size):
@@ -33,7 +33,7 @@ def judge_images(
 
 
 def caption_accuracy(class_logits: np.ndarray, class_ids: Sequence[int], *, candidates: int, seed: int) -> np.ndarray:
-  """f32[P, S] 1 where the judge picks the true caption among `candidates`, the others drawn at random.
+  """Returns f32[P, S], 1 where the judge picks the true caption among `candidates`, the others drawn at random.
 
   Args:
     class_logits: f32[P, S, C].
@@ -50,16 +50,16 @@ def caption_accuracy(class_logits: np.ndarray, class_ids: Sequence[int], *, cand
 
 
 def style_accuracy(log_probs: np.ndarray, style: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-  """How well styles are told apart in pictures of known style.
+  """Returns how well the judge tells styles apart in pictures of known style.
 
   Args:
     log_probs: f32[N, S].
-    style: i32[N], the true ones.
-    names: of the S styles.
+    style: i32[N], the true styles.
+    names: names of the S styles.
 
   Returns:
-    For each style NAME: `NAME_named`, the share of its pictures that are given its name, and `NAME_told`, the share of
-    all pictures that are rightly said to be or not to be of it; and the number of `pictures`.
+    For each style NAME: `NAME_named`, the share of its pictures that get its name, and `NAME_told`, the share of all
+    pictures that are correctly assigned to it or not; and the number of `pictures`.
   """
   said = np.argmax(log_probs, axis=1)
   found: dict[str, float] = {}
@@ -72,10 +72,10 @@ def style_accuracy(log_probs: np.ndarray, style: np.ndarray, names: Sequence[str
 def score(
   judge: Judge, params: Any, images: np.ndarray, class_ids: Sequence[int], *, style: str, candidates: int, seed: int
 ) -> dict[str, np.ndarray]:
-  """What the judge says of u8[P, S, H, W, 3]: each f32[P, S].
+  """Returns the judge's scores of u8[P, S, H, W, 3], each f32[P, S].
 
-  `style_log_prob` of the preferred style, `preferred` 1 where it is the most likely one, `correct` 1 where the caption
-  is recognised among the candidates.
+  `style_log_prob` is that of the preferred style, `preferred` is 1 where that style is the most likely one, `correct`
+  is 1 where the caption is recognised among the candidates.
   """
   if style not in judge.config.styles:
     raise ValueError(f"the judge knows the styles {listed(judge.config.styles)}, not {style!r}.")
@@ -92,7 +92,7 @@ def score(
 def compare(
   base: Mapping[str, np.ndarray] | None, aligned: Mapping[str, np.ndarray], *, samples: int, seed: int
 ) -> dict[str, Any]:
-  """The table's numbers from the scores of both models; without a base, those of one. One prompt has no intervals."""
+  """Returns the table's numbers from the scores of both models, or of one; a single prompt has no intervals."""
 
   def interval(values: np.ndarray) -> tuple[float, float] | None:
     return bootstrap_interval(values, samples=samples, seed=seed) if len(values) > 1 else None
@@ -117,9 +117,9 @@ def compare(
 
 
 def table(results: Mapping[str, Any], *, style: str, candidates: int) -> str:
-  """The results of `judging.compare` as a Markdown table, with an arrow at what rose or fell by how many points.
+  """Returns the results of `judging.compare` as a Markdown table, with arrows for changes in points.
 
-  In brackets are 95 % intervals, by bootstrap over prompts; of a single prompt there are none.
+  Brackets hold 95 % intervals, by bootstrap over prompts; a single prompt has none.
   """
 
   def number(value: float, interval: tuple[float, float] | None) -> str:
@@ -149,7 +149,7 @@ def table(results: Mapping[str, Any], *, style: str, candidates: int) -> str:
 
 
 def in_words(results: Mapping[str, Any], *, style: str) -> str:
-  """The results of `judging.compare` with a base model in a sentence."""
+  """Returns a sentence on the results of `judging.compare` with a base model."""
   of_100 = {
     f"{model}_{name}": f"{100 * results[model][name]['mean']:.0f}"
     for model in ("base", "aligned")

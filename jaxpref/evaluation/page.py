@@ -1,9 +1,9 @@
-"""The report of a comparison as one HTML file that needs no network: tables, interval plots, and pictures side by side.
+"""Writes the report of a comparison as one HTML file without network access: tables, interval plots, and pictures.
 
-What it looks like is in report.html.j2 and report.css; here is what they show.
+report.html.j2 and report.css define its looks; this module computes what they show.
 
-Pictures are in the file itself, at most PIXELS wide and high, and at most MAX_BYTES in all: where there are too many
-they are made smaller first, then fewer. Small ones (pixel art) stay as they are and are shown enlarged.
+The file contains the pictures, at most PIXELS wide and high and MAX_BYTES in all: if there are too many, they first get
+smaller, then fewer. Small ones (pixel art) stay unchanged and are shown enlarged.
 """
 
 import base64
@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-PIXELS = (384, 256, 192, 128)  # longer side of a picture in the report; the first that fits
-SMALL = 96  # pixels: up to this a picture is kept as it is
-MAX_BYTES = 24 * 2**20  # of all pictures, as they stand in the file
-BINS = 31  # of a distribution; odd, so that its middle has one
+PIXELS = (384, 256, 192, 128)  # longer side of a picture in the report; the first that fits is used
+SMALL = 96  # pixels: pictures up to this size are kept unchanged
+MAX_BYTES = 24 * 2**20  # of all pictures, as encoded in the file
+BINS = 31  # bars of a distribution; odd, so that the middle has one
 
 Place = tuple[str, int, int]  # model, prompt, seed
 ImagePath = Callable[[str, int, int], pathlib.Path]
@@ -30,27 +30,27 @@ ImagePath = Callable[[str, int, int], pathlib.Path]
 
 
 def score_text(value: float) -> str:
-  """Four digits, as all scores have."""
+  """Formats a score with four digits."""
   return format(value, "#.4g").rstrip(".")
 
 
 def change_text(value: float) -> str:
-  """Three digits and the sign, as all differences have."""
+  """Formats a difference with three digits and its sign."""
   return format(value, "+#.3g").rstrip(".") if value else "0"
 
 
 def share_text(value: float) -> str:
-  """Percent, as win rates are."""
+  """Formats a win rate in percent."""
   return f"{value:.1%}"
 
 
 def bounded(value: float, bounds: Sequence[float] | None, text: Callable[[float], str]) -> str:
-  """A number and its interval in brackets, if it has one."""
+  """Returns a number and its interval in brackets, if it has one."""
   return text(value) if bounds is None else f"{text(value)} [{text(bounds[0])}, {text(bounds[1])}]"
 
 
 def p_text(p: float) -> str:
-  """A p value as tables have it."""
+  """Formats a p value for tables."""
   return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
@@ -62,7 +62,7 @@ class Bar:
   """A bar of a histogram.
 
   Attributes:
-    side: "up", "down" or "even": whether it is above, below or around the middle; the class of its colour.
+    side: "up", "down" or "even": whether it lies above, below or around the middle; the class of its colour.
     left, right: its edges, as shares of the width.
     height: as a share of the highest bar's.
   """
@@ -75,11 +75,11 @@ class Bar:
 
 @dataclasses.dataclass(frozen=True)
 class Distribution:
-  """A histogram of BINS bars, of which the empty ones are left out.
+  """A histogram of BINS bars, without the empty ones.
 
   Attributes:
     low, high: the values at its ends.
-    middle: the value at its centre, None where it has none that means something.
+    middle: the value at its centre, None if its centre has no meaning.
   """
 
   bars: tuple[Bar, ...]
@@ -89,7 +89,7 @@ class Distribution:
 
 
 def distribution(values: np.ndarray, *, middle: float | None = 0.0) -> Distribution:
-  """Returns the histogram of f[...]; a middle is at its centre, and bars on each side of it have their own colour."""
+  """Returns the histogram of f[...], centred on a middle if there is one; each side of it has its own colour."""
   low, high = float(values.min()), float(values.max())
   if middle is not None:
     reach = max(high - middle, middle - low)
@@ -104,7 +104,7 @@ def distribution(values: np.ndarray, *, middle: float | None = 0.0) -> Distribut
 
 
 def side_of(bounds: Sequence[float] | None, middle: float) -> str:
-  """Returns "up" or "down" where an interval is above or below a value, "even" where it holds it or there is none."""
+  """Returns "up" or "down" if an interval is above or below a value, "even" if it holds the value or is None."""
   if bounds is None:
     return "even"
   return "up" if bounds[0] > middle else "down" if bounds[1] < middle else "even"
@@ -118,9 +118,9 @@ class Section:
   """Prompts and seeds whose pictures are shown.
 
   Attributes:
-    title: such as "Largest gains".
-    scorer: by which they were chosen; None: at random.
-    models: whose pictures are side by side.
+    title: its heading, such as "Largest gains".
+    scorer: the scorer that chose them; None: chosen at random.
+    models: models whose pictures are side by side.
     places: (prompt, seed) of each.
   """
 
@@ -134,7 +134,7 @@ class Section:
 
 
 def extremes(values: np.ndarray, number: int) -> tuple[tuple[int, int], ...]:
-  """(prompt, seed) of the highest of f[P, S]: one seed of each prompt, the highest prompts first."""
+  """Returns (prompt, seed) of the highest of f[P, S]: one seed for each prompt, the highest prompts first."""
   seeds = values.argmax(axis=1)
   best = values.max(axis=1)
   order = np.argsort(-best, kind="stable")[:number]
@@ -142,10 +142,10 @@ def extremes(values: np.ndarray, number: int) -> tuple[tuple[int, int], ...]:
 
 
 def choose(results: Mapping[str, Any], number: int) -> list[Section]:
-  """The sections of the report, with at most `number` prompts each.
+  """Returns the sections of the report, with at most `number` prompts each.
 
-  For each scorer and model: where it gains most against the baseline and where it loses most, of prompts where it does;
-  without a baseline its highest and lowest scores. Then some at random, which are the same for all models.
+  For each scorer and model: its largest gains and its largest losses against the baseline; without a baseline its
+  highest and lowest scores. Then some at random, the same for all models.
   """
   models, baseline = tuple(results["models"]), results["baseline"]
   sections = []
@@ -169,7 +169,7 @@ def choose(results: Mapping[str, Any], number: int) -> list[Section]:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """A picture as the page has it: its address, which holds its bytes, and its size in pixels."""
+  """A picture in the page: its address, which contains its bytes, and its size in pixels."""
 
   uri: str
   width: int
@@ -177,11 +177,11 @@ class Picture:
 
 
 def encode(path: pathlib.Path, side: int) -> Picture:
-  """A small picture as it is, a larger one with `side` pixels at its longer side.
+  """Returns a small picture unchanged, a larger one with `side` pixels at its longer side.
 
   Raises:
-    FileNotFoundError: there is none.
-    ValueError: it is no picture.
+    FileNotFoundError: the picture does not exist.
+    ValueError: the file is not a picture.
   """
   from PIL import Image, UnidentifiedImageError
 
@@ -189,7 +189,7 @@ def encode(path: pathlib.Path, side: int) -> Picture:
     with Image.open(path) as opened:
       image = opened.convert("RGB")
   except FileNotFoundError as error:
-    raise FileNotFoundError(f"there is no picture {path}; draw it again for the report.") from error
+    raise FileNotFoundError(f"the picture {path} does not exist; draw it again for the report.") from error
   except (UnidentifiedImageError, OSError) as error:
     raise ValueError(f"{path} cannot be read as a picture ({error}); draw it again for the report.") from error
   stream = io.BytesIO()
@@ -207,7 +207,7 @@ def encode(path: pathlib.Path, side: int) -> Picture:
 def embed(
   results: Mapping[str, Any], image_path: ImagePath, number: int
 ) -> tuple[list[Section], dict[Place, Picture], int]:
-  """The sections, their pictures, and the longest side that these were reduced to."""
+  """Returns the sections, their pictures, and the longest side to which these were reduced."""
   while True:
     sections = choose(results, number)
     shown = Counter(place for section in sections for place in section.pictures())
@@ -227,16 +227,16 @@ def embed(
 
 
 def page(results: Mapping[str, Any], summary: Mapping[str, Any], image_path: ImagePath, *, pictures: int = 12) -> str:
-  """Returns the whole file.
+  """Returns the whole file as text.
 
   Args:
     results: see `comparison`.
-    summary: of `comparison.summarize`.
+    summary: as `comparison.summarize` returns it.
     image_path: model, number of the prompt and number of the seed -> file of the picture.
-    pictures: in each section, at most.
+    pictures: most pictures in each section.
 
   Raises:
-    FileNotFoundError, ValueError: a picture is missing or none.
+    FileNotFoundError, ValueError: a picture is missing or is not a picture.
   """
   sections, embedded, side = embed(results, image_path, pictures)
   return _template().render(
@@ -277,13 +277,13 @@ def _template() -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-  """What a scorer finds of a model: its scores, or their change where there is a baseline.
+  """What a scorer says about a model: its scores, or their change if there is a baseline.
 
   Attributes:
     heading: the model, and what it is compared with.
-    label: says what the distribution is of.
+    label: title of the distribution.
     categories: category -> its comparison, see `statistics.compare`.
-    sections: whose pictures were chosen by this scorer.
+    sections: sections whose pictures this scorer chose.
   """
 
   heading: str

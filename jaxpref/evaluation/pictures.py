@@ -1,4 +1,4 @@
-"""What people look at: grids of pictures, and curves."""
+"""Draws what people look at: grids of pictures, and curves."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ GAP = 2  # white pixels between pictures, before enlargement
 
 
 def grid(images: np.ndarray, *, scale: int = 2) -> np.ndarray:
-  """Tiles u8[rows, columns, H, W, 3] to one picture u8, enlarged by whole pixels."""
+  """Tiles u8[rows, columns, H, W, 3] into one picture u8, enlarged by whole pixels."""
   rows, columns, height, width, _ = images.shape
   canvas = np.full((rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3), 255, np.uint8)
   for r in range(rows):
@@ -21,7 +21,7 @@ def grid(images: np.ndarray, *, scale: int = 2) -> np.ndarray:
 
 
 def cut(picture: np.ndarray, *, columns: int, side: int, scale: int) -> np.ndarray:
-  """The tiles u8[rows, columns, side, side, 3] that `grid` made a picture of."""
+  """Returns the tiles u8[rows, columns, side, side, 3] from which `grid` made a picture."""
   small = picture[::scale, ::scale]
   pitch = side + GAP
   rows = (small.shape[0] - GAP) // pitch
@@ -30,7 +30,7 @@ def cut(picture: np.ndarray, *, columns: int, side: int, scale: int) -> np.ndarr
 
 
 def save_image(path: pathlib.Path, image: np.ndarray) -> None:
-  """Writes u8[H, W, 3] as PNG."""
+  """Writes u8[H, W, 3] as a PNG file."""
   from PIL import Image
 
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,11 +38,11 @@ def save_image(path: pathlib.Path, image: np.ndarray) -> None:
 
 
 def picture_table(path: pathlib.Path, columns: Mapping[str, np.ndarray], captions: Sequence[str]) -> None:
-  """One row a prompt: its caption, then each model's pictures of it, side by side; written as PNG.
+  """Writes a PNG file with one row per prompt: its caption, then each model's pictures of it, side by side.
 
   Args:
-    columns: title -> u8[P, S, H, W, 3]; the same prompts, and the same seeds where models are compared.
-    captions: the P prompts.
+    columns: title -> u8[P, S, H, W, 3]; with the same prompts, and the same seeds if models are compared.
+    captions: captions of the P prompts.
   """
   from PIL import Image, ImageDraw
 
@@ -67,7 +67,7 @@ def picture_table(path: pathlib.Path, columns: Mapping[str, np.ndarray], caption
 
 
 def curves(path: pathlib.Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
-  """Plots the named metrics of metrics.jsonl rows against the step, one panel each, those that exist."""
+  """Plots the named metrics of metrics.jsonl rows against the step, with a panel for each that exists."""
   import matplotlib
 
   matplotlib.use("Agg")

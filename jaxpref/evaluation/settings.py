@@ -1,4 +1,4 @@
-"""How pictures are drawn, as the command line of `sample` and `evaluate` says it: arguments, checks, and the model."""
+"""The drawing settings on the command line of `sample` and `evaluate`: arguments, checks, and loading the model."""
 
 import argparse
 import math
@@ -20,41 +20,41 @@ from jaxpref.models.base import Model
 from jaxpref.recipes.sections import MAX_STEPS
 from jaxpref.recipes.sizes import MAX_PIXELS, sides
 
-MAX_SEEDS = 10**6  # pictures of a prompt
+MAX_SEEDS = 10**6  # most pictures of a prompt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the arguments that say how pictures are drawn; `check`, `load` and `of_draw` take them."""
+  """Adds the arguments that control how pictures are drawn; `check`, `load` and `of_draw` read them."""
   add = parser.add_argument
   add("--negative_prompt", help='what to lead away from (default: none, which for SDXL differs from "")')
   add("--seeds", type=int, default=4, help="pictures of each prompt (default: %(default)s)")
-  add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+  add("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
   add("--scheduler", choices=drawing.SAMPLERS, default="ddim", help="dpmpp_2m: DPM-Solver++ (default: %(default)s)")
-  add("--steps", type=int, default=20, help="of the scheduler (default: %(default)s)")
-  add("--karras", action="store_true", help="Karras' noise levels, for dpmpp_2m")
-  add("--eta", type=float, default=0.0, help="of ddim; 0: deterministic, 1: ancestral (default: %(default)s)")
-  add("--guidance_scale", type=float, default=5.0, help="0 to 1 switches it off (default: %(default)s)")
+  add("--steps", type=int, default=20, help="steps of the scheduler (default: %(default)s)")
+  add("--karras", action="store_true", help="use Karras' noise levels, for dpmpp_2m")
+  add("--eta", type=float, default=0.0, help="noise of ddim; 0: deterministic, 1: ancestral (default: %(default)s)")
+  add("--guidance_scale", type=float, default=5.0, help="0 to 1 switches guidance off (default: %(default)s)")
   add("--guidance_rescale", type=float, default=0.0, help="0 to 1, against overexposure (default: %(default)s)")
   add("--clip_skip", type=int, help="layers of the text encoder to leave out, as diffusers counts (default: none)")
-  add("--height", type=int, help="pixels (default: the model's size)")
-  add("--width", type=int, help="pixels (default: the model's size)")
-  add("--batch_size", type=int, default=8, help="pictures at a time, of each process (default: %(default)s)")
+  add("--height", type=int, help="in pixels (default: the model's size)")
+  add("--width", type=int, help="in pixels (default: the model's size)")
+  add("--batch_size", type=int, default=8, help="pictures that each process draws at a time (default: %(default)s)")
   add(
     "--family",
-    help=f"of the model: {families.DEFAULT}, package.module:NAME of your own (default: a run's own, else the first)",
+    help=f"model family: {families.DEFAULT}, or your own package.module:NAME (default: a run's own, else the first)",
   )
-  add("--vae_model", type=arguments.place, help="a VAE's folder, hub name or file, in the place of the model's own")
-  add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of computation and stored weights")
+  add("--vae_model", type=arguments.place, help="a VAE's folder, hub name or file, instead of the model's own")
+  add("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of computation and stored weights")
 
 
 def load(
   name: str, loras: Sequence[adapters.LoraFile], args: argparse.Namespace, mesh: Mesh
 ) -> tuple[Model, dict[str, Any], Callable[[list[str]], np.ndarray]]:
-  """A model with its parameters on all devices of a mesh, and its tokenizer.
+  """Returns a model with its parameters on all devices of a mesh, and its tokenizer.
 
   Args:
-    name: as of --model.
-    loras: as of --lora.
+    name: value of --model.
+    loras: values of --lora.
   """
   everywhere = sharding.replicated(mesh)
   family, folder = families.of_run(name, args.family), model_folder(name)
@@ -72,7 +72,7 @@ def load(
 
 
 def of_draw(args: argparse.Namespace, model: Model, tokenize: Callable[[list[str]], np.ndarray]) -> dict[str, Any]:
-  """The arguments of `drawing.draw` that follow from those of the command."""
+  """Returns the arguments of `drawing.draw` that the command's arguments set."""
   return dict(
     seeds_per_prompt=args.seeds,
     num_inference_steps=args.steps,
@@ -88,7 +88,7 @@ def of_draw(args: argparse.Namespace, model: Model, tokenize: Callable[[list[str
 
 
 def size_of(args: argparse.Namespace, model: Model) -> tuple[int, int]:
-  """Height and width that --height and --width ask for; the model's own where they say nothing.
+  """Returns the height and width that --height and --width ask for; the model's own by default.
 
   Raises:
     ValueError: the model cannot draw pictures of this size.
@@ -105,20 +105,20 @@ def size_of(args: argparse.Namespace, model: Model) -> tuple[int, int]:
 
 
 def check_size(name: str, args: argparse.Namespace) -> tuple[int, int]:
-  """`size_of` the model's configs alone, before its weights are read.
+  """Returns `size_of` from the model's configs alone, before its weights are read.
 
   Args:
-    name: as of --model.
+    name: value of --model.
   Raises:
-    ValueError: as of `size_of`.
-    FileNotFoundError: the model is not there.
+    ValueError: see `size_of`.
+    FileNotFoundError: the model does not exist.
   """
   of = families.get(families.of_run(name, args.family), "--family")
   return size_of(args, of.model(of.load(model_folder(name), dtype="float32", components=())))
 
 
 def check(args: argparse.Namespace) -> None:
-  """Refuses settings of `add_arguments` that cannot work."""
+  """Raises for settings of `add_arguments` that cannot work."""
   arguments.check_seed(args)
   arguments.check_numbers(args, "seeds", most=MAX_SEEDS)
   arguments.check_numbers(args, "steps", most=MAX_STEPS)
@@ -139,7 +139,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def model_folder(name: str) -> str:
-  """The model's name, or the exported model of a run where that is the name of a work folder."""
+  """Returns the model's name, or a run's exported model if the name is that of a work folder."""
   model, other = loading.split_unet(name)
   if other:
     return loading.with_unet(model_folder(model), other)

@@ -1,7 +1,7 @@
-"""Statistics of the scores of pictures: f[P, S], a row for each prompt and a column for each seed.
+"""Statistics of the scores of pictures: f[P, S], with a row for each prompt and a column for each seed.
 
 The unit of all intervals and tests is the prompt: the pictures of one prompt are not independent. Two models are
-compared in pairs, same prompt and same seed.
+compared in pairs of the same prompt and seed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 
-SAMPLES = 2000  # of the bootstrap
-CHUNK = 2**22  # values that are resampled at once
-LEAST_PROMPTS = 6  # of a category with an interval: by a sign test five, all won, tell nothing at 5 % either
+SAMPLES = 2000  # bootstrap samples
+CHUNK = 2**22  # values to resample at once
+LEAST_PROMPTS = 6  # in a category with an interval: five won of five are not significant at 5 % by a sign test either
 
 
 def check_scores(scores: Any, *, of: str = "scores") -> np.ndarray:
-  """The scores as f64[P, S].
+  """Returns the scores as f64[P, S].
 
   Args:
     scores: f[P, S], as an array or lists.
-    of: whose scores these are, for the errors.
+    of: names these scores in errors.
 
   Raises:
-    ValueError: not of that form, or some scores are no numbers, which are named.
+    ValueError: the scores have another form, or some are not finite numbers, which are named.
   """
   try:
     found = np.asarray(scores, np.float64)
@@ -53,9 +53,9 @@ def bootstrap_interval(
   statistic: Callable[..., np.ndarray] = np.mean,
   tail: float = 2.5,
 ) -> tuple[float, float]:
-  """Percentile bootstrap over the first axis (prompts: the images of one prompt are not independent).
+  """Returns a percentile bootstrap interval over the first axis (prompts: one prompt's images are not independent).
 
-  95 %, or as much as leaves `tail` percent out on each side.
+  It holds 95 %, or what leaves out `tail` percent on each side.
   """
   # scipy.stats.bootstrap draws the same, in 1.2 to 1.8 times the time (50 to 5,000 prompts).
   rng = np.random.default_rng(seed)
@@ -71,12 +71,12 @@ def bootstrap_interval(
 def interval(
   values: np.ndarray, *, samples: int = SAMPLES, seed: int = 0, tail: float = 2.5
 ) -> tuple[float, float] | None:
-  """`bootstrap_interval` of the mean of f[P], a value for each prompt; None of one prompt, which tells no spread."""
+  """Returns `bootstrap_interval` of the mean of f[P], a value for each prompt; None for one prompt, without spread."""
   return bootstrap_interval(values, samples=samples, seed=seed, tail=tail) if len(values) > 1 else None
 
 
 def describe(scores: Any, *, samples: int = SAMPLES, seed: int = 0) -> dict[str, Any]:
-  """`mean`, its `interval`, and `median` of the scores f[P, S] of one model."""
+  """Returns `mean`, its `interval`, and `median` of the scores f[P, S] of one model."""
   scores = check_scores(scores)
   return {
     "mean": float(scores.mean()),
@@ -86,13 +86,13 @@ def describe(scores: Any, *, samples: int = SAMPLES, seed: int = 0) -> dict[str,
 
 
 def win_rate(new: Any, old: Any, *, samples: int = SAMPLES, seed: int = 0) -> dict[str, Any]:
-  """Share of pairs (same prompt, same seed) where `new` scores higher; ties count half.
+  """Returns the share of pairs (same prompt, same seed) in which `new` scores higher; ties count half.
 
   Args:
     new, old: f[P, S] scores.
   Returns:
-    `win_rate` and `win_rate_interval`, 95 %, bootstrapped over prompts; None with one prompt. Where all pairs are won,
-    or all lost, resampling shows no spread, and the interval is Clopper and Pearson's.
+    `win_rate` and `win_rate_interval`, 95 %, bootstrapped over prompts; None with one prompt. If all pairs are won or
+    all lost, resampling shows no spread, and the interval is Clopper and Pearson's.
   """
   new, old = _pair(new, old)
   wins = ((new > old) + 0.5 * (new == old)).mean(axis=1)
@@ -106,14 +106,14 @@ def win_rate(new: Any, old: Any, *, samples: int = SAMPLES, seed: int = 0) -> di
 
 
 def difference(new: Any, old: Any, *, samples: int = SAMPLES, seed: int = 0, tail: float = 2.5) -> dict[str, Any]:
-  """How much higher `new` scores than `old`.
+  """Returns how much higher `new` scores than `old`.
 
   Args:
     new, old: f[P, S] scores.
   Returns:
-    `difference` of the means, its `difference_interval` over prompts (None with one prompt), and `effect_size`:
-    the mean of the prompts' differences in units of their standard deviation (Cohen's d of paired samples), 0 where
-    nothing differs, None where all differ by the same or there is one prompt.
+    `difference` of the means, its `difference_interval` over prompts (None with one prompt), and `effect_size`: the
+    mean of the prompts' differences in units of their standard deviation (Cohen's d of paired samples), 0 if nothing
+    differs, None if all differ by the same or there is one prompt.
   """
   new, old = _pair(new, old)
   change = (new - old).mean(axis=1)
@@ -128,7 +128,7 @@ def difference(new: Any, old: Any, *, samples: int = SAMPLES, seed: int = 0, tai
 
 
 def binomial_test(wins: int, losses: int) -> float:
-  """Returns the exact two-sided p of a split at least this uneven where both sides are equally likely; 1 of none.
+  """Returns the exact two-sided p of a split at least this uneven if both sides are equally likely; 1 for none.
 
   >>> round(binomial_test(8, 2), 12)
   0.109375
@@ -139,14 +139,14 @@ def binomial_test(wins: int, losses: int) -> float:
 
 
 def sign_test(new: Any, old: Any) -> dict[str, Any]:
-  """Exact two-sided sign test over prompts.
+  """Returns an exact two-sided sign test over prompts.
 
-  A prompt is won where `new` scores higher for most of its seeds, lost where `old` does, else tied; ties are left out.
+  A prompt is won if `new` scores higher for most of its seeds, lost if `old` does, else tied; ties are left out.
 
   Args:
     new, old: f[P, S] scores.
   Returns:
-    `prompts_won`, `prompts_lost`, `prompts_tied`, and `p`, 1 where all are tied.
+    `prompts_won`, `prompts_lost`, `prompts_tied`, and `p`, 1 if all are tied.
   """
   new, old = _pair(new, old)
   majority = np.sign(new - old).sum(axis=1)
@@ -156,7 +156,7 @@ def sign_test(new: Any, old: Any) -> dict[str, Any]:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-  """Holm's adjusted p of a family of tests: one below alpha holds with a family-wise error of at most alpha.
+  """Returns Holm's adjusted p of a family of tests: one below alpha has a family-wise error of at most alpha.
 
   >>> holm([0.01, 0.04, 0.03])
   [0.03, 0.06, 0.06]
@@ -171,13 +171,13 @@ def holm(p: Sequence[float]) -> list[float]:
 def compare(
   new: Any, old: Any, *, categories: Sequence[str] | None = None, samples: int = SAMPLES, seed: int = 0
 ) -> dict[str, Any]:
-  """All of `win_rate`, `difference` and `sign_test`; and `categories`: the same for the prompts of each.
+  """Returns all of `win_rate`, `difference` and `sign_test`; and `categories`: the same for each category's prompts.
 
-  `prompts` is how many there are. Categories of fewer than LEAST_PROMPTS have no intervals.
+  `prompts` is their number. Categories of fewer than LEAST_PROMPTS prompts have no intervals.
 
   Args:
     new, old: f[P, S] scores.
-    categories: of the P prompts; None, or all the same: no breakdown.
+    categories: categories of the P prompts; None, or all the same: no breakdown.
   """
   new, old = _pair(new, old)
 
@@ -198,19 +198,19 @@ def compare(
 
 
 def rows_of(categories: Sequence[str]) -> Mapping[str, np.ndarray]:
-  """Category -> the numbers of its prompts, in the order of first appearance; none if there is one category or none."""
+  """Returns {category: numbers of its prompts} in the order of appearance; empty if there is one category or none."""
   names = list(dict.fromkeys(categories))
   values = np.asarray(categories, object)
   return {name: np.flatnonzero(values == name) for name in names} if len(names) > 1 else {}
 
 
 def change(new: Any, old: Any, *, samples: int = SAMPLES, seed: int = 0, tests: int = 1) -> dict[str, Any]:
-  """`change` of the mean of f[P], a value for each prompt (such as diversity), its `change_interval`, and `falls`.
+  """Returns the `change` of the mean of f[P], a value for each prompt (such as diversity), with its interval.
 
-  `falls` says whether the whole interval is below 0; with one prompt nothing is said.
+  Its `change_interval` is None for one prompt. `falls` says whether the whole interval is below 0.
 
   Args:
-    tests: how many such changes are looked at; the interval leaves out 5 % / tests (Bonferroni).
+    tests: number of such changes; the interval leaves out 5 % / tests (Bonferroni).
   """
   values = difference(np.asarray(new)[:, None], np.asarray(old)[:, None], samples=samples, seed=seed, tail=2.5 / tests)
   bounds = values["difference_interval"]

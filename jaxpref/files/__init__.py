@@ -1,1 +1,1 @@
-"""Model files, and the parameter trees that they become."""
+"""Model files, and the parameter trees they become."""

@@ -1,19 +1,19 @@
 """LoRA adapters <-> the safetensors files that other tools read and write.
 
-Two forms are written, both are read, from whatever tool they are:
+Writes two forms, and reads both from any tool:
 
-- diffusers / PEFT, `unet.<layer>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r], alpha in the file's metadata:
-  what `pipe.load_lora_weights` opens;
+- diffusers / PEFT, `unet.<layer>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r], with alpha in the file's
+  metadata: `pipe.load_lora_weights` opens these;
 - kohya, `lora_unet_<layer>.lora_down.weight` [r, in], `.lora_up.weight` [out, r] and `.alpha`, with underscores for
-  the dots of a layer's name: what ComfyUI and AUTOMATIC1111 open. As in kohya's own files, layers have their diffusers
+  the dots of a layer's name: ComfyUI and AUTOMATIC1111 open these. As in kohya's own files, layers have their diffusers
   names for SD1 and SD2, and those of the original implementation (`ldm_name`) for SDXL.
 
 The tensors of a 1x1 convolution are [r, in, 1, 1] and [out, r, 1, 1] in both. A layer whose factors are zero is not
-written. Files of others may also adapt text encoders (`text_encoder.`, `lora_te1_`, OneTrainer's `clip_l.`, ComfyUI's
-`text_encoders.clip_l.transformer.`, ...): to draw pictures, these factors are merged into the encoders' weights
-(`load_pipeline_lora`, `merge_text_encoders`); training continues adapters of a UNet alone (`load_lora`). Embeddings of
-new words beside them are left out with a warning. LoRA of 3x3 convolutions (LoCon) and adapters of other kinds (DoRA,
-LoHa, LoKr, (IA)^3) are refused.
+written. Other tools' files may also adapt text encoders (`text_encoder.`, `lora_te1_`, OneTrainer's `clip_l.`,
+ComfyUI's `text_encoders.clip_l.transformer.`, ...). To draw pictures, these factors are merged into the encoders'
+weights (`load_pipeline_lora`, `merge_text_encoders`); training only continues adapters of a UNet (`load_lora`).
+Embeddings of new words beside them are left out with a warning. LoRA of 3x3 convolutions (LoCon) and other kinds of
+adapters (DoRA, LoHa, LoKr, (IA)^3) raise.
 """
 
 import json
@@ -41,7 +41,7 @@ Path = str | os.PathLike[str]
 # The name that diffusers looks for in a folder.
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
-# How the keys of a component begin; the first match counts.
+# How the keys of a component begin; the first match wins.
 _PREFIXES = {
   "text_encoder": re.compile(
     r"lora_te1?_|text_encoder\.(base_model\.model\.)?|clip_l\.|text_encoders\.clip_[lh]\.(transformer\.)?"
@@ -72,7 +72,7 @@ _OTHER_KINDS = {
 
 
 def adapter_rank(adapter: lora.Tree) -> int:
-  """r, the same in all layers."""
+  """Returns r, the same in all layers; raises ValueError if they differ."""
   ranks = {a.shape[-1] for a, _ in lora.to_layers(adapter).values()}
   if len(ranks) != 1:
     raise ValueError(f"LoRA: the layers have the ranks {sorted(ranks)}, expected one; pad the smaller ones with zeros.")
@@ -80,7 +80,7 @@ def adapter_rank(adapter: lora.Tree) -> int:
 
 
 def rescale(adapter: lora.Tree, scale: float, new_scale: float) -> lora.Tree:
-  """The adapter that does with `new_scale` what the given one does with `scale`."""
+  """Returns the adapter that with `new_scale` does what the given one does with `scale`."""
   if scale == new_scale:
     return adapter
   factors = {"lora_A": 1.0, "lora_B": scale / new_scale}
@@ -91,15 +91,15 @@ def rescale(adapter: lora.Tree, scale: float, new_scale: float) -> lora.Tree:
 
 
 def ldm_name(layer: str, config: UNetConfig) -> str:
-  """The name of a UNet's linear layer in the original implementation of Stable Diffusion.
+  """Returns the name of a UNet's linear layer in the original implementation of Stable Diffusion.
 
-  That one numbers the layers of all levels through: `input_blocks` are the first convolution, then of each level its
-  layers and its downsampler; an `output_blocks` is one layer of the way up, the upsampler being part of the last.
-  In each block 0 is the resnet and 1 the transformer.
+  That implementation numbers the layers of all levels consecutively: `input_blocks` are the first convolution, then for
+  each level its layers and its downsampler; each `output_blocks` is one layer of the way up, and the last one of each
+  level includes the upsampler. In each block 0 is the resnet and 1 the transformer.
 
   Args:
     layer: dotted diffusers name, such as "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q".
-    config: of the UNet.
+    config: config of the UNet.
 
   >>> from jaxpref.models.presets import SDXL
   >>> ldm_name("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", SDXL.unet)
@@ -130,16 +130,16 @@ def _kohya_name(layer: str, config: UNetConfig) -> str:
 
 
 def _layers_by_any_name(component: str, config: UNetConfig, params: lora.Tree) -> dict[str, str]:
-  """All linear layers of a component, by each of the names that files have for them (underscores for dots)."""
+  """Returns all linear layers of a component by each name that files have for them (underscores for dots)."""
 
   def one_of_each() -> Any:
     return lora.to_layers(lora.init_lora(jax.random.key(0), params, rank=1, targets=""))
 
   names = {}
   for layer in jax.eval_shape(one_of_each):
-    if component == "unet":  # "to_out" is from before PEFT
+    if component == "unet":  # "to_out" predates PEFT
       others = [ldm_name(layer, config), layer.removesuffix(".0")]
-    else:  # the first from before PEFT, the second of transformers 5
+    else:  # the first predates PEFT, the second is transformers 5's
       others = [re.sub(r"(q|k|v|out)_proj$", r"to_\1", layer), layer.removeprefix("text_model.")]
     for name in (layer, *others):
       names[name.replace(".", "_")] = layer
@@ -150,7 +150,7 @@ def _layers_by_any_name(component: str, config: UNetConfig, params: lora.Tree) -
 
 
 def _layers_to_write(adapter: lora.Tree) -> dict[str, tuple[Any, Any]]:
-  """As `lora.to_layers`, without those layers of a stack that the file it was read from did not adapt."""
+  """Returns `lora.to_layers` without the layers of a stack that the adapter's own file did not adapt."""
   layers = lora.to_layers(adapter)
   return {name: (a, b) for name, (a, b) in layers.items() if np.any(a) or np.any(b)} or layers
 
@@ -159,37 +159,37 @@ def save_diffusers(file: Path, adapter: lora.Tree, scale: float, *, dtype: Any =
   """Writes the file that `load_lora_weights` of diffusers opens (by its name, or by its folder's: DIFFUSERS_FILE).
 
   Args:
-    file: to write.
-    adapter: as `lora.init_lora` gives, of a UNet.
+    file: path to write.
+    adapter: adapter of a UNet, as `lora.init_lora` returns it.
     scale: alpha / rank.
-    dtype: of the file: float32, float16 or bfloat16.
+    dtype: dtype of the file: float32, float16 or bfloat16.
 
   Raises:
-    ValueError: a factor is not finite, or does not fit `dtype`.
+    ValueError: a factor is not finite or does not fit `dtype`.
   """
   layers, rank = _layers_to_write(adapter), adapter_rank(adapter)
   tree: dict[str, Any] = {}
   for layer, (a, b) in layers.items():
     tree |= {f"unet.{layer}.lora_A": {"kernel": a}, f"unet.{layer}.lora_B": {"kernel": b}}
-  # Arguments of peft.LoraConfig; without them diffusers takes alpha to be the rank.
+  # Arguments of peft.LoraConfig; without them diffusers assumes that alpha is the rank.
   config = {"unet.r": rank, "unet.lora_alpha": scale * rank, "unet.target_modules": sorted(layers)}
   metadata = {"lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
   save_tree(file, tree, dtype=dtype, metadata=metadata)
 
 
 def save_kohya(file: Path, adapter: lora.Tree, scale: float, config: UNetConfig, *, dtype: Any = jnp.float32) -> None:
-  """Writes the file that ComfyUI and AUTOMATIC1111 open; arguments as for `save_diffusers`.
+  """Writes the file that ComfyUI and AUTOMATIC1111 open; see `save_diffusers` for the arguments.
 
   Args:
-    config: of the UNet, from which the names follow.
+    config: config of the UNet, which determines the names.
   """
   rank = adapter_rank(adapter)
-  alpha = float(np.asarray(scale * rank, dtype))  # as the file can hold it; the factors take the rest
+  alpha = float(np.asarray(scale * rank, dtype))  # as precise as the file holds it; the factors take the rest
   tree: dict[str, Any] = {}
   for layer, (a, b) in _layers_to_write(rescale(adapter, scale, alpha / rank)).items():
     name = _kohya_name(layer, config)
     tree |= {f"{name}.lora_down": {"kernel": a}, f"{name}.lora_up": {"kernel": b}, name: {"alpha": np.float32(alpha)}}
-  # AUTOMATIC1111 tells from the metadata which base model a file is for.
+  # AUTOMATIC1111 reads from the metadata which base model a file is for.
   sd2 = not _is_sdxl(config) and config.per_level("cross_attention_dim")[0] == 1024
   metadata = {
     "ss_base_model_version": "sdxl_base_v1-0" if _is_sdxl(config) else "sd_v2" if sd2 else "sd_v1",
@@ -205,22 +205,22 @@ def save_kohya(file: Path, adapter: lora.Tree, scale: float, config: UNetConfig,
 
 
 def load_lora(file: Path, config: UNetConfig, params: lora.Tree) -> tuple[dict[str, Any], float]:
-  """Reads a LoRA of a UNet, written by diffusers, PEFT, kohya or this module, in any precision; to train on from.
+  """Reads a LoRA of a UNet, written by diffusers, PEFT, kohya or this module in any precision, to continue training it.
 
-  Where layers have different ranks, the smaller ones are padded with zeros (which stay zero in training); where they
-  have different alpha / rank, the difference goes into lora_B. What a file leaves out of a stack is zero.
+  If layers have different ranks, the smaller factors are padded with zeros (which stay zero in training). If they have
+  different alpha / rank, the difference goes into lora_B. Layers of a stack that the file leaves out are zero.
 
   Args:
-    file: one safetensors file; with PEFT's own `adapter_model.safetensors` the `adapter_config.json` beside it.
-    config: of the UNet that the adapter is for.
+    file: one safetensors file; PEFT's own `adapter_model.safetensors` needs the `adapter_config.json` beside it.
+    config: config of the UNet that the adapter is for.
     params: its parameters, or their ShapeDtypeStructs.
 
   Returns:
-    float32 adapter as `lora.init_lora` gives, and its scale alpha / rank.
+    float32 adapter as `lora.init_lora` returns it, and its scale alpha / rank.
 
   Raises:
     FileNotFoundError, ValueError: one sentence on what is missing or does not fit. A file that also adapts text
-      encoders is refused: what is trained and written is the UNet's adapter alone.
+      encoders raises: only the UNet's adapter is trained and written.
   """
   file = pathlib.Path(places.expand(os.fspath(file)))
   found, peft = _read(file)
@@ -228,7 +228,7 @@ def load_lora(file: Path, config: UNetConfig, params: lora.Tree) -> tuple[dict[s
   if text:
     raise ValueError(
       f"{file} adapts {' and '.join(text)}, and training can continue adapters of a UNet only; merge it into the base "
-      "model (load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained of diffusers) and train anew on that."
+      "model (load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained of diffusers) and train on that."
     )
   if not found:
     raise ValueError(f"{file} holds no adapter of a UNet; give the path of a LoRA file for Stable Diffusion.")
@@ -238,16 +238,16 @@ def load_lora(file: Path, config: UNetConfig, params: lora.Tree) -> tuple[dict[s
 def load_pipeline_lora(
   file: Path, config: UNetConfig, params: Mapping[str, lora.Tree]
 ) -> tuple[dict[str, Any], float, dict[str, Any]]:
-  """Reads a LoRA of a UNet, of text encoders, or of both; to draw pictures with.
+  """Reads a LoRA of a UNet, of text encoders, or of both, to draw pictures with.
 
   Args:
-    file: as for `load_lora`.
-    config: of the UNet.
-    params: of a pipeline, by component, or their ShapeDtypeStructs.
+    file: see `load_lora`.
+    config: config of the UNet.
+    params: parameters of a pipeline by component, or their ShapeDtypeStructs.
 
   Returns:
     The UNet's float32 adapter ({} if the file has none), its scale alpha / rank, and the adapters of the text encoders
-    that the file has, by component, with scale 1: see `merge_text_encoders`.
+    in the file by component, with scale 1: see `merge_text_encoders`.
 
   Raises:
     FileNotFoundError, ValueError: one sentence on what is missing or does not fit.
@@ -268,7 +268,7 @@ def load_pipeline_lora(
 
 
 class LoraFile(NamedTuple):
-  """A file of an adapter, and how much of it is taken."""
+  """A file of an adapter, and its strength."""
 
   path: pathlib.Path
   strength: float = 1.0
@@ -281,7 +281,7 @@ def parse_lora_file(text: str) -> LoraFile:
   """Reads FILE.safetensors, or FILE.safetensors:STRENGTH.
 
   Raises:
-    ValueError: the strength is no finite number.
+    ValueError: the strength is not a finite number.
 
   >>> parse_lora_file("styles/ink.safetensors:0.8").strength
   0.8
@@ -301,12 +301,12 @@ def parse_lora_file(text: str) -> LoraFile:
 def load_pipeline_loras(
   files: Sequence[LoraFile], config: UNetConfig, params: Mapping[str, lora.Tree]
 ) -> tuple[dict[str, Any], float, dict[str, Any]]:
-  """Reads several LoRAs that act together, each by its strength; arguments and result as of `load_pipeline_lora`.
+  """Reads several LoRAs that act together, each with its strength; arguments and result are `load_pipeline_lora`'s.
 
-  The sum is exact: the factors stand side by side (`lora.combine`), nothing is rounded into the network's weights.
+  The sum is exact: the factors stand side by side (`lora.combine`), and nothing is rounded into the network's weights.
 
   Raises:
-    FileNotFoundError, ValueError: as of `load_pipeline_lora`.
+    FileNotFoundError, ValueError: see `load_pipeline_lora`.
   """
   unets: list[tuple[dict[str, Any], float]] = []
   text_encoders: dict[str, list[tuple[dict[str, Any], float]]] = {}
@@ -322,23 +322,23 @@ def load_pipeline_loras(
 
 
 def merge_text_encoders(params: Mapping[str, Any], text_encoders: Mapping[str, lora.Tree]) -> dict[str, Any]:
-  """A pipeline's parameters by component, with what `load_pipeline_lora` found for text encoders merged in."""
+  """Returns a pipeline's parameters by component, with `load_pipeline_lora`'s text encoder adapters merged in."""
   merged = {name: lora.merge_lora(params[name], adapter) for name, adapter in text_encoders.items()}
   return {**params, **merged}
 
 
-# Of one component: name of the layer in the file -> {"down", "up", "alpha"} -> tensor.
+# For one component: name of the layer in the file -> {"down", "up", "alpha"} -> tensor.
 _Layers = dict[str, dict[str, np.ndarray]]
 
 
 def _read(file: pathlib.Path) -> tuple[dict[str, _Layers], Mapping[str, Any]]:
-  """The factors in a file and arguments of peft.LoraConfig ({} if the file comes without), both by component."""
+  """Returns the factors in a file and arguments of peft.LoraConfig ({} if it has none), both by component."""
   tensors, metadata = _read_tensors(file)
   words = dict.fromkeys(match["word"] for key in tensors if (match := _EMBEDDING.match(key)))
   if words:
     warnings.warn(
-      f"{file}: its embeddings of new words were left out ({listed(words)}): the tokenizer does not know them, so that "
-      "in a prompt they mean no more than their letters.",
+      f"{file}: its embeddings of new words were left out ({listed(words)}): the tokenizer does not know them, so in a "
+      "prompt they mean no more than their letters.",
       stacklevel=4,
     )
     tensors = {key: tensor for key, tensor in tensors.items() if not _EMBEDDING.match(key)}
@@ -389,7 +389,7 @@ def _adapter(
   params: lora.Tree,
   peft: Mapping[str, Any],
 ) -> tuple[dict[str, Any], float]:
-  """f32 adapter of one component, of one rank, and its scale alpha / rank."""
+  """Returns the f32 adapter of one component, with one rank, and its scale alpha / rank."""
   by_any_name = _layers_by_any_name(component, config, params)
   layers, scales = {}, []
   for name in sorted(found):
@@ -418,7 +418,7 @@ _FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stabl
 
 
 def _made_for(layers: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str | None:
-  """The family of models that an adapter's layers are of, None if they do not tell."""
+  """Returns the family of models that an adapter's layers belong to; None if they do not tell."""
   if any(re.search(r"(single|double)_blocks|single_transformer_blocks", name) for name in layers):
     return "Flux"
   if any(re.search(r"joint_blocks|attn[._]add_[qkv]_proj", name) for name in layers):
@@ -428,10 +428,10 @@ def _made_for(layers: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str | None
 
 
 def look_for(file: Path) -> None:
-  """Looks for a LoRA file, without reading its tensors.
+  """Checks that a LoRA file exists, without reading its tensors.
 
   Raises:
-    FileNotFoundError, ValueError: it is not there, or no safetensors file.
+    FileNotFoundError, ValueError: it does not exist, or is not a safetensors file.
   """
   import safetensors
 
@@ -439,7 +439,7 @@ def look_for(file: Path) -> None:
   if not file.is_file():
     raise FileNotFoundError(f"there is no LoRA file {file}; give the path of one .safetensors file.")
   if file.suffix != ".safetensors":
-    raise ValueError(f"{file} is not a .safetensors file, the only format that is read (pickles can run code).")
+    raise ValueError(f"{file} is not a .safetensors file, the only supported format (pickles can run code).")
   try:
     with safetensors.safe_open(file, framework="numpy"):
       pass
@@ -448,7 +448,7 @@ def look_for(file: Path) -> None:
 
 
 def _read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
-  """All tensors and the metadata of a file."""
+  """Returns all tensors and the metadata of a file."""
   import safetensors
 
   look_for(file)
@@ -456,8 +456,8 @@ def _read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], Mapping[st
     with safetensors.safe_open(file, framework="numpy") as handle:
       tensors = {key: handle.get_tensor(key) for key in handle.keys()}
       return tensors, handle.metadata() or {}
-  except (AttributeError, TypeError) as e:  # numpy lacks a number format
-    raise ValueError(f"{file} holds numbers of a format that cannot be read ({e}); save it again in float16.") from e
+  except (AttributeError, TypeError) as e:  # numpy lacks the number format
+    raise ValueError(f"{file} holds numbers in an unsupported format ({e}); save it again in float16.") from e
   except safetensors.SafetensorError as e:
     raise ValueError(f"{file} is not a readable safetensors file ({e}); download or write it again.") from e
 
@@ -465,7 +465,7 @@ def _read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], Mapping[st
 def _peft_arguments(
   file: pathlib.Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
-  """Arguments of peft.LoraConfig by component, {} if the file comes without."""
+  """Returns arguments of peft.LoraConfig by component; {} if the file has none."""
   if "lora_adapter_metadata" in metadata:
     arguments: dict[str, dict[str, Any]] = {}
     for key, value in _parse(f"the metadata of {file}", metadata["lora_adapter_metadata"]).items():
@@ -484,11 +484,11 @@ def _parse(where: str, text: str) -> dict[str, Any]:
   try:
     return dict(json.loads(text))
   except (ValueError, TypeError) as e:
-    raise ValueError(f"{where} is no JSON object ({e}); download or write it again.") from e
+    raise ValueError(f"{where} is not a JSON object ({e}); download or write it again.") from e
 
 
 def _without_projection(file: pathlib.Path, component: str, found: _Layers, params: lora.Tree) -> _Layers:
-  """Leaves out a text encoder's projection that the model does without, and warns of it."""
+  """Leaves out a text encoder's projection that the model does not have, and warns."""
   if component == "unet" or "text_projection" not in found or "text_projection" in params:
     return found
   warnings.warn(f"{file}: text_projection was left out: the model's {component} has none.", stacklevel=4)
@@ -496,7 +496,7 @@ def _without_projection(file: pathlib.Path, component: str, found: _Layers, para
 
 
 def _without_emptied(file: pathlib.Path, found: Mapping[str, _Layers]) -> dict[str, _Layers]:
-  """Leaves out layers whose factors have rank 0, as tools that resize adapters write them, and warns of them."""
+  """Leaves out layers whose factors have rank 0, as tools that resize adapters write them, and warns."""
 
   def is_emptied(parts: Mapping[str, np.ndarray]) -> bool:
     return {"down", "up"} <= parts.keys() and parts["down"].shape[:1] == parts["up"].shape[1:2] == (0,)
@@ -509,7 +509,7 @@ def _without_emptied(file: pathlib.Path, found: Mapping[str, _Layers]) -> dict[s
 
 
 def _pair(file: pathlib.Path, layer: str, found: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-  """lora_A f32[in, r] and lora_B f32[r, out] of one layer."""
+  """Returns lora_A f32[in, r] and lora_B f32[r, out] of one layer."""
   if not {"down", "up"} <= found.keys():
     raise ValueError(
       f"{file}: {layer} has only {' and '.join(sorted(found))}, expected both factors; write the file again."
@@ -528,7 +528,7 @@ def _pair(file: pathlib.Path, layer: str, found: Mapping[str, np.ndarray]) -> tu
 
 
 def _scale(file: pathlib.Path, layer: str, rank: int, alpha: np.ndarray | None, peft: Mapping[str, Any]) -> float:
-  """alpha / rank of one layer: from its own tensor, from the arguments of peft.LoraConfig, or 1."""
+  """Returns alpha / rank of one layer: from its own tensor, from the arguments of peft.LoraConfig, or 1."""
   if alpha is not None:
     value = float(alpha.astype(np.float32).reshape(()))
   else:

@@ -1,6 +1,6 @@
-"""Families of text-to-image models: how the files of one become a `Model`, and what is trained of it its files again.
+"""Families of text-to-image models: how config.model is opened, adapted and written, behind the interface `Family`.
 
-A family is an object with the functions of `Family`; `config.family` names one of the table, or of one's own as
+A family is an object with the functions of `Family`; `config.family` names one of the table, or your own as
 package.module:NAME (docs/extending.md).
 """
 
@@ -28,17 +28,17 @@ Tree = Any
 
 
 class Pipeline(Protocol):
-  """A model as it was loaded; a dataclass, so that `dataclasses.replace` gives it other parameters.
+  """A loaded model; a dataclass, so that `dataclasses.replace` can give it other parameters.
 
   Attributes:
-    params: parameters by component, of those that were asked for.
+    params: parameters by component, of the components that were asked for.
   """
 
   @property
   def params(self) -> dict[str, Tree]: ...
 
   def tokenize(self, captions: list[str]) -> np.ndarray:
-    """i32[n, L]."""
+    """Returns i32[n, L] token ids."""
     ...
 
 
@@ -46,8 +46,8 @@ class Family(Protocol):
   """What a family knows that others do not.
 
   Attributes:
-    networks: the components that have parameters.
-    denoiser: that of them which is trained; an adapter of it is the component `DENOISER_lora`.
+    networks: components that have parameters.
+    denoiser: the component that is trained; an adapter of it is the component `DENOISER_lora`.
   """
 
   @property
@@ -67,15 +67,15 @@ class Family(Protocol):
     vae_model: str | None = None,
     components: Sequence[str] | None = None,
   ) -> Pipeline:
-    """Opens a model by what `config.model` may be.
+    """Opens a model by any value of `config.model`.
 
     Args:
-      dtype: of computation.
-      seed: of random weights.
-      param_dtype: of parameters, also by component.
+      dtype: dtype of computation.
+      seed: seed of random weights.
+      param_dtype: dtype of parameters, or one by component.
       sharding: where arrays go as they are read: None, one Sharding, or a function of shapes by component.
-      vae_model: an autoencoder in the place of the model's own.
-      components: the networks whose parameters are read; None: all.
+      vae_model: an autoencoder instead of the model's own.
+      components: networks whose parameters are read; None: all.
 
     Raises:
       FileNotFoundError, ValueError: one sentence on what is missing or does not fit.
@@ -92,44 +92,44 @@ class Family(Protocol):
     clip_skip: int | None = None,
     sampler: str = "ddim",
   ) -> Model:
-    """The pure functions of what was loaded.
+    """Returns the pure functions of a loaded model.
 
     Args:
-      remat: as `config.remat`.
+      remat: see `config.remat`.
       lora_scale: alpha / rank of an adapter.
       vae_slicing: images that the autoencoder computes at a time; None: all.
       clip_skip: layers of the text encoder to leave out.
-      sampler: of `evaluation.drawing`, if one asks for something of its own.
+      sampler: name of a sampler of `evaluation.drawing`, if it needs something of its own.
 
     Raises:
-      ValueError: something that the family does not have.
+      ValueError: the family does not have something asked for.
     """
     ...
 
   def save(self, folder: pathlib.Path, pipe: Any, *, dtype: Any) -> None:
-    """Writes a folder that `load` opens, in the precision `dtype`."""
+    """Writes a folder that `load` opens, with the precision `dtype`."""
     ...
 
   def load_adapter(self, file: str, pipe: Any) -> tuple[Tree, float]:
-    """An adapter of the denoiser to train on from, f32, and its scale alpha / rank; ValueError if it does not fit."""
+    """Returns an f32 adapter of the denoiser to continue, and its scale alpha / rank; ValueError if it does not fit."""
     ...
 
   def save_adapter(
     self, file: pathlib.Path, adapter: Tree, scale: float, *, name: str, form: str = "lora", dtype: Any = jnp.float32
   ) -> None:
-    """Writes an adapter by itself: as `load_adapter` reads it (form "lora"), or in another form that it knows.
+    """Writes an adapter alone: as `load_adapter` reads it (form "lora"), or in another form that the family knows.
 
     Args:
-      name: of the model.
+      name: name of the model.
     """
     ...
 
   def with_adapters(self, pipe: Any, loras: Sequence[adapters.LoraFile]) -> tuple[dict[str, Tree], float]:
-    """The parameters with several adapters, each with its strength, and the scale of their sum in `DENOISER_lora`."""
+    """Returns the parameters with the sum of adapters, each with its strength, in `DENOISER_lora`, and its scale."""
     ...
 
   def without_values(self, name: str) -> str:
-    """The name of a model of the same shapes which takes no weights to make: of planning.
+    """Returns the name of a model of the same shapes whose weights cost nothing to make, for planning.
 
     Raises:
       ValueError: its shapes are not known here.
@@ -137,16 +137,16 @@ class Family(Protocol):
     ...
 
   def weight_files(self, name: str) -> Mapping[str, Sequence[tensors.Source]]:
-    """The files of weights by component; none of random ones, of which name and seed say it all."""
+    """Returns the files of weights by component; none for random ones, which name and seed determine."""
     ...
 
 
 class StableDiffusionFamily:
-  """Stable Diffusion 1.x and 2.x, and SDXL, in diffusers' folders or checkpoints in one file. See `Family`."""
+  """Stable Diffusion 1.x, 2.x and SDXL, in diffusers' folders or checkpoints in one file. See `Family`."""
 
   networks = pipelines.NETWORKS
   denoiser = "unet"
-  # Published models whose shapes are known without their files.
+  # Published models with shapes that are known without their files.
   published: Mapping[str, str] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
@@ -188,7 +188,7 @@ class StableDiffusionFamily:
       pipe = dataclasses.replace(pipe, unet=pipe.unet.clone(remat=levels[0] if len(levels) == 1 else levels))
     model = loading.text_to_image(pipe, lora_scale=lora_scale, vae_slicing=vae_slicing)
     if sampler == "dpmpp_2m":
-      # Where the folder does not say, diffusers' DPMSolverMultistepScheduler has another default than DDIMScheduler.
+      # Without a value in the folder, diffusers' DPMSolverMultistepScheduler has another default than DDIMScheduler.
       spacing = pipe.scheduler_config.get("timestep_spacing") or "linspace"
       schedule = dataclasses.replace(pipe.schedule, timestep_spacing=spacing)
       model = dataclasses.replace(model, process=VariancePreserving(schedule))
@@ -241,15 +241,15 @@ FAMILIES: dict[str, Family] = {DEFAULT: StableDiffusionFamily()}
 
 
 def get(name: str, field: str = "config.family") -> Family:
-  """The family of a name: of the table, or package.module:NAME of one's own.
+  """Returns the family of a name: one of the table, or the user's own as package.module:NAME.
 
   Raises:
-    ValueError: it names none.
+    ValueError: there is no such family.
   """
   if ":" not in name:
     if name not in FAMILIES:
       near = f" such as {name.rpartition('.')[0]}:{name.rpartition('.')[2]}" if own.hint(name) else ""
-      expected = f"one of {', '.join(FAMILIES)}, or package.module:NAME of one of your own{near}"
+      expected = f"one of {', '.join(FAMILIES)}, or your own as package.module:NAME{near}"
       raise ValueError(f"{field}={name!r}; expected {expected}.")
     return FAMILIES[name]
   found = load_named(name, field, "NAME")
@@ -272,19 +272,19 @@ def get(name: str, field: str = "config.family") -> Family:
 
 
 def _check_function(found: Any, of_family: Any, given: str) -> None:
-  """Refuses a function that does not take what that of `Family` is given: all of `load`, else what has no default."""
+  """Raises if a function does not take what `Family`'s does: all arguments of `load`, else those without a default."""
   takes = list(inspect.signature(of_family).parameters.values())[1:]
   always = [p for p in takes if p.default is p.empty or of_family is Family.load]
-  expected = f"a function of ({', '.join(p.name for p in always)}), as of jaxpref.files.family.Family"
+  expected = f"a function of ({', '.join(p.name for p in always)}), as in jaxpref.files.family.Family"
   named = {p.name: None for p in always if p.kind is p.KEYWORD_ONLY}
   own.check_function(found, given, expected, *[None] * (len(always) - len(named)), **named)
 
 
 def opened(name: str, field: str = "config.family") -> contextlib.AbstractContextManager[None]:
-  """Says in one sentence what a family of one's own raises in the block, which opens a model with it.
+  """Reports in one sentence what the user's own family raises in the block, which opens a model with it.
 
   Args:
-    name, field: as of `get`.
+    name, field: see `get`.
   """
   if ":" not in name:
     return contextlib.nullcontext()
@@ -296,21 +296,21 @@ def opened(name: str, field: str = "config.family") -> contextlib.AbstractContex
 def save_trained(
   family: Family, folder: pathlib.Path, pipe: Any, params: Mapping[str, Tree], *, scale: float, name: str, dtype: Any
 ) -> None:
-  """Writes a folder: a pipeline with trained parameters in the place of its own.
+  """Writes a folder: a pipeline with trained parameters instead of its own.
 
   Args:
-    folder: to write.
+    folder: path to write.
     pipe: the pipeline that was trained.
-    params: trained parameters by component; an adapter is merged, and also written by itself beside the components (in
-      float32, to be continued from).
+    params: trained parameters by component; an adapter is merged, and also written separately beside the components (in
+      float32, to continue from).
     scale: alpha / rank of the adapter.
-    name: of the model.
-    dtype: of the folder's files.
+    name: name of the model.
+    dtype: dtype of the folder's files.
   """
   trained = dict(pipe.params) | dict(params)
   adapter = trained.pop(f"{family.denoiser}_lora", None)
   if adapter is not None:
-    # A bfloat16 base would swallow most of a small change, so it takes the precision of the file first.
+    # A bfloat16 base would lose most of a small change, so it is cast to the precision of the file first.
     widened = lambda x: x.astype(dtype) if x.dtype == jnp.bfloat16 else x
     base = jax.tree.map(widened, trained[family.denoiser])
     trained[family.denoiser] = lora.merge_lora(base, adapter, scale)
@@ -322,17 +322,17 @@ def save_trained(
 def look_for(
   family: Family, name: str, *, vae_model: str | None = None, loras: Sequence[str | pathlib.Path] = ()
 ) -> None:
-  """Looks for what a model is loaded from, without reading weights; a hub's is fetched.
+  """Checks that what a model is loaded from exists, without reading weights; a hub's model is fetched.
 
-  Names mean to a family of one's own what it makes of them, so that it finds out by itself.
+  Only a user's own family knows what its names mean, so it checks them itself.
 
   Args:
-    name: of `Family.load`.
-    vae_model: the same.
-    loras: of `Family.load_adapter` or `Family.with_adapters`.
+    name: see `Family.load`.
+    vae_model: see `Family.load`.
+    loras: files for `Family.load_adapter` or `Family.with_adapters`.
 
   Raises:
-    FileNotFoundError, ValueError: as those.
+    FileNotFoundError, ValueError: as those functions do.
   """
   if isinstance(family, StableDiffusionFamily):
     loading.look_for(name, vae_model)
@@ -341,13 +341,13 @@ def look_for(
 
 
 def of_run(name: str, given: str | None) -> str:
-  """The family of --model: the one given, else that of the run whose work folder or export it is, else DEFAULT."""
+  """Returns the family of --model: the one given, else that of the run that has this folder or export, else DEFAULT."""
   if given is not None:
     return given
   folder = pathlib.Path(loading.split_config(name)[0])
   for place in (folder / "config.json", folder.parent / "config.json"):
     if place.is_file():
-      with contextlib.suppress(ValueError, AttributeError):  # of something else
+      with contextlib.suppress(ValueError, AttributeError):  # files of something else
         return json.loads(place.read_text(encoding="utf-8")).get("family", DEFAULT)
       return DEFAULT
   return DEFAULT

@@ -1,4 +1,4 @@
-"""Model folders: where they are, their JSON files, and how a new one takes the place of an old one."""
+"""Finds model folders, reads and writes their JSON files, and replaces an old folder by a new one."""
 
 import contextlib
 import json
@@ -22,8 +22,8 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
   """Reads a JSON file of a model folder.
 
   Raises:
-    FileNotFoundError: it is missing.
-    ValueError: it is not valid JSON.
+    FileNotFoundError: the file is missing.
+    ValueError: the file is not valid JSON.
   """
   try:
     return json.loads(file.read_text(encoding="utf-8"))
@@ -34,19 +34,19 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:
-  """Writes indented JSON."""
+  """Writes a value as indented JSON."""
   file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def resolve_folder(name: Path, weights: str = "*.safetensors") -> pathlib.Path:
-  """Returns a model folder on this machine, downloaded from the Hugging Face hub if it is named so.
+  """Returns a local model folder, downloaded if the name is one of the Hugging Face hub.
 
   Args:
     name: a folder, or "organisation/model" of the hub; see `hub.fetch`.
     weights: pattern of the weight files to fetch.
 
   Raises:
-    FileNotFoundError: neither is to be had.
+    FileNotFoundError: there is no such folder, and it cannot be downloaded.
   """
   folder = pathlib.Path(places.expand(os.fspath(name)))
   if folder.is_dir():
@@ -65,19 +65,19 @@ def resolve_folder(name: Path, weights: str = "*.safetensors") -> pathlib.Path:
 
 
 def refuse_pickles(name: Path) -> None:
-  """Raises one sentence if a name is that of a pickle, or of a checkpoint file that does not exist."""
+  """Raises for a name that is a pickle's, or that of a missing checkpoint file."""
   file = pathlib.Path(places.expand(os.fspath(name)))
   if file.suffix in (".safetensors", ".ckpt") and not file.exists():
     raise FileNotFoundError(f"there is no file {name}; check the path.")
   if file.suffix in PICKLES and file.is_file():
     raise ValueError(
-      f"{name} is a pickle, which can run code and is never loaded; take the model as .safetensors, or convert one "
+      f"{name} is a pickle, which can run code and is never loaded; use the model as .safetensors, or convert one "
       "that you trust: diffusers' StableDiffusionPipeline.from_single_file, then save_pretrained."
     )
 
 
 def check_network(module: nn.Module, files: Sequence[Source], shapes: Tree) -> None:
-  """Raises what `load_network` would about the tensors that there are; reads headers only."""
+  """Raises what `load_network` would raise about the existing tensors; reads headers only."""
   with _naming_fields(module):
     check_tree(files, shapes)
 
@@ -98,21 +98,21 @@ def _naming_fields(module: nn.Module) -> Iterator[None]:
 def load_network(
   module: nn.Module, files: Sequence[Path | Part], shapes: Tree, param_dtype: Any, sharding: Any
 ) -> Tree:
-  """Reads the parameters of a network by `load_tree`; an error names the fields of config.json that do not fit.
+  """Reads the parameters of a network with `load_tree`; an error names the fields of config.json that do not fit.
 
   Args:
-    module: has a `config` that was read from config.json.
-    files, shapes, param_dtype, sharding: as of `load_tree`.
+    module: has a `config` read from config.json.
+    files, shapes, param_dtype, sharding: see `load_tree`.
 
   Raises:
-    MisfitError: the tensors are not those of `shapes`.
+    MisfitError: the tensors do not match `shapes`.
   """
   with _naming_fields(module):
     return load_tree(files, shapes, param_dtype=param_dtype, sharding=sharding)
 
 
 def save_network(folder: pathlib.Path, stem: str, config: Mapping[str, Any], params: Tree | None, dtype: Any) -> None:
-  """Writes config.json and, of parameters that are not None, `stem`.safetensors into a new folder or an empty one."""
+  """Writes config.json and, unless the parameters are None, `stem`.safetensors into a new or empty folder."""
   folder.mkdir(exist_ok=True)
   write_json(folder / "config.json", config)
   if params is not None:
@@ -121,9 +121,9 @@ def save_network(folder: pathlib.Path, stem: str, config: Mapping[str, Any], par
 
 @contextlib.contextmanager
 def replacing(folder: Path, marker: str, known: Sequence[str]) -> Iterator[pathlib.Path]:
-  """Yields a temporary folder that takes the place of `folder` if the block succeeds.
+  """Yields a temporary folder that replaces `folder` if the block succeeds.
 
-  An existing `folder` must be empty, have `marker`, or hold nothing but entries of `known`.
+  An existing `folder` must be empty, have `marker`, or hold only entries of `known`.
   """
   folder = pathlib.Path(folder)
   if folder.exists():

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: what is fetched of one, and what to do where it cannot be."""
+"""Fetches models of the Hugging Face hub, or says why one cannot be fetched and what to do."""
 
 import errno
 import fnmatch
@@ -12,7 +12,7 @@ _HALF = ("diffusion_pytorch_model.fp16.safetensors", "model.fp16.safetensors")
 
 
 class HubError(FileNotFoundError):
-  """A model could not be fetched.
+  """Raised if a model could not be fetched.
 
   Attributes:
     reason, remedy: parts of the sentence.
@@ -26,21 +26,21 @@ class HubError(FileNotFoundError):
 
 
 def said(error: FileNotFoundError) -> str:
-  """Returns why a model could not be fetched and what to do, from a HubError; of another error that it is not there."""
+  """Returns why a model could not be fetched and what to do, for a HubError; else that it is not there."""
   return f"could not be fetched: {error.reason}; {error.remedy}" if isinstance(error, HubError) else "is not there"
 
 
 def fetch(name: str, weights: str) -> pathlib.Path:
-  """Returns the folder of a model in the hub's cache, downloaded if it is not there.
+  """Returns the folder of a model in the hub's cache, downloading what is missing.
 
-  Only safetensors, JSON and text files are fetched; in half precision only what is not there in another.
+  Fetches only safetensors, JSON and text files; half precision only if there is no other.
 
   Args:
     name: "organisation/model".
     weights: pattern of the weight files to fetch.
 
   Raises:
-    HubError: one sentence on why it is not to be had, and what to do.
+    HubError: one sentence on why the model cannot be fetched, and what to do.
   """
   import huggingface_hub
 
@@ -55,12 +55,12 @@ def fetch(name: str, weights: str) -> pathlib.Path:
       allowed = [f"{place}*.fp16{end}" for place in lacking for end in ("[.-]*safetensors", ".*json", ".json")]
       folder = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=allowed, ignore_patterns=left_out))
     return folder
-  except Exception as error:  # whatever the hub's client raises
+  except Exception as error:  # the hub's client may raise anything
     raise HubError(name, *explain(name, error)) from error
 
 
 def _without_weights(folder: pathlib.Path, weights: str) -> Iterator[str]:
-  """Yields the places of a folder ("", "unet/") that have a network's config.json, but none of its weights."""
+  """Yields the parts of a folder ("", "unet/") that have a network's config.json but none of its weights."""
   for config in sorted([*folder.glob("config.json"), *folder.glob("*/config.json")]):
     place = config.parent.relative_to(folder).as_posix() + "/"
     place = "" if place == "./" else place
@@ -70,11 +70,11 @@ def _without_weights(folder: pathlib.Path, weights: str) -> Iterator[str]:
 
 
 def explain(name: str, error: BaseException) -> tuple[str, str]:
-  """Returns why a model could not be fetched, and what to do, from what the hub's client raised."""
+  """Returns why a model could not be fetched and what to do, from the exception of the hub's client."""
   from huggingface_hub import constants, errors
 
   if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-    error = error.__cause__  # what went wrong before it looked into the cache
+    error = error.__cause__  # what went wrong before it searched the cache
   response = getattr(error, "response", None)
   status = getattr(response, "status_code", None)
   if isinstance(error, errors.GatedRepoError):  # a kind of RepositoryNotFoundError
@@ -88,22 +88,22 @@ def explain(name: str, error: BaseException) -> tuple[str, str]:
       f"check the name; for a private one {_LOGIN} to a token of an account that may read it",
     )
   if isinstance(error, errors.DisabledRepoError):
-    return "the hub has disabled it", "take another model, or give the path of a downloaded folder"
+    return "the hub has disabled it", "use another model, or give the path of a downloaded folder"
   if isinstance(error, errors.RevisionNotFoundError):
     return (
       "it has no revision main",
-      f"download the revision that you want with `hf download {name}`, and give its path",
+      f"download the revision you want with `hf download {name}`, and give its path",
     )
   if isinstance(error, errors.OfflineModeIsEnabled) or (
     isinstance(error, errors.LocalEntryNotFoundError) and constants.is_offline_mode()
   ):
     return (
-      "it is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it",
+      "it is not in the hub's cache, and HF_HUB_OFFLINE forbids fetching it",
       "unset HF_HUB_OFFLINE, or give the path of a downloaded folder",
     )
   if status == 429:
     return (
-      "the hub answers no more requests for now (429)",
+      "the hub accepts no more requests for now (429)",
       f"wait some minutes, or {_LOGIN}, which allows more of them",
     )
   if status in (401, 403):

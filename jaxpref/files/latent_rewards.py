@@ -1,4 +1,4 @@
-"""A text-to-image model as the start of a latent reward model."""
+"""Starts a latent reward model from a text-to-image model."""
 
 from typing import Any
 
@@ -13,24 +13,24 @@ from jaxpref.models.latent_reward import LatentRewardModel
 from jaxpref.models.unet import encoder_params
 from jaxpref.recipes.sizes import Size
 
-NETWORKS = ("unet", "text_encoder", "text_encoder_2")  # that it has, too
+NETWORKS = ("unet", "text_encoder", "text_encoder_2")  # the networks it shares
 
 
 def of_pipeline(
   pipe: Any, key: jax.Array, *, image_size: Size, guidance_scale: float, remat: str | tuple[str, ...] = "none"
 ) -> tuple[LatentRewardModel, Tree]:
-  """The latent reward model that starts as a Stable Diffusion model: its way down, middle and text encoders.
+  """Returns the latent reward model that starts as a Stable Diffusion model: its way down, middle and text encoders.
 
-  The projections are random: features normal of deviation 0.02, text as a new CLIP's (SDXL's has its own).
+  The projections are random: of features normal with deviation 0.02, of text like a new CLIP's (SDXL's has its own).
 
   Args:
-    pipe: with the parameters of NETWORKS, as far as it has these.
-    key: of the projections.
-    image_size: of the model, in pixels.
-    guidance_scale, remat: of the latent reward model.
+    pipe: has the parameters of NETWORKS, as far as it has these networks.
+    key: PRNG key of the projections.
+    image_size: the model's size of images, in pixels.
+    guidance_scale, remat: settings of the latent reward model.
 
   Raises:
-    ValueError: the pipeline is of another family.
+    ValueError: the pipeline belongs to another family.
   """
   if not isinstance(pipe, pipelines.Pipeline):
     raise ValueError(

@@ -1,9 +1,9 @@
-"""Models by name: a folder, a hub name, a shipped model, `random:PRESET`, or a checkpoint in one file.
+"""Opens models by name: a folder, a hub name, a shipped model, `random:PRESET`, or a checkpoint in one file.
 
-Each may be NAME+unet=UNET, with another UNet; a file may be FILE+config=FOLDER, where FOLDER says its topology.
+Each may be NAME+unet=UNET, with another UNet; a file may be FILE+config=FOLDER, where FOLDER gives its topology.
 
-`random:PRESET` has the same numbers on every device, and numpy draws them; `drawn:PRESET` is for measurements at full
-size: the device draws the weights in seconds, each in its final precision.
+`random:PRESET` has the same numbers on every device, drawn by numpy. `drawn:PRESET` is for measurements at full size:
+the device draws the weights in seconds, each in its final precision.
 """
 
 import contextlib
@@ -30,17 +30,17 @@ _ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 SHIPPED = ("tiny-sd", "tiny-clip", "tiny-spm", "tiny-judge")
 
 
-UNET = "+unet="  # in the name of a model, before the folder or hub name of a UNet that takes the place of its own
-CONFIG = "+config="  # in the name of a checkpoint file, before the folder that says its topology
+UNET = "+unet="  # in a model's name, before the folder or hub name of a UNet that replaces its own
+CONFIG = "+config="  # in a checkpoint file's name, before the folder with its topology
 
 
 def with_unet(model: str, unet: str | None) -> str:
-  """Returns the name of a model whose UNet is another's, if one is given."""
+  """Returns the name of a model with another UNet, if one is given."""
   return f"{model}{UNET}{unet}" if unet else model
 
 
 def with_config(model: str, folder: str | None) -> str:
-  """Returns the name of a checkpoint file whose topology a folder says, if one is given."""
+  """Returns the name of a checkpoint file with the folder of its topology, if one is given."""
   base, unet = split_unet(model)
   return with_unet(f"{base}{CONFIG}{folder}", unet) if folder else model
 
@@ -51,45 +51,45 @@ def model_name(config: AnyConfig) -> str:
 
 
 def split_unet(name: str) -> tuple[str, str | None]:
-  """Returns MODEL and UNET of MODEL+unet=UNET: a UNet by itself in the place of the model's own; or a name and None."""
+  """Returns MODEL and UNET of MODEL+unet=UNET, where UNET replaces the model's own; else the name and None."""
   model, separator, unet = str(name).partition(UNET)
   return (model, unet) if separator else (name, None)
 
 
 def split_config(name: str) -> tuple[str, str | None]:
-  """Returns FILE and FOLDER of FILE+config=FOLDER, or a name and None; the UNet of a name is left out."""
+  """Returns FILE and FOLDER of FILE+config=FOLDER, else the name and None; leaves out the UNet of a name."""
   model, separator, folder = str(split_unet(name)[0]).partition(CONFIG)
   return model, (str(folder_of(folder)) if separator else None)
 
 
 def checkpoint_of(name: str) -> tuple[pathlib.Path, str | None] | None:
-  """Returns the checkpoint file that a name means, and the folder that says its topology; None for other models.
+  """Returns the checkpoint file that a name means, and the folder with its topology; None for other models.
 
   Raises:
-    ValueError: there is such a folder for a model that is no file.
+    ValueError: there is such a folder, but the model is not a file.
   """
   model, folder = split_config(name)
   file = single_file.find(model)
   if file is None and folder is not None and not model.startswith("zeros:"):
     folders.refuse_pickles(model)
     raise ValueError(
-      f"{single_file.CONFIG} is for a checkpoint in one .safetensors file, and {model} is none: leave it out; a folder "
-      "has its own config.json files."
+      f"{single_file.CONFIG} is for a checkpoint in one .safetensors file, which {model} is not; leave it out: folders "
+      "have their own config.json files."
     )
   return None if file is None else (file, folder)
 
 
 def folder_of(name: str) -> str | pathlib.Path:
-  """The folder of a shipped model, or the name itself: a folder or a hub name; of MODEL+unet=UNET that of MODEL."""
+  """Returns the folder of a shipped model, else the name itself (a folder or a hub name), without +unet=UNET."""
   name, _ = split_unet(name)
   return _ASSETS / name if name in SHIPPED else name
 
 
 def preset_of(name: str) -> presets.Preset | None:
-  """Returns the preset of random:PRESET, drawn:PRESET or zeros:PRESET; None for other names, which are loaded.
+  """Returns the preset of random:PRESET, drawn:PRESET or zeros:PRESET; None for names that are loaded.
 
   zeros:FOLDER has the shapes that the config.json files of a model folder describe, zeros:FILE[+config=FOLDER] those of
-  a checkpoint. Of MODEL+unet=UNET that of MODEL.
+  a checkpoint. For MODEL+unet=UNET it is the preset of MODEL.
   """
   name, _ = split_unet(name)
   kind, colon, preset = name.partition(":")
@@ -101,19 +101,19 @@ def preset_of(name: str) -> presets.Preset | None:
 
 
 def without_values(name: str) -> str:
-  """Returns zeros:PRESET for random:PRESET and drawn:PRESET, and any other name itself."""
+  """Returns zeros:PRESET for random:PRESET and drawn:PRESET, and any other name unchanged."""
   return name if preset_of(name) is None else f"zeros:{name.partition(':')[2]}"
 
 
 def initialiser(name: str) -> Callable[[Any, jax.Array], Any]:
-  """Returns what makes the parameters of a network of random:PRESET or zeros:PRESET from it and a key."""
+  """Returns the function (network, key) -> parameters for random:PRESET or zeros:PRESET."""
   return presets.zero_params if name.startswith("zeros:") else presets.init_params
 
 
 def _draw_text_to_image(
   name: str, *, dtype: Any, seed: int, param_dtypes: Mapping[str, str], sharding: Any, components: Sequence[str]
 ) -> pipelines.Pipeline:
-  """Returns a pipeline by drawn:PRESET; arguments as of `load_text_to_image`."""
+  """Returns a pipeline by drawn:PRESET; see `load_text_to_image` for the arguments."""
   pipe = pipelines.random_pipeline(name.partition(":")[2], dtype=dtype, components=())
   params = {}
   for component in components:
@@ -127,7 +127,7 @@ def _draw_text_to_image(
 def _replace_vae(
   pipe: pipelines.Pipeline, vae_model: str, *, of: str, param_dtype: Any, sharding: pipelines.Sharding
 ) -> pipelines.Pipeline:
-  """Returns a pipeline, by the name `of`, with another VAE; raises ValueError if that was made for another model."""
+  """Returns a pipeline, named `of`, with another VAE; raises ValueError if that was made for another model."""
   if (file := single_file.find(vae_model)) is not None:
     params = single_file.load_alone(file, "vae", pipe.vae, param_dtype=param_dtype, sharding=sharding)
     return dataclasses.replace(pipe, params={**pipe.params, "vae": params})
@@ -144,7 +144,7 @@ def _replace_vae(
 def _replace_unet(
   pipe: pipelines.Pipeline, unet: str, *, param_dtype: Any, sharding: pipelines.Sharding, with_params: bool
 ) -> pipelines.Pipeline:
-  """Returns a pipeline with another UNet; arguments as of `pipelines.replace_unet`, but that it may be in a file."""
+  """Returns a pipeline with another UNet; takes what `pipelines.replace_unet` does, and also a file."""
   if (file := single_file.find(unet)) is None:
     return pipelines.replace_unet(pipe, unet, param_dtype=param_dtype, sharding=sharding, with_params=with_params)
   params = {k: v for k, v in pipe.params.items() if k != "unet"}
@@ -163,14 +163,14 @@ def load_text_to_image(
   vae_model: str | None = None,
   components: Sequence[str] = pipelines.NETWORKS,
 ) -> pipelines.Pipeline:
-  """A pipeline by a name as of this module; arguments as of `pipelines.load_pipeline`.
+  """Returns a pipeline by a name that this module knows; see `pipelines.load_pipeline` for other arguments.
 
   Args:
-    vae_model: folder or hub name of a VAE that takes the place of the pipeline's, or a file that holds one.
-    components: the networks whose parameters are read.
+    vae_model: folder or hub name of a VAE that replaces the pipeline's, or a file that holds one.
+    components: networks whose parameters are read.
 
   Raises:
-    ValueError: the VAE's latents are not those of the pipeline, or the seed is out of range.
+    ValueError: the VAE's latents do not fit the pipeline, or the seed is out of range.
   """
   check_seed(seed)
   look_for_parts(name, vae_model if "vae" in components else None)
@@ -219,7 +219,7 @@ def load_text_to_image(
 
 
 def look_for_parts(name: str, vae_model: str | None) -> None:
-  """Looks for the VAE and the UNet that take the place of a model's own, whose folders are fetched where hub names are.
+  """Checks that the VAE and the UNet that replace a model's own exist, fetching those with hub names.
 
   Raises:
     FileNotFoundError, ValueError: as `load_text_to_image`, before anything large is read.
@@ -236,7 +236,7 @@ def look_for_parts(name: str, vae_model: str | None) -> None:
 
 
 def look_for(name: str, vae_model: str | None = None) -> None:
-  """Looks for a pipeline of `load_text_to_image`, and fetches it where it is a hub name; reads no weights.
+  """Checks that a pipeline of `load_text_to_image` exists, fetching it if it has a hub name; reads no weights.
 
   Raises:
     FileNotFoundError, ValueError: as `load_text_to_image`.
@@ -249,7 +249,7 @@ def look_for(name: str, vae_model: str | None = None) -> None:
 
 
 def unet_config(name: str) -> UNetConfig:
-  """Of a pipeline, without reading its weights; name as for `load_text_to_image`."""
+  """Returns the UNet's config of a pipeline, without reading weights; takes a name of `load_text_to_image`."""
   base, unet = split_unet(name)
   if unet and single_file.find(unet) is None:
     return UNetConfig.from_dict(folders.read_json(pipelines.unet_folder(unet) / "config.json"))
@@ -262,7 +262,7 @@ def unet_config(name: str) -> UNetConfig:
 
 
 def weight_files(name: str) -> dict[str, list[tensors.Source]]:
-  """Returns the files of a pipeline's weights, by component; none of random ones, of which name and seed say it all."""
+  """Returns the files of a pipeline's weights by component; none for random ones, which name and seed determine."""
   base, unet = split_unet(name)
   found: dict[str, list[tensors.Source]] = {}
   if (checkpoint := checkpoint_of(base)) is not None:
@@ -278,7 +278,7 @@ def weight_files(name: str) -> dict[str, list[tensors.Source]]:
 
 
 def vae_files(name: str) -> list[tensors.Source]:
-  """Returns the files of a VAE that takes the place of a model's own."""
+  """Returns the files of a VAE that replaces a model's own."""
   if (file := single_file.find(name)) is not None:
     return [file]
   return list(tensors.weight_files(folders.resolve_folder(name, "diffusion_pytorch_model*.safetensors")))
@@ -287,7 +287,7 @@ def vae_files(name: str) -> list[tensors.Source]:
 def text_to_image(
   pipe: pipelines.Pipeline, *, lora_scale: float = 1.0, vae_slicing: int | None = None
 ) -> StableDiffusion:
-  """The pure functions of a loaded pipeline."""
+  """Returns the pure functions of a loaded pipeline."""
   return StableDiffusion(
     unet=pipe.unet,
     vae=pipe.vae,
@@ -305,10 +305,10 @@ def tiny_tokenize(captions: list[str]) -> np.ndarray:
 
 
 def load_tokenizer(*models: str) -> Any:
-  """The CLIP tokenizer of the first of some models that has one: a pipeline, or a CLIP with its tokenizer beside it.
+  """Returns the CLIP tokenizer of the first model that has one: a pipeline, or a CLIP with its tokenizer beside it.
 
   Raises:
-    FileNotFoundError: none has.
+    FileNotFoundError: no model has one.
   """
   for name in models:
     if preset_of(name) is not None:

@@ -1,7 +1,7 @@
-"""Names of tensors in the layout of the original Stable Diffusion code -> those of diffusers and transformers.
+"""Maps names of tensors in the original Stable Diffusion code's layout to those of diffusers and transformers.
 
-Each function takes the shapes of a file's tensors by name, and returns {name of diffusers: `tensors.Piece`} for one
-network. Names that it does not know are kept, so that what reads them can tell which are too many.
+Each function takes the shapes of a file's tensors by name, and returns {diffusers' name: `tensors.Piece`} for one
+network. Unknown names are kept, so that the reader can report the ones that are too many.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from jaxpref.models.vae import VAEConfig
 Shapes = Mapping[str, tuple[int, ...]]
 Pieces = dict[str, Piece]
 
-# Where a network may be in a whole checkpoint: what its names begin with, and one that it has.
+# Where a network may be in a whole checkpoint: how its names begin, and one name that it has.
 _CLIP, _OPEN_CLIP = "embeddings.position_embedding.weight", "positional_embedding"
 PLACES: dict[str, tuple[tuple[str, str], ...]] = {
   "unet": (("model.diffusion_model.", "input_blocks.0.0.weight"),),
@@ -29,7 +29,7 @@ PLACES: dict[str, tuple[tuple[str, str], ...]] = {
   ),
   "text_encoder_2": (("conditioner.embedders.1.model.", _OPEN_CLIP),),
 }
-# The same in a file of one network.
+# The same for a file of one network.
 ALONE = {
   "unet": ("input_blocks.0.0.weight", "conv_in.weight"),
   "vae": ("decoder.conv_in.weight",),
@@ -55,7 +55,7 @@ _UNET_RESNET = {
 }
 _VAE_RESNET = {"": "", "nin_shortcut": "conv_shortcut"}
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-_VAE_OTHERS = re.compile(r"loss\.|model_ema\.")  # what training one leaves in its file
+_VAE_OTHERS = re.compile(r"loss\.|model_ema\.")  # what its training leaves in the file
 _OPEN_CLIP_ENDS = {
   "token_embedding": "text_model.embeddings.token_embedding",
   "ln_final": "text_model.final_layer_norm",
@@ -75,12 +75,12 @@ def _joined(*names: str) -> str:
 
 
 def _inside(module: str, new: str, table: Mapping[str, str]) -> dict[str, str]:
-  """The table of what is in a module, under the names that the whole network has."""
+  """Returns the table of a module's content under the names that the whole network uses."""
   return {_joined(module, a): _joined(new, b) for a, b in table.items()}
 
 
 def _unet_modules(config: UNetConfig) -> dict[str, str]:
-  """{module of the original UNet: module of diffusers'}."""
+  """Returns {module of the original UNet: module of diffusers'}."""
   last = len(config.block_out_channels) - 1
   layers = config.per_level("layers_per_block")
   modules = dict(_UNET_ENDS)
@@ -100,13 +100,13 @@ def _unet_modules(config: UNetConfig) -> dict[str, str]:
       block = f"output_blocks.{next(number)}"
       modules |= _inside(f"{block}.0", f"up_blocks.{level}.resnets.{layer}", _UNET_RESNET)
       modules[f"{block}.1"] = f"up_blocks.{level}.attentions.{layer}"
-      for after in ("1", "2"):  # without attention, and with
+      for after in ("1", "2"):  # without and with attention
         modules[f"{block}.{after}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
   return modules
 
 
 def _vae_modules(config: VAEConfig) -> dict[str, str]:
-  """{module of the original autoencoder: module of diffusers'}."""
+  """Returns {module of the original autoencoder: module of diffusers'}."""
   modules: dict[str, str] = {}
   for half in ("encoder", "decoder"):
     modules[f"{half}.norm_out"] = f"{half}.conv_norm_out"
@@ -115,7 +115,7 @@ def _vae_modules(config: VAEConfig) -> dict[str, str]:
     modules |= _inside(f"{half}.mid.attn_1", f"{half}.mid_block.attentions.0", _VAE_ATTENTION)
   last = len(config.block_out_channels) - 1
   for level in range(last + 1):
-    down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{last - level}"  # up: the coarsest is the first
+    down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{last - level}"  # up: the coarsest comes first
     modules[f"encoder.down.{level}.downsample"] = f"{down}.downsamplers.0"
     modules[f"decoder.up.{level}.upsample"] = f"{up}.upsamplers.0"
     for layer in range(config.layers_per_block + 1):
@@ -125,7 +125,7 @@ def _vae_modules(config: VAEConfig) -> dict[str, str]:
 
 
 def _open_clip_modules(config: CLIPTextConfig) -> dict[str, str]:
-  """{module of open_clip's text tower: module of transformers'}."""
+  """Returns {module of open_clip's text tower: module of transformers'}."""
   modules = dict(_OPEN_CLIP_ENDS)
   for layer in range(config.num_hidden_layers):
     new = f"text_model.encoder.layers.{layer}"
@@ -134,7 +134,7 @@ def _open_clip_modules(config: CLIPTextConfig) -> dict[str, str]:
 
 
 def renamed(key: str, modules: Mapping[str, str]) -> str:
-  """Returns a name with the longest module that it begins with in a table replaced, or itself.
+  """Returns a name with its longest leading module that the table has replaced; else the name itself.
 
   >>> renamed("out.2.weight", {"out.2": "conv_out"})
   'conv_out.weight'
@@ -147,34 +147,34 @@ def renamed(key: str, modules: Mapping[str, str]) -> str:
 
 
 def _below(prefix: str, shapes: Shapes) -> dict[str, str]:
-  """{name without the prefix: name} of the tensors that have it."""
+  """Returns {name without the prefix: name} of the tensors that have the prefix."""
   return {key.removeprefix(prefix): key for key in shapes if key.startswith(prefix)}
 
 
 def unet(shapes: Shapes, prefix: str, config: UNetConfig) -> Pieces:
-  """Of the original UNet, whose names begin with `prefix`."""
+  """Maps the original UNet, whose names begin with `prefix`."""
   modules = _unet_modules(config)
   return {renamed(name, modules): Piece(key) for name, key in _below(prefix, shapes).items()}
 
 
 def vae(shapes: Shapes, prefix: str, config: VAEConfig) -> Pieces:
-  """Of the original autoencoder; what its training leaves beside it is left out."""
+  """Maps the original autoencoder, without what its training leaves beside it."""
   modules = _vae_modules(config)
   found = _below(prefix, shapes).items()
   return {renamed(name, modules): Piece(key) for name, key in found if not _VAE_OTHERS.match(name)}
 
 
 def clip(shapes: Shapes, prefix: str, config: CLIPTextConfig) -> Pieces:
-  """Of a text encoder of transformers, which has its own names."""
+  """Maps a text encoder of transformers, which keeps its own names."""
   del config
   return {name: Piece(key) for name, key in _below(prefix, shapes).items()}
 
 
 def open_clip(shapes: Shapes, prefix: str, config: CLIPTextConfig) -> Pieces:
-  """Of open_clip's text tower: queries, keys and values are rows of one matrix there, and the projection is transposed.
+  """Maps open_clip's text tower: its queries, keys and values are rows of one matrix, its projection is transposed.
 
-  Left out are the scale of its logits, and the layer after the last one of `config`: Stable Diffusion 2 conditions on
-  the penultimate one.
+  Leaves out the scale of its logits, and the layer after the last one of `config`: Stable Diffusion 2 conditions on the
+  penultimate one.
   """
   modules = _open_clip_modules(config)
   return dict(_open_clip_pieces(shapes, prefix, config.num_hidden_layers, modules))
@@ -201,12 +201,12 @@ def _open_clip_pieces(
 
 
 def place(component: str, shapes: Shapes) -> tuple[str, str] | None:
-  """Returns where a network is in a whole checkpoint, an entry of PLACES; None if it is not."""
+  """Returns where a network is in a whole checkpoint, an entry of PLACES; None if it is missing."""
   return next(((prefix, has) for prefix, has in PLACES[component] if prefix + has in shapes), None)
 
 
 def pieces(component: str, shapes: Shapes, config: UNetConfig | VAEConfig | CLIPTextConfig) -> Pieces:
-  """Returns where the tensors of a network are in a whole checkpoint, by the names of diffusers; {} if it has none."""
+  """Returns where a network's tensors are in a whole checkpoint, by diffusers' names; {} if it has none."""
   if (found := place(component, shapes)) is None:
     return {}
   prefix, has = found
@@ -219,13 +219,13 @@ def holds(component: str, shapes: Shapes) -> bool:
 
 
 def pieces_alone(component: str, shapes: Shapes, config: UNetConfig | VAEConfig) -> Pieces:
-  """Returns the same of a whole checkpoint, or of a file of one UNet or VAE, also in the layout of diffusers."""
+  """Returns the same for a whole checkpoint, or for a file of one UNet or VAE, also in the layout of diffusers."""
   if any(name in shapes for name in ALONE[component]):
-    return _converter(component, "")(shapes, "", config)  # the names of diffusers are not in the tables
+    return _converter(component, "")(shapes, "", config)  # diffusers' names are not in the tables
   return pieces(component, shapes, config)
 
 
 def _converter(component: str, has: str) -> Callable[..., Pieces]:
-  """Returns the function of a network, whose place has this name."""
+  """Returns the function of the network whose place has this name."""
   converters: dict[str, Callable[..., Pieces]] = {"unet": unet, "vae": vae}
   return converters.get(component) or (open_clip if has == _OPEN_CLIP else clip)

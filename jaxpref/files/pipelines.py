@@ -39,16 +39,16 @@ _CLASSES = {
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-  """A Stable Diffusion model: what a diffusers folder holds.
+  """A Stable Diffusion model: the content of a diffusers folder.
 
   Attributes:
     unet, vae, text_encoder, text_encoder_2: networks without parameters; the last is SDXL's second
       encoder or None.
     params: {"unet", "vae", "text_encoder"[, "text_encoder_2"]} -> nested dicts of arrays.
-    schedule: of the diffusion.
+    schedule: the noise schedule.
     scheduler_config: the dict of scheduler_config.json that `schedule` was made from.
     tokenizer, tokenizer_2: transformers tokenizers, one for each text encoder.
-    force_zeros_for_empty_prompt: of SDXL: the empty prompt conditions on zeros.
+    force_zeros_for_empty_prompt: for SDXL: the empty prompt conditions on zeros.
   """
 
   unet: UNet2DConditionModel
@@ -63,9 +63,9 @@ class Pipeline:
   force_zeros_for_empty_prompt: bool = False
 
   def tokenize(self, captions: Sequence[str]) -> np.ndarray:
-    """i32[n, L] token ids, padded and cut as Stable Diffusion does.
+    """Returns i32[n, L] token ids, padded and cut as Stable Diffusion does.
 
-    With two text encoders i32[n, 2 L], the ids of both tokenizers side by side.
+    With two text encoders i32[n, 2 L]: the ids of both tokenizers side by side.
     """
     pairs = [(self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2)]
     ids = [
@@ -104,10 +104,10 @@ def load_pipeline(
     param_dtype: dtype of the parameters, or a dict with one for each of NETWORKS.
     sharding: where arrays go as they are read: None (default device), one Sharding, or a function
       from the tree of ShapeDtypeStructs {"unet": ..., ...} to one of Shardings.
-    components: the networks whose parameters are read. The others need no files but their config.json.
+    components: networks whose parameters are read. The others need only their config.json.
 
   Returns:
-    The pipeline; its params have the components asked for.
+    The pipeline; its params have only the components asked for.
 
   Raises:
     FileNotFoundError: the folder or one of its files is missing.
@@ -121,10 +121,10 @@ def load_pipeline(
 
 
 def open_pipeline(folder: pathlib.Path, *, dtype: Any = jnp.float32) -> Pipeline:
-  """Returns the pipeline of a folder without parameters, by its JSON files and tokenizers.
+  """Returns the pipeline of a folder without parameters, from its JSON files and tokenizers.
 
   Raises:
-    FileNotFoundError, ValueError: as of `load_pipeline`, of these files.
+    FileNotFoundError, ValueError: as `load_pipeline`, for these files.
   """
   zeros = read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt")
   modules = read_modules(folder, dtype)
@@ -139,7 +139,7 @@ def open_pipeline(folder: pathlib.Path, *, dtype: Any = jnp.float32) -> Pipeline
     scheduler_config=scheduler_config,
     tokenizer=tokenizer,
     tokenizer_2=tokenizer_2,
-    # The default is that of diffusers' pipeline of SDXL; the others have no such option.
+    # The default is that of diffusers' SDXL pipeline; the others have no such option.
     force_zeros_for_empty_prompt="text_encoder_2" in modules and (zeros is None or bool(zeros)),
   )
 
@@ -152,13 +152,13 @@ def load_params(
   param_dtype: Any | Mapping[str, Any] = jnp.float32,
   sharding: Sharding = None,
 ) -> Pipeline:
-  """Returns a pipeline with the parameters of some networks; checks all before it reads any.
+  """Returns a pipeline with the parameters of some networks; checks everything before it reads any.
 
   Args:
-    pipe: without parameters.
-    files: of each of these networks.
-    folder: that has the networks' config.json files, for messages.
-    param_dtype, sharding: as of `load_pipeline`.
+    pipe: a pipeline without parameters.
+    files: files of each of these networks.
+    folder: folder with the networks' config.json files, for messages.
+    param_dtype, sharding: see `load_pipeline`.
 
   Raises:
     ValueError: a file or a config.json does not fit.
@@ -180,7 +180,7 @@ def read_preset(folder: Path) -> presets.Preset:
   """Returns the architectures of a model folder, from its JSON files alone.
 
   Raises:
-    FileNotFoundError, ValueError: as of `load_pipeline`, of these files.
+    FileNotFoundError, ValueError: as `load_pipeline`, for these files.
   """
   folder = pathlib.Path(folder)
   modules = read_modules(folder)
@@ -190,7 +190,7 @@ def read_preset(folder: Path) -> presets.Preset:
 
 
 def read_modules(folder: pathlib.Path, dtype: Any = jnp.float32) -> dict[str, Any]:
-  """Returns the networks of a folder without parameters, by component; raises as `load_pipeline` of these files."""
+  """Returns the networks of a folder without parameters, by component; raises as `load_pipeline` for these files."""
   index = read_json(folder / "model_index.json")
   modules: dict[str, Any] = {}
   for name in NETWORKS:
@@ -207,7 +207,7 @@ def read_modules(folder: pathlib.Path, dtype: Any = jnp.float32) -> dict[str, An
   return modules
 
 
-# What else than noise the UNet of a model that is not text to image takes, by its number of channels.
+# What the UNet of a model that is not text-to-image takes besides noise, by its number of channels.
 OTHER_INPUTS = {
   5: "a depth map as well",
   7: "a small image as well (an upscaler)",
@@ -217,7 +217,7 @@ OTHER_INPUTS = {
 
 
 def _check_parts(folder: pathlib.Path, modules: Mapping[str, Any]) -> None:
-  """Raises one ValueError if a field of one component's config.json does not fit the others."""
+  """Raises a ValueError if a field of one component's config.json does not fit the others."""
   unet, vae, text = (modules[name].config for name in ("unet", "vae", "text_encoder"))
   text_2 = modules["text_encoder_2"].config if "text_encoder_2" in modules else None
 
@@ -273,14 +273,14 @@ def random_pipeline(
   init: Callable[[Any, jax.Array], Any] = presets.init_params,
   components: Sequence[str] = NETWORKS,
 ) -> Pipeline:
-  """A pipeline of random weights with tiny-sd's tokenizer, for tests, smoke runs and pre-training.
+  """Returns a pipeline of random weights with tiny-sd's tokenizer, for tests, smoke runs and pre-training.
 
   Args:
-    preset: or its name; its text encoders' vocabulary must hold tiny-sd's.
-    seed: of the parameters.
+    preset: a preset or its name; its text encoders' vocabulary must hold tiny-sd's.
+    seed: seed of the parameters.
     dtype: compute dtype.
-    init: makes the parameters of a network from it and a key.
-    components: the networks whose parameters are made.
+    init: (network, key) -> parameters of the network.
+    components: networks whose parameters are made.
   """
   preset = presets.get_preset(preset) if isinstance(preset, str) else preset
   if preset.text_encoder.vocab_size < presets.TINY_VOCAB_SIZE:
@@ -309,22 +309,22 @@ def save_pipeline(
 ) -> pathlib.Path:
   """Writes a folder that torch diffusers opens with `from_pretrained`.
 
-  Everything is written beside `folder` first and renamed at the end, so a run that dies leaves
-  either the old folder or the new one. An existing pipeline folder is replaced (files in it that
-  are not the pipeline's are kept); any other existing folder is left alone.
+  Everything is written beside `folder` first and renamed at the end, so a run that dies leaves either the old folder or
+  the new one. An existing pipeline folder is replaced (files in it that are not the pipeline's are kept); any other
+  existing folder raises.
 
   Args:
-    folder: to write.
-    pipeline: with parameters this process can read in full.
-    dtype: of the files: float32, float16 or bfloat16.
-    configs_only: writes no weights: configs, scheduler and tokenizers, from which networks can be made.
+    folder: path to write.
+    pipeline: has parameters that this process can read in full.
+    dtype: dtype of the files: float32, float16 or bfloat16.
+    configs_only: writes no weights, only configs, scheduler and tokenizers, from which networks can be made.
 
   Returns:
     The folder.
 
   Raises:
     FileExistsError: `folder` exists and is not a pipeline folder.
-    ValueError: a parameter is not finite, or does not fit `dtype`.
+    ValueError: a parameter is not finite or does not fit `dtype`.
   """
   with replacing(folder, "model_index.json", _COMPONENTS) as target:
     xl = pipeline.text_encoder_2 is not None
@@ -372,12 +372,12 @@ def load_vae(
   param_dtype: Any = jnp.float32,
   sharding: Sharding = None,
 ) -> tuple[AutoencoderKL, Tree]:
-  """Opens a VAE that is published by itself, such as madebyollin/sdxl-vae-fp16-fix.
+  """Opens a VAE that is published separately, such as madebyollin/sdxl-vae-fp16-fix.
 
   Args:
     folder: path or hub name with config.json and diffusion_pytorch_model.safetensors.
-    dtype, param_dtype: as for `load_pipeline`.
-    sharding: as for `load_pipeline`, of the VAE's parameter tree.
+    dtype, param_dtype: see `load_pipeline`.
+    sharding: see `load_pipeline`, for the VAE's parameter tree.
   """
   folder = vae_folder(folder)
   module = AutoencoderKL(VAEConfig.from_dict(read_json(folder / "config.json")), dtype)
@@ -387,11 +387,11 @@ def load_vae(
 
 
 def vae_folder(name: Path) -> pathlib.Path:
-  """Returns the folder of a VAE that is published by itself.
+  """Returns the folder of a VAE that is published separately.
 
   Raises:
-    FileNotFoundError: it is not there, or has no config.json.
-    ValueError: that is not valid JSON.
+    FileNotFoundError: it does not exist or has no config.json.
+    ValueError: its config.json is not valid JSON.
   """
   folder = resolve_folder(name, "diffusion_pytorch_model*.safetensors")
   read_json(folder / "config.json")
@@ -399,7 +399,7 @@ def vae_folder(name: Path) -> pathlib.Path:
 
 
 def unet_folder(name: Path) -> pathlib.Path:
-  """Returns the folder of a UNet that is published by itself: the one named, or `unet` in it."""
+  """Returns the folder of a UNet that is published separately: the one named, or `unet` in it."""
   folder = resolve_folder(name, "unet/*.safetensors")
   if (folder / "unet" / "config.json").is_file():
     return folder / "unet"
@@ -414,17 +414,17 @@ def replace_unet(
   sharding: Sharding = None,
   with_params: bool = True,
 ) -> Pipeline:
-  """Returns a pipeline with a UNet that is published by itself in the place of its own.
+  """Returns a pipeline with a separately published UNet instead of its own.
 
   Args:
-    pipe: may be without the UNet's parameters.
-    name: as of `unet_folder`: with config.json and diffusion_pytorch_model.safetensors.
-    param_dtype: as for `load_pipeline`.
-    sharding: as for `load_pipeline`, of the UNet's parameter tree.
+    pipe: a pipeline; it may lack the UNet's parameters.
+    name: see `unet_folder`; has config.json and diffusion_pytorch_model.safetensors.
+    param_dtype: see `load_pipeline`.
+    sharding: see `load_pipeline`, for the UNet's parameter tree.
     with_params: whether its parameters are read.
 
   Raises:
-    ValueError: it was made for another model.
+    ValueError: the UNet was made for another model.
   """
   folder, own = unet_folder(name), pipe.unet.config
   config = UNetConfig.from_dict(read_json(folder / "config.json"))
@@ -446,6 +446,6 @@ def replace_unet(
 def _same_field(folder: pathlib.Path, field: str, found: Any, expected: Any) -> None:
   if found != expected:
     raise ValueError(
-      f"{folder / 'config.json'}: {field} is {found}, expected {expected} as of the model's own UNet; choose a UNet "
+      f"{folder / 'config.json'}: {field} is {found}, expected {expected} like the model's own UNet; choose a UNet "
       "that was made for this model."
     )

@@ -1,6 +1,6 @@
-"""Checkpoints in one .safetensors file, as the original code of Stable Diffusion, ComfyUI and civitai keep them.
+"""Opens checkpoints in one .safetensors file, in the layout of the original Stable Diffusion code, ComfyUI and civitai.
 
-Their topology is that of a published model, which names and shapes of their tensors tell, or that of a folder of
+Their topology is that of a published model, recognised by the names and shapes of their tensors, or that of a folder of
 config.json files.
 """
 
@@ -28,11 +28,11 @@ class Known:
   """A published topology.
 
   Attributes:
-    name: for messages.
-    key, shape: of a tensor that the others do not have so.
+    name: its name, for messages.
+    key, shape: name and shape of a tensor that only this topology has.
     preset: its architectures.
-    repository: whose tokenizers are taken.
-    said: of what the tensors do not tell, for a warning.
+    repository: the hub name whose tokenizers are used.
+    said: what the tensors do not tell, for a warning.
   """
 
   name: str
@@ -58,8 +58,8 @@ KNOWN = (
     (320, 1024),
     presets.SD2,
     "stabilityai/stable-diffusion-2-1",
-    f"whether it predicts v at 768 pixels or noise at 512 is not in the file; it is read as the former, as diffusers "
-    f"does: for a base model give {CONFIG}",
+    f"the file does not say whether it predicts v at 768 pixels or noise at 512; v is assumed, as in diffusers: for a "
+    f"base model give {CONFIG}",
   ),
   Known(
     "Stable Diffusion XL",
@@ -70,7 +70,7 @@ KNOWN = (
   ),
 )
 
-# What a file is that is no text-to-image model of these; the first pattern that one of its names matches counts.
+# What a file is that is not one of these text-to-image models; the first pattern that matches one of its names wins.
 _NOT_IMPLEMENTED = "take a model of Stable Diffusion 1, 2 or XL"
 _OTHERS = {
   "the refiner of Stable Diffusion XL": r"conditioner\.embedders\.0\.model\.",
@@ -85,21 +85,21 @@ _OTHERS = {
   "an unCLIP model of Stable Diffusion 2": r"embedder\.model\.visual\.",
   "a ControlNet": r"control_model\.|controlnet_",
 }
-_PART_NAMES = {  # of one network alone, without what its names begin with in a whole checkpoint
+_PART_NAMES = {  # one network alone, without its prefix in a whole checkpoint
   "a LoRA": r".*[._](lora|lokr|hada|oft)_",
   "a UNet": r"input_blocks\.",
   "a text encoder": r"(transformer\.)?(resblocks\.|text_model\.)|encoder\.block\.",
   "a textual inversion": r"emb_params$|clip_[lg]$|string_to_param",
 }
-_REMEDIES = {  # by what is in the name of its kind
+_REMEDIES = {  # by a word in the name of the kind
   "LoRA": "give it as --lora (config.lora.init_from) beside a model",
   "VAE": "give it as config.vae_model (--vae_model) beside a model",
   "UNet": "give it as config.unet_model (--unet_model) beside a model",
 }
 _MISSING = {
   "vae": "the VAE; give one as config.vae_model (--vae_model)",
-  "text_encoder": "the text encoder; take a whole model",
-  "text_encoder_2": "the second text encoder; take a whole model",
+  "text_encoder": "the text encoder; use a whole model",
+  "text_encoder_2": "the second text encoder; use a whole model",
 }
 _CALLED = {"unet": "its UNet", "vae": "its VAE", "text_encoder": "its text encoder"}
 _CALLED["text_encoder_2"] = "its second text encoder"
@@ -112,20 +112,20 @@ def find(name: tensors.Path) -> pathlib.Path | None:
 
 
 def _first(table: Mapping[str, str], names: Iterable[str]) -> str | None:
-  """Returns the first key of a table whose pattern is the beginning of a name."""
+  """Returns the first key of a table whose pattern matches the beginning of a name."""
   known = list(names)
   return next((kind for kind, pattern in table.items() if any(re.match(pattern, name) for name in known)), None)
 
 
 def _kind(shapes: Shapes) -> str | None:
-  """Returns what a file is that is no text-to-image model of Stable Diffusion; None if its names tell nothing."""
+  """Returns what a file is if it is not a Stable Diffusion model; None if its names do not tell."""
   prefixes = "|".join(re.escape(prefix) for several in original_layout.PLACES.values() for prefix, _ in several)
   bare = [re.sub(f"^(?:{prefixes})", "", key) for key in shapes]
   return _first(_OTHERS, shapes) or _first(_PART_NAMES, bare) or kind_of(bare)
 
 
 def check(file: pathlib.Path, shapes: Shapes) -> None:
-  """Raises one ValueError, on what a file is, unless it has a text-to-image UNet in the original layout."""
+  """Raises a ValueError that says what a file is, unless it has a text-to-image UNet in the original layout."""
   kind = _first(_OTHERS, shapes)
   if original_layout.place("unet", shapes) is None:
     kind = kind or _kind(shapes)
@@ -148,14 +148,14 @@ def recognise(file: pathlib.Path, shapes: Shapes) -> Known:
   """Returns the published topology that a file's tensors have.
 
   Raises:
-    ValueError: none of them.
+    ValueError: they have none of them.
   """
   known = next((k for k in KNOWN if shapes.get(k.key) == k.shape), None)
   if known is None:
     raise ValueError(
       f"{file}: its tensors have the shapes of none of {', '.join(k.name for k in KNOWN)}; {_CONFIG_REMEDY}."
     )
-  if "v_pred" in shapes:  # an empty tensor by which ComfyUI marks models that predict v
+  if "v_pred" in shapes:  # an empty tensor with which ComfyUI marks models that predict v
     scheduler = known.preset.scheduler | {"prediction_type": "v_prediction"}
     scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in shapes else {}
     known = dataclasses.replace(known, preset=dataclasses.replace(known.preset, scheduler=scheduler), said="")
@@ -163,14 +163,14 @@ def recognise(file: pathlib.Path, shapes: Shapes) -> Known:
 
 
 def read_shapes(file: pathlib.Path) -> Shapes:
-  """Returns the shapes of a file's tensors; refuses it as `check` does."""
+  """Returns the shapes of a file's tensors; raises as `check` does."""
   shapes = tensors.read_shapes(file)
   check(file, shapes)
   return shapes
 
 
 def _config_folder(folder: tensors.Path) -> pathlib.Path:
-  """Returns the folder that says a topology, fetched without weights if it is on the hub."""
+  """Returns the folder that gives a topology, fetched without weights if it is on the hub."""
   try:
     return folders.resolve_folder(folder, "*.no_weights")
   except FileNotFoundError as error:
@@ -181,7 +181,7 @@ def read_preset(file: pathlib.Path, folder: tensors.Path | None) -> presets.Pres
   """Returns the architectures of a checkpoint; checks its tensors against them.
 
   Raises:
-    FileNotFoundError, ValueError: as of `load`, but for tokenizers.
+    FileNotFoundError, ValueError: as `load`, except for tokenizers.
   """
   shapes = read_shapes(file)
   preset = recognise(file, shapes).preset if folder is None else pipelines.read_preset(_config_folder(folder))
@@ -196,8 +196,8 @@ def open_pipeline(file: pathlib.Path, shapes: Shapes, folder: tensors.Path | Non
 
   Args:
     file: the checkpoint.
-    shapes: of its tensors.
-    folder: with config.json files and tokenizers, that says its topology; None: of a published one.
+    shapes: shapes of its tensors.
+    folder: folder with config.json files and tokenizers that gives its topology; None: a published topology.
     dtype: compute dtype.
   """
   if folder is not None:
@@ -224,7 +224,7 @@ def parts(
   """Returns where networks, without parameters, are in a checkpoint.
 
   Raises:
-    ValueError: it does not have one of them.
+    ValueError: the checkpoint lacks one of them.
   """
   described = recognise(file, shapes).name if folder is None else str(folder)
   found: dict[str, list[tensors.Source]] = {}
@@ -249,16 +249,16 @@ def load(
 ) -> pipelines.Pipeline:
   """Opens a whole checkpoint in one .safetensors file.
 
-  Averages of the weights in it (model_ema.*) are not read.
+  Ignores averages of the weights in it (model_ema.*), with a warning.
 
   Args:
     file: the checkpoint.
-    folder: path or hub name of a folder in the layout of diffusers whose config.json files and tokenizers are the
-      checkpoint's; None: it is one of KNOWN, with tokenizers from the hub's cache.
-    dtype, param_dtype, sharding, components: as of `pipelines.load_pipeline`.
+    folder: path or hub name of a folder in the layout of diffusers with the checkpoint's config.json files and
+      tokenizers; None: it is one of KNOWN, with tokenizers from the hub's cache.
+    dtype, param_dtype, sharding, components: see `pipelines.load_pipeline`.
 
   Raises:
-    FileNotFoundError: no tokenizers are to be had.
+    FileNotFoundError: no tokenizers are available.
     ValueError: it is something else, lacks a network, or has other tensors than its topology describes.
   """
   shapes = read_shapes(file)
@@ -271,12 +271,12 @@ def load(
 
 
 def tokenizer(file: pathlib.Path, folder: tensors.Path | None) -> Any:
-  """Returns the (first) tokenizer of a checkpoint; arguments as of `load`."""
+  """Returns the (first) tokenizer of a checkpoint; see `load` for the arguments."""
   return open_pipeline(file, read_shapes(file), folder, dtype=jnp.float32).tokenizer
 
 
 def weight_files(file: pathlib.Path, folder: tensors.Path | None) -> dict[str, list[tensors.Source]]:
-  """Returns the parts of a checkpoint that are there; arguments as of `load`."""
+  """Returns the existing parts of a checkpoint; see `load` for the arguments."""
   shapes = read_shapes(file)
   preset = recognise(file, shapes).preset if folder is None else pipelines.read_preset(_config_folder(folder))
   modules = pipelines.modules_of(preset)
@@ -302,13 +302,13 @@ def load_alone(
   """Reads the parameters of a network from a file that holds it, alone or with others.
 
   Args:
-    file: in the original layout or that of diffusers.
+    file: a file in the original layout or that of diffusers.
     component: "unet" or "vae".
-    module: the network that it is of.
-    param_dtype, sharding: as of `tensors.load_tree`.
+    module: the network to read parameters of.
+    param_dtype, sharding: see `tensors.load_tree`.
 
   Raises:
-    ValueError: it does not hold such a network.
+    ValueError: the file does not hold such a network.
   """
   shapes = check_alone(file, component)
   pieces = original_layout.pieces_alone(component, shapes, module.config)

@@ -3,12 +3,12 @@
 The names in a file are the paths in the tree: `{"down_blocks.0": {"resnets.1": {"conv1":
 {"kernel"}}}}` is `down_blocks.0.resnets.1.conv1.weight`. Convolution kernels are HWIO here and OIHW
 in files, dense kernels [in, out] here and [out, in] there; `scale` of norms and `embedding` are
-`weight` there. A stack of equal layers that is scanned is one module here, whose arrays have a
-leading axis of layers: `{"transformer_blocks": {"norm1": {"scale": [depth, C]}}}` is
+`weight` there. A scanned stack of equal layers is one module here, whose arrays have a leading axis
+of layers: `{"transformer_blocks": {"norm1": {"scale": [depth, C]}}}` is
 `transformer_blocks.0.norm1.weight`, `transformer_blocks.1.norm1.weight`, ... Nothing else differs,
 so there are no tables. Tensors are read, converted, cast and placed one by one, in small pieces and
-without mapping files into memory: the host holds one array (of all layers of a stack), or of it what
-its devices take, not one model.
+without mapping files into memory: the host holds one array (of all layers of a stack), or the part
+of it that its devices take, never a whole model.
 """
 
 import contextlib
@@ -38,11 +38,11 @@ Sharding = jax.sharding.Sharding | Callable[[Tree], Any] | None
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
 _STEMS = ("diffusion_pytorch_model", "model")
 # Names that deprecated diffusers attention blocks (all published SD1.5 VAEs) use on disk, and
-# buffers of old transformers files that are no parameters.
+# buffers of old transformers files that are not parameters.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _BUFFERS = re.compile(r"\.position_ids$")
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-_PIECE = 2**20  # bytes that are read at once
+_PIECE = 2**20  # bytes to read at once
 _SAMPLE = 256  # bytes of a fingerprint
 
 
@@ -51,8 +51,8 @@ class Piece:
   """Where a tensor is in a file that has it under another name.
 
   Attributes:
-    key: of a tensor of the file.
-    rows: begin and end of those that are taken; None: all.
+    key: name of a tensor of the file.
+    rows: begin and end of the rows to take; None: all.
     transposed: whether the tensor is the transpose of a matrix of the file.
   """
 
@@ -66,11 +66,11 @@ class Part:
   """One network of a safetensors file, under the names of diffusers and transformers.
 
   Attributes:
-    file: that may hold more.
-    what: the network is, such as "its VAE".
-    described: what says the shapes of its tensors, for messages.
-    remedy: where they are others, for messages.
-    pieces: by name.
+    file: the file, which may hold more.
+    what: name of the network, such as "its VAE".
+    described: what gives the shapes of its tensors, for messages.
+    remedy: what to do if they differ, for messages.
+    pieces: pieces by name.
   """
 
   file: pathlib.Path
@@ -91,9 +91,9 @@ class _Entry:
   """One tensor of a file: the path of its array here, its name and shape there.
 
   Attributes:
-    path: of the array.
-    layer: its row in the array of a stack; None outside of stacks.
-    key, shape: in the file.
+    path: path of the array.
+    layer: its row in the array of a stack; None outside stacks.
+    key, shape: name and shape in the file.
   """
 
   path: tuple[str, ...]
@@ -114,12 +114,12 @@ class _Entry:
 
 
 class MisfitError(ValueError):
-  """Files do not hold the tensors that are expected.
+  """Raised if files do not hold the expected tensors.
 
   Attributes:
-    files: of the network.
-    problems: the cause if it is known, and the first names of what does not fit.
-    found: {name: shape} of the files.
+    files: files of the network.
+    problems: the cause if it is known, and the first names that do not fit.
+    found: {name: shape} in the files.
   """
 
   def __init__(self, files: Sequence[Source], problems: str, found: Mapping[str, tuple[int, ...]]):
@@ -145,13 +145,13 @@ def _insert(tree: Tree, path: tuple[str, ...], value: Any) -> None:
 
 
 def torch_name(path: Sequence[str]) -> str:
-  """The name in a safetensors file of the parameter at `path` (of a stack: see `layer_path`)."""
+  """Returns the name in a safetensors file of the parameter at `path` (in a stack: see `layer_path`)."""
   leaf = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(path[-1], path[-1])
   return ".".join((*path[:-1], leaf))
 
 
 def _entries(shapes: Mapping[str, Any]) -> dict[str, _Entry]:
-  """By name in the file; the layers of a stack are neighbours, in order."""
+  """Returns the tensors by name in the file; the layers of a stack are neighbours, in order."""
   entries = {}
   for path, leaf in _leaves(shapes):
     shape = tuple(leaf.shape)
@@ -167,7 +167,7 @@ def _entries(shapes: Mapping[str, Any]) -> dict[str, _Entry]:
 
 
 def _modern_names(key: str) -> Iterator[str]:
-  """Names that an expected parameter may have instead of `key`, for files of other versions."""
+  """Yields names that an expected parameter may have instead of `key` in files of other versions."""
   # transformers 5 writes CLIPTextModel and CLIPVisionModel without the tower's name.
   yield f"text_model.{key}"
   yield f"vision_model.{key}"
@@ -179,7 +179,7 @@ def _modern_names(key: str) -> Iterator[str]:
 
 
 def _shards(index: pathlib.Path) -> list[str]:
-  """Names of the files that an index lists."""
+  """Returns the names of the files that an index lists."""
   try:
     return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
   except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -190,7 +190,7 @@ def _shards(index: pathlib.Path) -> list[str]:
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The safetensors files of one component folder: one, or the shards of an index."""
+  """Returns the safetensors files of one component folder: one file, or the shards of an index."""
   for stem in _STEMS:
     for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
       if (folder / name).is_file():
@@ -201,15 +201,15 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
           missing = [shard for shard in shards if not (folder / shard).is_file()]
           if missing:
             raise FileNotFoundError(
-              f"{folder / index} names shards that are not there ({listed(missing)}); download the folder again."
+              f"{folder / index} names shards that do not exist ({listed(missing)}); download the folder again."
             )
           return [folder / shard for shard in shards]
   pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
   if pickles:
     raise ValueError(
       f"{folder} has its weights only as {listed(pickles)}, expected "
-      f"{_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors; pickles can run code and are "
-      "refused: save the model again with safe_serialization=True."
+      f"{_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors; pickles can run code and are not "
+      "loaded: save the model again with safe_serialization=True."
     )
   raise FileNotFoundError(
     f"{folder} has no weights, expected {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors; download the folder again."
@@ -218,7 +218,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-  """A tensor in a file: where its bytes begin and what they are ("F16", say)."""
+  """A tensor in a file: where its bytes begin and their type (such as "F16")."""
 
   file: BinaryIO
   offset: int
@@ -231,7 +231,7 @@ class _Stored:
     return np.dtype(_DTYPES.get(self.dtype, np.uint8)).itemsize
 
   def piece(self, piece: Piece) -> "_Stored":
-    """Rows of this tensor, or its transpose."""
+    """Returns rows of this tensor, or its transpose."""
     offset, shape = self.offset, self.shape
     if piece.rows is not None:
       offset += piece.rows[0] * int(np.prod(shape[1:])) * self.itemsize
@@ -240,14 +240,14 @@ class _Stored:
     return dataclasses.replace(self, offset=offset, shape=shape, transposed=piece.transposed)
 
   def read(self, shape: tuple[int, ...], index: tuple[slice, ...], out: np.ndarray) -> None:
-    """out[:] = self.reshape(shape)[index], cast, by plain reads of the rows that it takes.
+    """Reads self.reshape(shape)[index] into out, cast, by plain reads of the rows it needs.
 
     (Pages of a memory map would count as memory of this process until the file is closed.)
 
     Args:
-      shape: its own, or with the same rows: a dense layer's where the file has a 1x1 convolution's.
+      shape: its own, or one with the same rows: a dense layer's if the file has a 1x1 convolution's.
       index: a slice with start and stop for each axis.
-      out: of the shape of the result.
+      out: array of the result's shape.
     """
     if not shape:
       shape, index, out = (1,), (slice(0, 1),), out.reshape(1)
@@ -265,7 +265,7 @@ class _Stored:
 
 @contextlib.contextmanager
 def _open(files: Sequence[Source]) -> Iterator[dict[str, _Stored]]:
-  """Opens files -> {name: tensor}; reads headers only."""
+  """Opens files as {name: tensor}; reads headers only."""
   import safetensors
 
   with contextlib.ExitStack() as stack:
@@ -274,7 +274,7 @@ def _open(files: Sequence[Source]) -> Iterator[dict[str, _Stored]]:
       file = source.file if isinstance(source, Part) else source
       if file.suffix != ".safetensors":
         raise ValueError(
-          f"{file} is not a .safetensors file, the only format that is read (pickles can run "
+          f"{file} is not a .safetensors file, the only supported format (pickles can run "
           "code); convert it with safetensors.torch.save_file."
         )
       try:
@@ -304,19 +304,19 @@ def read_shapes(file: pathlib.Path) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of the tensors of a safetensors file by name; reads its header only.
 
   Raises:
-    ValueError: it is no safetensors, or cut off.
+    ValueError: it is not a safetensors file, or is cut off.
   """
   with _open([file]) as tensors:
     return {key: tensor.shape for key, tensor in tensors.items()}
 
 
 def fingerprint(files: Sequence[Source]) -> str:
-  """Of the tensors of safetensors files: their names, types, shapes and some bytes of each; cheap.
+  """Returns a cheap fingerprint of the tensors of safetensors files: their names, types, shapes and some bytes of each.
 
-  Training a network, or converting it, changes it; splitting its files does not.
+  Training or converting a network changes it; splitting its files does not.
 
   Raises:
-    ValueError: a file is no safetensors.
+    ValueError: a file is not safetensors.
   """
   digest = hashlib.sha256()
   with _open(files) as tensors:
@@ -337,7 +337,7 @@ def _names(keys: Sequence[str]) -> str:
 def _match(
   files: Sequence[Source], tensors: Mapping[str, _Stored], entries: Mapping[str, _Entry]
 ) -> dict[str, _Stored]:
-  """{expected name: tensor}; raises one ValueError on all that does not fit, its cause first."""
+  """Returns {expected name: tensor}; raises one ValueError on everything that does not fit, its cause first."""
   found = {key: tensor.shape for key, tensor in tensors.items()}
   names, unexpected = {key: key for key in found if key in entries}, []
   for key in found:
@@ -349,7 +349,7 @@ def _match(
         names[modern] = key
   missing = [key for key in entries if key not in names]
 
-  def core(shape):  # a 1x1 convolution and a dense layer may stand for each other
+  def core(shape):  # a 1x1 convolution and a dense layer may replace each other
     return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
 
   misshaped = [
@@ -367,8 +367,8 @@ def _match(
   foreign = [f"{name} {tensors[name].dtype}" for name in names.values() if tensors[name].dtype not in _DTYPES]
   if foreign:
     raise ValueError(
-      f"{_where(files)} holds numbers of other types than {', '.join(_DTYPES)}: {_names(foreign)}; take the "
-      "model in half or single precision."
+      f"{_where(files)} holds numbers of types other than {', '.join(_DTYPES)}: {_names(foreign)}; use the model in "
+      "half or single precision."
     )
   return {key: tensors[name] for key, name in names.items()}
 
@@ -380,7 +380,7 @@ def _read(
   shape: tuple[int, ...],
   dtype: Any,
 ) -> np.ndarray:
-  """array[index] of the array of `shape` that `layers` (of a stack, or only one tensor) make up."""
+  """Returns array[index] of the array of `shape` that `layers` (of a stack, or a single tensor) make up."""
   index = tuple(slice(*i.indices(size)[:2]) for i, size in zip(index, shape, strict=True))
   out = np.empty([i.stop - i.start for i in index], dtype)
   if layers[0].layer is None:
@@ -395,7 +395,7 @@ def _read(
 
 
 def check_tree(files: Sequence[Source], shapes: Mapping[str, Any]) -> None:
-  """Raises what `load_tree` would about the tensors' names, shapes and types; reads headers only."""
+  """Raises what `load_tree` would raise about the tensors' names, shapes and types; reads headers only."""
   with _open(files) as found:
     _match(files, found, _entries(shapes))
 
@@ -414,21 +414,21 @@ def load_tree(
 ) -> Tree:
   """Reads the parameters of one network, array by array.
 
-  Of an array that is spread over devices each process reads what its own devices take.
+  Each process reads only the parts of a spread array that its own devices take.
 
   Args:
     files: one safetensors file, all shards, or a part of a file.
-    shapes: the tree of arrays or ShapeDtypeStructs to fill, e.g. `presets.abstract_params(module)`.
+    shapes: tree of arrays or ShapeDtypeStructs to fill, e.g. `presets.abstract_params(module)`.
     param_dtype: dtype of the arrays returned.
     sharding: None (default device), one Sharding, or a tree of them like `shapes`.
 
   Returns:
-    A tree of the structure and shapes of `shapes`.
+    A tree with the structure and shapes of `shapes`.
 
   Raises:
-    MisfitError: the tensors are not those of `shapes`; names what is missing, unexpected or mis-shaped, and the file
-      of the whole list if it is long.
-    ValueError: a file is no safetensors, or holds other numbers than floating-point ones.
+    MisfitError: the tensors do not match `shapes`; names what is missing, unexpected or mis-shaped, and the file with
+      the whole list if it is long.
+    ValueError: a file is not safetensors, or holds numbers that are not floating-point.
   """
   several = [files] if isinstance(files, str | os.PathLike | Part) else files
   paths = [f if isinstance(f, Part) else pathlib.Path(f) for f in several]
@@ -455,7 +455,7 @@ def load_tree(
         array = jnp.asarray(read((slice(None),) * len(shape)))
       else:
         array = jax.make_array_from_callback(shape, target, read)
-      # A transfer under way keeps the host's copy; one array at a time.
+      # A pending transfer keeps the host's copy, so one array at a time.
       _insert(tree, path, array.block_until_ready())
   return tree
 
@@ -472,12 +472,12 @@ def save_tree(
 ) -> None:
   """Writes the parameters of one network as safetensors, tensor by tensor.
 
-  (safetensors' own save_file wants all tensors, and copies them once more.)
+  (safetensors' own save_file needs all tensors, and copies them once more.)
 
   Args:
-    file: to write; replaced at once when all is on disk.
+    file: path to write; replaced at once when everything is on disk.
     params: nested dict of arrays that this process can read in full.
-    dtype: of the file: float32, float16 or bfloat16.
+    dtype: dtype of the file: float32, float16 or bfloat16.
     metadata: more entries of the file's header.
 
   Raises:

@@ -1,4 +1,4 @@
-"""Captions -> token ids, by the tokenizers of transformers that stand in model folders."""
+"""Turns captions into token ids with the transformers tokenizers of model folders."""
 
 import importlib
 import os
@@ -14,7 +14,7 @@ import numpy as np
 from jaxpref.files.tensors import Path
 from jaxpref.models.clip import CLIPTextConfig, CLIPTextModel
 
-# A dataset may hold thousands of captions that are too long: what is cut from them is shown so many times.
+# A dataset may hold thousands of captions that are too long: this many cuts are shown.
 MAX_CUT_WARNINGS = 5
 _cut_warnings: set[str] = set()
 _cut_warnings_lock = threading.Lock()
@@ -27,10 +27,10 @@ def tokenize(tokenizer: Any, captions: Sequence[str], *, length: int | None = No
     tokenizer: a transformers CLIPTokenizer.
     captions: prompts; "" is the empty one of classifier-free guidance.
     length: upper bound of the context length; a tokenizer_config.json without `model_max_length`
-      gives none of its own.
+      sets none.
 
   Returns:
-    i32[n, L]. What is cut is shown in one warning a call, and in MAX_CUT_WARNINGS of a process.
+    i32[n, L]. One warning per call shows what is cut, and at most MAX_CUT_WARNINGS per process.
   """
   limit = min(tokenizer.model_max_length, length or tokenizer.model_max_length)
   if limit > 10**6:
@@ -47,26 +47,26 @@ def tokenize(tokenizer: Any, captions: Sequence[str], *, length: int | None = No
   if cut:
     others = f" (and the ends of {len(cut) - 1} others)" if len(cut) > 1 else ""
     _warn_of_cut(
-      f"the text encoder reads {limit} tokens, begin and end included, so this was cut from a "
-      f"prompt: {cut[0]!r}{others}; shorten it."
+      f"the text encoder reads {limit} tokens, including begin and end, so this was cut from a prompt: "
+      f"{cut[0]!r}{others}; shorten it."
     )
   return np.asarray(out["input_ids"], np.int32)
 
 
 def _warn_of_cut(message: str) -> None:
-  """Warns for the caller of `tokenize`: of each message once, of so many messages, and then that it says no more."""
+  """Warns for the caller of `tokenize`: once per message, for a limited number, then that it stops warning."""
   with _cut_warnings_lock:
     count = len(_cut_warnings)
     if message in _cut_warnings or count > MAX_CUT_WARNINGS:
       return
     _cut_warnings.add(message)
   if count == MAX_CUT_WARNINGS:
-    message = f"after {count} warnings of prompts that are too long, further ones are cut without a warning."
+    message = f"after {count} warnings of prompts that are too long, further prompts are cut without a warning."
   warnings.warn(message, stacklevel=3)
 
 
 def import_tokenizer(name: str) -> Any:
-  """Imports a tokenizer's class from transformers: takes a second, and gives no advice to install PyTorch."""
+  """Imports a tokenizer's class from transformers, which takes a second, without its advice to install PyTorch."""
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   return getattr(importlib.import_module("transformers"), name)
 
@@ -90,7 +90,7 @@ def load_tokenizer_of(folder: pathlib.Path, suffix: str, encoder: CLIPTextModel)
   """Loads the tokenizer of a pipeline folder that belongs to a text encoder.
 
   Raises:
-    ValueError: it gives ids that the encoder does not know.
+    ValueError: the tokenizer gives ids that the encoder does not know.
   """
   tokenizer = load_tokenizer(folder / f"tokenizer{suffix}")
   largest, size = max(tokenizer.get_vocab().values()), encoder.config.vocab_size
@@ -103,7 +103,7 @@ def load_tokenizer_of(folder: pathlib.Path, suffix: str, encoder: CLIPTextModel)
 
 
 def tiny_tokenizer_for(config: CLIPTextConfig) -> Any:
-  """Loads the shipped tokenizer, padding to as many tokens as the text encoder reads."""
+  """Loads the shipped tokenizer, padding to the number of tokens that the text encoder reads."""
   tokenizer = tiny_tokenizer()
   tokenizer.model_max_length = config.max_position_embeddings
   return tokenizer

@@ -1,1 +1,1 @@
-"""The networks of Stable Diffusion in Flax Linen, and the small ones that judge pictures."""
+"""The networks of Stable Diffusion in Flax Linen, and the small networks that judge pictures."""

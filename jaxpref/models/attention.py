@@ -12,7 +12,7 @@ from jaxpref.models.resnet import GroupNorm, conv1x1, dense
 Dtype = Any
 
 
-# Logits of one example, in bytes, above which attention goes over the queries in pieces.
+# Logits of one example, in bytes, above which attention takes the queries in pieces.
 MAX_LOGITS = 48 * 2**20
 
 
@@ -20,9 +20,10 @@ Implementation = Literal["xla", "chunked", "cudnn"]
 
 
 def choose(length: int, keys: int, heads: int, width: int, dtype: Dtype, *, masked: bool = False) -> Implementation:
-  """Returns what `attention` takes by itself.
+  """Returns the implementation that `attention` chooses.
 
-  It goes by what an example's logits take, whatever the batch: "xla" up to MAX_LOGITS; beyond it without a mask "cudnn"
+  It depends on the size of an example's logits, whatever the batch: "xla" up to MAX_LOGITS. Beyond it and without a
+  mask, "cudnn" on a GPU that can (half precision, heads of at most 128 and a multiple of 8), else "chunked".
   on a GPU where that can (half precision, heads of at most 128 and a multiple of 8), or "chunked".
   """
   if masked or _logits(length, keys, heads) <= MAX_LOGITS:
@@ -44,7 +45,7 @@ def attention(
   *,
   implementation: Implementation | None = None,
 ) -> jax.Array:
-  """softmax(q k^T / sqrt(D)) v. All attention of all networks passes here.
+  """Returns softmax(q k^T / sqrt(D)) v. All attention of all networks passes here.
 
   Args:
     q: [B, L, H, D].
@@ -52,8 +53,8 @@ def attention(
     v: [B, S, H, D].
     mask: bool, broadcastable to [B, H, L, S]; True where a query may look. None: everywhere.
     implementation: "xla" and "cudnn" are those of `jax.nn.dot_product_attention`; "chunked" never holds the logits of
-      more than a piece of the queries, in the backward pass neither. The logits and their softmax are float32 in all.
-      None is what `choose` says.
+      more than a piece of the queries, not even in the backward pass. Logits and softmax are float32 in all of them.
+      None uses what `choose` returns.
 
   Returns:
     [B, L, H, D] in the dtype of q.
@@ -69,21 +70,21 @@ def attention(
 
 @functools.cache
 def cuda_capability() -> float | None:
-  """The compute capability of this machine's NVIDIA GPUs, None without."""
+  """Returns the compute capability of this machine's NVIDIA GPUs; None if there are none."""
   if jax.default_backend() != "gpu":
     return None
-  capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))  # of AMD's GPUs it is a name
+  capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))  # AMD's GPUs have a name here
   return float(capability) if capability.replace(".", "", 1).isdigit() else None
 
 
 def _chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, chunks: int) -> jax.Array:
-  """`attention` with the queries in at least `chunks` pieces of one size, one after the other."""
+  """Returns `attention` with the queries in at least `chunks` equal pieces, one after the other."""
   batch, length, heads, width = q.shape
   size = -(-length // chunks)
-  size = next((s for s in range(size, size // 2, -1) if length % s == 0), size)  # else the last piece is padded
+  size = next((s for s in range(size, size // 2, -1) if length % s == 0), size)  # otherwise the last piece is padded
   pad = -length % size
   pieces = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(batch, -1, size, heads, width).swapaxes(0, 1)
-  # Their gradients are sums over the pieces, which are taken in float32.
+  # Their gradients are sums over the pieces, computed in float32.
   k, v = k.astype(jnp.float32), v.astype(jnp.float32)
 
   @jax.checkpoint
@@ -95,7 +96,7 @@ def _chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, chunks: int)
 
 
 class Attention(nn.Module):
-  """Multi-head attention with projections; a Dense layer each, so that LoRA can attach."""
+  """Multi-head attention whose projections are Dense layers, so that LoRA can attach to each."""
 
   num_heads: int
   qkv_bias: bool = False
@@ -151,19 +152,19 @@ class GEGLU(nn.Module):
 
 
 def _gated(x: jax.Array, gate: jax.Array) -> jax.Array:
-  # By erf, as in torch: `nn.gelu` goes by erfc, whose gradient is several times slower on a CPU.
+  # With erf, as in torch: `nn.gelu` uses erfc, whose gradient is several times slower on a CPU.
   return x * gate * (0.5 + 0.5 * jax.lax.erf(gate * 0.5**0.5))
 
 
 @jax.custom_vjp
 def _geglu(y: jax.Array) -> jax.Array:
-  """[..., 2 C] -> [..., C]. The gradient is that of jax.grad, made to be written once: see `_geglu_backward`."""
+  """Maps [..., 2 C] to [..., C]. The gradient is that of jax.grad, but written only once: see `_geglu_backward`."""
   return _gated(*jnp.split(y, 2, axis=-1))
 
 
 def _geglu_backward(y: jax.Array, g: jax.Array) -> tuple[jax.Array]:
   _, gradient = jax.vjp(_gated, *jnp.split(y, 2, axis=-1))
-  # Without the barrier XLA writes both halves, and for each of the two products that follow both again as one array.
+  # Without the barrier XLA writes both halves, and then again as one array for each of the two products that follow.
   return (jax.lax.optimization_barrier(jnp.concatenate(gradient(g), axis=-1)),)
 
 
@@ -182,7 +183,7 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-  """Self-attention, cross-attention and feed-forward, each normalised first and added."""
+  """Self-attention, cross-attention and feed-forward, each normalised first and added to its input."""
 
   num_heads: int
   dtype: Dtype = jnp.float32
@@ -190,9 +191,9 @@ class BasicTransformerBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-    """[B, L, C], [B, S, E] -> [B, L, C]."""
+    """Maps [B, L, C] and context [B, S, E] to [B, L, C]."""
 
-    def norm(name):  # Flax takes the statistics in float32 whatever the dtype.
+    def norm(name):  # Flax computes the statistics in float32 whatever the dtype.
       return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=self.dtype, name=name)
 
     attend = nn.remat(Attention) if self.remat_attention else Attention
@@ -207,11 +208,11 @@ class Transformer2DModel(nn.Module):
   Attributes:
     num_heads: heads of each attention.
     depth: number of blocks.
-    linear_projection: whether the projections in and out are Dense layers (SD 2, SDXL) or 1x1
-      convolutions (SD 1); the function is the same, the shape of the parameters is not.
+    linear_projection: whether the projections in and out are Dense layers (SD 2, SDXL) or 1x1 convolutions (SD 1); the
+      function is the same, the shape of the parameters differs.
     num_groups: groups of the normalisation.
-    remat: what the backward pass computes anew instead of keeping it: "none", "attention" (inside of each attention)
-      or "block" (inside of each transformer block).
+    remat: what the backward pass recomputes instead of keeping: "none", "attention" (the inside of each attention) or
+      "block" (the inside of each transformer block).
   """
 
   num_heads: int
@@ -223,7 +224,7 @@ class Transformer2DModel(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-    """[B, h, w, C], [B, S, E] -> [B, h, w, C]."""
+    """Maps [B, h, w, C] and context [B, S, E] to [B, h, w, C]."""
     batch, height, width, channels = x.shape
 
     def projection(name, y):
@@ -237,7 +238,7 @@ class Transformer2DModel(nn.Module):
     arguments = dict(remat_attention=self.remat == "attention", dtype=self.dtype)
     if self.depth == 1:
       y = block(self.num_heads, **arguments, name="transformer_blocks.0")(y, context)
-    elif self.depth > 1:  # One body, compiled once; parameters have a leading axis of blocks.
+    elif self.depth > 1:  # One body, compiled once; its parameters have a leading axis of blocks.
       stack = nn.scan(
         lambda block, y, context: (block(y, context), None),
         variable_axes={"params": 0, "lora": 0},

@@ -1,7 +1,7 @@
-"""What methods and samplers ask of a text-to-image model, whatever its family: the interface `Model`, and guidance.
+"""The interface `Model`, through which methods and samplers use a text-to-image model of any family; and guidance.
 
-Every function takes `weights`, a dict of parameter trees by component. The trainer passes those of the policy, of the
-reference or of the pre-trained model (`objectives.base.Weights`), so one set of functions serves all three.
+Every function takes `weights`, a dict of parameter trees by component. The trainer passes those of the policy, the
+reference or the pre-trained model (`objectives.base.Weights`), so one set of functions serves all three.
 """
 
 import math
@@ -23,7 +23,7 @@ PredictFn = Callable[[jax.Array, jax.Array, Cond], jax.Array]
 class Model(Protocol):
   """A text-to-image model as the few pure functions that objectives and rollouts need.
 
-  Conditioning is a tree of arrays with one row a prompt; only the model looks into it.
+  Conditioning is a tree of arrays with one row for each prompt; only the model looks into it.
   """
 
   @property
@@ -31,17 +31,17 @@ class Model(Protocol):
 
   @property
   def denoiser(self) -> str:
-    """The component that is trained: "unet" or "transformer", say; an adapter of it is `DENOISER_lora`."""
+    """The component that is trained, such as "unet" or "transformer"; an adapter of it is `DENOISER_lora`."""
     ...
 
   @property
   def image_size(self) -> Size:
-    """Of the images in pixels: the side of squares, or (height, width)."""
+    """Size of the images in pixels: the side of squares, or (height, width)."""
     ...
 
   @property
   def unit(self) -> int:
-    """Pixels a side that one latent stands for; sizes are multiples of it."""
+    """Pixels in a side of one latent; sizes are multiples of it."""
     ...
 
   @property
@@ -50,31 +50,31 @@ class Model(Protocol):
     ...
 
   def latent_shape_for(self, height: int, width: int) -> tuple[int, int, int]:
-    """(h, w, C) of the latents of images of a size in pixels; raises ValueError for one that cannot be."""
+    """Returns (h, w, C) of the latents of images of this size in pixels; raises ValueError for an impossible size."""
     ...
 
   def at_size(self, height: int, width: int) -> "Model":
-    """The model with another `image_size`, in pixels; only `config.image_size` asks for it."""
+    """Returns the model with another `image_size`, in pixels; only `config.image_size` uses it."""
     ...
 
   def predict(self, weights: Weights, x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
-    """The network's output f32[B,h,w,C] at x f32[B,h,w,C], times t [B]."""
+    """Returns the network's output f32[B,h,w,C] at x f32[B,h,w,C], times t [B]."""
     ...
 
   def encode_text(self, weights: Weights, input_ids: jax.Array) -> Cond:
-    """The conditioning on prompts i32[B,L]; of images of the model's own size."""
+    """Returns the conditioning on prompts i32[B,L], for images of the model's own size."""
     ...
 
   def encode_negative(self, weights: Weights, input_ids: jax.Array) -> Cond:
-    """The conditioning on negative prompts i32[B,L]."""
+    """Returns the conditioning on negative prompts i32[B,L]."""
     ...
 
   def encode_empty(self, weights: Weights, batch_size: int) -> Cond:
-    """The conditioning where no negative prompt is given (`weights["empty_ids"]` i32[1,L]), repeated."""
+    """Returns the conditioning without a negative prompt (`weights["empty_ids"]` i32[1,L]), repeated."""
     ...
 
   def sized(self, cond: Cond, sizes: jax.Array | None) -> Cond:
-    """The conditioning at sizes of one's own; unchanged without them, and of a model that knows none.
+    """Returns the conditioning at given sizes; unchanged without sizes, and in a model that does not use them.
 
     Args:
       sizes: f32[B,6] or [1,6]: original height and width, top and left of the crop, target height and width, in pixels.
@@ -82,27 +82,27 @@ class Model(Protocol):
     ...
 
   def stored_text(self, cond: Cond) -> dict[str, jax.Array]:
-    """What of the conditioning depends on the prompt alone, as fields of a batch [B,...]."""
+    """Returns the part of the conditioning that depends on the prompt alone, as fields of a batch [B,...]."""
     ...
 
   def restored_text(self, batch: Mapping[str, jax.Array]) -> Cond | None:
-    """The conditioning of fields that `stored_text` made; None of a batch without them."""
+    """Returns the conditioning from fields that `stored_text` made; None for a batch without them."""
     ...
 
   def encode_images(self, weights: Weights, images: jax.Array, key: jax.Array) -> jax.Array:
-    """Scaled latents f32[B,h,w,C] drawn from the posterior of images [B,H,W,3], u8 or f32 in [-1, 1]."""
+    """Draws scaled latents f32[B,h,w,C] from the posterior of images [B,H,W,3], u8 or f32 in [-1, 1]."""
     ...
 
   def encode_moments(self, weights: Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and log variance f32[B,h,w,C] of that posterior."""
+    """Returns mean and log variance f32[B,h,w,C] of the posterior of images."""
     ...
 
   def draw_latents(self, mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.Array:
-    """Scaled latents f32[B,h,w,C] drawn from the posterior with these moments; needs no weights."""
+    """Draws scaled latents f32[B,h,w,C] from the posterior with these moments; needs no weights."""
     ...
 
   def decode(self, weights: Weights, latents: jax.Array, *, size: int = 0) -> jax.Array:
-    """Images f32[B,H,W,3], about [-1, 1], of scaled latents; the shorter side of `size` pixels where it is not 0."""
+    """Decodes scaled latents to images f32[B,H,W,3], about [-1, 1], with a shorter side of `size` pixels unless 0."""
     ...
 
 
@@ -112,10 +112,10 @@ def repeat_cond(cond: Cond, times: int) -> Cond:
 
 
 def is_guided(guidance_scale: float) -> bool:
-  """Returns whether a scale guides at all: above 1. Up to 1 the prediction is the prompt's alone, as in diffusers.
+  """Returns whether a scale guides at all, that is, exceeds 1. Up to 1 only the prompt counts, as in diffusers.
 
   Raises:
-    ValueError: the scale is below 0, infinite or no number.
+    ValueError: the scale is negative, infinite or not a number.
   """
   if not 0.0 <= guidance_scale < math.inf:
     raise ValueError(f"guidance_scale={guidance_scale}; expected a number of at least 0 (up to 1: no guidance).")
@@ -123,17 +123,17 @@ def is_guided(guidance_scale: float) -> bool:
 
 
 def guided(eps_fn: PredictFn, uncond: Cond, guidance_scale: float, *, guidance_rescale: float = 0.0) -> PredictFn:
-  """Classifier-free guidance, uncond + scale (cond - uncond), as one call on a doubled batch.
+  """Returns classifier-free guidance, uncond + scale (cond - uncond), as one call on a doubled batch.
 
   Args:
     eps_fn: the unguided prediction.
-    uncond: conditioning on the empty or a negative prompt: one row [1, ...], or as many as there are of cond.
+    uncond: conditioning on the empty or a negative prompt: one row [1, ...], or as many rows as cond.
     guidance_scale: 1 and below switch guidance off and save half of the work.
-    guidance_rescale: in [0, 1], how far each sample's standard deviation is brought back to that of the prediction
-      without guidance, against overexposure (arXiv 2305.08891, Section 3.4, Eq. 15 and 16; 0.7 there).
+    guidance_rescale: in [0, 1], how far each sample's standard deviation is brought back to that of the unguided
+      prediction, against overexposure (arXiv 2305.08891, Section 3.4, Eq. 15 and 16; 0.7 there).
 
   Raises:
-    ValueError: as of `is_guided`.
+    ValueError: see `is_guided`.
   """
   if not is_guided(guidance_scale):
     return eps_fn

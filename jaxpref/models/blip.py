@@ -25,7 +25,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class BLIPVisionConfig:
-  """Of BLIP's ViT; the defaults are ViT-L/16 for 224 pixels, ImageReward's."""
+  """Config of BLIP's ViT; the defaults are ViT-L/16 for 224 pixels, ImageReward's."""
 
   image_size: int = 224
   patch_size: int = 16
@@ -38,7 +38,7 @@ class BLIPVisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BLIPTextConfig:
-  """Of BLIP's BERT, with the keys of its med_config.json; two ids of the vocabulary are BLIP's, [DEC] and [ENC]."""
+  """Config of BLIP's BERT, with the keys of its med_config.json; the ids of two tokens are BLIP's: [DEC] and [ENC]."""
 
   vocab_size: int = 30524
   hidden_size: int = 768
@@ -52,12 +52,12 @@ class BLIPTextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ImageRewardConfig:
-  """Of an ImageReward folder's config.json.
+  """An ImageReward folder's config.json.
 
   Attributes:
-    text_length: tokens that a prompt is padded and cut to.
-    reward_mean, reward_std: of the rewards that the published model gives its training data.
-    image_mean, image_std: per channel, of images in [0, 1].
+    text_length: number of tokens that a prompt is padded and cut to.
+    reward_mean, reward_std: mean and deviation of the rewards that the published model gives its training data.
+    image_mean, image_std: per channel, for images in [0, 1].
   """
 
   vision_config: BLIPVisionConfig = BLIPVisionConfig()
@@ -73,7 +73,7 @@ class ImageRewardConfig:
     """Reads the dict of a config.json.
 
     Raises:
-      ValueError: it is another model's, or asks for what is not implemented.
+      ValueError: it belongs to another model, or asks for something that is not implemented.
     """
     if config.get("model_type") != "imagereward":
       raise ValueError(
@@ -99,7 +99,7 @@ class ImageRewardConfig:
     return cls(**(fields(cls, config) | towers))
 
   def to_dict(self) -> dict[str, Any]:
-    """The dict for config.json."""
+    """Returns the dict for config.json."""
     fields = dataclasses.asdict(self)
     return {"model_type": "imagereward"} | {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
@@ -153,7 +153,7 @@ class VisionTransformer(nn.Module):
 
   @nn.compact
   def __call__(self, pixels: Array) -> Array:
-    """f32[B, S, S, 3], normalised -> [B, 1 + patches, D]."""
+    """Maps normalised f32[B, S, S, 3] to [B, 1 + patches, D]."""
     c = self.config
     width, patch = c.hidden_size, (c.patch_size, c.patch_size)
     tokens = (c.image_size // c.patch_size) ** 2 + 1
@@ -209,7 +209,7 @@ class TextEncoder(nn.Module):
 
   @nn.compact
   def __call__(self, input_ids: Array, image: Array) -> Array:
-    """i32[B, L] padded with `pad_token_id`, and the image's hidden states [B, S, E] -> [B, L, D]."""
+    """Maps i32[B, L], padded with `pad_token_id`, and the image's hidden states [B, S, E] to [B, L, D]."""
     c = self.config
     embed = lambda size, name: nn.Embed(size, c.hidden_size, dtype=self.dtype, name=f"embeddings.{name}")
     x = embed(c.vocab_size, "word_embeddings")(input_ids)
@@ -222,11 +222,11 @@ class TextEncoder(nn.Module):
 
 
 class RewardHead(nn.Module):
-  """Five linear layers and no activation between them: torch's Sequential, whose other entries are dropouts."""
+  """Five linear layers without activations: torch's Sequential, whose other entries are dropouts."""
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    """[B, D] -> f32[B]."""
+    """Maps [B, D] to f32[B]."""
     x = x.astype(jnp.float32)
     for index, width in zip((0, 2, 4, 6, 7), (1024, 128, 64, 16, 1), strict=True):
       x = nn.Dense(width, dtype=jnp.float32, name=f"layers.{index}")(x)
@@ -241,7 +241,7 @@ class BLIP(nn.Module):
 
   @nn.compact
   def __call__(self, input_ids: Array, pixels: Array) -> Array:
-    """[B, L, D], the hidden states of the prompts' tokens in view of their images."""
+    """Returns [B, L, D], the hidden states of the prompts' tokens in view of their images."""
     image = VisionTransformer(self.config.vision_config, self.dtype, name="visual_encoder")(pixels)
     return TextEncoder(self.config.text_config, self.dtype, name="text_encoder")(input_ids, image)
 
@@ -254,7 +254,7 @@ class ImageReward(nn.Module):
 
   @nn.compact
   def __call__(self, input_ids: Array, pixels: Array) -> Array:
-    """Rewards f32[B].
+    """Returns rewards f32[B].
 
     Args:
       input_ids: i32[B, L], [CLS] first, padded with `pad_token_id`.

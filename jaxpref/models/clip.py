@@ -19,7 +19,7 @@ from jaxpref.models.resnet import dense
 
 Array = jax.Array
 
-# What a CLIP config.json may call its activation, and what it means. "gelu" is the exact one.
+# Activations that a CLIP config.json may name. "gelu" is the exact one.
 _ACTIVATIONS = {
   "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
   "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -27,7 +27,7 @@ _ACTIVATIONS = {
 
 
 def _read_config(cls: type, config: Mapping[str, Any], model_types: tuple[str, ...]) -> dict:
-  """Fields of `cls` found in a config.json dict; refuses what this module does not implement."""
+  """Returns the fields of `cls` found in a config.json dict; raises for what this module does not implement."""
   name = cls.__name__
   model_type = config.get("model_type") or model_types[0]
   if model_type not in model_types:
@@ -91,7 +91,7 @@ class CLIPTextConfig:
     return cls(**_read_config(cls, config, ("clip_text_model", "clip")))
 
   def to_dict(self) -> dict[str, Any]:
-    """The dict for config.json; the caller adds `architectures`."""
+    """Returns the dict for config.json; the caller adds `architectures`."""
     return {
       "model_type": "clip_text_model",
       "attention_dropout": 0.0,
@@ -131,7 +131,7 @@ class CLIPVisionConfig:
     return cls(**_read_config(cls, config, ("clip_vision_model", "clip")))
 
   def to_dict(self) -> dict[str, Any]:
-    """The dict for config.json; the caller adds `architectures`."""
+    """Returns the dict for config.json; the caller adds `architectures`."""
     return {
       "model_type": "clip_vision_model",
       "attention_dropout": 0.0,
@@ -159,7 +159,7 @@ class CLIPConfig:
     return cls(**fields)
 
   def to_dict(self) -> dict[str, Any]:
-    """The dict for config.json."""
+    """Returns the dict for config.json."""
     return {
       "model_type": "clip",
       "projection_dim": self.projection_dim,
@@ -170,14 +170,14 @@ class CLIPConfig:
 
 
 def layer_norm(eps: float, name: str) -> nn.LayerNorm:
-  """LayerNorm computed in float32 with the two-pass variance, as torch does."""
+  """Returns a LayerNorm computed in float32 with the two-pass variance, as in torch."""
   return nn.LayerNorm(epsilon=eps, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
 def init_std(config: CLIPTextConfig | CLIPVisionConfig, name: str) -> float:
-  """Standard deviation at initialisation of the tower's layer or embedding `name`.
+  """Returns the standard deviation at initialisation of the tower's layer or embedding `name`.
 
-  As in transformers: the layers at the entrance of a residual branch shrink with depth.
+  As in transformers, layers at the entrance of a residual branch shrink with depth.
   """
   width, depth = config.hidden_size**-0.5, (2 * config.num_hidden_layers) ** -0.5
   stds = {
@@ -244,7 +244,7 @@ class CLIPMLP(nn.Module):
 
 
 class AdaLN(nn.Module):
-  """Time condition -> `chunks` modulation vectors, `Linear(SiLU(time_cond))` (METHODS 3).
+  """Maps a time condition to `chunks` modulation vectors, `Linear(SiLU(time_cond))` (METHODS 3).
 
   The kernel starts at zero and the bias at `init_values`, so that at initialisation the output
   does not depend on the time. Named like torch's Sequential(SiLU, Linear): the layer is index 1.
@@ -254,7 +254,7 @@ class AdaLN(nn.Module):
 
   @nn.compact
   def __call__(self, time_cond: Array) -> list[Array]:
-    """Args: time_cond f32[B, D]. Returns: one f32[B, 1, D] for each of `init_values`."""
+    """Maps time_cond f32[B, D] to one f32[B, 1, D] for each of `init_values`."""
     width = time_cond.shape[-1]
 
     def bias_init(key, shape, dtype):
@@ -366,8 +366,8 @@ class CLIPTextTransformer(nn.Module):
     hidden_states = CLIPEncoder(c, self.dtype, name="encoder")(x, causal)
     last = layer_norm(c.layer_norm_eps, "final_layer_norm")(hidden_states[-1]).astype(self.dtype)
     if c.eos_token_id == 2:
-      # Old config.json files (SD1.5's among them) say 2 where the tokenizer says 49407; there the
-      # end of the text is the first occurrence of the largest id.
+      # Old config.json files (SD1.5's among them) say 2 where the tokenizer says 49407; then the end
+      # of the text is the first occurrence of the largest id.
       end = jnp.argmax(input_ids, axis=-1)
     else:
       end = jnp.argmax(input_ids == c.eos_token_id, axis=-1)
@@ -508,7 +508,7 @@ class CLIPVisionModel(nn.Module):
 
 
 def normalize(x: Array) -> Array:
-  """x / ||x|| over the last axis, in float32."""
+  """Returns x / ||x|| over the last axis, in float32."""
   x = x.astype(jnp.float32)
   return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
@@ -545,11 +545,11 @@ class CLIPModel(nn.Module):
     self.logit_scale = self.param("logit_scale", nn.initializers.constant(c.logit_scale_init_value), ())
 
   def text_features(self, input_ids: Array) -> Array:
-    """i32[B, L] -> [B, P], projected and not normalised."""
+    """Maps i32[B, L] to [B, P], projected and not normalised."""
     return self.text_projection(self.text_model(input_ids)["pooler_output"])
 
   def image_features(self, pixel_values: Array, time_cond: Array | None = None) -> Array:
-    """f32[B, H, W, 3] CLIP-normalised -> [B, P], projected and not normalised."""
+    """Maps CLIP-normalised f32[B, H, W, 3] to [B, P], projected and not normalised."""
     return self.visual_projection(self.vision_model(pixel_values, time_cond)["pooler_output"])
 
   def __call__(self, input_ids: Array, pixel_values: Array) -> tuple[Array, Array, Array]:

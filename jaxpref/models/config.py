@@ -1,4 +1,4 @@
-"""Reading and writing the config.json of a diffusers model as a frozen dataclass."""
+"""Reads and writes the config.json of a diffusers model as a frozen dataclass."""
 
 import dataclasses
 import typing
@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from jaxpref.recipes.messages import listed
 
-# Keys beside those of a network that do not change it: of diffusers' EMAModel, of transformers, of trainers.
+# Keys of no network that change nothing: those of diffusers' EMAModel, transformers and trainers.
 IGNORED = (
   "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power",
   "architectures", "dtype", "model_type", "torch_dtype", "transformers_version", "gradient_checkpointing",
@@ -16,14 +16,14 @@ IGNORED = (
 
 
 def _freeze(value: Any) -> Any:
-  """Lists of JSON become tuples, so that a config can be hashed (Linen requires it)."""
+  """Converts lists of JSON to tuples, so that a config can be hashed (Linen requires it)."""
   return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
 
 
 def without_nulls(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a config.json's dict without the keys that are null and for which the dataclass has another default.
+  """Returns a config.json's dict without null keys for which the dataclass has another default.
 
-  A key that is null means the same as a key that is absent, unless null is a value of the field's type.
+  A null key means the same as an absent one, unless null is a value of the field's type.
   """
   own = {f.name for f in dataclasses.fields(kind) if type(None) in typing.get_args(f.type)}
   return {key: value for key, value in config.items() if value is not None or key in own}
@@ -41,8 +41,8 @@ class ModelConfig:
   """
 
   CLASS_NAME: ClassVar[str] = ""
-  # Keys that exist in diffusers but are implemented for these values only (never written back:
-  # the first value is what diffusers assumes).
+  # Keys that exist in diffusers but are implemented for these values only (never written back: the
+  # first value is what diffusers assumes).
   FIXED: ClassVar[Mapping[str, Collection[Any]]] = {}
 
   @classmethod
@@ -50,14 +50,14 @@ class ModelConfig:
     """Reads the dict of a config.json.
 
     Args:
-      config: the parsed file; keys that start with "_" and unknown keys that hold null are ignored, and
-        IGNORED with a warning; a known key that holds null has its default.
+      config: the parsed file. Keys that start with "_" and unknown null keys are ignored, and IGNORED with a warning; a
+        known null key gets its default.
 
     Returns:
       The config.
 
     Raises:
-      ValueError: the file asks for something that is not implemented here.
+      ValueError: the file asks for something that is not implemented.
     """
     fields = {field.name for field in dataclasses.fields(cls)}
     given = {k: v for k, v in without_nulls(cls, config).items() if not k.startswith("_")}
@@ -82,12 +82,12 @@ class ModelConfig:
     return cls(**kwargs)
 
   def to_dict(self) -> dict[str, Any]:
-    """The dict of a config.json that torch diffusers opens and `from_dict` reads back."""
+    """Returns the dict of a config.json that torch diffusers opens and `from_dict` reads back."""
     fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
     return {"_class_name": self.CLASS_NAME} | {name: _thaw(value) for name, value in fields}
 
   def _require(self, ok: bool, key: str, expected: str) -> None:
-    """Raises the one-sentence ValueError about the field `key` unless `ok`."""
+    """Raises a one-sentence ValueError about the field `key` unless `ok`."""
     if not ok:
       found = getattr(self, key)
       raise ValueError(f"{self.CLASS_NAME} config: {key}={found!r}, expected {expected}.")

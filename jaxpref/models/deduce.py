@@ -1,4 +1,4 @@
-"""Which network tensors are of, and which fields of a config.json they contradict: for messages about folders."""
+"""Deduces from tensors which network they belong to and which fields of config.json they contradict, for messages."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -10,9 +10,8 @@ from jaxpref.models.vae import VAEConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# field -> (names of tensors, axis that has its size); of a field with a value for each level the names
-# match in the order of the levels. None in place of the axis: the field is the number of different
-# numbers in the name's group.
+# field -> (names of tensors, axis that has its size). For a field with a value for each level the names match in the
+# order of the levels. None instead of the axis: the field is the number of different numbers in the name's group.
 _UNET = {
   "in_channels": (r"conv_in\.weight", 1),
   "out_channels": (r"conv_out\.weight", 0),
@@ -51,7 +50,7 @@ _FIELDS: dict[type, dict[str, tuple[str, int | None]]] = {
 }
 
 
-# What names of tensors tell; the first match counts.
+# What names of tensors tell; the first match wins.
 _KINDS = {
   "a whole checkpoint in one file": r"model\.diffusion_model\.|first_stage_model\.|cond_stage_model\.|conditioner\.",
   "a LoRA": r".*[._]lora[._](A|B|down|up)\b",
@@ -71,7 +70,7 @@ _KINDS = {
 
 
 def kind_of(names: Iterable[str]) -> str | None:
-  """Returns which network tensors of these names belong to, such as "a VAE"; None if they tell nothing.
+  """Returns which network tensors with these names belong to, such as "a VAE"; None if they do not tell.
 
   >>> kind_of(["add_embedding.linear_1.weight", "conv_in.weight"])
   'the UNet of Stable Diffusion XL'
@@ -81,15 +80,15 @@ def kind_of(names: Iterable[str]) -> str | None:
 
 
 def contradicted_fields(config: Any, shapes: Shapes, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-  """The fields that tensors show to be different.
+  """Returns the fields that the tensors contradict.
 
   Args:
-    config: of a UNet, an autoencoder, a text encoder or a CLIP; of others nothing is known.
+    config: config of a UNet, an autoencoder, a text encoder or a CLIP; others have no known fields.
     shapes: {name: shape} of the tensors in the files.
-    prefix: of the fields' names.
+    prefix: prefix of the fields' names.
 
   Returns:
-    {name of the field: (value in the config, value of the tensors)}.
+    {name of the field: (value in the config, value from the tensors)}.
   """
   if isinstance(config, CLIPConfig):
     return contradicted_fields(config.text_config, shapes, "text_config.") | contradicted_fields(

@@ -1,4 +1,4 @@
-"""The latent reward model of LPO (arXiv 2502.01051): a denoiser's own features, scored against the prompt."""
+"""The latent reward model of LPO (arXiv 2502.01051): scores a denoiser's own features against the prompt."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,22 +14,22 @@ from jaxpref.models.unet import UNetConfig, UNetEncoder
 from jaxpref.recipes.sizes import Size, sides
 
 Array = jax.Array
-MODEL_TYPE = "latent_reward_model"  # of config.json
-VISUAL_STD = 0.02  # of the projection of features at the start
+MODEL_TYPE = "latent_reward_model"  # model_type in config.json
+VISUAL_STD = 0.02  # initial deviation of the projection of features
 Rows = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentRewardConfig:
-  """Of a latent reward model's config.json.
+  """A latent reward model's config.json.
 
   Attributes:
-    unet: of the whole UNet, whose way down and middle are used.
-    text_encoder, text_encoder_2: its own; the second is SDXL's, or None.
+    unet: config of the whole UNet, of which the way down and the middle are used.
+    text_encoder, text_encoder_2: configs of its own text encoders; the second is SDXL's, or None.
     projection_dim: width of the space in which latents and prompts meet; with two text encoders that of the second.
-    image_size: in pixels, a side or height and width, that SDXL's UNet is told.
-    guidance_scale: of the middle's features; up to 1 they are the prompt's alone.
-    logit_scale_init_value: logarithm of the scores' scale at the start, log(1 / 0.07).
+    image_size: image size in pixels that SDXL's UNet gets, a side or height and width.
+    guidance_scale: guidance of the middle's features; up to 1 they are the prompt's alone.
+    logit_scale_init_value: logarithm of the scores' initial scale, log(1 / 0.07).
   """
 
   unet: UNetConfig
@@ -45,7 +45,7 @@ class LatentRewardConfig:
     """Reads the dict of a config.json.
 
     Raises:
-      ValueError: it describes something else.
+      ValueError: it describes another model.
     """
     missing = {"unet", "text_encoder"} - config.keys()
     if config.get("model_type") != MODEL_TYPE or missing:
@@ -66,7 +66,7 @@ class LatentRewardConfig:
     )
 
   def to_dict(self) -> dict[str, Any]:
-    """The dict for config.json."""
+    """Returns the dict for config.json."""
     networks = ("unet", "text_encoder", "text_encoder_2")
     own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     return {"model_type": MODEL_TYPE} | {
@@ -74,26 +74,26 @@ class LatentRewardConfig:
     }
 
   def check_fits(self, name: str, *, channels: int, tokens: int) -> None:
-    """Refuses latents and prompts of another text-to-image model than it was made for, as far as these tell.
+    """Raises for latents and prompts of another text-to-image model than its own, as far as their sizes tell.
 
     Args:
-      name: of the latent reward model, for the message.
-      channels: of the latents.
-      tokens: of a prompt.
+      name: name of the latent reward model, for the message.
+      channels: channels of the latents.
+      tokens: tokens of a prompt.
 
     Raises:
-      ValueError: they are others.
+      ValueError: they differ.
     """
     found, expected = (channels, tokens), (self.unet.in_channels, self.tokens)
     if found != expected:
       raise ValueError(
         f"latent reward model {name} is for latents of {expected[0]} channels and prompts of {expected[1]} tokens, "
-        f"those of config.model have {found[0]} and {found[1]}; take one that was made for this model."
+        f"those of config.model have {found[0]} and {found[1]}; use one that was made for this model."
       )
 
   @property
   def tokens(self) -> int:
-    """Ids of a prompt, of all text encoders together."""
+    """Number of ids in a prompt, for all text encoders together."""
     encoders = (self.text_encoder, self.text_encoder_2)
     return sum(encoder.max_position_embeddings for encoder in encoders if encoder is not None)
 
@@ -106,10 +106,10 @@ def of_networks(
   image_size: Size,
   guidance_scale: float = 7.5,
 ) -> LatentRewardConfig:
-  """The latent reward model that starts as these networks of a text-to-image model.
+  """Returns the latent reward model that starts as these networks of a text-to-image model.
 
   Args:
-    image_size: of the model, in pixels.
+    image_size: image size of the model, in pixels.
   """
   projection_dim = (text_encoder if text_encoder_2 is None else text_encoder_2).projection_dim
   return LatentRewardConfig(unet, text_encoder, text_encoder_2, projection_dim, image_size, guidance_scale)
@@ -118,14 +118,14 @@ def of_networks(
 class LatentRewardModel(nn.Module):
   """Scores noisy latents at any time of the process under their prompts (arXiv 2502.01051, Section 4.1).
 
-  The means over height and width of what each level of the UNet makes before it is halved (conditioned on the prompt),
-  and of the middle (guided), side by side, are projected without bias; the score is exp(logit_scale) times the cosine
+  The features are means over height and width: each level of the UNet before it is halved (conditioned on the prompt),
+  and the middle (guided), side by side. They are projected without bias; the score is exp(logit_scale) times the cosine
   with the projected pooled text of the model's own text encoder. With SDXL's two, it is the second's `text_embeds`.
 
   Attributes:
-    config: of all its networks.
+    config: configs of all its networks.
     dtype: compute dtype; pooled features, projections and scores are float32.
-    remat: of the UNet, see `UNet2DConditionModel`.
+    remat: that of the UNet, see `UNet2DConditionModel`.
   """
 
   config: LatentRewardConfig
@@ -147,7 +147,7 @@ class LatentRewardModel(nn.Module):
     self.logit_scale = self.param("logit_scale", nn.initializers.constant(c.logit_scale_init_value), (), jnp.float32)
 
   def text(self, input_ids: Array) -> tuple[Rows, Array]:
-    """What the UNet is conditioned on, and unit vectors f32[B, P], of prompts.
+    """Returns what the UNet is conditioned on, and unit vectors f32[B, P], for prompts.
 
     Args:
       input_ids: i32[B, L], or i32[B, 2 L] for two text encoders, as the text-to-image model takes them.
@@ -161,10 +161,10 @@ class LatentRewardModel(nn.Module):
     return {"hidden": hidden, "pooled": second["text_embeds"]}, normalize(second["text_embeds"])
 
   def latent_embeds(self, latents: Array, t: Array, cond: Rows, uncond: Rows) -> Array:
-    """Unit vectors f32[N, P] of noisy latents f32[N, h, w, C] at times t [N].
+    """Returns unit vectors f32[N, P] of noisy latents f32[N, h, w, C] at times t [N].
 
     Args:
-      cond, uncond: rows [N, ...] of what `text` gives of the prompts, and of the empty prompt.
+      cond, uncond: rows [N, ...] of what `text` returns for the prompts, and for the empty prompt.
     """
     guided = is_guided(self.config.guidance_scale)
     if guided:  # one call on a doubled batch
@@ -183,11 +183,11 @@ class LatentRewardModel(nn.Module):
     return normalize(self.visual_projection(jnp.concatenate([*levels, middle], axis=-1)))
 
   def score(self, latent_embeds: Array, text_embeds: Array) -> Array:
-    """f32[N]: exp(logit_scale) cos(latents, text), row by row, of unit vectors [N, P]."""
+    """Returns f32[N]: exp(logit_scale) cos(latents, text), row by row, for unit vectors [N, P]."""
     return jnp.exp(self.logit_scale.astype(jnp.float32)) * jnp.sum(latent_embeds * text_embeds, axis=-1)
 
   def __call__(self, latents: Array, t: Array, input_ids: Array, empty_ids: Array) -> Array:
-    """Scores f32[N] of latents at times t under their prompts; empty_ids i32[N, L] is the empty prompt."""
+    """Scores latents at times t under their prompts, f32[N]; empty_ids i32[N, L] is the empty prompt."""
     cond, text_embeds = self.text(input_ids)
     uncond, _ = self.text(empty_ids)
     return self.score(self.latent_embeds(latents, t, cond, uncond), text_embeds)

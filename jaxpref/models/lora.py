@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) by interception: no network knows about them.
 
 An adapter is a nested dict that mirrors the parameters of the linear layers it attaches to, with
-`{"lora_A": [in, r], "lora_B": [r, out]}` in place of `{"kernel", "bias"}`:
+`{"lora_A": [in, r], "lora_B": [r, out]}` instead of `{"kernel", "bias"}`:
 
     adapter = lora.init_lora(key, unet_params, rank=4)
     pred = lora.apply(unet, unet_params, adapter, ..., scale=alpha / rank)  # each target: y + scale x A B
@@ -27,15 +27,15 @@ from jaxpref.recipes.messages import listed
 
 Tree = Mapping[str, Any]
 
-# The attention projections of a diffusers UNet: what SPO, Diffusion-DPO with LoRA and PEFT adapt.
+# The attention projections of a diffusers UNet, which SPO, Diffusion-DPO with LoRA and PEFT adapt.
 ATTENTION_TARGETS = r"(to_q|to_k|to_v|to_out\.0)$"
 INITS = ("kaiming", "gaussian")
 
 
 def linear_layers(params: Tree) -> dict[tuple[str, ...], tuple[int, ...]]:
-  """Paths of all dense layers and 1x1 convolutions in a parameter tree -> shape of the kernel.
+  """Returns the path of each dense layer and 1x1 convolution in a parameter tree with the shape of its kernel.
 
-  That is (in, out), (n, in, out) in a stack, or (1, 1, in, out).
+  The shape is (in, out), (n, in, out) in a stack, or (1, 1, in, out).
   """
   found = {}
 
@@ -65,7 +65,7 @@ def _lookup(tree: Any, path: tuple[str, ...]) -> Any:
 
 
 def adapted_paths(adapter: Tree) -> list[tuple[str, ...]]:
-  """Paths of the layers that an adapter changes."""
+  """Returns the paths of the layers that an adapter changes."""
   found = []
 
   def walk(tree: Tree, path: tuple[str, ...]) -> None:
@@ -88,7 +88,7 @@ def init_lora(
   init: str = "kaiming",
   dtype: Any = jnp.float32,
 ) -> dict[str, Any]:
-  """A fresh adapter: A random as in PEFT, B zero, so A B = 0.
+  """Returns a fresh adapter: A random as in PEFT, B zero, so A B = 0.
 
   Args:
     key: PRNG key; each layer folds in the hash of its own name, so its factor does not depend on
@@ -98,9 +98,9 @@ def init_lora(
     targets: regular expression searched in the dotted name of each linear layer, e.g.
       "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"; the layers of a stack share one name, without
       number, and are adapted together.
-    init: of A: "kaiming", uniform in +-1/sqrt(in) (PEFT's default, kaiming with a = sqrt 5); or "gaussian", normal of
-      standard deviation 1/rank (its init_lora_weights="gaussian"), with rank 4 about ten times as large.
-    dtype: of the factors.
+    init: how A starts: "kaiming", uniform in +-1/sqrt(in) (PEFT's default, kaiming with a = sqrt 5); or "gaussian",
+      normal with standard deviation 1/rank (its init_lora_weights="gaussian"), about ten times as large at rank 4.
+    dtype: dtype of the factors.
 
   Returns:
     A nested dict with `lora_A` [..., in, r] and `lora_B` zeros [..., r, out].
@@ -139,38 +139,38 @@ def init_lora(
 
 
 def check_rank(rank: int, layers: Mapping[tuple[str, ...], tuple[int, ...]]) -> None:
-  """Raises `RankError` if the rank is above the smaller side of one of `linear_layers`."""
+  """Raises `RankError` if the rank exceeds the smaller side of one of `linear_layers`."""
   narrow = {path: shape[-2:] for path, shape in layers.items() if min(shape[-2:]) < rank}
   if narrow:
     path, (fan_in, fan_out) = min(narrow.items(), key=lambda item: min(item[1]))
     raise RankError(
       f"LoRA: rank is {rank}, expected at most {min(fan_in, fan_out)}, the smaller side of {'.'.join(path)} "
-      f"({fan_in} x {fan_out}): more changes nothing else and costs more; {len(narrow)} of the {len(layers)} adapted "
-      "layers are smaller than that; set a lower rank."
+      f"({fan_in} x {fan_out}): a higher rank only costs more; {len(narrow)} of the {len(layers)} adapted "
+      "layers are narrower than the rank; set a lower rank."
     )
 
 
 class RankError(ValueError):
-  """A rank is above what a layer can have."""
+  """Raised if a rank exceeds what a layer can have."""
 
 
 def apply(
   module: nn.Module, params: Tree, adapter: Tree, *args: Any, scale: float | jax.Array = 1.0, **kwargs: Any
 ) -> Any:
-  """`module.apply` with `scale * x A B` added to the output of each adapted `nn.Dense` or 1x1 `nn.Conv`.
+  """Returns `module.apply` with `scale * x A B` added to the output of each adapted `nn.Dense` or 1x1 `nn.Conv`.
 
   Works under jit, grad, remat, scan and vmap.
 
   Args:
     module: the network.
     params: its parameters.
-    adapter: as `init_lora` gives for these parameters.
-    *args: of the network.
+    adapter: adapter for these parameters, as `init_lora` returns it.
+    *args: arguments of the network.
     scale: alpha / rank.
-    **kwargs: of the network.
+    **kwargs: keyword arguments of the network.
 
   Raises:
-    ValueError: a layer of the adapter was never applied, since it then had no effect at all.
+    ValueError: a layer of the adapter was never applied, and so had no effect.
   """
   pending = set(adapted_paths(adapter))
 
@@ -182,7 +182,7 @@ def apply(
       return y
     pending.discard(layer.path)
     a, b = (layer.get_variable("lora", name).astype(y.dtype) for name in ("lora_A", "lora_B"))
-    a, b = a.reshape(a.shape[-2:]), b.reshape(b.shape[-2:])  # of a 1x1 convolution
+    a, b = a.reshape(a.shape[-2:]), b.reshape(b.shape[-2:])  # drops the axes of a 1x1 convolution
     merge = (((args[0].ndim - 1,), (0,)), ((), ()))
     x = flat_dot_general(flat_dot_general(args[0].astype(y.dtype), a, merge), b, merge)
     return y + jnp.asarray(scale, y.dtype) * x
@@ -199,18 +199,18 @@ def apply(
 
 
 def merge_lora(params: Tree, adapter: Tree, scale: float | jax.Array = 1.0) -> dict[str, Any]:
-  """Parameters with the adapter folded in: kernel + scale A B, summed in float32.
+  """Returns parameters with the adapter folded in: kernel + scale A B, summed in float32.
 
   Args:
     params: parameters of the network.
-    adapter: as `init_lora` gives.
+    adapter: as `init_lora` returns it.
     scale: alpha / rank, as for `apply`.
 
   Returns:
-    A new tree of the structure and dtypes of `params`; leaves without adapter are shared.
+    A new tree with the structure and dtypes of `params`; leaves without an adapter are shared.
 
   Raises:
-    ValueError: the adapter has a layer that `params` lacks, or of other features.
+    ValueError: the adapter has a layer that `params` lacks, or one with other features.
   """
   layers = linear_layers(params)
   for path in adapted_paths(adapter):
@@ -218,8 +218,8 @@ def merge_lora(params: Tree, adapter: Tree, scale: float | jax.Array = 1.0) -> d
     shape = (*factors["lora_A"].shape[:-1], factors["lora_B"].shape[-1])
     if layers.get(path) != shape:
       raise ValueError(
-        f"LoRA: the adapter has a layer {'.'.join(path)} of shape {shape}, the network "
-        f"{layers.get(path) or 'has none of this name'}; use the adapter with the network it was "
+        f"LoRA: the adapter has a layer {'.'.join(path)} of shape {shape}, the network has "
+        f"{layers.get(path) or 'none of this name'}; use the adapter with the network it was "
         "made for."
       )
 
@@ -240,16 +240,16 @@ def merge_lora(params: Tree, adapter: Tree, scale: float | jax.Array = 1.0) -> d
 
 
 def combine(adapters: Sequence[tuple[Tree, float]], params: Tree) -> dict[str, Any]:
-  """One adapter that does, with scale 1, what several do together: its product is the sum of scale A B.
+  """Returns one adapter that does, with scale 1, what several do together: its product is the sum of scale A B.
 
-  Its rank is the sum of theirs; factors stand side by side, zeros where an adapter leaves a layer out.
+  Its rank is the sum of theirs; factors stand side by side, with zeros where an adapter leaves a layer out.
 
   Args:
-    adapters: (adapter, its scale alpha / rank), each of one rank.
-    params: parameters (or their ShapeDtypeStructs) of the network that they are for.
+    adapters: (adapter, its scale alpha / rank), each with one rank.
+    params: parameters (or their ShapeDtypeStructs) of the network that they adapt.
 
   Raises:
-    ValueError: as of `from_layers`.
+    ValueError: see `from_layers`.
   """
   layers: dict[str, tuple[jax.Array, jax.Array]] = {}
   found = [(to_layers(adapter), scale) for adapter, scale in adapters]
@@ -267,11 +267,11 @@ def combine(adapters: Sequence[tuple[Tree, float]], params: Tree) -> dict[str, A
 
 
 def to_layers(adapter: Tree) -> dict[str, tuple[jax.Array, jax.Array]]:
-  """An adapter as one entry a layer, under the layer's name in a diffusers folder.
+  """Returns an adapter as one entry per layer, under the layer's name in a diffusers folder.
 
   Returns:
     dotted name, such as "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q" -> (lora_A [in, r],
-    lora_B [r, out]), or (lora_A [1, 1, in, r], lora_B [1, 1, r, out]) of a 1x1 convolution.
+    lora_B [r, out]), or (lora_A [1, 1, in, r], lora_B [1, 1, r, out]) for a 1x1 convolution.
   """
   layers: dict[str, tuple[jax.Array, jax.Array]] = {}
   for path in adapted_paths(adapter):
@@ -285,18 +285,18 @@ def to_layers(adapter: Tree) -> dict[str, tuple[jax.Array, jax.Array]]:
 
 
 def from_layers(layers: Mapping[str, tuple[Any, Any]], params: Tree) -> dict[str, Any]:
-  """The inverse of `to_layers`.
+  """Returns the inverse of `to_layers`.
 
-  Where only some layers of a stack are adapted, the others get lora_A = 0 and lora_B = 0: they keep their function, and
-  as each factor's gradient is a product with the other, they keep it in training, too.
+  If only some layers of a stack are adapted, the others get lora_A = 0 and lora_B = 0. They keep their function, even
+  in training, as each factor's gradient is a product with the other.
 
   Args:
-    layers: dotted name -> (lora_A [in, r], lora_B [r, out]), of one rank within a stack; of a 1x1 convolution also
+    layers: dotted name -> (lora_A [in, r], lora_B [r, out]), with one rank within a stack; for a 1x1 convolution also
       with the leading axes [1, 1].
     params: parameters (or their ShapeDtypeStructs) of the network that the adapter is for.
 
   Raises:
-    ValueError: a layer that `params` lacks, or of other features; lists them.
+    ValueError: lists layers that `params` lacks or that have other features.
   """
   adapter: dict[str, Any] = {}
   unknown, problems = dict(layers), []
@@ -317,7 +317,7 @@ def from_layers(layers: Mapping[str, tuple[Any, Any]], params: Tree) -> dict[str
       a, b = (jnp.stack(f) for f in zip(*(found.get(name, zero) for name in names), strict=True))
       factors = {"lora_A": a.reshape(*leading, fan_in, *ranks), "lora_B": b.reshape(*leading, *ranks, fan_out)}
       _insert(adapter, path, factors)
-  problems = [f"{name} is no linear layer of the network" for name in unknown] + problems
+  problems = [f"{name} is not a linear layer of the network" for name in unknown] + problems
   if problems:
     raise ValueError(f"LoRA for another network: {listed(problems)}; use the network it was made for.")
   return adapter

@@ -1,6 +1,6 @@
 """CLIP under open_clip's names: its configs and parameter trees <-> those of `jaxpref.models.clip`.
 
-The network is the same. In open_clip's files queries, keys and values of a block are one array (torch's
+The network is the same. In open_clip's files the queries, keys and values of a block are one array (torch's
 MultiheadAttention), the projections are plain matrices [in, out], and modules have other names.
 """
 
@@ -15,7 +15,7 @@ from jaxpref.recipes.messages import listed
 
 Tree = dict[str, Any]
 
-# (here, there) of the modules of a block that have the same parameters.
+# (here, there): modules of a block that have the same parameters.
 _BLOCK = (
   (("layer_norm1",), ("ln_1",)),
   (("layer_norm2",), ("ln_2",)),
@@ -41,10 +41,10 @@ VIT_H_14 = {
 
 
 def config_from_dict(config: Mapping[str, Any]) -> StepAwareCLIPConfig:
-  """Reads the dict of an open_clip_config.json; the result's time condition means nothing.
+  """Reads the dict of an open_clip_config.json; ignore the time condition of the result.
 
   Raises:
-    ValueError: the file lacks a key, or describes another network than a CLIP of two plain transformers.
+    ValueError: the file lacks a key, or describes a network that is not a CLIP of two plain transformers.
   """
   try:
     model = config["model_cfg"]
@@ -69,7 +69,7 @@ def config_from_dict(config: Mapping[str, Any]) -> StepAwareCLIPConfig:
         num_hidden_layers=text["layers"],
         num_attention_heads=text["heads"],
         max_position_embeddings=text["context_length"],
-        eos_token_id=2,  # open_clip pools at the largest id, as transformers does with this one
+        eos_token_id=2,  # open_clip pools at the largest id, as transformers does with this value
         **shared,
       ),
       CLIPVisionConfig(
@@ -105,7 +105,7 @@ def _put(tree: Tree, path: tuple[str, ...], value: Any) -> None:
 
 
 def to_clip(tree: Mapping[str, Any], config: CLIPConfig) -> Tree:
-  """Parameters of `CLIPModel` from those of an open_clip file, as `load_tree` reads them."""
+  """Returns parameters of `CLIPModel` from those of an open_clip file, as `load_tree` reads them."""
 
   def tower(there: Mapping[str, Any], depth: int) -> Tree:
     here: Tree = {}
@@ -146,7 +146,7 @@ def to_clip(tree: Mapping[str, Any], config: CLIPConfig) -> Tree:
 
 
 def from_clip(params: Mapping[str, Any], config: CLIPConfig) -> Tree:
-  """The inverse of `to_clip`; of shapes under `jax.eval_shape`, for `load_tree`."""
+  """Returns the inverse of `to_clip`; for `load_tree`, that of shapes under `jax.eval_shape`."""
 
   def tower(here: Mapping[str, Any], depth: int) -> Tree:
     there: Tree = {}

@@ -22,7 +22,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def _cubic(x: np.ndarray, a: float) -> np.ndarray:
-  """The cubic convolution kernel with parameter a."""
+  """Returns the cubic convolution kernel with parameter a."""
   x = np.abs(x)
   near = ((a + 2) * x - (a + 3)) * x * x + 1
   far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
@@ -30,7 +30,7 @@ def _cubic(x: np.ndarray, a: float) -> np.ndarray:
 
 
 def bicubic_matrix(size_in: int, size_out: int, *, antialias: bool) -> np.ndarray:
-  """f32[size_out, size_in] of a bicubic resize with half-pixel centres.
+  """Returns f32[size_out, size_in], the matrix of a bicubic resize with half-pixel centres.
 
   Without antialiasing it is torch's: a = -0.75, and the outermost pixels repeat. With it, PIL's:
   a = -0.5, a kernel as wide as the output's pixels, cut off at the borders and made to sum to 1.
@@ -57,13 +57,13 @@ def preprocess(
   mean: Sequence[float] = CLIP_MEAN,
   std: Sequence[float] = CLIP_STD,
 ) -> Array:
-  """Images as a CLIP vision tower wants them; differentiable, for use inside jit.
+  """Prepares images for a CLIP vision tower; differentiable, for use inside jit.
 
-  Bicubic resize of the shorter side to `size`, centre crop, clip to [0, 1], normalise.
+  Resizes the shorter side to `size` (bicubic), crops the centre, clips to [0, 1] and normalises.
 
   - `antialias=False` is what SPO's reference implementation does to decoded pictures when it scores
     them (`StepAwarePreferenceModel.get_preference_score`, torch's `interpolate`): for step-aware
-    preference models. (When it trains them it clips before the resize as well.)
+    preference models. (When it trains them it also clips before the resize.)
   - `antialias=True` is what transformers' `CLIPImageProcessor` does to image files (PIL): for
     PickScore and other CLIP scores. Like PIL it clips and rounds to 8 bits after each direction
     (the gradient passes over the rounding). What remains is one of 255 levels where float32 and
@@ -72,10 +72,10 @@ def preprocess(
   Args:
     images: f32[B, H, W, 3] in [-1, 1] (overshoot is clipped, after the resize).
     size: height and width that the tower expects.
-    antialias: which of the two; they also round sizes and offsets of other shapes than squares
-      differently.
-    mean: per channel, of images in [0, 1].
-    std: per channel, of images in [0, 1].
+    antialias: which of the two; they also round sizes and offsets differently unless the image is
+      a square.
+    mean: mean per channel of images in [0, 1].
+    std: standard deviation per channel of images in [0, 1].
 
   Returns:
     f32[B, size, size, 3].
@@ -111,7 +111,7 @@ def preprocess(
 
 @dataclasses.dataclass(frozen=True)
 class StepAwareCLIPConfig(CLIPConfig):
-  """A CLIP config plus what the time condition and the preprocessing need."""
+  """A CLIP config with what the time condition and the preprocessing need."""
 
   MODEL_TYPES: ClassVar[tuple[str, ...]] = ("step_aware_clip", "clip")
 
@@ -121,10 +121,10 @@ class StepAwareCLIPConfig(CLIPConfig):
 
   @classmethod
   def from_dict(cls, config: Mapping[str, Any]) -> Self:
-    """Reads a config.json: of a step-aware model, or of a plain CLIP (PickScore) to start from.
+    """Reads a config.json: that of a step-aware model, or of a plain CLIP (PickScore) to start from.
 
-    Files of transformers 4 may have each tower twice; what counts for transformers then is
-    `text_config_dict` and `vision_config_dict`.
+    Files of transformers 4 may have each tower twice; transformers then uses `text_config_dict` and
+    `vision_config_dict`.
     """
     towers = ("text_config", "vision_config")
     twice = {k: config[f"{k}_dict"] for k in towers if config.get(f"{k}_dict") is not None}
@@ -136,7 +136,7 @@ class StepAwareCLIPConfig(CLIPConfig):
     return dataclasses.replace(known, **extra)
 
   def to_dict(self) -> dict[str, Any]:
-    """The dict for config.json."""
+    """Returns the dict for config.json."""
     return super().to_dict() | {
       "model_type": "step_aware_clip",
       "frequency_embedding_size": self.frequency_embedding_size,
@@ -153,7 +153,7 @@ class TimestepEmbedder(nn.Module):
 
   @nn.compact
   def __call__(self, t: Array) -> Array:
-    """t [B], any real numbers -> f32[B, features]."""
+    """Maps t [B], any real numbers, to f32[B, features]."""
     half = self.frequency_embedding_size // 2
     frequencies = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = t.astype(jnp.float32)[:, None] * frequencies[None]
@@ -182,7 +182,7 @@ class StepAwareCLIPModel(CLIPModel):
     self.t_embedder = TimestepEmbedder(self.config.vision_config.hidden_size, self.config.frequency_embedding_size)
 
   def image_embeds(self, pixel_values: Array, t: Array) -> Array:
-    """Unit vectors f32[B, P] of images.
+    """Returns unit vectors f32[B, P] of images.
 
     Args:
       pixel_values: f32[B, H, W, 3], CLIP-normalised (see `preprocess`).
@@ -191,24 +191,24 @@ class StepAwareCLIPModel(CLIPModel):
     return normalize(self.image_features(pixel_values, self.t_embedder(t)))
 
   def text_embeds(self, input_ids: Array) -> Array:
-    """Unit vectors f32[B, P] of prompts i32[B, L]; they do not depend on the time."""
+    """Returns unit vectors f32[B, P] of prompts i32[B, L]; they do not depend on the time."""
     return normalize(self.text_features(input_ids))
 
   def score(self, image_embeds: Array, text_embeds: Array) -> Array:
-    """f32[B]: exp(logit_scale) cos(image, text), row by row, of unit vectors [B, P]."""
+    """Returns f32[B]: exp(logit_scale) cos(image, text), row by row, for unit vectors [B, P]."""
     return jnp.exp(self.logit_scale.astype(jnp.float32)) * jnp.sum(image_embeds * text_embeds, axis=-1)
 
   def __call__(self, input_ids: Array, pixel_values: Array, t: Array) -> Array:  # type: ignore[override]
-    """Scores f32[B] of images at times t under their prompts."""
+    """Scores images at times t under their prompts, f32[B]."""
     return self.score(self.image_embeds(pixel_values, t), self.text_embeds(input_ids))
 
 
 def from_clip(step_aware_params: Mapping[str, Any], clip_params: Mapping[str, Any]) -> dict:
-  """Freshly initialised step-aware parameters with CLIP's weights in all places that CLIP has.
+  """Returns freshly initialised step-aware parameters with CLIP's weights in all places that CLIP has.
 
   Args:
-    step_aware_params: of `StepAwareCLIPModel.init`; gives the time embedding and AdaLN.
-    clip_params: of `CLIPModel`, of the same towers.
+    step_aware_params: those of `StepAwareCLIPModel.init`; provides the time embedding and AdaLN.
+    clip_params: those of `CLIPModel` with the same towers.
 
   Returns:
     A new tree of the structure of `step_aware_params`.
@@ -237,7 +237,7 @@ def from_clip(step_aware_params: Mapping[str, Any], clip_params: Mapping[str, An
 
 @dataclasses.dataclass(frozen=True)
 class JudgeConfig:
-  """Of a `Judge` folder's config.json.
+  """A `Judge` folder's config.json.
 
   Attributes:
     num_styles: number of picture styles told apart.
@@ -245,7 +245,7 @@ class JudgeConfig:
     image_size: height and width the judge is trained on (it accepts others).
     channels: width of each level; each level after the first halves the picture.
     blocks_per_level: residual blocks.
-    norm_num_groups: of every GroupNorm.
+    norm_num_groups: groups of every GroupNorm.
     styles: names of the styles, in the order of the logits (may be empty).
     classes: captions, in the order of the logits (may be empty).
   """
@@ -273,7 +273,7 @@ class JudgeConfig:
     return cls(**fields)
 
   def to_dict(self) -> dict[str, Any]:
-    """The dict for config.json."""
+    """Returns the dict for config.json."""
     fields = dataclasses.asdict(self)
     return {"model_type": "judge"} | {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
@@ -302,8 +302,8 @@ class JudgeBlock(nn.Module):
 class Judge(nn.Module):
   """A small ResNet that names a picture's style and its caption; for evaluation only.
 
-  Another architecture than the preference model on purpose: what one has been optimised against
-  must not be what measures the gain.
+  It deliberately has another architecture than the preference model: the model that one optimises
+  against must not measure the gain.
   """
 
   config: JudgeConfig
@@ -334,14 +334,14 @@ class Judge(nn.Module):
     return style_logits, class_logits
 
 
-# Scale, and shift down and to the right as shares of the side, of each view that a judge takes of a picture.
+# Scale, and shift down and to the right as shares of the side, for each view that a judge takes of a picture.
 JUDGE_VIEWS = ((0.9, 0.03, -0.02), (0.95, -0.04, 0.03), (1.03, 0.02, 0.04), (1.08, -0.03, -0.03))
 
 
 def ask_judge(judge: Judge, params: Any, images: Array) -> tuple[Array, Array]:
-  """What a judge says of pictures f32[B, H, W, 3] in [-1, 1] on a white ground: means over `JUDGE_VIEWS`.
+  """Returns a judge's answer on pictures f32[B, H, W, 3] in [-1, 1] on a white ground: means over `JUDGE_VIEWS`.
 
-  It is trained on pictures that are resampled, and takes sharp ones for outlined; four views cost four calls.
+  It was trained on resampled pictures and mistakes sharp ones for outlined ones; four views cost four calls.
 
   Returns:
     Logarithms of mean probabilities of styles f32[B, num_styles], mean logits of captions f32[B, num_classes].

@@ -25,7 +25,7 @@ from jaxpref.models.unet import UNet2DConditionModel, UNetConfig, UNetEncoder
 from jaxpref.models.vae import AutoencoderKL, VAEConfig
 from jaxpref.recipes.sizes import sides
 
-# What the networks of SD1.5 and SDXL were trained with, for a deterministic sampler.
+# The noise schedule that SD1.5's and SDXL's networks were trained with, for a deterministic sampler.
 SCHEDULER = {
   "_class_name": "DDIMScheduler",
   "num_train_timesteps": 1000,
@@ -39,7 +39,7 @@ SCHEDULER = {
   "clip_sample": False,
 }
 
-# Of the tokenizer in jaxpref/assets/tiny-sd; the last two ids begin and end a text.
+# Ids of the tokenizer in jaxpref/assets/tiny-sd; the last two begin and end a text.
 TINY_VOCAB_SIZE = 2048
 TINY_LENGTH = 16
 _TINY_TOKENS = {
@@ -53,7 +53,7 @@ _TINY_TOKENS = {
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-  """The architectures of one pipeline and of the models that judge its pictures.
+  """The architectures of one pipeline, and of the models that judge its pictures.
 
   Attributes:
     unet: denoiser; `sample_size`, a side or (height, width), times the VAE's factor is the picture's size in pixels.
@@ -62,7 +62,7 @@ class Preset:
     text_encoder_2: SDXL's second text encoder, the one with a projection, or None.
     scheduler: the dict of scheduler_config.json.
     preference: step-aware preference model.
-    judge: classifier for evaluation, or None where none exists.
+    judge: classifier for evaluation, or None if there is none.
   """
 
   unet: UNetConfig
@@ -108,7 +108,7 @@ CLIP_H = StepAwareCLIPConfig(
   projection_dim=1024,
 )
 
-# openai/clip-vit-large-patch14's text tower, as the config.json of SD1.5 and SDXL have it.
+# openai/clip-vit-large-patch14's text tower, as in the config.json of SD1.5 and SDXL.
 _CLIP_L_TEXT = CLIPTextConfig(
   hidden_size=768,
   intermediate_size=3072,
@@ -140,7 +140,7 @@ SD15 = Preset(
   preference=CLIP_H,
 )
 
-# The one that predicts v, at 768 pixels; its text encoder is CLIP-H's without the last layer.
+# The variant that predicts v, at 768 pixels; its text encoder is CLIP-H's without the last layer.
 SD2 = Preset(
   unet=UNetConfig(
     sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
@@ -213,7 +213,7 @@ def _tiny_clip(
 _STYLES = ("twemoji", "noto", "openmoji")
 _MINIATURE_JUDGE = JudgeConfig(num_classes=1021, styles=_STYLES, image_size=16, channels=(8, 16), norm_num_groups=4)
 
-# Same block types and the same kinds of layers as SD1.5; three levels instead of four.
+# The same block types and kinds of layers as SD1.5; three levels instead of four.
 SD15_MINIATURE = Preset(
   unet=UNetConfig(
     sample_size=8,
@@ -231,7 +231,7 @@ SD15_MINIATURE = Preset(
   judge=_MINIATURE_JUDGE,
 )
 
-# The least that has every kind of layer of SD1.5: compiles in seconds, for what is not about the networks.
+# The smallest with every kind of layer of SD1.5: compiles in seconds, for tests of anything but the networks.
 ONE_LEVEL = dataclasses.replace(
   SD15_MINIATURE,
   unet=dataclasses.replace(
@@ -244,8 +244,8 @@ ONE_LEVEL = dataclasses.replace(
   text_encoder=dataclasses.replace(SD15_MINIATURE.text_encoder, num_hidden_layers=1),
 )
 
-# As SDXL: no attention at the finest level, then 1 and 2 blocks deep; linear projections; size and
-# pooled-text embeddings; two text encoders of different widths and activations.
+# Like SDXL: no attention at the finest level, then 1 and 2 blocks deep; linear projections; embeddings of size and
+# pooled text; two text encoders of different widths and activations.
 SDXL_MINIATURE = Preset(
   unet=UNetConfig(
     sample_size=8,
@@ -281,7 +281,7 @@ TINY_SD = Preset(
     cross_attention_dim=128,
     norm_num_groups=16,
   ),
-  # The scaling factor is measured when the autoencoder has been trained.
+  # The scaling factor is measured once the autoencoder has been trained.
   vae=_vae((24, 48, 64), sample_size=32, norm_num_groups=8, scaling_factor=1.0),
   text_encoder=_tiny_text(128, 3, 4),
   preference=_tiny_clip(128, 128, 4, 4, 32, 128),
@@ -299,10 +299,10 @@ PRESETS: dict[str, Preset] = {
 
 
 def get_preset(name: str) -> Preset:
-  """The preset of this name.
+  """Returns the preset of this name.
 
   Raises:
-    ValueError: there is none.
+    ValueError: it does not exist.
   """
   if name not in PRESETS:
     raise ValueError(f"preset {name!r} is unknown, expected one of {', '.join(PRESETS)}.")
@@ -310,7 +310,7 @@ def get_preset(name: str) -> Preset:
 
 
 def example_inputs(module: nn.Module) -> tuple[Any, ...]:
-  """Arguments of `module.init`, a batch of one zero each; only their shapes matter."""
+  """Returns the arguments of `module.init`, a batch with one zero each; only their shapes matter."""
   c = module.config
   match module:
     case UNet2DConditionModel():  # and UNetEncoder
@@ -326,7 +326,7 @@ def example_inputs(module: nn.Module) -> tuple[Any, ...]:
         added,
       )
     case AutoencoderKL():
-      side = 2 * c.downscale  # parameters do not depend on it
+      side = 2 * c.downscale  # the parameters do not depend on it
       return (jnp.zeros((1, side, side, c.in_channels)),)
     case CLIPTextModel():
       return (jnp.zeros((1, c.max_position_embeddings), jnp.int32),)
@@ -349,15 +349,15 @@ def example_inputs(module: nn.Module) -> tuple[Any, ...]:
 
 
 def abstract_params(module: nn.Module) -> dict[str, Any]:
-  """ShapeDtypeStructs of a network's parameters; computes nothing."""
+  """Returns the ShapeDtypeStructs of a network's parameters; computes nothing."""
   return jax.eval_shape(module.init, jax.random.key(0), *example_inputs(module))["params"]
 
 
 def init_params(module: nn.Module, key: jax.Array) -> dict[str, Any]:
-  """Random parameters of a network, distributed as those of `module.init` but drawn by numpy.
+  """Returns random parameters of a network, distributed like those of `module.init` but drawn by numpy.
 
   `module.init` compiles a random generator for every shape: half a minute even for the smallest
-  UNet, against a second here.
+  UNet, but a second here.
 
   Args:
     module: one of this package's networks.
@@ -387,7 +387,7 @@ def init_params(module: nn.Module, key: jax.Array) -> dict[str, Any]:
 
 
 def zero_params(module: nn.Module, key: jax.Array) -> dict[str, Any]:
-  """Parameters of a network, all zero: under a trace, such as `jax.eval_shape`, their shapes alone."""
+  """Returns a network's parameters, all zero; under a trace, such as `jax.eval_shape`, only their shapes."""
   del key
   return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract_params(module))
 
@@ -395,17 +395,17 @@ def zero_params(module: nn.Module, key: jax.Array) -> dict[str, Any]:
 def draw_params(
   module: nn.Module, seed: int | jax.Array, *, dtype: Any = jnp.float32, sharding: Any = None
 ) -> dict[str, Any]:
-  """Draws random parameters on the device: distributed as those of `init_params`, other numbers, in seconds.
+  """Draws random parameters on the device in seconds: distributed like those of `init_params`, but other numbers.
 
-  One compiled program draws one after the other, rounds each to `dtype` and puts it where it belongs. Beside them it
-  holds the largest in float32. The generator is XLA's own, which compiles quickly. Its numbers are the same for the
-  same seed on one kind of device.
+  One compiled program draws one parameter after the other, rounds it to `dtype` and puts it where it belongs. Besides
+  them it holds the largest in float32. The generator is XLA's own, which compiles quickly. Its numbers are the same
+  for the same seed on one kind of device.
 
   Args:
     module: one of this package's networks.
-    seed: of all parameters; each mixes in the hash of its own name.
-    dtype: of all parameters.
-    sharding: of the arrays: one, or a function of the tree of ShapeDtypeStructs; None for JAX's default device.
+    seed: seed of all parameters; each mixes in the hash of its own name.
+    dtype: dtype of all parameters.
+    sharding: one for all arrays, or a function of the tree of ShapeDtypeStructs; None for JAX's default device.
   """
 
   def draw(seed: jax.Array) -> dict[str, Any]:
@@ -419,7 +419,7 @@ def draw_params(
       if std is None:
         return constant.astype(dtype)
       own = jax.random.key_data(jax.random.fold_in(key, zlib.crc32(".".join(names).encode())))
-      # One after the other, as each has temporaries in float32: XLA knows no float times 0 to be 0.
+      # One after the other, as each has float32 temporaries: XLA does not simplify a float times 0 to 0.
       own = own + (0.0 * drawn.ravel()[0]).astype(jnp.uint32)
       normal = jax.random.normal(jax.random.wrap_key_data(own, impl="unsafe_rbg"), constant.shape)
       drawn = (std * normal).astype(dtype)
@@ -434,7 +434,7 @@ def draw_params(
 
 
 def _random_std(module: nn.Module, path: tuple[str, ...], leaf: Any) -> float | None:
-  """Standard deviation of a parameter at initialisation, None if it starts constant."""
+  """Returns the standard deviation of a parameter at initialisation; None if it starts constant."""
   *modules, name = path
   if name not in ("kernel", "embedding", "class_embedding") or "adaLN_modulation" in modules:
     return None
@@ -457,7 +457,7 @@ def _random_std(module: nn.Module, path: tuple[str, ...], leaf: Any) -> float | 
 
 
 def make_clip(preset: Preset, dtype: Any = jnp.float32) -> CLIPModel:
-  """A plain CLIP of the towers of the preset's preference model: what the latter starts from."""
+  """Returns a plain CLIP with the towers of the preset's preference model, which starts from it."""
   c = preset.preference
   if c is None:
     raise ValueError("make_clip: the preset has no preference model, whose towers the CLIP takes.")
@@ -465,7 +465,7 @@ def make_clip(preset: Preset, dtype: Any = jnp.float32) -> CLIPModel:
 
 
 def latent_reward_config(preset: Preset) -> latent_reward.LatentRewardConfig:
-  """The latent reward model that starts as the networks of a preset."""
+  """Returns the latent reward model that starts as the networks of a preset."""
   size = preset.unet.sample_size
   if not isinstance(size, int):
     raise ValueError(f"latent_reward_config: sample_size={size!r} of the preset's UNet; expected one number.")
@@ -475,7 +475,7 @@ def latent_reward_config(preset: Preset) -> latent_reward.LatentRewardConfig:
 
 
 def count_params(module: nn.Module) -> int:
-  """Number of parameters of a network."""
+  """Returns the number of parameters of a network."""
   return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(module)))
 
 

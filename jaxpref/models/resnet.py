@@ -18,10 +18,9 @@ class GroupNorm(nn.Module):
   Sums over positions are taken channel by channel and only then joined to groups, so that no
   array is ever reshaped to [..., groups, channels / groups]: several times faster on a CPU.
 
-  Of inputs in half precision the variance is E[x^2] - E[x]^2, from one pass over them: a GPU then reads x twice and
-  writes the result, where it otherwise also writes x - E[x] in float32 and reads that twice
-  (docs/results/benchmarks.md). What cancels in it is less than what the rounding of x to half precision has lost
-  already.
+  For half-precision inputs the variance is E[x^2] - E[x]^2, computed in one pass: a GPU then reads x twice and writes
+  the result, where it otherwise also writes x - E[x] in float32 and reads that twice (docs/results/benchmarks.md). The
+  cancellation loses less than rounding x to half precision has already lost.
   """
 
   num_groups: int
@@ -63,11 +62,11 @@ class GroupNorm(nn.Module):
 
 
 def flat_dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers, *, tensor_axis=None, **kwargs) -> jax.Array:
-  """`jax.lax.dot_general` of a Dense layer with all leading axes of x merged into one.
+  """Computes `jax.lax.dot_general` of a Dense layer with all leading axes of x merged into one.
 
-  The same numbers. But the gradient of the kernel then contracts one axis instead of several,
-  which XLA turns into one matrix product instead of transposed copies: the backward pass of a
-  layer on [B, L, C] takes a third of the time on a CPU.
+  The numbers are the same. But the gradient of the kernel then contracts one axis instead of several, which XLA turns
+  into one matrix product instead of transposed copies: the backward pass of a layer on [B, L, C] takes a third of the
+  time on a CPU.
   """
   assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ())), dimension_numbers
 
@@ -79,12 +78,12 @@ def flat_dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers, *, tens
 
 
 def dense(features: int, *, dtype: Dtype, name: str, tensor_axis: int | None = None, **kwargs: Any) -> nn.Dense:
-  """A Dense layer on the last of any number of axes (see `flat_dot_general`).
+  """Returns a Dense layer on the last of any number of axes (see `flat_dot_general`).
 
   Args:
-    tensor_axis: the kernel's axis that `sharding.DEFAULT_RULES` split over `tensor`: 1, the features out, of layers
-      that open an attention or a feed-forward; 0, the features in, of those that close it; None of others.
-    **kwargs: others of `nn.Dense`.
+    tensor_axis: the kernel's axis that `sharding.DEFAULT_RULES` split over `tensor`: 1, the features out, for layers
+      that open an attention or a feed-forward; 0, the features in, for layers that close it; None for others.
+    **kwargs: other arguments of `nn.Dense`.
   """
   product = functools.partial(flat_dot_general, tensor_axis=tensor_axis)
   return nn.Dense(features, dtype=dtype, dot_general=product, name=name, **kwargs)
@@ -95,15 +94,15 @@ def _product_1x1(x, kernel, *unused_args, **unused_kwargs) -> jax.Array:
 
 
 def conv1x1(channels: int, *, dtype: Dtype, name: str | None = None) -> nn.Conv:
-  """The 1x1 convolution, by a matrix product (see `flat_dot_general`)."""
+  """Returns the 1x1 convolution, computed as a matrix product (see `flat_dot_general`)."""
   return nn.Conv(channels, (1, 1), dtype=dtype, conv_general_dilated=_product_1x1, name=name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(x: jax.Array, kernel: jax.Array, stride: int, pad: tuple[int, int]) -> jax.Array:
-  """The convolution x [B,H,W,I] * kernel [3,3,I,O], the same stride and padding in height and width.
+  """Returns the convolution x [B,H,W,I] * kernel [3,3,I,O], with the same stride and padding in height and width.
 
-  Its own gradient, because XLA rewrites convolutions for its fast path on CPUs only outside of loops and branches:
+  It has its own gradient, because XLA rewrites convolutions for its fast path on CPUs only outside loops and branches:
   inside, as in SPO's loop over updates, the gradient as `jax.grad` writes it takes ten times as long.
   """
   return jax.lax.conv_general_dilated(x, kernel, (stride, stride), (pad, pad), dimension_numbers=_NHWC)
@@ -123,7 +122,7 @@ def _conv_backward(stride, pad, residuals, g):
     return dx, dkernel
 
   def canonical(x, kernel, g):
-    """The same two convolutions, in NHWC and HWIO by explicit transposition."""
+    """Computes the same two convolutions, in NHWC and HWIO by explicit transposition."""
     size, before, last = kernel.shape[0], pad[0], [(n - 1) * stride for n in g.shape[1:3]]
     dx = jax.lax.conv_general_dilated(
       g,
@@ -156,7 +155,7 @@ def _conv_of_layer(x, kernel, strides, padding, **unused_kwargs) -> jax.Array:
 
 
 def conv3x3(channels: int, *, dtype: Dtype, name: str) -> nn.Conv:
-  """The 3x3 convolution that keeps the size."""
+  """Returns the 3x3 convolution that keeps the size."""
   return nn.Conv(
     channels, (3, 3), padding=((1, 1), (1, 1)), dtype=dtype, conv_general_dilated=_conv_of_layer, name=name
   )
@@ -198,7 +197,7 @@ class Downsample2D(nn.Module):
   """Halves height and width by a strided 3x3 convolution.
 
   Attributes:
-    pad_before: 1 in the UNet (symmetric); 0 in the VAE, which pads below and to the right only.
+    pad_before: 1 in the UNet (symmetric); 0 in the VAE, which only pads below and to the right.
   """
 
   pad_before: int
@@ -224,8 +223,8 @@ class Upsample2D(nn.Module):
 
     Args:
       x: [B, h, w, C].
-      size: height and width to return, 2h or 2h - 1 and 2w or 2w - 1, if not the double. Cropping
-        is then exactly torch's nearest resize, whose source index is floor(i h / (2h - 1)).
+      size: height and width to return, if not the double: 2h or 2h - 1 and 2w or 2w - 1. Cropping is then exactly
+        torch's nearest resize, whose source index is floor(i h / (2h - 1)).
 
     Returns:
       [B, size[0], size[1], C].

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x, 2.x and SDXL behind the interface `models.base.Model`.
 
-Their components are `unet`, `vae`, `text_encoder`, `text_encoder_2`, and `unet_lora` where an adapter is trained.
+Their components are `unet`, `vae`, `text_encoder`, `text_encoder_2`, and `unet_lora` if an adapter is trained.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ class StableDiffusion:
 
   Attributes:
     lora_scale: alpha / rank of the adapter in `weights["unet_lora"]`, if there is one.
-    zero_empty_prompt: without a negative prompt, condition on zeros (`force_zeros_for_empty_prompt` of SDXL).
+    zero_empty_prompt: condition on zeros without a negative prompt (`force_zeros_for_empty_prompt` of SDXL).
     clip_skip: text encoder layers to leave out at the end, as diffusers counts them: None for what the UNet was trained
       with, 1 for "the layer before that".
-    vae_slicing: images that the VAE encodes or decodes at a time, on all devices together; None for all of a batch.
-      At 1024 x 1024 pixels an image takes gigabytes on the way.
+    vae_slicing: images that the VAE encodes or decodes at a time, on all devices together; None for the whole batch. At
+      1024 x 1024 pixels an image temporarily takes gigabytes.
     size: height and width of the images in pixels; None for those of the UNet's `sample_size`.
   """
 
@@ -49,12 +49,12 @@ class StableDiffusion:
 
   @property
   def unit(self) -> int:
-    """Pixels a side that one latent stands for."""
+    """Pixels in a side of one latent."""
     return self.vae.config.downscale
 
   @property
   def image_size(self) -> Size:
-    """Of the images in pixels: the side of squares, or (height, width)."""
+    """Size of the images in pixels: the side of squares, or (height, width)."""
     height, width, _ = self.latent_shape
     return of_sides(height * self.unit, width * self.unit)
 
@@ -71,26 +71,26 @@ class StableDiffusion:
     return (*sides(size), self.unet.config.in_channels)
 
   def at_size(self, height: int, width: int) -> "StableDiffusion":
-    """The model of images of another size in pixels; raises ValueError as `latent_shape_for`."""
+    """Returns the model with images of another size in pixels; raises ValueError as `latent_shape_for`."""
     self.latent_shape_for(height, width)
     return dataclasses.replace(self, size=(height, width))
 
   def latent_shape_for(self, height: int, width: int) -> tuple[int, int, int]:
-    """(h, w, C) of the latents of images of a size in pixels, another than the model's own."""
+    """Returns (h, w, C) of the latents of images of another size in pixels than the model's own."""
     unit = self.unit
     if height < unit or width < unit or height % unit or width % unit:
       raise ValueError(f"images of {height} x {width} pixels, expected multiples of {unit} (what the VAE halves).")
     return (height // unit, width // unit, self.unet.config.in_channels)
 
   def predict(self, weights: Weights, x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
-    """The UNet's output f32[B,h,w,C] at x f32[B,h,w,C], t i32[B]."""
+    """Returns the UNet's output f32[B,h,w,C] at x f32[B,h,w,C], t i32[B]."""
     args = (x, t, cond["encoder_hidden_states"], cond.get("added_cond_kwargs"))
     if "unet_lora" in weights:
       return lora.apply(self.unet, weights["unet"], weights["unet_lora"], *args, scale=self.lora_scale)
     return self.unet.apply({"params": weights["unet"]}, *args)
 
   def encode_text(self, weights: Weights, input_ids: jax.Array, time_ids: jax.Array | None = None) -> Cond:
-    """The UNet's conditioning on prompts.
+    """Returns the UNet's conditioning on prompts.
 
     Args:
       input_ids: i32[B, L], or i32[B, 2 L] for two text encoders (the ids of both side by side).
@@ -103,19 +103,19 @@ class StableDiffusion:
     return self._encode(weights, input_ids, time_ids, self.clip_skip)
 
   def encode_negative(self, weights: Weights, input_ids: jax.Array, time_ids: jax.Array | None = None) -> Cond:
-    """The conditioning on negative prompts; arguments as of `encode_text`.
+    """Returns the conditioning on negative prompts; see `encode_text` for the arguments.
 
-    As in diffusers, a prompt that is given is encoded even if it is empty, and with all layers whatever `clip_skip`.
+    As in diffusers, a given prompt is encoded even if it is empty, and with all layers whatever `clip_skip` is.
     """
     return self._encode(weights, input_ids, time_ids, None)
 
   def encode_empty(self, weights: Weights, batch_size: int, time_ids: jax.Array | None = None) -> Cond:
-    """The conditioning where no negative prompt is given, computed once and repeated.
+    """Returns the conditioning without a negative prompt, computed once and repeated.
 
-    On the empty prompt (`weights["empty_ids"]` i32[1, L]), or zeros (`zero_empty_prompt`).
+    It is that of the empty prompt (`weights["empty_ids"]` i32[1, L]), or zeros (`zero_empty_prompt`).
 
     Args:
-      time_ids: f32[1, 6], as of `encode_text`.
+      time_ids: f32[1, 6], see `encode_text`.
     """
     cond = self.encode_negative(weights, weights["empty_ids"], time_ids)
     if self.zero_empty_prompt:
@@ -156,9 +156,9 @@ class StableDiffusion:
     }
 
   def sized(self, cond: Cond, sizes: jax.Array | None) -> Cond:
-    """SDXL's conditioning at `time_ids` of one's own; that of Stable Diffusion 1.x and 2.x, which know none, as it is.
+    """Returns SDXL's conditioning at given `time_ids`; leaves that of Stable Diffusion 1.x and 2.x unchanged.
 
-    The text encoders know nothing of them, so that images of any size share one encoding of their prompt.
+    The text encoders do not see them, so images of any size share one encoding of their prompt.
     """
     if sizes is None or "added_cond_kwargs" not in cond:
       return cond
@@ -167,14 +167,14 @@ class StableDiffusion:
     return {**cond, "added_cond_kwargs": added}
 
   def stored_text(self, cond: Cond) -> dict[str, jax.Array]:
-    """encoder_hidden_states [B, L, D] and, of SDXL, text_embeds [B, E]."""
+    """Returns encoder_hidden_states [B, L, D] and, for SDXL, text_embeds [B, E]."""
     fields = {"encoder_hidden_states": cond["encoder_hidden_states"]}
     if "added_cond_kwargs" in cond:
       fields["text_embeds"] = cond["added_cond_kwargs"]["text_embeds"]
     return fields
 
   def restored_text(self, batch: Mapping[str, jax.Array]) -> Cond | None:
-    """The conditioning of fields that `stored_text` made; None of a batch without them."""
+    """Returns the conditioning from fields that `stored_text` made; None for a batch without them."""
     if "encoder_hidden_states" not in batch:
       return None
     cond: Cond = {"encoder_hidden_states": batch["encoder_hidden_states"]}
@@ -183,25 +183,25 @@ class StableDiffusion:
     return cond
 
   def encode_images(self, weights: Weights, images: jax.Array, key: jax.Array) -> jax.Array:
-    """Scaled latents f32[B,h,w,C] drawn from the VAE's posterior of images [B,H,W,3], u8 or f32 in [-1, 1]."""
+    """Draws scaled latents f32[B,h,w,C] from the VAE's posterior of images [B,H,W,3], u8 or f32 in [-1, 1]."""
     return self.draw_latents(*self.encode_moments(weights, images), key)
 
   def encode_moments(self, weights: Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and log variance f32[B,h,w,C] of the VAE's posterior of images [B,H,W,3], u8 or f32 in [-1, 1]."""
+    """Returns mean and log variance f32[B,h,w,C] of the VAE's posterior of images [B,H,W,3], u8 or f32 in [-1, 1]."""
     return self._vae("encode", weights, to_float(images))
 
   def draw_latents(self, mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.Array:
-    """Scaled latents f32[B,h,w,C] drawn from the posterior with these moments; needs no weights."""
+    """Draws scaled latents f32[B,h,w,C] from the posterior with these moments; needs no weights."""
     z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
     return scale_latents(self.vae.config, z)
 
   def decode(self, weights: Weights, latents: jax.Array, *, size: int = 0) -> jax.Array:
-    """Images f32[B,H,W,3], about [-1, 1], of scaled latents f32[B,h,w,C].
+    """Decodes scaled latents f32[B,h,w,C] to images f32[B,H,W,3], about [-1, 1].
 
     Args:
       size: the shorter side of smaller images, in pixels: the latents are shrunk first (linear, antialiased), so that
-        the VAE computes (size / H)^2 as much. What it makes is near to the whole images shrunk, and not the same.
-        0: the latents' own.
+        the VAE computes (size / H)^2 as much. The result is close to the shrunk whole images, but not the same.
+        0: the latents' own size.
     """
     if size:
       height, width = latents.shape[1:3]
@@ -211,7 +211,7 @@ class StableDiffusion:
     return self._vae("decode", weights, unscale_latents(self.vae.config, latents))
 
   def _vae(self, method: str, weights: Weights, x: jax.Array) -> Any:
-    """Applies the VAE to x [B, ...], in slices of one size of at most `vae_slicing` rows."""
+    """Applies the VAE to x [B, ...], in equal slices of at most `vae_slicing` rows."""
     apply = functools.partial(self.vae.apply, {"params": weights["vae"]}, method=method)
     rows = x.shape[0] if self.vae_slicing is None else math.gcd(self.vae_slicing, x.shape[0])
     if rows == x.shape[0]:

@@ -1,4 +1,4 @@
-"""Stacked layers: parameters of equal blocks that are scanned have a leading axis, and one path for all of them."""
+"""Stacked layers: the parameters of scanned equal blocks have a leading axis, and one path for all blocks."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ STACKS = ("transformer_blocks",)
 
 
 def is_stacked(path: Sequence[str]) -> bool:
-  """Whether the array at `path` has a leading axis of layers."""
+  """Returns whether the array at `path` has a leading axis of layers."""
   return any(name in STACKS for name in path)
 
 
 def layer_path(path: Sequence[str], layer: int) -> tuple[str, ...]:
-  """`path` with the number of one layer in the name of its stack."""
+  """Returns `path` with the number of one layer in the name of its stack."""
   return tuple(f"{name}.{layer}" if name in STACKS else name for name in path)

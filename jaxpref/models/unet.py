@@ -23,14 +23,14 @@ REMAT = ("none", "attention", "block", "full")
 class UNetConfig(ModelConfig):
   """Fields of the unet/config.json of a diffusers folder.
 
-  `attention_head_dim` is, against its name, the number of heads (of each level): diffusers kept the
-  misnomer for its published configs. A number instead of a tuple means "the same at each level".
+  `attention_head_dim` is, despite its name, the number of heads (of each level): diffusers kept the misnomer for its
+  published configs. A number instead of a tuple means "the same at each level".
   """
 
   CLASS_NAME: ClassVar[str] = "UNet2DConditionModel"
   FIXED: ClassVar[Mapping[str, Any]] = {
     "act_fn": ("silu", "swish"),
-    "addition_embed_type_num_heads": (64,),  # of an embedding type that is refused
+    "addition_embed_type_num_heads": (64,),  # of an unsupported embedding type
     "attention_type": ("default",),
     "center_input_sample": (False,),
     "class_embed_type": (None,),
@@ -66,11 +66,11 @@ class UNetConfig(ModelConfig):
   block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
   layers_per_block: int | tuple[int, ...] = 2
   transformer_layers_per_block: int | tuple = 1  # a level's entry may be a tuple, one per layer
-  reverse_transformer_layers_per_block: tuple | None = None  # of the way up, if asymmetric
+  reverse_transformer_layers_per_block: tuple | None = None  # for the way up, if asymmetric
   attention_head_dim: int | tuple[int, ...] = 8
   cross_attention_dim: int | tuple[int, ...] = 1280
   use_linear_projection: bool = False
-  upcast_attention: bool | None = False  # kept only: logits and softmax are always float32
+  upcast_attention: bool | None = False  # kept, not used: logits and softmax are always float32
   norm_num_groups: int = 32
   norm_eps: float = 1e-5
   flip_sin_to_cos: bool = True
@@ -111,13 +111,13 @@ class UNetConfig(ModelConfig):
     self._require(self.addition_embed_type in (None, "text_time"), "addition_embed_type", "null or text_time")
 
   def per_level(self, key: str) -> tuple:
-    """The field `key` as a tuple with an entry for each level, from the finest to the coarsest."""
+    """Returns the field `key` as a tuple with an entry for each level, finest first."""
     value = getattr(self, key)
     return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
 
 def timestep_embedding(timesteps: jax.Array, width: int, *, flip_sin_to_cos: bool, freq_shift: float) -> jax.Array:
-  """Sinusoidal embedding, sin and cos of t / 10000^(i / (width / 2 - freq_shift)).
+  """Returns the sinusoidal embedding, sin and cos of t / 10000^(i / (width / 2 - freq_shift)).
 
   Args:
     timesteps: [B], any real numbers.
@@ -151,9 +151,9 @@ class _Block(nn.Module):
   """What the blocks of the way down, the middle and the way up share: how to make a layer.
 
   Attributes:
-    config: of the whole network.
-    channels: of the block's output.
-    num_heads: of its attention, if it has any.
+    config: config of the whole network.
+    channels: channels of the block's output.
+    num_heads: heads of its attention, if it has any.
     depths: transformer blocks of each attention layer, or () for a block without attention.
     remat: "none", "attention" or "block": see `UNet2DConditionModel`.
   """
@@ -191,7 +191,7 @@ class DownBlock(_Block):
 
   @nn.compact
   def __call__(self, x, temb, context) -> tuple[jax.Array, list[jax.Array]]:
-    """x[B, h, w, C_in], temb[B, T], context[B, S, E] -> the output and all skips of the level."""
+    """Maps x[B, h, w, C_in], temb[B, T] and context[B, S, E] to the output and all skips of the level."""
     skips = []
     for i in range(self.num_layers):
       x = self.resnet(i)(x, temb)
@@ -209,7 +209,7 @@ class MidBlock(_Block):
 
   @nn.compact
   def __call__(self, x, temb, context) -> jax.Array:
-    """x[B, h, w, C], temb[B, T], context[B, S, E] -> [B, h, w, C]."""
+    """Maps x[B, h, w, C], temb[B, T] and context[B, S, E] to [B, h, w, C]."""
     x = self.resnet(0)(x, temb)
     for i in range(len(self.depths)):
       x = self.transformer(i)(x, context)
@@ -224,7 +224,7 @@ class UpBlock(_Block):
 
   @nn.compact
   def __call__(self, x, skips, temb, context, size) -> jax.Array:
-    """Consumes `skips` from its end, a layer each; `size` is the height and width to return."""
+    """Consumes `skips` from its end, one per layer; `size` is the height and width to return."""
     for i, skip in enumerate(reversed(skips)):
       x = self.resnet(i)(jnp.concatenate([x, skip], axis=-1), temb)
       if self.depths:
@@ -240,11 +240,10 @@ class UNet2DConditionModel(nn.Module):
   Attributes:
     config: the architecture.
     dtype: compute dtype; parameters, statistics of normalisations, softmax and output are float32.
-    remat: what a backward pass computes anew instead of keeping it from the forward pass; one name, or a tuple with
-      one for each level, from the finest to the coarsest. "none": nothing. "attention": what is inside of each
-      attention (projections, logits). "block": what is inside of each residual and transformer block, so that their
-      inputs are kept. "full": all of a level, so that its input and its skips are kept (and, while its backward pass
-      runs, what "block" keeps of this level).
+    remat: what a backward pass recomputes instead of keeping it from the forward pass; one name, or a tuple with one
+      for each level, finest first. "none": nothing. "attention": the inside of each attention (projections, logits).
+      "block": the inside of each residual and transformer block, so only their inputs are kept. "full": all of a level,
+      so only its input and its skips are kept (and, while its backward pass runs, what "block" keeps of this level).
   """
 
   config: UNetConfig
@@ -264,9 +263,9 @@ class UNet2DConditionModel(nn.Module):
     Args:
       sample: [B, h, w, in_channels] noisy latents, any h and w.
       timesteps: i32[B].
-      encoder_hidden_states: [B, L, cross_attention_dim] of the text encoder(s).
-      added_cond_kwargs: of SDXL (addition_embed_type "text_time"): "text_embeds" [B, P], pooled
-        text, and "time_ids" [B, N], original size, crop and target size.
+      encoder_hidden_states: [B, L, cross_attention_dim] from the text encoder(s).
+      added_cond_kwargs: for SDXL (addition_embed_type "text_time"): "text_embeds" [B, P], pooled text, and "time_ids"
+        [B, N], original size, crop and target size.
 
     Returns:
       f32[B, h, w, out_channels].
@@ -289,7 +288,7 @@ class UNet2DConditionModel(nn.Module):
         upsample=level > 0,
         name=f"up_blocks.{i}",
       )
-      size = skips[-1].shape[1:3] if skips else None  # odd sizes: return to those of the way down
+      size = skips[-1].shape[1:3] if skips else None  # odd sizes return to those of the way down
       x = block(x, level_skips, temb, context, size)
 
     x = GroupNorm(c.norm_num_groups, c.norm_eps, dtype=self.dtype, name="conv_norm_out")(x)
@@ -297,7 +296,7 @@ class UNet2DConditionModel(nn.Module):
     return x.astype(jnp.float32)
 
   def _level_block(self, block_class: type[_Block], level: int, *args: Any, **kwargs: Any) -> Any:
-    """A block of a level, under its `remat`."""
+    """Returns a block of a level, under its `remat`."""
     c, remat = self.config, self._remat_of_levels()[level]
     static = (5,) if block_class is UpBlock else ()  # `size`; 0 is `self`
     wrapped = nn.remat(block_class, static_argnums=static) if remat == "full" else block_class
@@ -312,7 +311,7 @@ class UNet2DConditionModel(nn.Module):
     encoder_hidden_states: jax.Array,
     added_cond_kwargs: Mapping[str, jax.Array] | None,
   ) -> tuple[jax.Array, list[jax.Array], jax.Array, jax.Array]:
-    """Down and middle blocks of a call: their output, all skips, and what the way up is conditioned on."""
+    """Applies down and middle blocks; returns their output, all skips, and what the way up is conditioned on."""
     c, depths = self.config, self._depths()
     self._check_inputs(sample, encoder_hidden_states)
     context = encoder_hidden_states.astype(self.dtype)
@@ -338,7 +337,7 @@ class UNet2DConditionModel(nn.Module):
     return x, skips, temb, context
 
   def _remat_of_levels(self) -> tuple[str, ...]:
-    """Returns one of REMAT for each level, from the finest to the coarsest; raises ValueError on any other."""
+    """Returns one of REMAT for each level, finest first; raises ValueError for any other."""
     levels = len(self.config.block_out_channels)
     remat = (self.remat,) * levels if isinstance(self.remat, str) else self.remat
     if len(remat) != levels or not set(remat) <= set(REMAT):
@@ -349,7 +348,7 @@ class UNet2DConditionModel(nn.Module):
     return remat
 
   def _depths(self) -> dict[str, Any]:
-    """Number of transformer blocks of each attention layer, way down, middle and way up."""
+    """Returns the number of transformer blocks of each attention layer: way down, middle and way up."""
     c = self.config
     down = c.per_level("transformer_layers_per_block")
     up = c.reverse_transformer_layers_per_block or down[::-1]
@@ -365,7 +364,7 @@ class UNet2DConditionModel(nn.Module):
     }
 
   def _time_embedding(self, timesteps, added_cond_kwargs) -> jax.Array:
-    """[B, T] of the timestep and, for SDXL, of the pooled text and the sizes."""
+    """Returns [B, T] of the timestep and, for SDXL, of the pooled text and the sizes."""
     c = self.config
     sinusoid: dict[str, Any] = dict(flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
     width = c.time_embedding_dim or 4 * c.block_out_channels[0]
@@ -406,9 +405,9 @@ class UNet2DConditionModel(nn.Module):
 
 
 class UNetEncoder(UNet2DConditionModel):
-  """The way down and the middle of `UNet2DConditionModel`, with parameters of the same names; no way up.
+  """The way down and the middle of `UNet2DConditionModel`, with parameters of the same names.
 
-  Attributes: as of `UNet2DConditionModel`.
+  Attributes: see `UNet2DConditionModel`.
   """
 
   @nn.compact
@@ -419,13 +418,13 @@ class UNetEncoder(UNet2DConditionModel):
     encoder_hidden_states: jax.Array,
     added_cond_kwargs: Mapping[str, jax.Array] | None = None,
   ) -> tuple[list[jax.Array], jax.Array]:
-    """Features, means over height and width.
+    """Returns features: means over height and width.
 
-    Args: as of `UNet2DConditionModel`.
+    Args: see `UNet2DConditionModel`.
 
     Returns:
-      Of each level, from the finest on, f32[B, C] of what its last layer makes, before it is halved; and f32[B, C] of
-      the middle.
+      For each level, finest first, f32[B, C] of its last layer's output before it is halved; and f32[B, C] of the
+      middle.
 
     Raises:
       ValueError: an input does not fit the config.
@@ -440,5 +439,5 @@ class UNetEncoder(UNet2DConditionModel):
 
 
 def encoder_params(params: Mapping[str, Any]) -> dict[str, Any]:
-  """Of the parameters of a `UNet2DConditionModel` those of its `UNetEncoder`."""
+  """Returns the parameters of a `UNet2DConditionModel` that its `UNetEncoder` has."""
   return {k: v for k, v in params.items() if not k.startswith(("up_blocks.", "conv_norm_out", "conv_out"))}

@@ -21,7 +21,7 @@ from jaxpref.models.resnet import (
 )
 
 Dtype = Any
-EPSILON = 1e-6  # of each normalisation; not in the config
+EPSILON = 1e-6  # in each normalisation; not in the config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class VAEConfig(ModelConfig):
   norm_num_groups: int = 32
   scaling_factor: float = 0.18215
   shift_factor: float | None = None
-  force_upcast: bool = True  # kept only: the caller chooses the compute dtype
+  force_upcast: bool = True  # kept, not used: the caller chooses the compute dtype
   use_quant_conv: bool = True
   use_post_quant_conv: bool = True
   mid_block_add_attention: bool = True
@@ -61,31 +61,31 @@ class VAEConfig(ModelConfig):
 
   @property
   def downscale(self) -> int:
-    """Pixels of the image, in height and width, of one position of the latents."""
+    """Pixels of the image, in height and width, in one position of the latents."""
     return 2 ** (len(self.block_out_channels) - 1)
 
 
 def scale_latents(config: VAEConfig, latents: jax.Array) -> jax.Array:
-  """From what `encode` gives to what the UNet is trained on (about unit variance)."""
+  """Scales the output of `encode` to what the UNet is trained on (about unit variance)."""
   return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
 
 
 def unscale_latents(config: VAEConfig, latents: jax.Array) -> jax.Array:
-  """From what the UNet is trained on to what `decode` takes: the inverse of `scale_latents`."""
+  """Scales what the UNet is trained on to the input of `decode`: the inverse of `scale_latents`."""
   return latents / config.scaling_factor + (config.shift_factor or 0.0)
 
 
 def to_float(images: jax.Array) -> jax.Array:
-  """f32[..., 3] in [-1, 1] of u8[..., 3]; images of a floating type pass."""
+  """Converts u8[..., 3] to f32[..., 3] in [-1, 1]; floating-point images pass unchanged."""
   if jnp.issubdtype(images.dtype, jnp.floating):
     return images
-  # A table, so that the numbers are the same on every device: compilers divide in different ways.
+  # A table makes the numbers the same on every device: compilers divide in different ways.
   levels = np.arange(256, dtype=np.float32) / np.float32(127.5) - np.float32(1)
   return jnp.asarray(levels)[images.astype(jnp.int32)]
 
 
 def to_uint8(images: jax.Array) -> jax.Array:
-  """f32[..., 3] in [-1, 1] to u8, rounded and clipped as diffusers does."""
+  """Converts f32[..., 3] in [-1, 1] to u8, rounded and clipped as in diffusers."""
   return jnp.round(jnp.clip(images * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 
 
@@ -93,8 +93,8 @@ class _Block(nn.Module):
   """What the blocks share: how to make a residual block.
 
   Attributes:
-    config: of the whole network.
-    channels: of the block's output.
+    config: config of the whole network.
+    channels: channels of the block's output.
   """
 
   config: VAEConfig
@@ -107,7 +107,7 @@ class _Block(nn.Module):
 
 
 class DownEncoderBlock2D(_Block):
-  """Residual blocks, then half the size."""
+  """Residual blocks, then a layer that halves the size."""
 
   downsample: bool = True
 
@@ -121,7 +121,7 @@ class DownEncoderBlock2D(_Block):
 
 
 class UpDecoderBlock2D(_Block):
-  """Residual blocks, one more than in the encoder, then double the size."""
+  """Residual blocks, one more than in the encoder, then a layer that doubles the size."""
 
   upsample: bool = True
 
@@ -203,13 +203,13 @@ class AutoencoderKL(nn.Module):
       self.post_quant_conv = conv1x1(c.latent_channels, dtype=self.dtype)
 
   def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The normal distribution of the latents of an image.
+    """Returns mean and log variance of the normal distribution of an image's latents.
 
     Args:
       x: [B, H, W, in_channels] in [-1, 1].
 
     Returns:
-      mean and log variance (clamped to [-30, 20]), f32[B, h, w, latent_channels] each, not scaled
+      Mean and log variance (clamped to [-30, 20]), f32[B, h, w, latent_channels] each, not scaled
       by `scaling_factor`; h = H / 2^(levels - 1), rounded down at each level.
 
     Raises:
@@ -223,13 +223,13 @@ class AutoencoderKL(nn.Module):
     return mean, jnp.clip(logvar, -30.0, 20.0)
 
   def decode(self, z: jax.Array) -> jax.Array:
-    """The image of latents.
+    """Returns the image of latents.
 
     Args:
       z: [B, h, w, latent_channels], not scaled by `scaling_factor`.
 
     Returns:
-      f32[B, H, W, out_channels], in [-1, 1] but for overshoot: clip before showing.
+      f32[B, H, W, out_channels], in [-1, 1] except for overshoot: clip before showing.
 
     Raises:
       ValueError: the input has another number of channels.
@@ -240,7 +240,7 @@ class AutoencoderKL(nn.Module):
     return self.decoder(z).astype(jnp.float32)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """The reconstruction from the mean, [B, H, W, in_channels] -> [B, H, W, out_channels]."""
+    """Returns the reconstruction from the mean, [B, H, W, in_channels] -> [B, H, W, out_channels]."""
     return self.decode(self.encode(x)[0])
 
   def _check_channels(self, what: str, x: jax.Array, channels: int) -> None:

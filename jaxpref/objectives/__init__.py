@@ -1,1 +1,1 @@
-"""What is optimised: one file a method, from (weights, batch, key) to sums."""
+"""The methods: one file each, from (weights, batch, key) to sums."""

@@ -1,10 +1,10 @@
-"""What the training step asks of a method: the interface `Objective`, and the plain values that pass through it.
+"""The interface `Objective`, through which the training step uses a method, and the plain values that pass through it.
 
-A method is one file of this folder, a dataclass whose fields are its hyper-parameters. Offline methods (`pairs`, `kto`,
-`preference_model`, `pretraining`) have a loss of a batch. Online ones (`spo`, `policy_gradient`) first draw samples of
-a batch of prompts, make their experience of these and their scores, and have a loss of a minibatch of it. Losses draw
-timesteps and noise, call the network and a function of `losses.py`, which never draws. `training.step.make_step` turns
-any of them into a training step.
+A method is one file of this folder: a dataclass whose fields are its hyper-parameters. Offline methods (`pairs`, `kto`,
+`preference_model`, `pretraining`) have a loss of a batch. Online methods (`spo`, `policy_gradient`) first draw samples
+for a batch of prompts, turn samples and scores into experience, and have a loss of a minibatch of it. Losses draw
+timesteps and noise and call the network and a function of `losses.py`, which never draws. `training.step.make_step`
+turns any method into a training step.
 """
 
 import zlib
@@ -17,21 +17,21 @@ import jax.numpy as jnp
 from jaxpref.objectives.sums import Pairs
 
 Batch = Mapping[str, jax.Array]
-REWARD_BINS = 10  # of the time, in metrics
+REWARD_BINS = 10  # bins of time, in metrics
 
 
 def named_key(key: jax.Array, name: str) -> jax.Array:
-  """The key of one named use: every draw of a step folds a different name into the step's key."""
+  """Returns the key of one named use: each draw of a step folds a different name into the step's key."""
   return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 class Weights(NamedTuple):
-  """All networks by component, as three models have them; inside a jitted step, never an argument of one.
+  """All networks by component, for three models; made inside a jitted step, never an argument of one.
 
   Attributes:
-    policy: with what is trained.
-    reference: with the reference's; without one, with what it was loaded with.
-    base: the pre-trained model; where the reference does not move it is the reference.
+    policy: has the trained parameters.
+    reference: has the reference's parameters; without a reference, the loaded ones.
+    base: the pre-trained model; if the reference does not move, it is the reference.
   """
 
   policy: Any
@@ -40,21 +40,21 @@ class Weights(NamedTuple):
 
   @classmethod
   def of(cls, params: Any, ref_params: Any, frozen: Any, *, moves: bool = False) -> "Weights":
-    """The three models of trained, reference's and frozen parameters, each by component.
+    """Returns the three models from trained, reference and frozen parameters, each by component.
 
     Args:
-      moves: whether the reference does; then `frozen` has the pre-trained values of what is trained, too.
+      moves: whether the reference moves; `frozen` then also has the pre-trained values of what is trained.
     """
     reference = {**frozen, **ref_params}
     return cls({**frozen, **params}, reference, frozen if moves else reference)
 
 
 class Rows(NamedTuple):
-  """One kind of what is learnt from.
+  """One kind of experience.
 
   Attributes:
     data: its fields [N,...].
-    prompt: i32[N] the row of the experience's context that each belongs to.
+    prompt: i32[N] the row of the experience's context that each row belongs to.
     valid: [N] whether it counts: bool, or a mask f32 in a minibatch.
   """
 
@@ -64,7 +64,7 @@ class Rows(NamedTuple):
 
 
 def rows_of_prompts(data: Any, valid: jax.Array) -> Rows:
-  """Rows of fields [B,G,...] and bool[B,G], G of each prompt."""
+  """Returns rows from fields [B,G,...] and bool[B,G], G for each prompt."""
   prompts, groups = valid.shape
   flat = jax.tree.map(lambda v: v.reshape(prompts * groups, *v.shape[2:]), (data, valid))
   return Rows(flat[0], jnp.arange(prompts * groups) // groups, flat[1])
@@ -75,8 +75,8 @@ class Experience(NamedTuple):
 
   Attributes:
     kinds: shuffled, and cut into minibatches in proportion to their sizes.
-    context: of all prompts, not cut: their conditioning.
-    latents: f32[B,h,w,C] of one sample of each prompt, on which a moving reference is measured.
+    context: conditioning of all prompts, not cut.
+    latents: f32[B,h,w,C] of one sample per prompt, on which a moving reference is measured.
   """
 
   kinds: tuple[Rows, ...]
@@ -85,11 +85,11 @@ class Experience(NamedTuple):
 
 
 class Drawn(NamedTuple):
-  """What an online method draws, before it is known how good it is.
+  """What an online method draws, before its scores are known.
 
   Attributes:
-    data: its own.
-    images: u8[N,H,W,3] finished images for rewards on the host, prompt by prompt; None where there are none.
+    data: any data of the method's own.
+    images: u8[N,H,W,3] finished images for rewards on the host, prompt by prompt; None if there are none.
   """
 
   data: Any
@@ -97,64 +97,64 @@ class Drawn(NamedTuple):
 
 
 class Objective(Protocol):
-  """A method. All of its functions are pure, and traced inside the jitted training step."""
+  """A method. All of its functions are pure and traced inside the jitted training step."""
 
   @property
   def kinds(self) -> tuple[str, ...]:
-    """Of each kind of experience the name of the key that shuffles it; none offline: an update takes the batch."""
+    """For each kind of experience the name of the key that shuffles it; empty offline: an update takes the batch."""
     ...
 
   def rollout(self, w: Weights, batch: Batch, key: jax.Array) -> Drawn:
-    """Online: samples of a batch of prompts, and what rewards in the graph say of them."""
+    """Online: draws samples for a batch of prompts, and scores them by the rewards in the graph."""
     ...
 
   def experience(
     self, drawn: Drawn, scores: Mapping[str, jax.Array], key: jax.Array
   ) -> tuple[Experience, dict[str, jax.Array]]:
-    """Online: what is learnt from these samples, and means for the metrics.
+    """Online: returns what is learnt from these samples, and means for the metrics.
 
     Args:
-      scores: f32[N] of the images by each reward on the host, by name; none where there is none.
-      key: the same as of the rollout.
+      scores: f32[N] of the images by each reward on the host, by name; empty if there is none.
+      key: the key of the rollout.
     """
     ...
 
   def update_rows(self, rows: int) -> int:
-    """Online: of so many rows of the first kind of experience those that one update takes."""
+    """Online: returns how many rows of the first kind of experience one update takes, of a number of rows."""
     ...
 
   def statistics(self, w: Weights, batch: Batch, key: jax.Array) -> Pairs | None:
-    """Offline: what the loss takes from the batch as a whole, as pairs; None: nothing.
+    """Offline: returns what the loss needs from the batch as a whole, as pairs; None: nothing.
 
-    Under accumulation they are summed over the micro-batches first, with the keys that the loss has then.
+    Under accumulation these pairs are first summed over the micro-batches, with the keys that the loss then gets.
     """
     ...
 
   def loss(
     self, w: Weights, e: Any, key: jax.Array, statistics: Pairs | None = None
   ) -> tuple[jax.Array, jax.Array, Pairs]:
-    """Of a batch, or a minibatch of `Experience`: sum of the losses, their count, pairs for the metrics."""
+    """Returns sum of the losses, their count, and pairs for the metrics, for a batch or a minibatch of `Experience`."""
     ...
 
   def empty_loss(self) -> Any:
-    """The loss that stands in the metrics of a step in which nothing counted."""
+    """Returns the loss that the metrics show for a step in which nothing counted."""
     ...
 
   def divergence(self, w: Weights, batch: Batch, key: jax.Array) -> jax.Array:
-    """f32[]: how much worse the reference denoises preferred samples than the base, which gates a moving reference.
+    """Returns f32[]: how much worse the reference denoises preferred samples than the base; gates a moving reference.
 
     Args:
-      batch: online with the experience's `latents`.
+      batch: the batch; online it has the experience's `latents`.
     """
     ...
 
   def timesteps(self, key: jax.Array, size: int) -> jax.Array | None:
-    """i32[size], those that `loss` draws with this key for a batch of this size; None: it draws none."""
+    """Returns i32[size], the times that `loss` draws with this key for a batch of this size; None: it draws none."""
     ...
 
 
 class Offline:
-  """What is the same in methods that learn from a batch of data; they say the rest of `Objective`."""
+  """What methods that learn from a batch of data have in common; they define the rest of `Objective`."""
 
   kinds: tuple[str, ...] = ()
 

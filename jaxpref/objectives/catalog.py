@@ -1,4 +1,4 @@
-"""The methods by name: what is asked of them before anything is loaded, and how a recipe makes them.
+"""The methods by name: their facts, which are known before anything is loaded, and how a recipe makes them.
 
 A new method is its file in this folder, its section of `jaxpref/config.py`, and its entry here.
 """
@@ -32,13 +32,13 @@ Scorer = Weighted | StepAwareCLIPModel | LatentRewardModel | None
 
 @dataclasses.dataclass(frozen=True)
 class Updates:
-  """What the updates of a step are made of, of a recipe.
+  """What the updates of a recipe's step consist of.
 
   Attributes:
-    count: of a step, or of an iteration in which all pairs are valid.
-    rows: of one update, which micro-batches share: pairs, images, or transitions of the first kind.
-    passes: of the network for a row of an update, forward and backward, without guidance.
-    other_rows, other_passes: the same of the second kind of an online method's experience.
+    count: updates in a step, or in an iteration in which all pairs are valid.
+    rows: rows of one update, which micro-batches share: pairs, images, or transitions of the first kind.
+    passes: passes of the network for a row of an update, forward and backward, without guidance.
+    other_rows, other_passes: the same for the second kind of an online method's experience.
   """
 
   count: float
@@ -50,18 +50,18 @@ class Updates:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """A method: what is asked of it before anything is loaded, and its objective.
+  """A method: its facts, and its objective.
 
   Attributes:
     facts: what a recipe may set for it, and which data and models it needs.
-    make: the objective of (config, text-to-image model, scorer); None for those that train a network from nothing
-      (`training.build`). The scorer is the rewards of an online method, the network that is to become a preference
-      model, or None.
+    make: (config, text-to-image model, scorer) -> objective; None for methods that train a network from scratch
+      (`training.build`). The scorer is the rewards of an online method, the network that becomes a preference model, or
+      None.
     options: the section of the config with its sampler and guidance, if it has one.
-    reference: of a config: whether it compares with a reference model.
-    images: of a config: those of one row of the batch, read or drawn.
-    updates: of a config.
-    config: of a method of your own: the dataclass of its options, `config.options` (docs/extending.md).
+    reference: config -> whether it compares with a reference model.
+    images: config -> images in one row of the batch, read or drawn.
+    updates: config -> its `Updates`.
+    config: for your own method: the dataclass of its options, `config.options` (docs/extending.md).
   """
 
   facts: Facts
@@ -190,20 +190,20 @@ METHODS: dict[str, Method] = {
 
 
 def method(config: Config) -> Method:
-  """That of `config.objective`: of the table, or of one's own, package.module:NAME.
+  """Returns the method of `config.objective`: one of the table, or the user's own as package.module:NAME.
 
   Raises:
-    ValueError: it names none.
+    ValueError: there is no such method.
   """
   facts(config)
   return _own(config.objective) if ":" in config.objective else METHODS[config.objective]
 
 
 def make(config: Config, model: Model, scorer: Scorer = None) -> Any:
-  """The objective of a config that trains a text-to-image model, or a preference model with its help.
+  """Returns the objective of a config that trains a text-to-image model, or a preference model with its help.
 
   Raises:
-    OwnCodeError: what makes one of one's own raises, or makes something else.
+    OwnCodeError: the user's own `make` raises, or returns something else.
   """
   found = method(config)
   assert found.make is not None, config.objective
@@ -213,11 +213,11 @@ def make(config: Config, model: Model, scorer: Scorer = None) -> Any:
   return objective
 
 
-# ---- Methods of one's own ---------------------------------------------------------------------------------------
+# ---- The user's own methods -------------------------------------------------------------------------------------
 
 
 def _own(spec: str) -> Method:
-  """A method of one's own, whose functions say in one sentence what is wrong with them."""
+  """Returns a user's own method, whose functions report what is wrong with them in one sentence."""
   found, given = own_method(spec), f"config.objective={spec}"
   if not isinstance(found, Method):
     raise own.OwnCodeError(f"{given}: it is of type {type(found).__name__}; expected a Method of {__name__}.")
@@ -245,7 +245,7 @@ def _own(spec: str) -> Method:
 
 
 def _check_objective(objective: Any, of: Facts, given: str) -> None:
-  """Refuses what is no `Objective`, or not of the kind that the facts say."""
+  """Raises for an object that is not an `Objective`, or not of the kind that the facts say."""
   needed = ["kinds", "statistics", "loss", "empty_loss", "timesteps"]
   needed += ["rollout", "experience", "update_rows"] if of.online else []
   if missing := [name for name in needed if not hasattr(objective, name)]:
@@ -275,12 +275,12 @@ _EXPECTED = {
 
 
 class Checked:
-  """An objective of one's own while it is tried on shapes: what its functions raise and return is one sentence.
+  """A user's own objective while it is tried on shapes: reports what its functions raise and return in one sentence.
 
   Attributes:
-    objective: it.
+    objective: the objective.
     spec: package.module:NAME.
-    fields: of a batch, for messages.
+    fields: fields of a batch, for messages.
   """
 
   def __init__(self, objective: Objective, spec: str, fields: Iterable[str]):
@@ -304,7 +304,7 @@ class Checked:
 
 
 def _wrong(name: str, returned: Any, kinds: int) -> str | None:
-  """What is wrong with something that a function of an objective returned, in words; None: nothing."""
+  """Returns in words what is wrong with the return value of an objective's function; None if nothing is."""
   of_tuple = {"loss": 3, "experience": 2}.get(name, 0)
   if of_tuple and not (isinstance(returned, tuple) and len(returned) == of_tuple):
     return own.described(returned)
@@ -330,7 +330,7 @@ def _is_number(x: Any) -> bool:
 
 
 def _wrong_pairs(found: Any) -> str | None:
-  """What is wrong with the pairs of a loss."""
+  """Returns what is wrong with the pairs of a loss; None if nothing is."""
   if not isinstance(found, dict):
     return f"{own.described(found)} for the metrics"
   for name, pair in found.items():
@@ -340,10 +340,10 @@ def _wrong_pairs(found: Any) -> str | None:
 
 
 def try_losses(config: Config) -> None:
-  """Calls a loss of one's own with shapes alone.
+  """Calls a user's own loss with shapes alone.
 
   Raises:
-    OwnCodeError: as `pairs.try_own_loss`.
+    OwnCodeError: see `pairs.try_own_loss`.
   """
   of = facts(config)
   if ":" in config.loss.name and of.losses:

@@ -1,4 +1,4 @@
-"""Diffusion-KTO (arXiv 2404.04465): learning from single images that are liked or not."""
+"""Diffusion-KTO (arXiv 2404.04465): learns from single images that are liked or not."""
 
 import dataclasses
 
@@ -16,9 +16,9 @@ from jaxpref.objectives.sums import Pairs, binned_mean, divide, mean_of
 class DiffusionKTO(Offline):
   """Diffusion-KTO (arXiv 2404.04465, Eq. 8) on single images that are liked (`label` 1) or not (0); no pairs.
 
-  Two UNet forward passes and one backward pass an image. The baseline K is a mean over the whole batch of a step; with
-  accumulation it is known before the first micro-batch, by two more forward passes an image. Loss lam / 2 where policy
-  and reference agree.
+  It takes two UNet forward passes and one backward pass per image. The baseline K is a mean over the whole batch of a
+  step; with accumulation it is computed before the first micro-batch, with two more forward passes per image. The loss
+  is lam / 2 where policy and reference agree.
 
   Attributes:
     beta: strength of the pull to the reference; 5000 for mean-reduced errors.
@@ -34,7 +34,7 @@ class DiffusionKTO(Offline):
     return noising.uniform_timesteps(self.model, key, size)
 
   def _rewards(self, w: Weights, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Implicit rewards f32[B], and their timesteps."""
+    """Returns implicit rewards f32[B], and their timesteps."""
     model = self.model
     x0 = noising.latents(model, w.base, batch, named_key(key, "posterior"))
     t = self.timesteps(key, x0.shape[0])
@@ -47,7 +47,7 @@ class DiffusionKTO(Offline):
     return losses.implicit_reward(err, ref_err), t
 
   def statistics(self, w: Weights, batch: Batch, key: jax.Array) -> Pairs:
-    """The mean reward, of which the baseline is made."""
+    """Returns the mean reward, from which the baseline is made."""
     reward, _ = self._rewards(w, batch, key)
     return {"reward": mean_of(reward, jnp.ones_like(reward))}
 
@@ -77,7 +77,7 @@ class DiffusionKTO(Offline):
     return jnp.sum(values), jnp.sum(ones), metrics
 
   def divergence(self, w: Weights, batch: Batch, key: jax.Array) -> jax.Array:
-    """Of the liked images, which come first."""
+    """Returns the divergence on the liked images, which come first."""
     order = jnp.argsort(-batch["label"])
     few = noising.first_samples({k: v[order] for k, v in batch.items()})
     x0 = noising.latents(self.model, w.base, few, named_key(key, "posterior"))

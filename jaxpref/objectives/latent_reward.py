@@ -1,4 +1,4 @@
-"""Training a latent reward model (arXiv 2502.01051, Section 4.1), by which LPO chooses among noisy latents."""
+"""Trains a latent reward model (arXiv 2502.01051, Section 4.1), with which LPO chooses among noisy latents."""
 
 import dataclasses
 
@@ -18,14 +18,14 @@ from jaxpref.rewards.latent import COMPONENT, embed_prompts, score_latents
 class LatentPreference(Offline):
   """Trains a latent reward model, component `lrm`, on pairs at any noise (arXiv 2502.01051, Section 4.1).
 
-  The latents of both images get noise of their own at one time, and are scored there. Two-way cross-entropy, ties
-  pushed to equal scores, each pair weighted by `weight`, or by 1 / num_example_per_prompt. No image is decoded, so
-  precomputed latents are all that it needs of them. The text encoders are trained, too.
+  The latents of both images get separate noise at one time, and are scored there. The loss is two-way cross-entropy
+  with ties pushed to equal scores; each pair is weighted by `weight`, or 1 / num_example_per_prompt. No image is
+  decoded, so precomputed latents suffice. The text encoders are trained too.
 
   Attributes:
-    model: whose latents and noise process they are.
+    model: the model with these latents and this noise process.
     first_time, last_time, time_step: a pair's time is one of first_time, first_time + time_step, ... up to last_time,
-      each as likely; 1, 951 and 50 are those of a sampler of 20 steps.
+      all equally likely; 1, 951 and 50 are those of a sampler of 20 steps.
   """
 
   model: Model

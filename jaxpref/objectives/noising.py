@@ -1,4 +1,4 @@
-"""What the methods share: latents and conditioning of a batch, noise, and the errors of a network on it."""
+"""What the methods share: latents and conditioning of a batch, noise, and a network's errors on it."""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from jaxpref.objectives.base import Batch, Weights, named_key
 
 
 def latents(model: Model, weights: Any, images: Batch, key: jax.Array) -> jax.Array:
-  """Latents f32[B,h,w,C] of `pixels`, or drawn alike from their `moments` [B,h,w,2C], which were computed before."""
+  """Returns latents f32[B,h,w,C] of `pixels`, or drawn the same way from precomputed `moments` [B,h,w,2C]."""
   if "moments" not in images:
     return model.encode_images(weights, images["pixels"], key)
   mean, logvar = jnp.split(images["moments"].astype(jnp.float32), 2, axis=-1)
@@ -19,7 +19,7 @@ def latents(model: Model, weights: Any, images: Batch, key: jax.Array) -> jax.Ar
 
 
 def text(model: Model, weights: Any, batch: Batch) -> Cond:
-  """The conditioning on `input_ids`, or what the text encoders made of them before."""
+  """Returns the conditioning on `input_ids`, or the precomputed output of the text encoders."""
   stored = model.restored_text(batch)
   return model.encode_text(weights, batch["input_ids"]) if stored is None else stored
 
@@ -29,11 +29,11 @@ def errors(model: Model, weights: Any, x_t: jax.Array, t: jax.Array, cond: Cond,
 
 
 def uniform_timesteps(model: Model, key: jax.Array, size: int) -> jax.Array:
-  """[size] uniform times of the model's process, by the step's key."""
+  """Returns [size] uniform times of the model's process, drawn with the step's key."""
   return model.process.sample_times(named_key(key, "t"), size)
 
 
-MAX_SAMPLES = 8  # on which the divergence of a moving reference is measured in a step
+MAX_SAMPLES = 8  # samples on which a step measures the divergence of a moving reference
 
 
 class Preferred(NamedTuple):
@@ -42,7 +42,7 @@ class Preferred(NamedTuple):
   Attributes:
     x0: f32[B,h,w,C] their latents.
     cond: their conditioning.
-    valid: bool[B] which of them count; ties, say, have no preferred sample.
+    valid: bool[B] which of them count; ties, for example, have no preferred sample.
   """
 
   x0: jax.Array
@@ -51,18 +51,18 @@ class Preferred(NamedTuple):
 
 
 def first_samples(batch: Batch) -> dict[str, jax.Array]:
-  """The first `MAX_SAMPLES` rows of a batch."""
+  """Returns the first `MAX_SAMPLES` rows of a batch."""
   return {k: v[:MAX_SAMPLES] for k, v in batch.items()}
 
 
 def divergence(model: Model, w: Weights, preferred: Preferred, key: jax.Array) -> jax.Array:
-  """D = E[err_ref(x_t) - err_base(x_t)] over preferred samples, uniform t and noise (arXiv 2505.18736, Section 4).
+  """Returns D = E[err_ref(x_t) - err_base(x_t)] over preferred samples, uniform t and noise (2505.18736, Section 4).
 
-  Positive when the reference denoises preferred samples worse than the pre-trained model. Mean over H, W, C and
-  samples. Two UNet forward passes a sample.
+  It is positive if the reference denoises preferred samples worse than the pre-trained model. Means are over H, W, C
+  and samples. It takes two UNet forward passes per sample.
 
   Returns:
-    f32[]; NaN where no sample counts.
+    f32[]; NaN if no sample counts.
   """
   x0 = preferred.x0
   t = uniform_timesteps(model, key, x0.shape[0])
@@ -75,7 +75,7 @@ def divergence(model: Model, w: Weights, preferred: Preferred, key: jax.Array) -
 
 
 def divergence_of_samples(model: Model, w: Weights, batch: Batch, key: jax.Array) -> jax.Array:
-  """`divergence` on the samples `latents` f32[B,h,w,C] of an online method."""
+  """Returns `divergence` on the samples `latents` f32[B,h,w,C] of an online method."""
   few = first_samples(batch)
   preferred = Preferred(few["latents"], text(model, w.base, few), jnp.ones(few["latents"].shape[:1], bool))
   return divergence(model, w, preferred, key)
@@ -92,9 +92,10 @@ def decode_prediction(
   *,
   size: int = 0,
 ) -> jax.Array:
-  """Images f32[N,H,W,3] of the guided x0-prediction at x_t f32[N,h,w,C]; prompts repeat to N rows; size: of `decode`.
+  """Returns images f32[N,H,W,3] of the guided x0-prediction at x_t f32[N,h,w,C]; prompts are repeated to N rows.
 
-  Sizes f32[N,6] condition both the prompt's and the unconditional prediction, as diffusers' pipeline of SDXL does.
+  Sizes f32[N,6] condition both the prompt's and the unconditional prediction, as in diffusers' SDXL pipeline; `size` is
+  an argument of `Model.decode`.
   """
   cond = model.encode_text(weights, input_ids)
   times = x_t.shape[0] // input_ids.shape[0]

@@ -1,8 +1,7 @@
-"""Methods that learn from pairs of data: Diffusion-DPO (arXiv 2311.12908), timestep-aware DPO (arXiv 2505.18736),
-others.
+"""Methods that learn from pairs of data: Diffusion-DPO (arXiv 2311.12908), timestep-aware DPO (2505.18736), others.
 
-`DiffusionDPO` draws a time and noise for each pair and makes the errors of policy and reference a `DenoisedPair`; which
-loss is taken of it is one more function, by name (`denoised_loss`).
+`DiffusionDPO` draws a time and noise for each pair and turns the errors of policy and reference into a `DenoisedPair`;
+the loss on it is a separate function, chosen by name (`denoised_loss`).
 """
 
 import dataclasses
@@ -26,14 +25,14 @@ PairLoss = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
 def pair_loss(name: str, *, beta: float, label_smoothing: float = 0.0, ipo_factor: float = 1.0) -> PairLoss:
-  """A loss on two implicit rewards by the name TRL users know: what `transition_loss` takes.
+  """Returns a loss on two implicit rewards by the name TRL users know, for `transition_loss`.
 
   Args:
-    name: or package.module:function of one's own, which takes (reward_w, reward_l, beta=, weight=) as those of
-      `losses.py` do.
+    name: its name, or the user's own package.module:function, which takes (reward_w, reward_l, beta=, weight=) like
+      those of `losses.py`.
     ipo_factor: the `factor` of `losses.ipo_loss`; 1 for the log-ratios of `transition_loss`.
   Raises:
-    ValueError: if the name is unknown.
+    ValueError: the name is unknown.
   """
   known: dict[str, PairLoss] = {
     "sigmoid": lambda w, l, weight: losses.dpo_loss(w, l, beta=beta, weight=weight, label_smoothing=label_smoothing),
@@ -51,7 +50,7 @@ def pair_loss(name: str, *, beta: float, label_smoothing: float = 0.0, ipo_facto
 
 
 def _own_loss(spec: str, beta: float) -> PairLoss:
-  """A function of one's own, whose results are checked where it is traced."""
+  """Returns a user's own function, whose results are checked where it is traced."""
   function, given = own_loss(spec), f"config.loss.name={spec}"
 
   def loss(reward_w: jax.Array, reward_l: jax.Array, weight: jax.Array | None) -> jax.Array:
@@ -69,14 +68,14 @@ def _own_loss(spec: str, beta: float) -> PairLoss:
 
 
 def try_own_loss(spec: str, *, weighted: bool) -> None:
-  """Calls a loss of one's own with shapes alone.
+  """Calls a user's own loss with shapes alone.
 
   Args:
     spec: package.module:function.
     weighted: whether the margin has a weight.
 
   Raises:
-    OwnCodeError: it raises, or does not give a float for each pair.
+    OwnCodeError: it raises, or does not return a float for each pair.
   """
   rewards = jax.ShapeDtypeStruct((3,), jnp.float32)
   jax.eval_shape(_own_loss(spec, 1.0), rewards, rewards, rewards if weighted else None)
@@ -87,8 +86,8 @@ class DenoisedPair(NamedTuple):
 
   Attributes:
     pred_w, pred_l, ref_pred_w, ref_pred_l: [B,h,w,C] predictions of policy and reference; the reference's are None for
-      losses that have none.
-    target_w, target_l: f32[B,h,w,C] what they should be.
+      losses without one.
+    target_w, target_l: f32[B,h,w,C] their targets.
     err_w, err_l: f32[B] the policy's squared errors, means over h, w, C.
     reward_w, reward_l: f32[B] `losses.implicit_reward`; without a reference, -err / 2.
     weight: f32[B] factor on the margin.
@@ -113,12 +112,12 @@ REFERENCE_FREE = ("mapo", "sft")
 
 
 def on_rewards(loss: PairLoss) -> DenoisedLoss:
-  """A loss on two implicit rewards as one on denoised pairs."""
+  """Turns a loss on two implicit rewards into one on denoised pairs."""
   return lambda pair: loss(pair.reward_w, pair.reward_l, pair.weight)
 
 
 def safeguarded(loss: DenoisedLoss, *, mu: float) -> DenoisedLoss:
-  """Any loss, with the loser's gradient scaled so that the winner's error does not grow (arXiv 2511.03317).
+  """Wraps any loss so that the loser's gradient does not raise the winner's error (arXiv 2511.03317).
 
   Args:
     mu: share of the winner's own descent to keep, in [0, 1]; see `losses.safeguard_scale`.
@@ -135,12 +134,12 @@ def safeguarded(loss: DenoisedLoss, *, mu: float) -> DenoisedLoss:
 def denoised_loss(
   name: str, *, beta: float, label_smoothing: float = 0.0, snr: float = 0.5, num_train_timesteps: int = 1000
 ) -> DenoisedLoss:
-  """A loss on denoised pairs by its name: those of `pair_loss`, and dspo, mapo and sft, which are not of rewards alone.
+  """Returns a loss on denoised pairs by name: one of `pair_loss`, or dspo, mapo or sft, which need more than rewards.
 
   Args:
-    snr, num_train_timesteps: of mapo; the released trainer multiplies its margin by the number of timesteps.
+    snr, num_train_timesteps: settings of mapo; the released trainer multiplies its margin by the number of timesteps.
   Raises:
-    ValueError: if the name is unknown.
+    ValueError: the name is unknown.
   """
 
   def dspo(p: DenoisedPair) -> jax.Array:
@@ -155,11 +154,11 @@ def denoised_loss(
   }
   if name in known:
     return known[name]
-  return on_rewards(pair_loss(name, beta=beta, label_smoothing=label_smoothing, ipo_factor=2.0))  # of halves
+  return on_rewards(pair_loss(name, beta=beta, label_smoothing=label_smoothing, ipo_factor=2.0))  # rewards are halves
 
 
 def _split_pair(batch: Batch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-  """The winners' and the losers' `pixels` or `moments`, and `sizes`; a tie, which has neither, keeps its order."""
+  """Returns winners' and losers' `pixels` or `moments`, and `sizes`; a tie, which has neither, keeps its order."""
   winners, losers = {}, {}
   for name in ("pixels", "moments", "sizes"):
     if f"{name}_0" in batch:
@@ -173,15 +172,15 @@ def _split_pair(batch: Batch) -> tuple[dict[str, jax.Array], dict[str, jax.Array
 class DiffusionDPO(Offline):
   """Diffusion-DPO (arXiv 2311.12908, Eq. 14); timestep-aware (arXiv 2505.18736) with gamma < 1 and reward_scale.
 
-  `label_0` is the probability that image_0 is preferred; 1/2 is a tie, which does not count. Four UNet forward passes
-  and two backward passes a pair, two forward passes less without a reference. Winner and loser share t, noise and
-  prompt; sizes are each image's own. Accuracy 0.5 where policy and reference agree, and DPO's loss is log 2.
+  `label_0` is the probability that image_0 is preferred; 1/2 is a tie, which does not count. A pair takes four UNet
+  forward passes and two backward passes, two forward passes less without a reference. Winner and loser share t, noise
+  and prompt; each image has its own sizes. Where policy and reference agree, the accuracy is 0.5 and DPO's loss log 2.
 
   Attributes:
     loss_fn: a loss on denoised pairs, see `denoised_loss`.
-    reference_free: for losses that look at no reference; the rewards are -err / 2 then.
+    reference_free: for losses without a reference; the rewards are then -err / 2.
     gamma: t is drawn from Cat(gamma^i) over `num_bins` bins of time, i = 0 the noisiest; 1 is uniform.
-    reward_scale: multiply the margin by lambda(t) in [1, 2].
+    reward_scale: multiplies the margin by lambda(t) in [1, 2].
   """
 
   model: Model
@@ -221,7 +220,7 @@ class DiffusionDPO(Offline):
     pred_w, pred_l = jnp.split(pred, 2)
     target_w, target_l = jnp.split(target, 2)
     err_w, err_l = jnp.split(err, 2)
-    # A soft label, the probability p of the winner, makes the margin's factor 2 p - 1 (arXiv 2409.06691); a hard one 1.
+    # A soft label, the winner's probability p, multiplies the margin by 2 p - 1 (arXiv 2409.06691), a hard one by 1.
     weight = jnp.abs(2.0 * e["label_0"] - 1.0)
     if self.reward_scale:
       weight = weight * model.process.reward_scale(t)
@@ -244,7 +243,7 @@ class DiffusionDPO(Offline):
     return jnp.sum(jnp.where(valid > 0, values, 0.0)), jnp.sum(valid), metrics
 
   def divergence(self, w: Weights, batch: Batch, key: jax.Array) -> jax.Array:
-    """Of the winners."""
+    """Returns the divergence on the winners."""
     few = noising.first_samples(batch)
     winners, _ = _split_pair(few)
     x0 = noising.latents(self.model, w.base, winners, named_key(key, "posterior"))

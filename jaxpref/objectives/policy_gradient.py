@@ -27,13 +27,13 @@ from jaxpref.rewards.base import LATENTS, Weighted
 
 
 class Steps(NamedTuple):
-  """Steps x -> next to take a policy gradient on, G of them a prompt: those of all its samples.
+  """Steps x -> next to take a policy gradient on, G for each prompt: those of all its samples.
 
   Attributes:
     x, next: f32[B,G,h,w,C] where each starts and ends.
     t, prev_t: [B,G] times of start and end.
     log_prob: f32[B,G] log-density under the policy that drew it, mean over h, w, C.
-    advantage: f32[B,G] of the sample that it is a step of.
+    advantage: f32[B,G] of the sample that the step belongs to.
     valid: bool[B,G] whether it is trained on.
   """
 
@@ -59,19 +59,19 @@ def policy_loss(
   ratio_clip: float,
   kl_coef: float,
 ) -> tuple[jax.Array, jax.Array, Pairs]:
-  """The clipped policy gradient of one minibatch of steps, of GRPO and DDPO alike: they differ in their advantages.
+  """Returns the clipped policy gradient of a minibatch of steps; GRPO and DDPO only differ in their advantages.
 
       loss = max(-A r, -A clip(r, 1 - eps, 1 + eps)) + kl_coef KL,    r = p(next) / p_old(next)
 
   (arXiv 2402.03300, Eq. 3; arXiv 2305.13301, Section 4.3), -A where the policy is still the one that drew the samples.
-  KL is that of the step's two Gaussians, |mean - mean_ref|^2 / (2 std^2), a mean over h, w, C, as Flow-GRPO has it
-  (arXiv 2505.05470). It takes the place of GRPO's estimate from the sample, exp(d) - d - 1: with d a mean over N
-  numbers that has an expectation of about KL / N, which holds nothing back.
+  KL is that of the step's two Gaussians, |mean - mean_ref|^2 / (2 std^2), a mean over h, w, C, as in Flow-GRPO
+  (arXiv 2505.05470). It replaces GRPO's estimate from the sample, exp(d) - d - 1: as d is a mean over N numbers, that
+  has an expectation of about KL / N, which holds nothing back.
 
   Args:
-    ref_weights: of the reference; not called with kl_coef 0.
+    ref_weights: weights of the reference; not called with kl_coef 0.
     steps: `Steps` with fields [N,...], and a mask f32[N].
-    cond: conditioning of all prompts of the rollout, one row a prompt.
+    cond: conditioning of all prompts of the rollout, one row per prompt.
   Returns:
     (sum of losses, count, metric pairs).
   """
@@ -102,7 +102,7 @@ def policy_loss(
 
 
 def trained_steps(num_inference_steps: int, timestep_fraction: float) -> int:
-  """How many steps of a sample are trained on."""
+  """Returns how many steps of a sample are trained on."""
   return max(1, round(timestep_fraction * num_inference_steps))
 
 
@@ -110,22 +110,22 @@ def trained_steps(num_inference_steps: int, timestep_fraction: float) -> int:
 class PolicyGradient:
   """One iteration of an online policy gradient: rollout, rewards, advantages and updates, without a host round trip.
 
-  GRPO (arXiv 2402.03300) on denoising steps, as DanceGRPO (arXiv 2505.07818) and Flow-GRPO (arXiv 2505.05470) have it;
-  DDPO (arXiv 2305.13301) with `advantage="batch"`, `group_size=1` and `kl_coef=0`. Of each prompt `group_size` samples
-  are drawn from noises of their own, and their images scored at time 0. All steps of all samples, or a share of them,
-  are shuffled and spread evenly over ceil(steps / minibatch) updates; each is used once.
+  GRPO (arXiv 2402.03300) on denoising steps, as in DanceGRPO (arXiv 2505.07818) and Flow-GRPO (arXiv 2505.05470); DDPO
+  (arXiv 2305.13301) with `advantage="batch"`, `group_size=1` and `kl_coef=0`. For each prompt `group_size` samples are
+  drawn from separate noise, and their images scored at time 0. All steps of all samples, or a share of them, are
+  shuffled and spread evenly over ceil(steps / minibatch) updates; each is used once.
 
   Attributes:
     reward: what scores the finished images, in the graph or on the host.
-    eta: of DDIM, above 0; the three methods take 1, 0.3 and another sampler of about 0.7.
+    eta: noise of DDIM, above 0; the three methods use 1, 0.3 and another sampler of about 0.7.
     group_size: samples of a prompt.
-    advantage: "group", rewards less the mean of their prompt's samples, over their standard deviation (GRPO); "batch",
+    advantage: "group", rewards minus the mean of their prompt's samples, over their standard deviation (GRPO); "batch",
       the same over all samples of the iteration (DDPO).
     advantage_clip: bound of the advantages' size; 5 to 10 in the released trainers.
-    timestep_fraction: share of each sample's steps that is trained on, at random (0.6 in DanceGRPO, 1 in DDPO).
+    timestep_fraction: share of each sample's steps to train on, at random (0.6 in DanceGRPO, 1 in DDPO).
     ratio_clip: eps of the clipped ratio; 1e-4 in all three, as log-densities are means over h, w, C.
     kl_coef: weight of the KL to the reference; with 0 (DDPO, DanceGRPO) the reference is not called.
-    minibatch: steps of one update.
+    minibatch: steps in one update.
   """
 
   model: Model
@@ -143,7 +143,7 @@ class PolicyGradient:
   kinds = ("shuffle",)
 
   def rollout(self, w: Weights, batch: Batch, key: jax.Array) -> Drawn:
-    """Trajectories, what the rewards in the graph say of their ends or these latents, and the conditioning."""
+    """Draws trajectories; returns them with their conditioning and the scores of their ends by rewards in the graph."""
     model, group_size = self.model, self.group_size
     prompts = batch["input_ids"].shape[0]
     cond = model.encode_text(w.base, batch["input_ids"])
@@ -169,7 +169,7 @@ class PolicyGradient:
   def experience(
     self, drawn: Drawn, scores: Mapping[str, jax.Array], key: jax.Array
   ) -> tuple[Experience, dict[str, jax.Array]]:
-    """The steps to train on, with their advantages."""
+    """Returns the steps to train on, with their advantages."""
     group_size = self.group_size
     trajectories, in_graph, cond, uncond = drawn.data
     reward, parts = self.reward.summed(scores, in_graph)
@@ -177,7 +177,7 @@ class PolicyGradient:
     of_group = group_size if self.advantage == "group" else len(reward)
     advantages = losses.group_advantages(reward, group_size=of_group)
     advantages = jnp.clip(advantages, -self.advantage_clip, self.advantage_clip)
-    # Of each sample the steps whose place in a random order of them is among the first.
+    # For each sample the first steps in a random order of its steps.
     place = jnp.argsort(jax.random.uniform(named_key(key, "timesteps"), trajectories.log_prob.shape), axis=1)
     every = lambda v, axis: jnp.broadcast_to(jnp.expand_dims(v, axis), trajectories.log_prob.shape)  # noqa: E731
     steps = Steps(
@@ -210,7 +210,7 @@ class PolicyGradient:
   def loss(
     self, w: Weights, e: Experience, key: jax.Array, statistics: Pairs | None = None
   ) -> tuple[jax.Array, jax.Array, Pairs]:
-    """`policy_loss` of a minibatch; it draws nothing."""
+    """Returns `policy_loss` of a minibatch; draws nothing."""
     (steps,), (cond, uncond) = e.kinds, e.context
     return policy_loss(
       self.model,
@@ -229,7 +229,7 @@ class PolicyGradient:
     return 0.0
 
   def divergence(self, w: Weights, batch: Batch, key: jax.Array) -> jax.Array:
-    """Of the best samples of the prompts."""
+    """Returns the divergence on the best samples of the prompts."""
     return noising.divergence_of_samples(self.model, w, batch, key)
 
   def timesteps(self, key: jax.Array, size: int) -> None:

@@ -1,4 +1,4 @@
-"""Training a step-aware preference model (arXiv 2406.04314, Section 3.2), which SPO takes its choices from."""
+"""Trains a step-aware preference model (arXiv 2406.04314, Section 3.2), with which SPO chooses."""
 
 import dataclasses
 
@@ -17,12 +17,12 @@ from jaxpref.rewards.step_aware import embed_prompts, score_images
 def preference(
   score_0: jax.Array, score_1: jax.Array, e: Batch, t: jax.Array, *, total: int
 ) -> tuple[jax.Array, jax.Array, Pairs]:
-  """What `Objective.loss` returns of the scores of pairs: two-way cross-entropy, with ties pushed to equal scores.
+  """Returns `Objective.loss` from the scores of pairs: two-way cross-entropy, with ties pushed to equal scores.
 
   Each pair counts by its `weight`, or by 1 / num_example_per_prompt.
 
   Args:
-    score_0, score_1: f32[B] of both images.
+    score_0, score_1: f32[B] scores of the two images.
     e: the batch.
     t: [B] times at which they were scored, below `total`.
   """
@@ -45,13 +45,13 @@ class PreferenceModel(Offline):
   """Trains a step-aware preference model, component `spm` (arXiv 2406.04314, Section 3.2).
 
   Both images get the same noise at a uniform t; the frozen model makes one guided x0-prediction of each, which is
-  decoded and scored with time t. Two-way cross-entropy, ties pushed to equal scores, each pair weighted by `weight`, or
-  by 1 / num_example_per_prompt.
+  decoded and scored with time t. The loss is two-way cross-entropy with ties pushed to equal scores; each pair is
+  weighted by `weight`, or by 1 / num_example_per_prompt.
 
   Attributes:
-    step_aware: False trains on the images alone, at time 0 and as the VAE gives them back: an ordinary preference
-      model, to compare with.
-    decode_size: pixels a side that predictions are decoded at, see `Model.decode`; 0: those of the images.
+    step_aware: False trains on the images alone, at time 0 and as the VAE reconstructs them: an ordinary preference
+      model, for comparison.
+    decode_size: shorter side in pixels of decoded predictions, see `Model.decode`; 0: that of the images.
   """
 
   model: Model
@@ -64,7 +64,7 @@ class PreferenceModel(Offline):
     return noising.uniform_timesteps(self.model, key, size) if self.step_aware else jnp.zeros((size,), jnp.int32)
 
   def _scored_images(self, w: Weights, batch: Batch, pixels: jax.Array, t2: jax.Array, key: jax.Array) -> jax.Array:
-    """Images f32[2B,H,W,3], the first of all pairs in front: decoded predictions at times t2 i32[2B]."""
+    """Returns images f32[2B,H,W,3], first all of image_0: decoded predictions at times t2 i32[2B]."""
     model, size = self.model, batch["label_0"].shape[0]
     x0 = model.encode_images(w.base, pixels, named_key(key, "posterior"))
     if not self.step_aware:
@@ -84,7 +84,7 @@ class PreferenceModel(Offline):
     t = self.timesteps(key, e["label_0"].shape[0])
     t2 = jnp.concatenate([t, t])
     images = jax.lax.stop_gradient(self._scored_images(w, e, pixels, t2, key))
-    # The reference implementation clips here, and not where it scores a rollout, before the resize, too.
+    # The reference implementation also clips before the resize here, but not where it scores a rollout.
     images = jnp.clip(images, -1.0, 1.0)
     text = embed_prompts(scorer, params, e["input_ids"])
     score_0, score_1 = jnp.split(score_images(scorer, params, images, t2, jnp.concatenate([text, text])), 2)

@@ -1,4 +1,4 @@
-"""Making the networks that preference optimisation starts from: denoiser, autoencoder, CLIP, classifier."""
+"""Makes the networks that preference optimisation starts from: denoiser, autoencoder, CLIP, classifier."""
 
 import dataclasses
 
@@ -14,16 +14,16 @@ from jaxpref.objectives import noising
 from jaxpref.objectives.base import REWARD_BINS, Batch, Offline, Weights, named_key
 from jaxpref.objectives.sums import Pairs, binned_mean, mean_of
 
-NOT_TAUGHT = -1  # the style of a tile on which the judge's style is measured
+NOT_TAUGHT = -1  # the style of a tile that measures the judge's style
 
 
 def augment(images: jax.Array, key: jax.Array, *, clean: float = 0.0) -> jax.Array:
-  """Random scale (0.85 to 1.1), shift (up to 6 %), contrast and pixel noise of images f32[B,H,W,3] in [-1, 1].
+  """Applies random scale (0.85 to 1.1), shift (up to 6 %), contrast and pixel noise to f32[B,H,W,3] in [-1, 1].
 
-  White stays the background. The noise and blur-like resampling make classifiers usable on generated images.
+  White stays the background. Noise and blur-like resampling make classifiers usable on generated images.
 
   Args:
-    clean: share of the images that is left as it is; without any, sharp images are strange to what was trained.
+    clean: share of the images left unchanged; without any, the trained network does not know sharp images.
   """
   batch, height, width, _ = images.shape
   k_scale, k_shift, k_gain, k_level, k_noise = jax.random.split(key, 5)
@@ -37,7 +37,7 @@ def augment(images: jax.Array, key: jax.Array, *, clean: float = 0.0) -> jax.Arr
       image, image.shape, (0, 1), jnp.broadcast_to(s, (2,)), offset, method="linear", antialias=False
     )
 
-  # Resampling pads with 0, so 0 is made to mean white.
+  # Resampling pads with 0, so 0 must mean white.
   moved = 1.0 - jax.vmap(one)(1.0 - images, scale, translation)
   gain = jax.random.uniform(k_gain, (batch, 1, 1, 1), minval=0.85, maxval=1.1)
   level = jax.random.uniform(k_level, (batch, 1, 1, 1), maxval=0.15)
@@ -49,13 +49,13 @@ def augment(images: jax.Array, key: jax.Array, *, clean: float = 0.0) -> jax.Arr
 class Denoising(Offline):
   """Denoising score matching (arXiv 2006.11239, Eq. 14) on `pixels` and `input_ids`: pre-training, or SFT.
 
-  In their place a batch may hold what the frozen networks make of them, `moments` and the stored text
-  (data/latents.py). So may those of `DiffusionDPO` and `DiffusionKTO`.
+  Instead of these a batch may hold the frozen networks' output, `moments` and the stored text (data/latents.py). The
+  same holds for `DiffusionDPO` and `DiffusionKTO`.
 
-  SDXL is conditioned on the `sizes` of each image where the batch has them, on uncropped images of its own size
-  otherwise. So are those two, on the `sizes_0` and `sizes_1` of a pair.
+  SDXL is conditioned on the `sizes` of each image if the batch has them, otherwise on uncropped images of its own size.
+  The two methods above do so with the `sizes_0` and `sizes_1` of a pair.
 
-  Trains whatever components are trained: `unet`, and `text_encoder` if it is among them.
+  Trains whichever components are trained: `unet`, and `text_encoder` if it is among them.
   """
 
   model: Model
@@ -81,7 +81,7 @@ class Denoising(Offline):
 
 @dataclasses.dataclass(frozen=True)
 class Autoencoding(Offline):
-  """Reconstruction by L1 on pixels and on their differences, and a small KL to N(0, 1); all means.
+  """Reconstruction by L1 on pixels and on their differences, with a small KL to N(0, 1); all are means.
 
   Trains component `vae` on `pixels` [B,H,W,3], u8 or f32 in [-1, 1].
   """
@@ -137,10 +137,10 @@ class Contrastive(Offline):
 
 @dataclasses.dataclass(frozen=True)
 class Classification(Offline):
-  """Cross-entropy of style and of caption class on images of which three quarters are augmented, added.
+  """Cross-entropy of style plus that of caption class, on images of which three quarters are augmented.
 
-  Trains component `judge` on `pixels`, `style` i32[B] and `class_id` i32[B]. Where the style
-  is `NOT_TAUGHT`, only the caption is learned; where the judge has no such class, only the style.
+  Trains component `judge` on `pixels`, `style` i32[B] and `class_id` i32[B]. Where the style is `NOT_TAUGHT`, only the
+  caption is learnt; where the judge has no such class, only the style.
   """
 
   judge: Judge

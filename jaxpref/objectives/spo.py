@@ -1,8 +1,8 @@
-"""SPO, step-by-step preference optimisation (arXiv 2406.04314): its rollout, its loss, and what it costs."""
+"""SPO, step-by-step preference optimisation (arXiv 2406.04314): its rollout, its loss, and its cost."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,191 +22,26 @@ from jaxpref.objectives.base import (
   named_key,
   rows_of_prompts,
 )
+from jaxpref.objectives.lpo import latent_rollout
 from jaxpref.objectives.pairs import PairLoss
+from jaxpref.objectives.pools import PoolRollout, Score, Steps, step_thresholds, step_times
 from jaxpref.objectives.sums import Pairs, binned_mean, mean_of
-from jaxpref.rewards.base import LATENTS, Scores, Weighted
-
-# (x f32[B*m,h,w,C], t [B*m]) -> scores of B*m latents: predicted clean ones, or (`latent_rollout`) noisy ones at t
-Score = Callable[[jax.Array, jax.Array], Scores]
-
-
-class Transitions(NamedTuple):
-  """Pairs of transitions x -> next of winner and loser, G of them a prompt.
-
-  Attributes:
-    x_w, x_l: f32[B,G,h,w,C] where each transition starts.
-    next_w, next_l: f32[B,G,h,w,C] where it ends.
-    t, prev_t: [B,G] times of start and end.
-    valid: bool[B,G] whether the pair's gap is above the threshold.
-  """
-
-  x_w: jax.Array
-  x_l: jax.Array
-  next_w: jax.Array
-  next_l: jax.Array
-  t: jax.Array
-  prev_t: jax.Array
-  valid: jax.Array
-
-
-class PoolRollout(NamedTuple):
-  """What one SPO rollout leaves behind.
-
-  Attributes:
-    shared: transitions whose winner and loser start from the same latent (x_w is x_l).
-    separate: the later transitions of a group, which do not; none where all groups are single steps.
-    latents: f32[B,h,w,C] the final latents of the path that was followed.
-    scores: f32[B,G,k] of all candidates, by group: their sum, and its parts.
-    score_t: [G] the time condition of each group's scores.
-  """
-
-  shared: Transitions
-  separate: Transitions
-  latents: jax.Array
-  scores: Scores
-  score_t: jax.Array
+from jaxpref.rewards.base import LATENTS, Weighted
 
 
 def pool_calls(*, num_steps: int, warmup_steps: int, pool_size: int) -> int:
-  """UNet calls (each guided) a prompt: warmup_steps + 1 single ones, then pool_size for every further step."""
+  """Returns guided UNet calls per prompt: warmup_steps + 1 single ones, then pool_size for every further step."""
   return warmup_steps + 1 + (num_steps - warmup_steps - 1) * pool_size
 
 
 def pool_groups(*, num_steps: int, warmup_steps: int, inner_steps: int, pool_last_step: bool = False) -> list[int]:
-  """The length of each of `pool_rollout`'s groups, whose first transition winner and loser start from one latent."""
+  """Returns the length of each group of `pool_rollout`; winner and loser of its first transition share a latent."""
   length = inner_steps + 1
   groups = [length] * ((num_steps - warmup_steps) // length)
   return groups if length > 1 or pool_last_step else [*groups[:-2], 2]
 
 
-def latent_calls(*, num_steps: int, warmup_steps: int, pool_size: int, inner_steps: int) -> int:
-  """UNet calls (each guided) a prompt of `latent_rollout`: one a step, and pool_size for every inner one."""
-  groups = (num_steps - warmup_steps) // (inner_steps + 1)
-  return warmup_steps + groups * (1 + inner_steps * pool_size)
-
-
-def _times(process: Process, num_steps: int) -> tuple[jax.Array, jax.Array]:
-  """Where each step starts and ends, [num_steps] each.
-
-  The last step has noise, too (to abar_0 rather than to 1), so that its std is positive, as in the reference code.
-  """
-  t, ends = map(jnp.asarray, process.grid(num_steps, density=True))
-  return t, jnp.append(t[1:], ends[-1])
-
-
-def step_thresholds(
-  process: Process, num_steps: int, *, eta: float, threshold: float, threshold_max: float | None
-) -> jax.Array | None:
-  """f32[num_steps]: linear in the standard deviation of each step's noise (arXiv 2502.01051).
-
-  From `threshold` at the smallest of the sampler's to `threshold_max` at the largest; None where that is None.
-  """
-  if threshold_max is None:
-    return None
-  t, prev_t = _times(process, num_steps)
-  nothing = jnp.zeros((num_steps, 1, 1, 1))
-  _, std = process.transition(nothing, nothing, t, prev_t, eta=eta)
-  share = (std - jnp.min(std)) / jnp.maximum(jnp.max(std) - jnp.min(std), 1e-12)
-  return threshold + share * (threshold_max - threshold)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Steps:
-  """What the rollouts of B prompts are made of.
-
-  Attributes:
-    batch: B.
-    shape: (h, w, C) of a latent.
-    others: as of `pool_rollout`.
-  """
-
-  predict: Predict
-  process: Process
-  batch: int
-  shape: tuple[int, ...]
-  pool_size: int
-  eta: float
-  threshold: float
-  next_latent: str
-
-  def call(self, x: jax.Array, t: jax.Array) -> jax.Array:  # x [B*m,h,w,C], t scalar
-    return self.predict(x, rows_at(t, x.shape[0]))
-
-  def draw(
-    self, pred: jax.Array, x: jax.Array, t: jax.Array, prev_t: jax.Array, key: jax.Array, repeats: int = 1
-  ) -> jax.Array:
-    n = x.shape[0]
-    mean, std = self.process.transition(pred, x, rows_at(t, n), rows_at(prev_t, n), eta=self.eta)
-    mean, std = jnp.repeat(mean, repeats, axis=0), jnp.repeat(std, repeats, axis=0)
-    return mean + std[:, None, None, None] * jax.random.normal(key, mean.shape)
-
-  def walk(
-    self, x: jax.Array, ts: jax.Array, prev_ts: jax.Array, key: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Steps from x at ts[0] on, one `call` each: latents and predictions [n,N,...] at ts[0], ..., ts[n-1].
-
-    A draw follows every call, the last one too, whose result is dropped: so one call is compiled, in a scan.
-    """
-
-    def one(x, inputs):
-      t, prev_t, key = inputs
-      pred = self.call(x, t)
-      return self.draw(pred, x, t, prev_t, key), (x, pred)
-
-    end, (xs, preds) = jax.lax.scan(one, x, (ts, prev_ts, jax.random.split(key, ts.shape[0])))
-    return xs, preds, end
-
-  def of_pool(self, values: jax.Array, index: jax.Array) -> jax.Array:
-    """Of each pool the candidate at its index: [B*k,...] -> [B,...]; each device finds those of its own prompts."""
-    pools = values.reshape(self.batch, self.pool_size, *self.shape)
-    return jax.vmap(lambda pool, i: pool[i])(pools, index)
-
-  def of_pools(self, scores: Scores) -> Scores:
-    return jax.tree.map(lambda v: v.reshape(self.batch, self.pool_size), scores)
-
-  def choose(
-    self,
-    x: jax.Array,
-    path: jax.Array,
-    scores: jax.Array,
-    ts: jax.Array,
-    prev_ts: jax.Array,
-    limit: jax.Array | None,
-  ) -> Transitions:
-    """Transitions of best and worst: x [B,...] and path [j,B*k,...] -> fields [B,j,...].
-
-    Args:
-      limit: the group's own threshold, or None.
-    """
-    best, worst, valid = losses.select_pair(scores, threshold=self.threshold if limit is None else limit)
-    j = path.shape[0]
-
-    def pick(index):
-      members = jax.vmap(lambda values: self.of_pool(values, index))(path)
-      return jnp.moveaxis(jnp.concatenate([x[None], members]), 0, 1)  # [B,j+1,h,w,C]
-
-    w, l = pick(best), pick(worst)
-    rows = lambda v: jnp.broadcast_to(v[None], (self.batch, j))  # noqa: E731
-    return Transitions(
-      w[:, :-1],
-      l[:, :-1],
-      w[:, 1:],
-      l[:, 1:],
-      rows(ts),
-      rows(prev_ts),
-      jnp.broadcast_to(valid[:, None], (self.batch, j)),
-    )
-
-  def member(self, values: jax.Array, scores: jax.Array, key: jax.Array) -> jax.Array:
-    """The candidate to continue from: [B*k,...] -> [B,...]."""
-    if self.next_latent == "random":
-      index = jax.random.randint(key, (self.batch,), 0, self.pool_size)
-    else:
-      index = jnp.argmax(scores, axis=1) if self.next_latent == "winner" else jnp.argmin(scores, axis=1)
-    return self.of_pool(values, index)
-
-
-# Long: Algorithm 1 of the paper in one piece, to be read beside it.
+# Long: Algorithm 1 of the paper in one piece, to read beside it.
 # Many parameters: the networks as functions, and each number of that algorithm.
 def pool_rollout(
   predict: Predict,
@@ -225,26 +60,26 @@ def pool_rollout(
   next_latent: str = "random",
   pool_last_step: bool = False,
 ) -> PoolRollout:
-  """SPO's rollout (arXiv 2406.04314, Algorithm 1), costing `pool_calls` guided UNet calls a prompt.
+  """Runs SPO's rollout (arXiv 2406.04314, Algorithm 1), which costs `pool_calls` guided UNet calls per prompt.
 
   After `warmup_steps` ordinary steps, every group of j = inner_steps + 1 steps draws `pool_size` candidates from one
-  shared latent; each runs j steps on its own, is scored on its decoded x0-prediction with the timestep it has
-  reached, and best and worst form a pair. The call that predicts x0 for the score is the one that denoises next.
-  One member of the pool, at random, is where the next group starts. What the last group makes are images, scored with
-  time 0.
+  shared latent. Each candidate runs j steps and is scored on its decoded x0-prediction with the timestep it has
+  reached; best and worst form a pair. The call that predicts x0 for the score also denoises next. The next group starts
+  from one random member of the pool. The last group makes images, which are scored with time 0.
 
   Args:
     x: f32[B,h,w,C] standard normal latents.
     threshold: a pair is valid if softmax([s_w, s_l])_w - softmax([s_w, s_l])_l exceeds it.
-    threshold_max: if it is given, the threshold of each group is that of its first step, see `step_thresholds`.
+    threshold_max: if given, the threshold of each group is that of its first step, see `step_thresholds`.
     next_latent: "random" (the paper), "winner" or "loser".
-    pool_last_step: for j = 1 alone: True draws a pool in the last step, too, as published for Stable Diffusion 1.5;
-      else the last two steps are one group, so that no image is chosen by its last noise alone. The calls are the same.
+    pool_last_step: only for j = 1: True also draws a pool in the last step, as published for Stable Diffusion 1.5;
+      False makes the last two steps one group, so that no image is chosen by its last noise alone. The calls are the
+      same.
   """
   batch, k, length = x.shape[0], pool_size, inner_steps + 1
-  t, prev_t = _times(process, num_steps)
+  t, prev_t = step_times(process, num_steps)
   limits = step_thresholds(process, num_steps, eta=eta, threshold=threshold, threshold_max=threshold_max)
-  steps = _Steps(predict, process, batch, x.shape[1:], k, eta, threshold, next_latent)
+  steps = Steps(predict, process, batch, x.shape[1:], k, eta, threshold, next_latent)
 
   key_warmup, key_groups, key_last = jax.random.split(key, 3)
   first = slice(0, warmup_steps + 1)
@@ -252,10 +87,10 @@ def pool_rollout(
   x, pred = xs[-1], preds[-1]
 
   def pool(x, pred, ts, prev_ts, key, end_t):
-    """Candidates from x [B,...]: path [j,B*k,...] at the ends of their steps, and the prediction at the last."""
+    """Draws candidates from x [B,...]: path [j,B*k,...] at the ends of their steps, and the last prediction."""
     key_draw, key_walk = jax.random.split(key)
     members = steps.draw(pred, x, ts[0], prev_ts[0], key_draw, repeats=k)
-    # Walked on from prev_ts[0]; the step after the group is drawn too, and dropped.
+    # Walks on from prev_ts[0]; the step after the group is also drawn, and dropped.
     xs, preds, _ = steps.walk(members, jnp.append(ts[1:], end_t), jnp.append(prev_ts[1:], end_t), key_walk)
     return xs, preds[-1]
 
@@ -311,72 +146,7 @@ def pool_rollout(
   )
 
 
-# Many parameters: as of `pool_rollout`.
-def latent_rollout(
-  predict: Predict,
-  score: Score,
-  process: Process,
-  x: jax.Array,
-  key: jax.Array,
-  *,
-  num_steps: int,
-  eta: float,
-  warmup_steps: int,
-  pool_size: int,
-  inner_steps: int,
-  threshold: float,
-  threshold_max: float | None = None,
-  next_latent: str = "random",
-  score_time: str = "end",
-) -> PoolRollout:
-  """LPO's rollout (arXiv 2502.01051): the latents that a group ends at are scored themselves, in the last step, too.
-
-  As nothing is predicted of candidates, those that are dropped cost no UNet call: `latent_calls` guided calls a prompt.
-
-  Args:
-    score: of latents f32[B*k,h,w,C] at times [B*k].
-    warmup_steps: 0 or more.
-    score_time: "end", the time of the latents that are scored, 0 at last; "start", that of the step to them, which the
-      released code tells its reward model.
-    others: as of `pool_rollout`.
-  """
-  batch, k, length = x.shape[0], pool_size, inner_steps + 1
-  t, prev_t = _times(process, num_steps)
-  limits = step_thresholds(process, num_steps, eta=eta, threshold=threshold, threshold_max=threshold_max)
-  steps = _Steps(predict, process, batch, x.shape[1:], k, eta, threshold, next_latent)
-  key_warmup, key_groups = jax.random.split(key)
-  if warmup_steps:
-    _, _, x = steps.walk(x, t[:warmup_steps], prev_t[:warmup_steps], key_warmup)
-
-  def group(x, inputs):
-    ts, prev_ts, key, limit = inputs
-    key_draw, key_walk, key_member = jax.random.split(key, 3)
-    members = steps.draw(steps.call(x, ts[0]), x, ts[0], prev_ts[0], key_draw, repeats=k)
-    path = members[None]
-    if length > 1:
-      xs, _, end = steps.walk(members, ts[1:], prev_ts[1:], key_walk)
-      path = jnp.concatenate([xs, end[None]])
-    time = ts[-1] if score_time == "start" else prev_ts[-1]
-    scores = steps.of_pools(score(path[-1], rows_at(time, batch * k)))
-    pairs = steps.choose(x, path, scores.total, ts, prev_ts, limit)
-    return steps.member(path[-1], scores.total, key_member), (pairs, scores, time)
-
-  num_groups = (num_steps - warmup_steps) // length
-  grouped = lambda v: v[warmup_steps:].reshape(num_groups, length)  # noqa: E731
-  of_groups = None if limits is None else grouped(limits)[:, 0]
-  inputs = (grouped(t), grouped(prev_t), jax.random.split(key_groups, num_groups), of_groups)
-  latents, (pairs, scores, score_t) = jax.lax.scan(group, x, inputs)
-  pairs = jax.tree.map(lambda v: jnp.moveaxis(v, 0, 1), pairs)  # [G,B,j,...] -> [B,G,j,...]
-  return PoolRollout(
-    shared=jax.tree.map(lambda v: v[:, :, 0], pairs),
-    separate=jax.tree.map(lambda v: v[:, :, 1:].reshape(batch, num_groups * (length - 1), *v.shape[3:]), pairs),
-    latents=latents,
-    scores=jax.tree.map(lambda v: jnp.moveaxis(v, 0, 1), scores),
-    score_t=score_t,
-  )
-
-
-# Many parameters: what Eq. 8 of the paper takes: policy, reference, two kinds of rows, conditioning, three numbers.
+# Many parameters: the inputs of Eq. 8 of the paper: policy, reference, two kinds of rows, conditioning, three numbers.
 def transition_loss(
   model: Model,
   loss_fn: PairLoss,
@@ -391,14 +161,14 @@ def transition_loss(
   guidance_scale: float,
   ratio_clip: float,
 ) -> tuple[jax.Array, jax.Array, Pairs]:
-  """SPO's loss of one minibatch of transitions (arXiv 2406.04314, Eq. 8), log 2 where policy and reference agree.
+  """Returns SPO's loss of a minibatch of transitions (arXiv 2406.04314, Eq. 8), log 2 where policy equals reference.
 
-  Log-probabilities are means over H, W, C of the DDIM transition's Gaussian; guidance acts on policy and reference
-  alike. A transition pair that shares its start takes one UNet call of each, a separate one takes two.
+  Log-probabilities are means over H, W, C of the DDIM transition's Gaussian; guidance acts on both policy and
+  reference. A transition pair with a shared start takes one UNet call of each, a separate one takes two.
 
   Args:
     shared, separate: `Transitions` with fields [N,...], and a mask f32[N].
-    cond: conditioning of all prompts of the rollout, one row a prompt.
+    cond: conditioning of all prompts of the rollout, one row per prompt.
   Returns:
     (sum of losses, count, metric pairs).
   """
@@ -446,14 +216,13 @@ class SPO:
   cost nothing. Winner and loser transitions that start from one latent share one policy pass and one reference pass.
 
   Attributes:
-    reward: what scores the candidates' predictions, in the paper a step-aware preference model; or all of it the
-      candidates themselves, a latent reward model: then this is LPO (arXiv 2502.01051), by `latent_rollout`.
-    pair_loss: on the log of the clipped ratios; the paper's is the sigmoid loss with beta 10.
-    step_aware: False tells the reward time 0 at every step, as one that knows clean images only wants it.
-    decode_size: pixels a side at which predictions are decoded for the reward, see `Model.decode`;
-      0: those of the images.
+    reward: what scores the candidates' predictions, in the paper a step-aware preference model. If it is a latent
+      reward model alone, it scores the candidates themselves: LPO (arXiv 2502.01051), with `latent_rollout`.
+    pair_loss: loss on the log of the clipped ratios; the paper's is the sigmoid loss with beta 10.
+    step_aware: False gives the reward time 0 at every step, for one that only knows clean images.
+    decode_size: shorter side in pixels of predictions decoded for the reward, see `Model.decode`; 0: the images' own.
     minibatch: transitions with a shared start in one update; those without come in proportion.
-    others: as of `pool_rollout`, `latent_rollout` and `transition_loss`.
+    others: see `pool_rollout`, `latent_rollout` and `transition_loss`.
   """
 
   model: Model
@@ -477,7 +246,7 @@ class SPO:
   kinds = ("shuffle_shared", "shuffle_separate")
 
   def rollout(self, w: Weights, batch: Batch, key: jax.Array) -> Drawn:
-    """`pool_rollout`, which scores as it goes, and the conditioning."""
+    """Runs `pool_rollout` or `latent_rollout`, which score as they go; returns the result with the conditioning."""
     model = self.model
     prompts = batch["input_ids"].shape[0]
     cond = model.encode_text(w.base, batch["input_ids"])
@@ -519,7 +288,7 @@ class SPO:
   def experience(
     self, drawn: Drawn, scores: Mapping[str, jax.Array], key: jax.Array
   ) -> tuple[Experience, dict[str, jax.Array]]:
-    """Pairs of transitions, of those that share their start and of the others."""
+    """Returns pairs of transitions: those that share their start, and the others."""
     pools, cond, uncond = drawn.data
     kinds = tuple(rows_of_prompts(t, t.valid) for t in (pools.shared, pools.separate))
     ends = pools.separate if pools.separate.valid.shape[1] else pools.shared
@@ -541,7 +310,7 @@ class SPO:
   def loss(
     self, w: Weights, e: Experience, key: jax.Array, statistics: Pairs | None = None
   ) -> tuple[jax.Array, jax.Array, Pairs]:
-    """`transition_loss` of a minibatch; it draws nothing."""
+    """Returns `transition_loss` of a minibatch; draws nothing."""
     (shared, separate), (cond, uncond) = e.kinds, e.context
     return transition_loss(
       self.model,
@@ -558,11 +327,11 @@ class SPO:
     )
 
   def empty_loss(self) -> jax.Array:
-    """That of an undecided pair: an iteration without any valid pair changes nothing."""
+    """Returns the loss of an undecided pair: an iteration without any valid pair changes nothing."""
     return self.pair_loss(jnp.zeros(1), jnp.zeros(1), None)[0]
 
   def divergence(self, w: Weights, batch: Batch, key: jax.Array) -> jax.Array:
-    """Of the last winners of the prompts' rollouts."""
+    """Returns the divergence on the last winners of the prompts' rollouts."""
     return noising.divergence_of_samples(self.model, w, batch, key)
 
   def timesteps(self, key: jax.Array, size: int) -> None:

@@ -11,14 +11,14 @@ Pairs = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def mean_of(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The pair (sum of weights * values, sum of weights) of f32[B] values; masked rows may hold NaN."""
+  """Returns the pair (sum of weights * values, sum of weights) of f32[B] values; masked rows may hold NaN."""
   return jnp.sum(jnp.where(weights > 0, values, 0.0) * weights), jnp.sum(weights)
 
 
 def binned_mean(values: jax.Array, weights: jax.Array, t: jax.Array, *, total: int, bins: int):
-  """As `mean_of`, in `bins` equal ranges of the time t [B] in [0, total]: a pair of f32[bins].
+  """Returns `mean_of` in `bins` equal ranges of the time t [B] in [0, total]: a pair of f32[bins].
 
-  A value that is not finite spoils the mean of its own bin alone.
+  A value that is not finite only spoils the mean of its own bin.
   """
   place = jnp.minimum((t * bins // total).astype(jnp.int32), bins - 1)
   counts = jax.nn.one_hot(place, bins) * weights[:, None]
@@ -31,7 +31,7 @@ def add(a: Pairs, b: Pairs) -> Pairs:
 
 
 def divide(pairs: Pairs) -> dict[str, jax.Array]:
-  """Means; NaN where nothing was counted."""
+  """Returns means; NaN where nothing was counted."""
   return {
     k: jnp.where(count > 0, total / jnp.where(count > 0, count, 1.0), jnp.nan) for k, (total, count) in pairs.items()
   }

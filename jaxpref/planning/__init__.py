@@ -1,1 +1,1 @@
-"""What is known of a training step without running it: bytes, operations, and what would make it fit."""
+"""What a training step needs, without running it: bytes, operations, and what would make it fit."""

@@ -1,6 +1,6 @@
-"""Floating-point operations of a function, counted in its jaxpr: matrix products and convolutions, two a multiply-add.
+"""Counts floating-point operations in a jaxpr: matrix products and convolutions, two per multiply-add.
 
-Unlike the compiler's own cost analysis this counts the body of a loop as often as it runs, and nothing elementwise.
+Unlike the compiler's own cost analysis this counts a loop's body as often as it runs, and nothing elementwise.
 """
 
 import math
@@ -13,26 +13,26 @@ from jax.extend import core
 
 
 def count(fn: Callable[..., Any], *args: Any, while_trips: float = 1.0, scope: str | None = None) -> float:
-  """Operations of one call of a function, of all devices together.
+  """Returns the operations of one call of a function, on all devices together.
 
   Args:
     fn: anything that can be traced.
     *args: arrays or ShapeDtypeStructs.
-    while_trips: how often the body of a loop runs whose number of rounds is not known before (SPO's updates).
-    scope: count only what is traced within this `jax.named_scope`.
+    while_trips: how often a loop's body runs if the number of rounds is unknown (SPO's updates).
+    scope: counts only what is traced within this `jax.named_scope`.
   """
   return of_jaxpr(jax.make_jaxpr(fn)(*args).jaxpr, while_trips=while_trips, scope=scope)
 
 
 def of_jaxpr(jaxpr: core.Jaxpr, *, while_trips: float = 1.0, scope: str | None = None) -> float:
-  """As `count`, of a function that was traced already."""
+  """Returns what `count` does, for a function that is already traced."""
   return sum(_of_equation(eqn, while_trips, scope) for eqn in jaxpr.eqns)
 
 
 def _of_equation(eqn: Any, while_trips: float, scope: str | None) -> float:
   name = eqn.primitive.name
   if scope is not None and scope in re.split(r"[/()]", str(eqn.source_info.name_stack)):
-    scope = None  # and all that it runs
+    scope = None  # and everything it runs
   if scope is not None and name in ("dot_general", "conv_general_dilated"):
     return 0.0
   if name == "dot_general":
@@ -42,19 +42,19 @@ def _of_equation(eqn: Any, while_trips: float, scope: str | None) -> float:
   if name == "conv_general_dilated":
     kernel, dims = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"]
     out, window = eqn.outvars[0].aval.shape, [kernel[i] for i in dims.rhs_spec[2:]]
-    # Where the input is dilated, most of what a window meets are zeros: the gradient of a strided convolution.
+    # If the input is dilated, a window meets mostly zeros: the gradient of a strided convolution.
     zeros = math.prod(eqn.params["lhs_dilation"])
     return 2.0 * math.prod(out) * math.prod(window) * kernel[dims.rhs_spec[1]] / zeros
   if name == "cond":
     return max(of_jaxpr(branch.jaxpr, while_trips=while_trips, scope=scope) for branch in eqn.params["branches"])
   times = {"scan": eqn.params.get("length", 1), "while": while_trips}.get(name, 1)
-  if name == "shard_map":  # its arrays are those of one device
+  if name == "shard_map":  # its arrays are one device's
     times = eqn.params["mesh"].size
   return times * sum(of_jaxpr(inner, while_trips=while_trips, scope=scope) for inner in _inner(eqn))
 
 
 def _inner(eqn: Any) -> list[core.Jaxpr]:
-  """The jaxprs that an equation runs (of a custom gradient: the function itself, not its rules)."""
+  """Returns the jaxprs that an equation runs (for a custom gradient the function itself, not its rules)."""
   found = []
   for value in eqn.params.values():
     if isinstance(value, core.ClosedJaxpr):

@@ -1,7 +1,7 @@
-"""What a compiled program moves, read from its HLO text: bytes between devices, and bytes to and from memory.
+"""Counts what a compiled program moves, from its HLO text: bytes between devices, and bytes to and from memory.
 
-The compiler's own analysis counts the body of a loop once; here it counts as often as it runs. All functions take the
-text of `compiled.as_text()` and give numbers of one device.
+The compiler's own analysis counts a loop's body once; here it counts as often as it runs. All functions take the text
+of `compiled.as_text()` and return numbers for one device.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-# What one of n devices of a group sends, as a multiple of its operands, by the algorithms that need no more than that.
+# What one of n devices in a group sends, as a multiple of its operands, with optimal algorithms.
 COLLECTIVES: dict[str, Callable[[int], float]] = {
   "all-gather": lambda n: n - 1,  # the operand is one device's part
   "all-reduce": lambda n: 2 * (n - 1) / n,
@@ -19,7 +19,7 @@ COLLECTIVES: dict[str, Callable[[int], float]] = {
   "all-to-all": lambda n: (n - 1) / n,
   "collective-permute": lambda n: 1,
 }
-# Instructions that move nothing by themselves.
+# Instructions that move nothing themselves.
 _FREE = {
   "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
   "opt-barrier", "add-dependency",
@@ -31,7 +31,7 @@ class Instruction:
   """One line of a computation.
 
   Attributes:
-    shape: the result's, as it is written: `f32[8,16]{1,0}`, or several in parentheses.
+    shape: shape of the result as written: `f32[8,16]{1,0}`, or several in parentheses.
     operands: names of instructions of the same computation.
     text: the whole line.
   """
@@ -44,7 +44,7 @@ class Instruction:
   is_root: bool
 
   def called(self, attribute: str) -> str | None:
-    """The computation that an attribute names, such as `body=%name`."""
+    """Returns the computation that an attribute names, such as `body=%name`."""
     found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
     return found[1] if found else None
 
@@ -55,7 +55,7 @@ class Module:
 
   Attributes:
     entry: the computation that is the program.
-    devices: that it runs on together.
+    devices: number of devices it runs on together.
   """
 
   computations: Mapping[str, Mapping[str, Instruction]]
@@ -67,7 +67,7 @@ def parse(text: str) -> Module:
   """Reads HLO text.
 
   Raises:
-    ValueError: there is no entry computation in it.
+    ValueError: the text has no entry computation.
   """
   computations: dict[str, dict[str, Instruction]] = {}
   current: dict[str, Instruction] | None = None
@@ -82,7 +82,7 @@ def parse(text: str) -> Module:
     elif current is not None and (instruction := _instruction(line)):
       current[instruction.name] = instruction
   if entry not in computations:
-    raise ValueError("HLO text has no ENTRY computation; expected that of a compiled program.")
+    raise ValueError("HLO text has no ENTRY computation; expected the text of a compiled program.")
   return Module(computations, entry, devices)
 
 
@@ -99,7 +99,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, opening: int) -> int:
-  """The place of the parenthesis that closes the one at `opening`."""
+  """Returns the place of the parenthesis that closes the one at `opening`."""
   depth = 0
   for i in range(opening, len(text)):
     depth += {"(": 1, ")": -1}.get(text[i], 0)
@@ -112,14 +112,14 @@ _ARRAY = re.compile(r"\b([a-z]+(\d*)[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 
 
 def shape_bytes(shape: str, *, memory: bool = False) -> int:
-  """Bytes of an array or of all arrays of a tuple; with `memory` only of those in the device's main memory.
+  """Returns the bytes of an array or of all arrays of a tuple; with `memory` only those in the main memory.
 
   >>> shape_bytes("f32[8,16]{1,0}"), shape_bytes("(bf16[4]{0:T(128)S(1)}, pred[])", memory=True)
   (512, 1)
   """
   total = 0
   for kind, bits, sizes, layout in _ARRAY.findall(shape):
-    if memory and re.search(r"S\([1-9]", layout):  # another memory space: on a TPU the one beside the compute units
+    if memory and re.search(r"S\([1-9]", layout):  # another memory space: on a TPU the one next to the compute units
       continue
     count = math.prod(int(n) for n in sizes.split(",") if n)
     total += -(-count * (8 if kind == "pred" else int(bits or 0)) // 8)
@@ -127,9 +127,9 @@ def shape_bytes(shape: str, *, memory: bool = False) -> int:
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:
-  """How often the body of a `while` runs; None if that depends on data.
+  """Returns how often the body of a `while` runs; None if that depends on data.
 
-  Where the compiler did not write it down, the loop must count from 0 in ones up to a constant.
+  If the compiler did not record it, the loop must count from 0 in ones up to a constant.
   """
   known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text)
   if known:
@@ -152,12 +152,12 @@ Cost = Callable[[Mapping[str, Instruction], Instruction], Mapping[str, float]]
 
 
 def total(module: Module, cost: Cost, *, while_trips: float = 1.0, into_fusions: bool = False) -> Counter:
-  """The sum of a cost over all instructions, each as often as it runs; of branches the dearest.
+  """Returns the sum of a cost over all instructions, each as often as it runs; of branches the most expensive one.
 
   Args:
-    cost: of an instruction, given its computation, by kind.
-    while_trips: how often the body of a loop runs whose number of rounds depends on data.
-    into_fusions: whether `cost` is of what fusions consist of, or of fusions themselves.
+    cost: function of a computation and its instruction that returns costs by kind.
+    while_trips: how often a loop's body runs if the number of rounds depends on data.
+    into_fusions: whether `cost` counts the content of fusions, or fusions themselves.
   """
 
   @functools.cache
@@ -185,14 +185,14 @@ def total(module: Module, cost: Cost, *, while_trips: float = 1.0, into_fusions:
 
 
 def collective_bytes(text: str, *, while_trips: float = 1.0) -> dict[str, dict[str, float]]:
-  """What one device sends to others, by kind of collective.
+  """Returns what one device sends to others, by kind of collective.
 
   Args:
-    text: of a compiled program.
-    while_trips: as of `total`.
+    text: text of a compiled program.
+    while_trips: see `total`.
 
   Returns:
-    {kind: {"bytes": sent, "count": how often}}, of the kinds that are there. Groups of one device send nothing.
+    {kind: {"bytes": sent, "count": how often}} for the kinds that occur. Groups of one device send nothing.
   """
   module = parse(text)
 
@@ -200,7 +200,7 @@ def collective_bytes(text: str, *, while_trips: float = 1.0) -> dict[str, dict[s
     kind = instruction.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
       return {}
-    # A TPU may run one collective beside several fusions, each of which repeats it; the first has no flag to wait for.
+    # A TPU may run one collective with several fusions, each of which repeats it; the first has no flag to wait for.
     if re.search(r'"flag_start":"\d', instruction.text):
       return {}
     size = group_size(instruction.text, module.devices)
@@ -218,7 +218,7 @@ def collective_bytes(text: str, *, while_trips: float = 1.0) -> dict[str, dict[s
 
 
 def group_size(text: str, devices: int) -> int:
-  """Devices of each group of a collective, from its line; `devices` where it names no groups.
+  """Returns the devices in each group of a collective, from its line; `devices` if it names no groups.
 
   >>> group_size("replica_groups={{0,1},{2,3}}", 4), group_size("replica_groups=[4,2]<=[2,4]T(1,0)", 8)
   (2, 2)
@@ -238,14 +238,14 @@ def group_size(text: str, devices: int) -> int:
 
 
 def memory_bytes(text: str, *, while_trips: float = 1.0) -> float:
-  """Bytes that one device reads from its main memory and writes to it.
+  """Returns the bytes that one device reads from its main memory and writes to it.
 
-  What an instruction reads and writes whole counts once each, a fusion as one instruction; of arrays that are only
-  sliced, or updated in place, the slices count.
+  What an instruction reads and writes as a whole counts once each, and a fusion is one instruction. Of arrays that are
+  only sliced or updated in place, only the slices count.
 
   Args:
-    text: of a compiled program.
-    while_trips: as of `total`.
+    text: text of a compiled program.
+    while_trips: see `total`.
   """
   module = parse(text)
   hbm = functools.partial(shape_bytes, memory=True)
@@ -264,7 +264,7 @@ def memory_bytes(text: str, *, while_trips: float = 1.0) -> float:
     if opcode == "dynamic-update-slice":
       return {"bytes": 2 * hbm(shapes[1])}
     if opcode == "custom-call" and re.search('custom_call_target="__cu(blas|dnn)', instruction.text):
-      result = _ARRAY.search(instruction.shape)  # what follows is work space
+      result = _ARRAY.search(instruction.shape)  # the rest is work space
       return {"bytes": hbm(result[0] if result else "") + sum(map(hbm, shapes))}
     if opcode.endswith("-start"):  # its result repeats its operands
       return {"bytes": 2 * max(map(hbm, shapes), default=0) if opcode != "copy-start" else _copy_bytes(instruction)}
@@ -274,20 +274,20 @@ def memory_bytes(text: str, *, while_trips: float = 1.0) -> float:
 
 
 def _copy_bytes(instruction: Instruction) -> int:
-  """Of an asynchronous copy, whose result is (destination, source, state): between memories, or within one."""
+  """Returns the bytes of an asynchronous copy with the result (destination, source, state), in or between memories."""
   return sum(shape_bytes(part[0], memory=True) for part in list(_ARRAY.finditer(instruction.shape))[:2])
 
 
 def _fusion_bytes(body: Mapping[str, Instruction], fusion: Instruction, shapes: list[str]) -> int:
-  """Of one fusion: results and operands, of those that are sliced or updated in place the slices.
+  """Returns the bytes of one fusion: results and operands, but only the slices of those sliced or updated in place.
 
   Args:
     body: the computation that was fused.
-    shapes: of the operands.
+    shapes: shapes of the operands.
   """
 
   def users(name: str) -> list[tuple[Instruction, str]]:
-    """Instructions that use a value, and under what name."""
+    """Returns the instructions that use a value, and the name each gives it."""
     found = []
     for i in body.values():
       if name in i.operands:
@@ -303,7 +303,7 @@ def _fusion_bytes(body: Mapping[str, Instruction], fusion: Instruction, shapes: 
     for user, name in users(i.name):
       if user.opcode == "dynamic-slice" and user.operands[0] == name:
         partial += shape_bytes(user.shape)
-      elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:  # what stays is not read
+      elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:  # what stays is never read
         partial = shape_bytes(shapes[int(number[1])], memory=True)
         break
     read += min(partial, shape_bytes(shapes[int(number[1])], memory=True))
@@ -311,7 +311,7 @@ def _fusion_bytes(body: Mapping[str, Instruction], fusion: Instruction, shapes: 
 
 
 def _written(body: Mapping[str, Instruction], fusion: Instruction) -> int:
-  """Bytes of a fusion's results; of one that is an array updated in place, those of the update."""
+  """Returns the bytes of a fusion's results; for an array that is updated in place, those of the update."""
 
   def source(name: str) -> Instruction:
     i = body[name]

@@ -1,4 +1,4 @@
-"""What is known of a training step before it is compiled: the bytes it is given, and what would make it smaller."""
+"""Plans a training step before it is compiled: the bytes it gets, and what would make it smaller."""
 
 import dataclasses
 import functools
@@ -23,20 +23,20 @@ from jaxpref.objectives import catalog
 from jaxpref.recipes.rewards import of_preference_model, reward_terms
 from jaxpref.rewards import base as rewards
 from jaxpref.rewards import terms
-from jaxpref.training import build, inputs, loop, step
+from jaxpref.training import build, inputs, programs, step
 
-LORA_RANK = 64  # of the adapter that `changes` propose in the place of full training
+LORA_RANK = 64  # of the adapter that `changes` propose instead of full training
 
 
 def without_weights(config: ConfigDict) -> ConfigDict:
-  """The same recipe on shapes alone, and on the embedded data resized to the model's images.
+  """Returns the same recipe on shapes alone, and on the embedded data resized to the model's images.
 
-  Another VAE or UNet than the model's own counts as its own. Preference models and latent reward models are those of
-  the preset; other rewards are as published, or as the config.json of their folder describes them (`rewards.shapes`).
-  Of precomputed data, the folder of `data.path` is not looked at, and need not be there.
+  Another VAE or UNet is planned like the model's own. Preference models and latent reward models are those of the
+  preset; other rewards have their published shapes, or those of their folder's config.json (`rewards.shapes`). The
+  folder of precomputed data (`data.path`) is not read and need not exist.
 
   Raises:
-    ValueError: a model or a reward whose shapes are not known.
+    ValueError: the shapes of a model or a reward are not known.
   """
   config = config.copy_and_resolve_references()
   of = catalog.method(config).facts
@@ -55,15 +55,15 @@ def without_weights(config: ConfigDict) -> ConfigDict:
     precomputed = config.data.source == "precomputed"
     config_lib.use_embedded_data(config)
     if precomputed:
-      config.data.update(source="precomputed", path="not looked at")
+      config.data.update(source="precomputed", path="not read")
   config_lib.check(config)
   return config
 
 
 def _build(config: ConfigDict, batch_devices: int) -> tuple[build.Experiment, Any, Any]:
-  """The experiment of a config `without_weights`, and the shapes of its trained and its frozen parameters."""
+  """Returns the experiment of a config `without_weights`, and the shapes of its trained and its frozen parameters."""
   row = config.copy_and_resolve_references()
-  row.batch_size = 1  # what is built does not depend on it, but for the data
+  row.batch_size = 1  # only the data depend on it
   row.data.source = "emoji"
   built: list[build.Experiment] = []
 
@@ -81,9 +81,9 @@ class Planned:
   """A training step, and ShapeDtypeStructs of its arguments, with their shardings.
 
   Attributes:
-    halves: of `step.make_halves`, not yet jitted.
-    reward: of online methods that have one.
-    state, frozen, batch: what the step takes.
+    halves: those of `step.make_halves`, not yet jitted.
+    reward: reward of an online method, if it has one.
+    state, frozen, batch: arguments of the step.
   """
 
   halves: tuple[step.DrawFn, step.LearnFn]
@@ -94,9 +94,9 @@ class Planned:
 
 
 def planned(config: ConfigDict, mesh: Mesh) -> Planned:
-  """The training step of a config `without_weights`."""
+  """Returns the training step of a config `without_weights`."""
   experiment, params, frozen = _build(config, sharding.batch_devices(mesh))
-  optimizer, _ = loop.make_optimizer(config)
+  optimizer, _ = programs.make_optimizer(config)
   state, frozen = _placed(config, mesh, experiment, params, frozen)
   rows = sharding.batch_sharding(mesh)
   one = next(experiment.batches())
@@ -106,21 +106,21 @@ def planned(config: ConfigDict, mesh: Mesh) -> Planned:
     key: jax.ShapeDtypeStruct((config.batch_size, *value.shape[1:]), value.dtype, sharding=rows)
     for key, value in one.items()
   }
-  return Planned(loop.make_halves(config, experiment, optimizer, mesh), experiment.reward, state, frozen, batch)
+  return Planned(programs.make_halves(config, experiment, optimizer, mesh), experiment.reward, state, frozen, batch)
 
 
 def abstract_inputs(config: ConfigDict, mesh: Mesh) -> tuple[Any, Any, Any, Any]:
-  """The training step of a config `without_weights` as one program, without rewards on the host; and its arguments.
+  """Returns the step of a config `without_weights` as one program without host rewards; and its arguments.
 
   Returns:
-    step, and what it takes: state, frozen, batch.
+    step, and its arguments: state, frozen, batch.
   """
   p = planned(config, mesh)
   return sharding.on_mesh(mesh, step.joined(*p.halves)), p.state, p.frozen, p.batch
 
 
 def _precomputed(config: ConfigDict, experiment: build.Experiment, batch: Mapping[str, Any]) -> dict[str, Any]:
-  """A batch of images and prompts, as the shapes of what `precompute` makes of them."""
+  """Returns a batch of images and prompts as the shapes that `precompute` makes of them."""
   assert experiment.model is not None
   whole = config.copy_and_resolve_references()
   whole.data.source = "emoji"
@@ -138,14 +138,14 @@ def _precomputed(config: ConfigDict, experiment: build.Experiment, batch: Mappin
 
 
 def state_bytes(config: ConfigDict, mesh: Mesh) -> dict[str, int]:
-  """`argument_bytes` of a config `without_weights` without its batch, which is left at 0; opens no data."""
+  """Returns `argument_bytes` of a config `without_weights` except its batch, which stays 0; opens no data."""
   return argument_bytes(*_placed(config, mesh, *_build(config, sharding.batch_devices(mesh))))
 
 
 def _placed(config: ConfigDict, mesh: Mesh, experiment: build.Experiment, params: Any, frozen: Any) -> tuple[Any, Any]:
-  """ShapeDtypeStructs of the state and of what is frozen, with their shardings on a mesh."""
-  optimizer, _ = loop.make_optimizer(config)
-  state = jax.eval_shape(loop.state_initializer(experiment, optimizer), params)
+  """Returns ShapeDtypeStructs of the state and of frozen parameters, with their shardings on a mesh."""
+  optimizer, _ = programs.make_optimizer(config)
+  state = jax.eval_shape(programs.state_initializer(experiment, optimizer), params)
 
   def placed(tree):
     place = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)
@@ -155,7 +155,7 @@ def _placed(config: ConfigDict, mesh: Mesh, experiment: build.Experiment, params
 
 
 def argument_bytes(state: Any, frozen: Any, batch: Any = None) -> dict[str, int]:
-  """What a step is given, by component, in bytes on one device; arguments as of `abstract_inputs`."""
+  """Returns the bytes a step gets on one device, by component; see `abstract_inputs` for the arguments."""
   return {
     "trained": device_bytes(state.params),
     "reference": device_bytes(state.ref_params),
@@ -166,10 +166,10 @@ def argument_bytes(state: Any, frozen: Any, batch: Any = None) -> dict[str, int]
 
 
 def reward_sizes(reward: rewards.Weighted | None, frozen: Any) -> dict[str, dict[str, int]]:
-  """Of each reward in the graph, by name: its `parameters`, and their `bytes` on one device.
+  """Returns for each reward in the graph, by name, its `parameters` and their `bytes` on one device.
 
   Args:
-    frozen: as of `abstract_inputs`.
+    frozen: see `abstract_inputs`.
   """
   of_each = {} if reward is None else {r.name: frozen[r.component] for r, _ in reward.graph}
   count = lambda tree: sum(s.size for s in jax.tree.leaves(tree))
@@ -177,7 +177,7 @@ def reward_sizes(reward: rewards.Weighted | None, frozen: Any) -> dict[str, dict
 
 
 def device_bytes(tree: Any) -> int:
-  """Bytes of ShapeDtypeStructs on one device."""
+  """Returns the bytes of ShapeDtypeStructs on one device."""
   return sum(int(np.prod(s.sharding.shard_shape(s.shape))) * s.dtype.itemsize for s in jax.tree.leaves(tree))
 
 
@@ -185,10 +185,10 @@ def device_bytes(tree: Any) -> int:
 
 
 def denoiser_rows(config: Config, devices: int) -> int:
-  """Rows that the UNet has on one device in a micro-batch of an update.
+  """Returns the rows that the UNet has on one device in a micro-batch of an update.
 
   Args:
-    devices: that the batch is spread over.
+    devices: number of devices that the batch is spread over.
   """
   micro = lambda rows: -(-rows // (config.accumulation * devices))
   method = catalog.method(config)
@@ -203,13 +203,13 @@ def denoiser_rows(config: Config, devices: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-  """Other values of what decides about memory.
+  """Other values of the settings that decide about memory.
 
   Attributes:
-    accumulation: micro-batches of an update.
-    fsdp: devices that parameters are split over.
-    remat: what the UNet's backward pass computes again.
-    rank: of an adapter that is trained in the place of the network; 0: none.
+    accumulation: number of micro-batches in an update.
+    fsdp: number of devices that parameters are split over.
+    remat: what the UNet's backward pass recomputes.
+    rank: rank of an adapter that is trained instead of the network; 0: none.
   """
 
   accumulation: int
@@ -218,7 +218,7 @@ class Change:
   rank: int
 
   def apply(self, config: ConfigDict) -> ConfigDict:
-    """A copy of the config with these values."""
+    """Returns a copy of the config with these values."""
     new = config.copy_and_resolve_references()
     new.update(accumulation=self.accumulation, remat=self.remat)
     if self.fsdp != config.mesh.fsdp:
@@ -229,7 +229,7 @@ class Change:
     return new
 
   def flags(self, config: ConfigDict) -> str:
-    """What to add to the command line of a config for it."""
+    """Returns what to add to a config's command line for this change."""
     new, found = self.apply(config), []
     for name in ("accumulation", "mesh.data", "mesh.fsdp", "remat", "lora.rank", "optimizer.name"):
       before, after = (functools.reduce(lambda c, key: c[key], name.split("."), c) for c in (config, new))
@@ -238,17 +238,17 @@ class Change:
 
 
 def changes(config: ConfigDict, devices: int) -> Iterator[Change]:
-  """Changes in the order of what they cost.
+  """Yields changes in the order of their cost.
 
-  More micro-batches cost nothing but launches, more sharding costs communication, recomputation costs operations, and
-  LoRA is another training; the dearer ones come with each choice of the cheaper ones.
+  More micro-batches only cost launches, more sharding costs communication, recomputation costs operations, and LoRA is
+  another training; the more expensive ones come with each choice of the cheaper ones.
   """
   rows = devices // config.mesh.tensor
   method = catalog.method(config)
   most = -(-method.updates(config).rows // rows) if method.facts.online else config.batch_size // rows
   accumulations = [n for n in range(config.accumulation, most + 1) if most % n == 0] or [config.accumulation]
   sizes = [n for n in range(config.mesh.fsdp, rows + 1) if rows % n == 0]
-  # Else it is one for each level, or not used.
+  # Otherwise it is one for each level, or not used.
   known = config.remat in config_lib.REMAT and method.facts.trains not in ("scorer", "latent_scorer")
   policies = config_lib.REMAT[config_lib.REMAT.index(config.remat) :] if known else (config.remat,)
   full = not config.lora.rank and method.facts.aligns
@@ -261,19 +261,19 @@ def changes(config: ConfigDict, devices: int) -> Iterator[Change]:
 
 
 def estimates(config: ConfigDict, devices: Sequence[Any], report: Mapping[str, Any]) -> Iterator[tuple[Change, float]]:
-  """Of each of `changes`, the peak of bytes on a device, without compiling.
+  """Yields for each of `changes` the peak of bytes on a device, without compiling.
 
-  The arguments are exact. Of the temporaries, gradients have the size of what is trained; the rest is taken to grow
-  with the UNet's rows of a micro-batch, less what its backward pass does not keep any more under another `remat`.
+  The arguments are exact. Of the temporaries, gradients have the size of the trained parameters. The rest is assumed to
+  grow with the UNet's rows of a micro-batch, less what its backward pass no longer keeps under another `remat`.
 
   Args:
-    config: `without_weights`, as it was compiled.
-    devices: that it was compiled for.
-    report: of `compile.compile_step`: `arguments` and `peak`.
+    config: config `without_weights` that was compiled.
+    devices: devices that it was compiled for.
+    report: report of `compile.compile_step`: `arguments` and `peak`.
   """
   rows = len(devices) // config.mesh.tensor
   old = report["arguments"]
-  # The sum, and that of a micro-batch.
+  # The gradients' sum, and those of a micro-batch.
   copies = lambda c: 2 if c.accumulation > 1 or catalog.method(c).facts.online else 1
   activations = max(report["peak"] - sum(old.values()) - copies(config) * old["trained"], 0)
   arguments: dict[tuple[int, int], dict[str, int] | None] = {}
@@ -303,7 +303,7 @@ def estimates(config: ConfigDict, devices: Sequence[Any], report: Mapping[str, A
 
 
 def kept_bytes(config: ConfigDict, rows: int) -> int:
-  """Bytes that the UNet's backward pass keeps of a forward pass on some rows; parameters that it needs included."""
+  """Returns the bytes that the UNet's backward pass keeps of a forward pass on some rows, with needed parameters."""
   experiment, params, frozen = _build(config, 1)
   model = experiment.model
   assert model is not None

@@ -1,1 +1,1 @@
-"""What recipes are made of: sections of fields, and what is asked of methods."""
+"""What recipes are made of: sections of fields, and the facts of methods."""

@@ -1,4 +1,4 @@
-"""What is asked of a method before anything is loaded: which data, losses and models it takes."""
+"""The facts of a method that are needed before anything is loaded: which data, losses and models it takes."""
 
 from typing import Any, NamedTuple
 
@@ -7,17 +7,17 @@ from jaxpref.recipes.sections import nearest
 
 
 class Facts(NamedTuple):
-  """What is asked of a method instead of its name.
+  """The properties of a method; code asks them instead of its name.
 
   Attributes:
-    data: what a row of its batches is: "pair"; "liked", an image that is or is not; "image", with its caption;
-      "prompt"; or "tile", of the embedded emoji.
-    online: whether it draws what it learns from, and makes several updates of it.
-    scorer: whether it has a preference model, `config.preference_model`; online it is one of the rewards.
-    trains: "denoiser" (or its adapter), "scorer" of images, "latent_scorer", or the network that is trained from
-      nothing.
+    data: a row of its batches: "pair"; "liked", an image that is liked or not; "image", with its caption; "prompt"; or
+      "tile", of the embedded emoji.
+    online: whether it draws what it learns from, and makes several updates from it.
+    scorer: whether it has a preference model, `config.preference_model`; online that is one of the rewards.
+    trains: "denoiser" (or its adapter), "scorer" of images, "latent_scorer", or the name of the network that it trains
+      from scratch.
     losses: which losses `config.loss.name` may choose: "denoised", "pair" or "".
-    section: the name of its own section of the config, whose rules hold where it is used; "" if it has none.
+    section: the name of its own section of the config, whose rules hold if it is used; "" if it has none.
   """
 
   data: str
@@ -29,17 +29,17 @@ class Facts(NamedTuple):
 
   @property
   def aligns(self) -> bool:
-    """Whether it changes a text-to-image model that is compared with the one it started from."""
+    """Whether it changes a text-to-image model that is compared with its starting point."""
     return self.trains == "denoiser" and self.data != "image"
 
   @property
   def of_latents(self) -> bool:
-    """Whether latents are all that it needs of images, so that data can be precomputed."""
+    """Whether latents are all it needs of images, so that data can be precomputed."""
     return self.trains in ("denoiser", "latent_scorer")
 
   @property
   def encodes_text(self) -> bool:
-    """Whether it trains a text encoder of its own, so that of precomputed prompts it takes the tokens."""
+    """Whether it trains a text encoder of its own, and so takes the tokens of precomputed prompts."""
     return self.trains == "latent_scorer"
 
 
@@ -58,7 +58,7 @@ FACTS = {
 }
 PAIR_LOSSES = ("sigmoid", "robust", "ipo", "hinge")
 DENOISED_LOSSES = (*PAIR_LOSSES, "dspo", "mapo", "sft")
-# What each kind of data has rows for, and what lies at config.data.path.
+# For each kind of data: the rows it has, and what config.data.path names.
 SOURCES: dict[str, tuple[tuple[str, ...], str]] = {
   "emoji": (("pair", "liked", "image", "prompt", "tile"), "nothing"),
   "tfds": (("pair", "liked"), "the folder of a tfds dataset of pairs"),
@@ -71,10 +71,10 @@ SOURCES: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def facts(config: Any) -> Facts:
-  """Returns those of `config.objective`: a name, or package.module:NAME of your own (docs/extending.md).
+  """Returns the facts of `config.objective`: a name, or your own as package.module:NAME (docs/extending.md).
 
   Raises:
-    ValueError: it names none.
+    ValueError: there is no such objective.
   """
   if ":" in config.objective:
     return own_method(config.objective).facts
@@ -84,7 +84,7 @@ def facts(config: Any) -> Facts:
   return FACTS[config.objective]
 
 
-# What the fields of the facts of one's own method may be; sections are those of FACTS.
+# What the fields of a user's own facts may be; sections are those of FACTS.
 _VALUES = {
   "data": ("pair", "liked", "image", "prompt"),
   "online": (False, True),
@@ -99,7 +99,7 @@ def own_method(objective: str) -> Any:
   """Returns the `Method` that package.module:NAME names.
 
   Raises:
-    OwnCodeError: it names none, or one whose facts or functions cannot be.
+    OwnCodeError: there is none, or its facts or functions are invalid.
   """
   found, given = load_named(objective, "config.objective", "NAME"), f"config.objective={objective}"
   if not isinstance(getattr(found, "facts", None), Facts):
@@ -111,6 +111,6 @@ def own_method(objective: str) -> Any:
       raise OwnCodeError(f"{given}: its Facts have {field}={value!r}; expected one of {choices}{near}.")
   online, data = found.facts.online, found.facts.data
   if online != (data == "prompt"):
-    expected = "data='prompt' and online=True together, as what draws does so for prompts, or neither"
+    expected = "data='prompt' and online=True together, as an online method draws for prompts, or neither"
     raise OwnCodeError(f"{given}: its Facts have data={data!r} and online={online}; expected {expected}.")
   return found

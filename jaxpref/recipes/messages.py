@@ -1,4 +1,4 @@
-"""How messages list names."""
+"""Lists names in messages."""
 
 import os
 import tempfile
@@ -8,7 +8,7 @@ SHOWN = 5  # names of a list in a message
 
 
 def listed(names: Iterable[str]) -> str:
-  """Returns the first names with commas, and how many more there are.
+  """Returns the first names, separated by commas, and how many more there are.
 
   >>> listed("abc")
   'a, b, c'
@@ -21,7 +21,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def write_list(lists: Mapping[str, Sequence[str]]) -> str:
-  """Writes all names of some lists to a new temporary file, a name a line under their headings; returns its path."""
+  """Writes all names of some lists to a new temporary file, one per line under their headings; returns its path."""
   handle, path = tempfile.mkstemp(prefix="jaxpref-names-", suffix=".txt")
   with os.fdopen(handle, "w", encoding="utf-8") as file:
     for heading, names in lists.items():

@@ -1,4 +1,4 @@
-"""Code of one's own, by package.module:Name: how it is found, and how its errors become one sentence."""
+"""Finds the user's own code by package.module:Name, and reports its errors in one sentence."""
 
 import contextlib
 import difflib
@@ -16,12 +16,12 @@ from typing import Any
 
 _PACKAGE = str(pathlib.Path(__file__).parents[1]) + os.sep
 _SPEC = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-# Of a device that is full or lost: not what the code is to blame for.
+# Errors of a device that is full or lost, which are not the code's fault.
 _OF_DEVICES = ("JaxRuntimeError", "XlaRuntimeError")
 
 
 class OwnCodeError(ValueError):
-  """What is wrong with code of one's own: a sentence that names it and its place."""
+  """An error of the user's own code: a sentence that names the code and its place."""
 
 
 def is_own(spec: str) -> bool:
@@ -34,7 +34,7 @@ def is_own(spec: str) -> bool:
 
 
 def hint(name: str) -> str:
-  """Returns how one of one's own is written, for a name with a dot where the colon belongs; else "".
+  """Returns how to write a name of one's own, if it has a dot where the colon belongs; else "".
 
   >>> hint("mine.losses.focal")
   ' (one of your own is package.module:NAME: mine.losses:focal)'
@@ -48,8 +48,8 @@ def import_module(name: str, given: str, what: str) -> ModuleType:
   """Imports a module.
 
   Args:
-    given: how it was given, for messages.
-    what: of the module is expected.
+    given: the option that names it, for messages.
+    what: the name expected in the module.
 
   Raises:
     OwnCodeError: it cannot be imported.
@@ -70,10 +70,10 @@ def _is_import(file: str) -> bool:
 
 
 def load_named(spec: str, field: str, what: str) -> Any:
-  """Returns what package.module:Name names.
+  """Returns the object that package.module:Name names.
 
   Raises:
-    OwnCodeError: the module cannot be imported, or has no such name.
+    OwnCodeError: the module cannot be imported, or it has no such name.
   """
   module_name, _, name = spec.partition(":")
   module = import_module(module_name, f"{field}={spec}", what)
@@ -85,7 +85,7 @@ def load_named(spec: str, field: str, what: str) -> Any:
 
 
 def check_function(found: Any, given: str, expected: str, *arguments: Any, **named: Any) -> None:
-  """Refuses what cannot be called with such arguments.
+  """Raises for an object that cannot be called with these arguments.
 
   Raises:
     OwnCodeError: one sentence.
@@ -95,7 +95,7 @@ def check_function(found: Any, given: str, expected: str, *arguments: Any, **nam
     raise OwnCodeError(f"{given} is {what}; expected {expected}.")
   try:
     signature = inspect.signature(found)
-  except ValueError:  # of C, which does not say
+  except ValueError:  # functions of C do not say
     return
   try:
     signature.bind(*arguments, **named)
@@ -105,15 +105,15 @@ def check_function(found: Any, given: str, expected: str, *arguments: Any, **nam
 
 @contextlib.contextmanager
 def calling(given: str, spec: str, expected: str, found: Any = None) -> Iterator[None]:
-  """Says what a block raises that calls code of one's own, in one sentence with the line of that code.
+  """Reports what the user's own code raises in the block, in one sentence with the line of that code.
 
-  Errors of the operating system and of devices pass, and sentences that begin with the field they are about.
+  Errors of the operating system and of devices pass, and so do sentences that begin with the field they are about.
 
   Args:
     given: what is called, for messages.
     spec: package.module:Name.
-    expected: of it.
-    found: what is called, whose definition is its place if it was not reached.
+    expected: what the code should be or do.
+    found: the object that is called; its definition is the place named if no line of it was reached.
 
   Raises:
     OwnCodeError: the block raised something.
@@ -129,13 +129,13 @@ def calling(given: str, spec: str, expected: str, found: Any = None) -> Iterator
 
 
 def _raised(error: BaseException) -> str:
-  """Returns kind and first line of an error."""
+  """Returns type and first line of an error."""
   first = (str(error).strip().splitlines() or [""])[0].rstrip(".")
   return f"{type(error).__name__}{': ' if first else ''}{first}"
 
 
 def raised_at(error: BaseException, spec: str) -> str:
-  """Returns " (FILE, line N)" of the last line of the package of `spec` that an error went through; "" if of none."""
+  """Returns " (FILE, line N)" of the last line in the package of `spec` that an error passed; "" if there is none."""
   module = sys.modules.get(spec.partition(":")[0])
   top = sys.modules.get(spec.partition(":")[0].partition(".")[0])
   places = [os.path.join(place, "") for place in getattr(top, "__path__", ())]
@@ -148,7 +148,7 @@ def raised_at(error: BaseException, spec: str) -> str:
 
 
 def defined_at(found: Any) -> str:
-  """Returns " (FILE, line N)" of a definition; "" where it is not known."""
+  """Returns " (FILE, line N)" of a definition; "" if it is not known."""
   with contextlib.suppress(OSError, TypeError):
     if not inspect.isroutine(found) and not isinstance(found, type):
       found = type(found)
@@ -158,7 +158,7 @@ def defined_at(found: Any) -> str:
 
 
 def described(value: Any) -> str:
-  """Returns type and shape of what was returned, in words.
+  """Returns type and shape of a returned value, in words.
 
   >>> described(None), described((1, 2)), described(2.0)
   ('None', '2 values', 'a float')

@@ -1,4 +1,4 @@
-"""Sections of a config: dataclasses that check their values, and how they become a ConfigDict and back."""
+"""Sections of a config: dataclasses that check their values, converted to a ConfigDict and back."""
 
 import dataclasses
 import difflib
@@ -13,9 +13,9 @@ from ml_collections.config_dict import placeholder
 
 from jaxpref.recipes.places import Place, expand
 
-MAX_SEED = 2**32 - 1  # of Grain, and of JAX's keys, for which larger ones are others
+MAX_SEED = 2**32 - 1  # limit of Grain; JAX's keys wrap larger seeds
 MAX_COUNT = 2**31 - 1  # steps, rows and pictures are numbered by 32 bits
-MAX_STEPS = 1000  # of a rollout: the times of a noise schedule
+MAX_STEPS = 1000  # steps of a rollout: the times of a noise schedule
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:
@@ -25,7 +25,7 @@ def nearest(name: Any, known: Iterable[str]) -> str:
 
 
 def check_seed(value: int, name: str = "seed") -> None:
-  """Refuses a seed that would draw what another one draws.
+  """Raises for a seed so large that it would draw the same as another one.
 
   >>> check_seed(2**32)
   Traceback (most recent call last):
@@ -33,17 +33,17 @@ def check_seed(value: int, name: str = "seed") -> None:
 
   Args:
     value: the seed.
-    name: as its user has it, such as --seed.
+    name: the name its user knows, such as --seed.
 
   Raises:
-    ValueError: it is out of range, or no integer.
+    ValueError: it is out of range or not an integer.
   """
   if not _is_integer(value) or not 0 <= value <= MAX_SEED:
     raise ValueError(f"{name}={value}; expected an integer from 0 to {MAX_SEED} (2^32 - 1).")
 
 
 def check_count(value: int, name: str, *, least: int = 1, most: int = MAX_COUNT) -> None:
-  """Refuses an integer outside of what is used; arguments and errors as of `check_seed`."""
+  """Raises for an integer outside its limits; takes the arguments and raises the errors of `check_seed`."""
   if not _is_integer(value):
     raise ValueError(f"{name}={value!r}; expected an integer.")
   if not least <= value <= most:
@@ -56,24 +56,24 @@ def _is_integer(value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-  """Fields of a config, with the checks of their values. A section has the name of its class, in lower case."""
+  """Fields of a config, with checks of their values. A section is named after its class, in lower case."""
 
   def to_dict(self) -> dict[str, Any]:
-    """Returns nested plain values, as a ConfigDict's `to_dict` does."""
+    """Returns nested plain values, like a ConfigDict's `to_dict`."""
     return dataclasses.asdict(self)
 
   def check(self) -> None:
-    """Refuses values that can never be.
+    """Raises for values that can never work.
 
     Raises:
-      ValueError: one sentence: field, value, what was expected. So do the other checks.
+      ValueError: one sentence with the field, its value and what was expected, as in the other checks.
     """
 
   def check_with(self, config: Any, of: Any) -> None:
-    """Refuses values that do not fit the method, or the rest of the config.
+    """Raises for values that do not fit the method or the rest of the config.
 
     Args:
-      config: all of it, a `jaxpref.config.Config`.
+      config: the whole `jaxpref.config.Config`.
       of: the `Facts` of its method.
     """
 
@@ -82,7 +82,7 @@ class Section:
     return f"{cls.__name__.lower()}."
 
   def require(self, ok: bool, field: str, expected: str) -> None:
-    """Raises unless ok; `field` may be dotted."""
+    """Raises ValueError unless ok; `field` may be dotted."""
     if not ok:
       value = functools.reduce(getattr, field.split("."), self)
       raise ValueError(f"config.{self.prefix()}{field}={value!r}; expected {expected}.")
@@ -100,7 +100,7 @@ class Section:
     self.require(1 <= getattr(self, "num_inference_steps") <= MAX_STEPS, "num_inference_steps", expected)  # noqa: B009
 
   def counts(self) -> None:
-    """Refuses integers that 32 bits do not hold."""
+    """Raises for integers that 32 bits cannot hold."""
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if isinstance(value, int) and field.name != "seed":
@@ -129,7 +129,7 @@ def fields(kind: type, of: Any = None) -> dict[str, Any]:
 
   Args:
     kind: the dataclass.
-    of: an instance, whose values are taken instead of the defaults.
+    of: an instance whose values replace the defaults.
   """
   hints, found = typing.get_type_hints(kind), {}
   for field in dataclasses.fields(kind):
@@ -146,7 +146,7 @@ def fields(kind: type, of: Any = None) -> dict[str, Any]:
 
 
 def _kinds(hint: Any) -> list[Any]:
-  """Returns the types that a hint allows beside None."""
+  """Returns the types that a hint allows besides None."""
   union = typing.get_origin(hint) in (typing.Union, types.UnionType)
   kinds = [kind for kind in (typing.get_args(hint) if union else (hint,)) if kind is not types.NoneType]
   return [kind.__origin__ if typing.get_origin(kind) is typing.Annotated else kind for kind in kinds]
@@ -157,14 +157,14 @@ def _is_place(hint: Any) -> bool:
 
 
 def read(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
-  """Makes a dataclass of nested values; what they leave out has its default.
+  """Makes a dataclass from nested values; fields that they leave out get their defaults.
 
   Args:
     kind: the dataclass.
     values: by field.
-    prefix: of the fields' names in messages.
+    prefix: prefix of the fields' names in messages.
   Raises:
-    ValueError: an unknown field, a value of another type, or none where there is no default.
+    ValueError: a field is unknown, a value has another type, or a field without a default is missing.
   """
   known = convert(kind, values, prefix)
   hints = typing.get_type_hints(kind)
@@ -177,14 +177,14 @@ def read(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
 
 
 def convert(kind: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-  """Returns the values in the types of the fields; arguments and errors as of `read`, but any may be left out."""
+  """Returns the values in the types of the fields; takes and raises what `read` does, but any field may be missing."""
   hints = typing.get_type_hints(kind, include_extras=True)
   known = [field.name for field in dataclasses.fields(kind)]
   for name in values:
     if name not in known:
       near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
       hint = f"did you mean {prefix}{near[0]}?" if near else "there are no others."
-      raise ValueError(f"{prefix}{name} is no field; {hint}")
+      raise ValueError(f"{prefix}{name} is not a field; {hint}")
   return {name: _value(hints[name], value, prefix + name) for name, value in values.items()}
 
 
@@ -207,7 +207,7 @@ def _value(hint: Any, value: Any, name: str) -> Any:
       return read(typing.cast(type, kind), value, f"{name}.")
     if origin is float and isinstance(value, int) and not isinstance(value, bool):
       return float(value)
-    if origin is tuple and isinstance(value, list):  # as JSON has them
+    if origin is tuple and isinstance(value, list):  # JSON has lists
       return tuple(value)
     if origin is Any or not isinstance(origin, type) or isinstance(value, origin):
       return value

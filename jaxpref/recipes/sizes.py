@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import TypeAlias
 
-Size: TypeAlias = int | tuple[int, int]  # a side, or (height, width)
-MAX_PIXELS = 2**14  # a side
+Size: TypeAlias = int | tuple[int, int]  # side, or (height, width)
+MAX_PIXELS = 2**14  # in a side
 
 
 def sides(size: int | Sequence[int]) -> tuple[int, int]:
@@ -18,7 +18,7 @@ def sides(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def of_sides(height: int, width: int) -> Size:
-  """Returns one number where they are the same, else both.
+  """Returns one number if height and width are equal, else both.
 
   >>> of_sides(64, 64), of_sides(64, 32)
   (64, (64, 32))
@@ -27,7 +27,7 @@ def of_sides(height: int, width: int) -> Size:
 
 
 def is_size(size: object, most: int = MAX_PIXELS) -> bool:
-  """Returns whether something is a side from 1 to `most`, or two of them."""
+  """Returns whether a value is a side from 1 to `most`, or two of them."""
   pair = size if isinstance(size, tuple | list) else (size, size)
   return len(pair) == 2 and all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= most for n in pair)
 

@@ -1,1 +1,1 @@
-"""What gives a picture a number: step-aware models and the published scorers."""
+"""Rewards, which give a picture a number: step-aware models, latent rewards and the published scorers."""

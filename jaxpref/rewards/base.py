@@ -1,7 +1,7 @@
-"""What scores samples: the interface `Reward`, and the weighted sum of several that a method is given.
+"""The interface `Reward` for what scores samples, and the weighted sum of rewards that a method gets.
 
-A reward is a function of images and prompts inside the jitted step, or (`rewards.python`) one of Python on the host,
-which runs between two programs.
+A reward is a function of images and prompts inside the jitted step, or (`rewards.python`) a Python function on the
+host, which runs between two programs.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ class Reward(Protocol):
   """A scorer in the graph.
 
   Attributes:
-    name: in metrics.
-    component: of the weights, that which holds its parameters.
-    scale: constant, from its numbers into logits, of which SPO's threshold takes differences.
-    needs: what it looks at: IMAGE, decoded predictions of x0, or LATENTS, the noisy latents themselves. Nothing else is
-      computed for it. A reward that does not say it needs images.
+    name: its name in metrics.
+    component: the component of the weights that holds its parameters.
+    scale: constant factor from its numbers to logits; SPO's threshold uses their differences.
+    needs: what it scores: IMAGE, decoded predictions of x0, or LATENTS, the noisy latents themselves. Nothing else is
+      computed for it. A reward without this attribute needs images.
   """
 
   @property
@@ -43,11 +43,11 @@ class Reward(Protocol):
 
   @property
   def tokenizers(self) -> Mapping[str, Tokenize]:
-    """By the field of a batch that each fills; none where it reads the model's own `input_ids`."""
+    """Returns tokenizers by the field of a batch that each fills; none if it reads the model's own `input_ids`."""
     ...
 
   def prompts(self, weights: Any, batch: Batch) -> Any:
-    """What it computes of prompts alone, once a batch: a tree of arrays [B,...].
+    """Computes what depends on prompts alone, once per batch: a tree of arrays [B,...].
 
     Args:
       weights: all frozen parameters by component.
@@ -56,19 +56,19 @@ class Reward(Protocol):
     ...
 
   def score(self, weights: Any, images: jax.Array, t: jax.Array, prompts: Any) -> jax.Array:
-    """f32[N] of what it needs, at times t i32[N]; 0 for finished images and their latents.
+    """Scores what it needs, f32[N], at times t i32[N]; 0 for finished images and their latents.
 
     Args:
       images: f32[N,H,W,3] in [-1, 1], decoded predictions of x0; or f32[N,h,w,C] latents.
-      prompts: rows [N,...] of what `prompts` gave.
+      prompts: rows [N,...] of what `prompts` returned.
     """
     ...
 
 
 class HostReward(Protocol):
-  """A scorer of finished images outside the graph; rows of each process are scored there.
+  """A scorer of finished images outside the graph; each process scores its own rows.
 
-  Attributes: name and scale as of `Reward`.
+  Attributes: name and scale, see `Reward`.
   """
 
   @property
@@ -78,26 +78,26 @@ class HostReward(Protocol):
   def scale(self) -> float: ...
 
   def score_images(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
-    """f32[N] of u8[H,W,3] each; raises on whatever goes wrong."""
+    """Scores images u8[H,W,3] as f32[N]; raises if anything goes wrong."""
     ...
 
 
 def needs_of(reward: Reward) -> str:
-  """What a reward in the graph looks at."""
+  """Returns what a reward in the graph needs."""
   return getattr(reward, "needs", IMAGE)
 
 
 def scope(name: str) -> str:
-  """The name by which a reward's operations are known in traced programs and profiles."""
+  """Returns the name of a reward's operations in traced programs and profiles."""
   return f"reward {name}"
 
 
 class Scores(NamedTuple):
-  """What rewards say of N samples.
+  """The rewards' scores of N samples.
 
   Attributes:
-    total: f32[N] the weighted sum, in logits; what is learnt from.
-    parts: f32[N] by name: each by itself, in its own numbers; none where there is but one.
+    total: f32[N] the weighted sum, in logits, which is learnt from.
+    parts: f32[N] by name: each reward alone, in its own numbers; empty if there is only one.
   """
 
   total: jax.Array
@@ -109,8 +109,8 @@ class Weighted:
   """The sum of weight x scale x score over some rewards.
 
   Attributes:
-    graph: those in the graph, each with its weight.
-    host: those on the host, likewise.
+    graph: rewards in the graph, each with its weight.
+    host: rewards on the host, each with its weight.
   """
 
   graph: tuple[tuple[Reward, float], ...]
@@ -118,18 +118,18 @@ class Weighted:
 
   @property
   def scales(self) -> dict[str, float]:
-    """weight x scale of each, by name; those in the graph first."""
+    """Returns weight x scale of each reward, by name; those in the graph come first."""
     of_graph = {reward.name: weight * reward.scale for reward, weight in self.graph}
     return of_graph | {reward.name: weight * reward.scale for reward, weight in self.host}
 
   @property
   def needs(self) -> frozenset[str]:
-    """What those in the graph look at; nothing where all are on the host."""
+    """What the rewards in the graph need; empty if all are on the host."""
     return frozenset(needs_of(reward) for reward, _ in self.graph)
 
   @property
   def tokenizers(self) -> Mapping[str, Tokenize]:
-    """Those of all rewards."""
+    """Returns the tokenizers of all rewards."""
     return {field: of_field for reward, _ in self.graph for field, of_field in reward.tokenizers.items()}
 
   def prompts(self, weights: Any, batch: Batch) -> tuple[Any, ...]:
@@ -148,7 +148,7 @@ class Weighted:
     prompts: tuple[Any, ...],
     latents: jax.Array | None = None,
   ) -> Scores:
-    """The sum of those in the graph, see `Reward.score`; of what none of them needs nothing has to be given."""
+    """Returns the sum of the rewards in the graph, see `Reward.score`; inputs that no reward needs may be missing."""
     if not self.graph:
       return Scores(jnp.zeros(t.shape), {})
     seen: dict[str, Any] = {IMAGE: images, LATENTS: latents}
@@ -159,16 +159,16 @@ class Weighted:
     return self.summed(found)
 
   def score_pictures(self, weights: Any, batch: Batch, images: jax.Array, latents: jax.Array | None = None) -> Scores:
-    """Scores finished pictures f32[N,H,W,3] in [-1, 1], whose prompts are the rows of the batch.
+    """Scores finished pictures f32[N,H,W,3] in [-1, 1]; their prompts are the rows of the batch.
 
     Args:
-      latents: f32[N,h,w,C] of these, where a reward needs them.
+      latents: their latents f32[N,h,w,C], if a reward needs them.
     """
     times = jnp.zeros(len(images), jnp.int32)
     return self.score(weights, images, times, self.prompts(weights, batch), latents)
 
   def summed(self, found: Mapping[str, jax.Array], before: Scores | None = None) -> Scores:
-    """The weighted sum of the scores f32[N] that there are, by name, and of those before."""
+    """Returns the weighted sum of the scores f32[N] given by name, added to those before."""
     scales = self.scales
     terms = [] if before is None else [before.total]
     terms += [scale * found[name] for name, scale in scales.items() if name in found]

@@ -1,4 +1,4 @@
-"""The latent reward model as a reward: noisy latents at any time of the process, scored against their prompts."""
+"""The latent reward model as a reward: scores noisy latents at any time of the process against their prompts."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,15 +10,15 @@ import jax.numpy as jnp
 from jaxpref.models.latent_reward import LatentRewardModel
 from jaxpref.rewards.base import LATENTS
 
-COMPONENT = "lrm"  # of the weights
+COMPONENT = "lrm"  # its component of the weights
 
 
 def embed_prompts(scorer: LatentRewardModel, params: Any, input_ids: jax.Array, empty_ids: jax.Array) -> dict[str, Any]:
-  """What its UNet is conditioned on, with and without the prompt, and unit vectors: rows [B,...] of each prompt.
+  """Returns rows [B,...] for each prompt: the UNet's conditioning with and without it, and unit vectors.
 
   Args:
     input_ids: i32[B,L] of the text-to-image model.
-    empty_ids: i32[1,L], the empty prompt; its own text encoder encodes it, for SDXL, too.
+    empty_ids: i32[1,L], the empty prompt; the reward's own text encoder encodes it, also for SDXL.
   """
   cond, embeds = scorer.apply({"params": params}, input_ids, method="text")
   uncond, _ = scorer.apply({"params": params}, empty_ids, method="text")
@@ -32,7 +32,7 @@ def score_latents(
   """Scores f32[N] = exp(logit_scale) cos(latents, text) of noisy latents f32[N,h,w,C] at times t [N].
 
   Args:
-    prompts: rows [N,...] of what `embed_prompts` gave.
+    prompts: rows [N,...] of what `embed_prompts` returned.
   """
   embeds = scorer.apply({"params": params}, latents, t, prompts["cond"], prompts["uncond"], method="latent_embeds")
   return scorer.apply({"params": params}, embeds, prompts["embeds"], method="score")
@@ -40,7 +40,7 @@ def score_latents(
 
 @dataclasses.dataclass(frozen=True)
 class LatentReward:
-  """The `Reward` of a latent reward model, component `lrm`; it reads the tokens of the model, and no image.
+  """The `Reward` of a latent reward model, component `lrm`; it reads the model's tokens, and no image.
 
   Attributes:
     scorer: its network.

@@ -1,4 +1,4 @@
-"""Preference models, latent rewards, CLIPs and judges <-> their folders; by name as in `jaxpref.files.loading`."""
+"""Reads and writes folders of preference models, latent rewards, CLIPs and judges, by the names of `files.loading`."""
 
 import pathlib
 from collections.abc import Mapping
@@ -27,22 +27,22 @@ def load_preference_model(
   param_dtype: Any = jnp.float32,
   sharding: Sharding = None,
 ) -> tuple[StepAwareCLIPModel, Tree]:
-  """Opens a step-aware preference model, or a CLIP (PickScore) as the start of one.
+  """Opens a step-aware preference model, or a CLIP (PickScore) to start one from.
 
   Args:
-    folder: path or hub name with config.json and model.safetensors: what `save_preference_model` or
-      scripts/assets/convert_spm.py wrote, or transformers' CLIPModel (yuvalkirstain/PickScore_v1,
+    folder: path or hub name with config.json and model.safetensors: written by `save_preference_model` or
+      scripts/assets/convert_spm.py, or transformers' CLIPModel (yuvalkirstain/PickScore_v1,
       laion/CLIP-ViT-H-14-laion2B-s32B-b79K).
     dtype: compute dtype.
     param_dtype: dtype of the parameters.
-    sharding: as for `pipelines.load_pipeline`, of the parameter tree.
+    sharding: see `pipelines.load_pipeline`, for the parameter tree.
 
   Returns:
-    The module and its parameters; from a plain CLIP with freshly initialised time condition, with
+    The module and its parameters; a plain CLIP gets a freshly initialised time condition, with
     which the scores are CLIP's.
 
   Raises:
-    FileNotFoundError, ValueError: as `pipelines.load_pipeline`.
+    FileNotFoundError, ValueError: see `pipelines.load_pipeline`.
   """
   folder, config_dict = read_config(folder)
   module = StepAwareCLIPModel(StepAwareCLIPConfig.from_dict(config_dict), dtype)
@@ -54,7 +54,7 @@ def load_preference_model(
   clip_shapes = presets.abstract_params(CLIPModel(module.config))
   clip_params = load_network(module, files, clip_shapes, param_dtype, shardings)
 
-  def fresh():  # only the time condition remains of it: the rest is dead code to the compiler
+  def fresh():  # only its time condition is used: the rest is dead code to the compiler
     params = module.init(jax.random.key(0), *presets.example_inputs(module))["params"]
     return _without(jax.tree.map(lambda x: x.astype(param_dtype), params), clip_shapes)
 
@@ -68,16 +68,16 @@ def load_preference_model(
 
 
 def read_config(folder: Path) -> tuple[pathlib.Path, dict[str, Any]]:
-  """Returns the folder of a preference model, fetched where it is a hub name, and its config.json.
+  """Returns the folder of a preference model, fetched if it is a hub name, and its config.json.
 
   Raises:
-    FileNotFoundError, ValueError: as `load_preference_model`.
+    FileNotFoundError, ValueError: see `load_preference_model`.
   """
   folder = resolve_folder(folder, "model*.safetensors")  # not open_clip's copy of CLIP-H beside it
   config_dict = read_json(folder / "config.json")
   if not {"model_type", "text_config"} & config_dict.keys():
     raise ValueError(
-      f"{folder / 'config.json'} describes no CLIP, expected a model_type or a text_config; point to "
+      f"{folder / 'config.json'} does not describe a CLIP, expected a model_type or a text_config; point to "
       "a folder that save_preference_model wrote, or a CLIP such as PickScore."
     )
   if config_dict.get("model_type") == LATENT_REWARD:
@@ -100,11 +100,11 @@ def load_clip(
   Args:
     folder: path or hub name with config.json and model.safetensors, or path of a folder with open_clip_config.json and
       open_clip_model.safetensors.
-    dtype, param_dtype: as for `load_preference_model`.
-    sharding: of all parameters.
+    dtype, param_dtype: see `load_preference_model`.
+    sharding: sharding of all parameters.
 
   Raises:
-    FileNotFoundError, ValueError: as `pipelines.load_pipeline`.
+    FileNotFoundError, ValueError: see `pipelines.load_pipeline`.
   """
   folder = resolve_folder(folder, "model*.safetensors")
   if not (folder / "config.json").is_file() and (folder / "open_clip_config.json").is_file():
@@ -121,7 +121,7 @@ def load_clip(
 
 
 def _without(tree: Mapping[str, Any], shapes: Mapping[str, Any]) -> Tree:
-  """The part of a tree that `shapes` lacks."""
+  """Returns the part of a tree that `shapes` lacks."""
   out = {}
   for name, value in tree.items():
     if name not in shapes:
@@ -144,7 +144,7 @@ def save_preference_model(
 ) -> pathlib.Path:
   """Writes config.json and model.safetensors, as `pipelines.save_pipeline` does.
 
-  A plain `CLIPModel` is written so that transformers' `CLIPModel.from_pretrained` opens it.
+  transformers' `CLIPModel.from_pretrained` opens a plain `CLIPModel` written so.
   """
   step_aware = isinstance(module, StepAwareCLIPModel)
   architecture = "StepAwareCLIPModel" if step_aware else "CLIPModel"
@@ -158,7 +158,7 @@ def open_judge(
   param_dtype: Any = jnp.float32,
   sharding: Sharding = None,
 ) -> tuple[Judge, Tree]:
-  """Opens a judge's folder; arguments as for `load_preference_model`."""
+  """Opens a judge's folder; see `load_preference_model` for the arguments."""
   folder = resolve_folder(folder)
   module = Judge(JudgeConfig.from_dict(read_json(folder / "config.json")), dtype)
   shapes = presets.abstract_params(module)
@@ -185,14 +185,14 @@ def open_latent_reward(
   param_dtype: Any = jnp.float32,
   sharding: Sharding = None,
 ) -> tuple[LatentRewardModel, Tree]:
-  """Opens a latent reward model's folder; arguments as for `load_preference_model`.
+  """Opens a latent reward model's folder; see `load_preference_model` for the other arguments.
 
   Args:
-    folder: path or hub name with config.json and model.safetensors: what `save_latent_reward` or
-      scripts/assets/convert_lrm.py wrote.
+    folder: path or hub name with config.json and model.safetensors, written by `save_latent_reward` or
+      scripts/assets/convert_lrm.py.
 
   Raises:
-    FileNotFoundError, ValueError: as `pipelines.load_pipeline`.
+    FileNotFoundError, ValueError: see `pipelines.load_pipeline`.
   """
   folder = resolve_folder(folder)
   module = LatentRewardModel(LatentRewardConfig.from_dict(read_json(folder / "config.json")), dtype)
@@ -209,7 +209,7 @@ def save_latent_reward(
 
 
 def is_latent_reward(name: str) -> bool:
-  """Whether a name is that of a latent reward model, and not of a CLIP; random ones are taken for it.
+  """Returns whether a name is that of a latent reward model and not of a CLIP; true for random models.
 
   Raises:
     FileNotFoundError, ValueError: it is neither.
@@ -221,13 +221,13 @@ def is_latent_reward(name: str) -> bool:
 
 
 def with_text_projection(params: Tree, name: str) -> Tree:
-  """The parameters of a latent reward model with a CLIP's text projection in the place of its own.
+  """Returns the parameters of a latent reward model with a CLIP's text projection instead of its own.
 
   Args:
-    name: of the CLIP whose text tower is the text-to-image model's, openai/clip-vit-large-patch14 of Stable Diffusion.
+    name: the CLIP whose text tower the text-to-image model has; for Stable Diffusion openai/clip-vit-large-patch14.
 
   Raises:
-    ValueError: the model's own text encoder has the projection (SDXL), or another width.
+    ValueError: the model's own text encoder has a projection (SDXL), or another width.
   """
   _, clip = load_clip(loading.folder_of(name))
   given, own = clip["text_projection"]["kernel"], params.get("text_projection", {}).get("kernel")
@@ -241,10 +241,10 @@ def with_text_projection(params: Tree, name: str) -> Tree:
 
 
 def look_for_latent_reward(name: str) -> None:
-  """Looks for what `load_latent_reward` loads, and fetches it where it is a hub name; reads no weights.
+  """Checks that what `load_latent_reward` loads exists, fetching it if it has a hub name; reads no weights.
 
   Raises:
-    FileNotFoundError, ValueError: as `load_latent_reward`.
+    FileNotFoundError, ValueError: see `load_latent_reward`.
   """
   if loading.preset_of(name) is None:
     folder = resolve_folder(loading.folder_of(name))
@@ -255,7 +255,7 @@ def look_for_latent_reward(name: str) -> None:
 def load_latent_reward(
   name: str, *, dtype: str, param_dtype: str = "float32", seed: int = 0, sharding: Sharding = None
 ) -> tuple[LatentRewardModel, Any]:
-  """Loads a latent reward model by folder, hub name, or `random:PRESET` (of the preset's text-to-image model)."""
+  """Loads a latent reward model by folder, hub name, or `random:PRESET` (the preset's text-to-image model)."""
   if (preset := loading.preset_of(name)) is not None:
     module = LatentRewardModel(presets.latent_reward_config(preset), jnp.dtype(dtype))
     return _by_preset(name, module, param_dtype, seed, sharding)
@@ -270,7 +270,7 @@ def load_scorer(
   """Loads a step-aware preference model by folder, hub name, shipped name, or `random:PRESET`.
 
   Raises:
-    FileNotFoundError, ValueError: as `load_preference_model`; or the seed is out of range.
+    FileNotFoundError, ValueError: see `load_preference_model`; or the seed is out of range.
   """
   check_seed(seed)
   if (preset := loading.preset_of(name)) is not None:
@@ -281,20 +281,20 @@ def load_scorer(
 
 
 def look_for_scorer(name: str) -> None:
-  """Looks for what `load_scorer` loads, and fetches it where it is a hub name; reads no weights.
+  """Checks that what `load_scorer` loads exists, fetching it if it has a hub name; reads no weights.
 
   Raises:
-    FileNotFoundError, ValueError: as `load_scorer`.
+    FileNotFoundError, ValueError: see `load_scorer`.
   """
   if loading.preset_of(name) is None:
     weight_files(read_config(loading.folder_of(name))[0])
 
 
 def look_for_judge(name: str | None, *, style: str) -> None:
-  """Looks for what `load_judge` loads, without reading weights.
+  """Checks that what `load_judge` loads exists, without reading weights.
 
   Raises:
-    FileNotFoundError, ValueError: as `load_judge`.
+    FileNotFoundError, ValueError: see `load_judge`.
   """
   if name and not name.startswith("random:"):
     folder = resolve_folder(loading.folder_of(name))
@@ -303,7 +303,7 @@ def look_for_judge(name: str | None, *, style: str) -> None:
 
 
 def _by_preset(name: str, module: Any, param_dtype: str, seed: int, sharding: Sharding) -> tuple[Any, Tree]:
-  """A network and its parameters by random:PRESET, drawn:PRESET or zeros:PRESET."""
+  """Returns a network and its parameters by random:PRESET, drawn:PRESET or zeros:PRESET."""
   if name.startswith("drawn:"):
     return module, presets.draw_params(module, seed, dtype=jnp.dtype(param_dtype), sharding=sharding)
   params = loading.initialiser(name)(module, jax.random.key(seed))
@@ -311,7 +311,7 @@ def _by_preset(name: str, module: Any, param_dtype: str, seed: int, sharding: Sh
 
 
 def scorer_fingerprint(name: str) -> str:
-  """Returns a hash of the weights that `load_scorer` reads; of random ones their name."""
+  """Returns a hash of the weights that `load_scorer` reads; for random ones their name."""
   if loading.preset_of(name) is not None:
     return name
   folder = resolve_folder(loading.folder_of(name), "model*.safetensors")
@@ -322,7 +322,7 @@ def load_judge(name: str | None, *, style: str, num_classes: int) -> tuple[Judge
   """Loads a judge by folder, shipped name, or `random:PRESET`; None, or "" on the command line, for none.
 
   Raises:
-    ValueError: the judge cannot tell the preferred style, or knows fewer than `num_classes` captions.
+    ValueError: the judge does not know the preferred style, or knows fewer than `num_classes` captions.
   """
   if not name:
     return None, None
@@ -341,7 +341,7 @@ def load_judge(name: str | None, *, style: str, num_classes: int) -> tuple[Judge
 
 
 def check_style(name: str, config: JudgeConfig, style: str) -> None:
-  """Raises ValueError if a judge cannot tell the preferred style."""
+  """Raises ValueError if a judge does not know the preferred style."""
   if style not in config.styles:
     raise ValueError(
       f"judge {name} knows the styles {listed(config.styles) or '(none)'}, not config.data.preferred_style={style!r}; "

@@ -1,6 +1,6 @@
-"""The networks of scorers: how each prepares images and prompts, and what it computes of them.
+"""The networks of scorers: how each prepares images and prompts, and what it computes from them.
 
-Images are prepared as the code that came with each model does it.
+Each prepares images like the code that came with the model.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ Tokenize = Callable[[list[str]], np.ndarray]  # prompts -> i32[n, L]
 CLIP_L = "openai/clip-vit-large-patch14"
 
 # ---- Images as each model wants them ---------------------------------------------------------------------------------
-# `clip_image` is what transformers does, for the CLIPs that are published for it.
+# `clip_image` does what transformers does, for the CLIPs published for it.
 
 
 def clip_image(image: bytes | np.ndarray, size: int) -> np.ndarray:
-  """u8[size, size, 3] as transformers' CLIPImageProcessor makes it: bicubic on the shorter side, centre crop.
+  """Returns u8[size, size, 3] as transformers' CLIPImageProcessor does: bicubic on the shorter side, centre crop.
 
   Raises:
     records.UnreadableImage: the bytes are corrupt or truncated.
@@ -43,9 +43,9 @@ def clip_image(image: bytes | np.ndarray, size: int) -> np.ndarray:
 
 
 def torchvision_image(image: np.ndarray, size: int) -> np.ndarray:
-  """u8[size, size, 3]: torchvision's Resize (bicubic) of the shorter side and CenterCrop, of a PIL image.
+  """Returns u8[size, size, 3]: torchvision's Resize (bicubic) of the shorter side and CenterCrop of a PIL image.
 
-  That of transformers crops an odd remainder elsewhere.
+  transformers' crop puts an odd remainder elsewhere.
   """
   height, width = image.shape[:2]
   short = min(height, width)
@@ -56,10 +56,9 @@ def torchvision_image(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def padded_image(image: np.ndarray, size: int) -> np.ndarray:
-  """f32[size, size, 3] in [0, 255]: the longer side bicubically to `size`, and black beside the shorter: HPSv2's.
+  """Returns HPSv2's f32[size, size, 3] in [0, 255]: the longer side resized to `size` (bicubic), the rest black.
 
-  In its code a tensor is resized, so that nothing is rounded to 8 bits; with antialiasing, as by default in torchvision
-  since 0.17.
+  Its code resizes a tensor, so nothing is rounded to 8 bits; with antialiasing, torchvision's default since 0.17.
   """
   height, width = image.shape[:2]
   new_height, new_width = (round(n * size / max(height, width)) for n in (height, width))
@@ -72,12 +71,11 @@ def padded_image(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def _resized(images: Array, height: int, width: int, *, rounded: bool = True) -> Array:
-  """PIL's bicubic resize of f32[B, H, W, C], 0 to 255, inside a jitted function.
+  """Resizes f32[B, H, W, C], 0 to 255, like PIL's bicubic, inside a jitted function.
 
   Args:
-    rounded: to whole numbers and clipped after each direction, as PIL does with 8-bit images. Float32 and PIL's
-    integers
-      then differ by one level in few places, see `models.preference.preprocess`.
+    rounded: rounds and clips after each direction, like PIL with 8-bit images. Float32 and PIL's integers then differ
+      by one level in a few places, see `models.preference.preprocess`.
   """
   high = jax.lax.Precision.HIGHEST
   for axis, equation, size in ((2, "ow,bhwc->bhoc", width), (1, "oh,bhwc->bowc", height)):
@@ -88,7 +86,7 @@ def _resized(images: Array, height: int, width: int, *, rounded: bool = True) ->
 
 
 def clip_pixels(images: Array, size: int) -> Array:
-  """`clip_image` of f32[B, H, W, 3], inside a jitted function."""
+  """Computes `clip_image` of f32[B, H, W, 3], inside a jitted function."""
   height, width = images.shape[1:3]
   short = min(height, width)
   images = _resized(images, size * height // short, size * width // short)
@@ -97,7 +95,7 @@ def clip_pixels(images: Array, size: int) -> Array:
 
 
 def torchvision_pixels(images: Array, size: int) -> Array:
-  """`torchvision_image` of f32[B, H, W, 3], inside a jitted function."""
+  """Computes `torchvision_image` of f32[B, H, W, 3], inside a jitted function."""
   height, width = images.shape[1:3]
   short = min(height, width)
   images = _resized(images, size * height // short, size * width // short)
@@ -106,7 +104,7 @@ def torchvision_pixels(images: Array, size: int) -> Array:
 
 
 def padded_pixels(images: Array, size: int) -> Array:
-  """`padded_image` of f32[B, H, W, 3], inside a jitted function."""
+  """Computes `padded_image` of f32[B, H, W, 3], inside a jitted function."""
   height, width = (round(n * size / max(images.shape[1:3])) for n in images.shape[1:3])
   images = _resized(images, height, width, rounded=False)
   top, left = (size - height) // 2, (size - width) // 2
@@ -114,7 +112,7 @@ def padded_pixels(images: Array, size: int) -> Array:
 
 
 def _normalised(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
-  """u8 or f32[B, S, S, 3] in [0, 255] -> f32, normalised."""
+  """Normalises u8 or f32[B, S, S, 3] in [0, 255] to f32."""
   mean_C, std_C = (np.asarray(v, np.float32)[None, None, None] for v in (mean, std))
   return (images.astype(jnp.float32) / 255 - mean_C) / std_C
 
@@ -124,15 +122,15 @@ def _normalised(images: Array, mean: Sequence[float], std: Sequence[float]) -> A
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
-  """What scoring takes. The functions below read one from a folder.
+  """What scoring needs. The functions below read one from a folder.
 
   Attributes:
-    score: (params, what `text` gives, images as prepared) -> f32[B], or embeddings f32[B, D].
+    score: (params, what `text` returns, prepared images) -> f32[B], or embeddings f32[B, D].
     prepare: one image u8[H, W, 3] -> an array of the one shape that the network takes.
-    pixels: the same inside a jitted function, of images f32[B, H, W, 3] with whole values from 0 to 255.
-    tokenize: prompts -> i32[B, L]; None where they do not count.
-    files: of the weights.
-    text: (params, token ids i32[B, L]) -> what the score takes of prompts, [B, ...].
+    pixels: the same inside a jitted function, for images f32[B, H, W, 3] with whole values from 0 to 255.
+    tokenize: prompts -> i32[B, L]; None if it uses no prompts.
+    files: files of the weights.
+    text: (params, token ids i32[B, L]) -> what the score needs of prompts, [B, ...].
   """
 
   score: Callable[[Any, Array, Array], Array]
@@ -144,7 +142,7 @@ class Network:
   text: Callable[[Any, Array], Array] = lambda params, ids: ids
 
   def apply(self, params: Any, ids: Array, images: Array) -> Array:
-    """Scores f32[B] of token ids i32[B, L] and images as prepared; or embeddings f32[B, D]."""
+    """Returns scores f32[B] of token ids i32[B, L] and prepared images; or embeddings f32[B, D]."""
     return self.score(params, self.text(params, ids), images)
 
 
@@ -160,13 +158,13 @@ def _text_embeds(module: clip.CLIPModel, params: Any, ids: Array) -> Array:
 
 
 def weight_files(folder: pathlib.Path) -> Sequence[pathlib.Path]:
-  """Of a folder in any of the layouts."""
-  file = folder / "open_clip_model.safetensors"  # beside transformers' files it is a copy
+  """Returns the weight files of a folder in any of the layouts."""
+  file = folder / "open_clip_model.safetensors"  # next to transformers' files it is a copy
   return [file] if file.is_file() and not (folder / "config.json").is_file() else tensors.weight_files(folder)
 
 
 def _read_clip(folder: pathlib.Path, dtype: Any, placement: Any) -> tuple[clip.CLIPModel, Any]:
-  """A CLIP in transformers' or open_clip's layout, or a step-aware preference model."""
+  """Returns a CLIP in transformers' or open_clip's layout, or a step-aware preference model."""
   file = folder / "config.json"
   arguments = dict(dtype=dtype, param_dtype=dtype, sharding=placement)
   if file.is_file() and '"step_aware_clip"' in file.read_text(encoding="utf-8"):
@@ -175,7 +173,7 @@ def _read_clip(folder: pathlib.Path, dtype: Any, placement: Any) -> tuple[clip.C
 
 
 def clip_network(name: str, folder: pathlib.Path, dtype: Any, placement: Any, *, embeddings: bool = False) -> Network:
-  """Scores by the cosine of image and text, or the embeddings of images alone."""
+  """Returns scores by the cosine of image and text, or the embeddings of images alone."""
   module, params = _read_clip(folder, dtype, placement)
   files = weight_files(folder)
   if embeddings:
@@ -190,8 +188,8 @@ def clip_network(name: str, folder: pathlib.Path, dtype: Any, placement: Any, *,
 def of_clip(
   name: str, module: clip.CLIPModel, params: Any, tokenize: Tokenize | None, files: Sequence[pathlib.Path] = ()
 ) -> Network:
-  """The scores of a CLIP; its embeddings of images where there is no tokenizer."""
-  config: Any = module.config  # with image_mean and image_std
+  """Returns the scores of a CLIP; without a tokenizer its embeddings of images."""
+  config: Any = module.config  # has image_mean and image_std
   size = config.vision_config.image_size
   resize, pixels = (padded_image, padded_pixels) if name.startswith("hpsv2") else (clip_image, clip_pixels)
 
@@ -212,7 +210,7 @@ def of_clip(
 
 
 def aesthetic_clip(folder: pathlib.Path) -> pathlib.Path:
-  """The folder of the CLIP that the predictor's config.json names, or in `clip` beside it."""
+  """Returns the folder of the CLIP that the predictor's config.json names, or in `clip` beside it."""
   place = folder / "clip" if (folder / "clip").is_dir() else read_config(folder).get("clip") or ""
   place = place or CLIP_L
   try:
@@ -225,7 +223,7 @@ def aesthetic_clip(folder: pathlib.Path) -> pathlib.Path:
 
 
 def aesthetic_network(folder: pathlib.Path, dtype: Any, placement: Any) -> Network:
-  """LAION's predictor: linear layers on the embedding of CLIP-L."""
+  """Returns LAION's predictor: linear layers on the embedding of CLIP-L."""
   clip_folder = aesthetic_clip(folder)
   module, params = _read_clip(clip_folder, dtype, placement)
   head_files = tensors.weight_files(folder)
@@ -234,13 +232,13 @@ def aesthetic_network(folder: pathlib.Path, dtype: Any, placement: Any) -> Netwo
 
 
 def head_shapes(module: clip.CLIPModel) -> Any:
-  """ShapeDtypeStructs of the aesthetic predictor's own parameters."""
+  """Returns ShapeDtypeStructs of the aesthetic predictor's own parameters."""
   width = jnp.zeros((1, module.config.projection_dim))
   return jax.eval_shape(blip.RewardHead().init, jax.random.key(0), width)["params"]
 
 
 def of_aesthetic(module: clip.CLIPModel, params: Any, files: Sequence[pathlib.Path] = ()) -> Network:
-  """The ratings by a CLIP and the head on it, whose parameters are `clip` and `head`."""
+  """Returns the ratings by a CLIP and the head on it, with parameters `clip` and `head`."""
   config: Any = module.config
   head = blip.RewardHead()
 
@@ -254,7 +252,7 @@ def of_aesthetic(module: clip.CLIPModel, params: Any, files: Sequence[pathlib.Pa
 
 
 def imagereward_network(folder: pathlib.Path, dtype: Any, placement: Any) -> Network:
-  """ImageReward, from a folder that scripts/assets/convert_scorer.py wrote."""
+  """Returns ImageReward, from a folder that scripts/assets/convert_scorer.py wrote."""
   config = blip.ImageRewardConfig.from_dict(read_config(folder))
   module, files = blip.ImageReward(config, dtype), tensors.weight_files(folder)
   length = config.text_length
@@ -270,7 +268,7 @@ def imagereward_network(folder: pathlib.Path, dtype: Any, placement: Any) -> Net
 
 
 def imagereward_shapes(module: blip.ImageReward) -> Any:
-  """ShapeDtypeStructs of its parameters."""
+  """Returns ShapeDtypeStructs of ImageReward's parameters."""
   size = module.config.vision_config.image_size
   example = jnp.zeros((1, module.config.text_length), jnp.int32), jnp.zeros((1, size, size, 3))
   return jax.eval_shape(module.init, jax.random.key(0), *example)["params"]
@@ -279,7 +277,7 @@ def imagereward_shapes(module: blip.ImageReward) -> Any:
 def of_imagereward(
   module: blip.ImageReward, params: Any, tokenize: Tokenize, files: Sequence[pathlib.Path] = ()
 ) -> Network:
-  """The rewards by an ImageReward."""
+  """Returns ImageReward's rewards."""
   config, size = module.config, module.config.vision_config.image_size
 
   def score(params, ids, images):
@@ -290,7 +288,7 @@ def of_imagereward(
 
 
 def judge_network(folder: pathlib.Path, style: str, placement: Any) -> Network:
-  """The log-probability that the judge gives to a style."""
+  """Returns the log-probability that a judge gives to a style."""
   module, params = load_judge(str(folder), style=style, num_classes=1)
   assert module is not None
   if placement is not None:
@@ -299,7 +297,7 @@ def judge_network(folder: pathlib.Path, style: str, placement: Any) -> Network:
 
 
 def of_judge(module: Judge, params: Any, style: str, files: Sequence[pathlib.Path] = ()) -> Network:
-  """The log-probabilities of a style by a judge that knows it."""
+  """Returns the log-probabilities of a style, by a judge that knows it."""
   size, column = module.config.image_size, module.config.styles.index(style)
 
   def score(params, unused_ids, images):
@@ -325,7 +323,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def clip_tokenizer(name: str, folder: pathlib.Path) -> Any:
-  """The one beside the weights, or CLIP-L's: all published CLIPs have the same."""
+  """Returns the tokenizer beside the weights, or CLIP-L's: all published CLIPs have the same."""
   other = CLIP_L
   try:
     return loading.load_tokenizer(str(folder), other)
@@ -337,7 +335,7 @@ def clip_tokenizer(name: str, folder: pathlib.Path) -> Any:
 
 
 def bert_tokenizer(folder: pathlib.Path) -> Any:
-  """BERT's, whose vocabulary is in the folder or its `tokenizer`, or comes from the hub."""
+  """Returns BERT's tokenizer, whose vocabulary is in the folder or its `tokenizer`, or comes from the hub."""
   other = "google-bert/bert-base-uncased"
   place = next((p for p in (folder / "tokenizer", folder) if (p / "vocab.txt").is_file()), None)
   if place is None:
@@ -349,7 +347,7 @@ def bert_tokenizer(folder: pathlib.Path) -> Any:
         f"or copy vocab.txt of that repository into {folder}."
       ) from error
   tokenizer = tokenizers.import_tokenizer("BertTokenizer")(vocab=str(place / "vocab.txt"), do_lower_case=True)
-  tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP's own, should a prompt hold them
+  tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP's own, in case a prompt holds them
   return tokenizer
 
 

@@ -1,10 +1,10 @@
-"""Scores of images under their prompts: published reward models in Flax, and a user's own functions.
+"""Scores images under their prompts with published reward models in Flax, or with a user's own functions.
 
     scorer = scorers.load("pickscore")
     scorer.score(images, prompts)  # u8[H, W, 3] each, and as many strings -> f32[N]
 
-Every score says what it is: the scorer's name, the version of its weights and the scale of its numbers. Images are
-prepared as the code that came with each model does it (`jaxpref.rewards.networks`).
+Every score has the scorer's name, the version of its weights and the scale of its numbers. Images are prepared like in
+the code that came with each model (`jaxpref.rewards.networks`).
 """
 
 import concurrent.futures
@@ -37,12 +37,12 @@ _ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-  """A function that judges images, and what is to be written beside its numbers.
+  """A function that scores images, and what to write beside its numbers.
 
   Attributes:
-    name: "pickscore", say.
+    name: such as "pickscore".
     version: the model's name and a fingerprint of its weights.
-    scale: what the numbers are, in a phrase.
+    scale: unit of the numbers, in a phrase.
     score: images u8[H, W, 3] of any sizes and their prompts -> f32[N], higher is better.
   """
 
@@ -57,11 +57,11 @@ class _Published:
   """A scorer that is known by name.
 
   Attributes:
-    scale: of its scores.
-    logits: from its scores into the logits whose differences are log-odds of a preference; a constant, see PUBLISHED.
+    scale: unit of its scores.
+    logits: constant factor from its scores to logits, whose differences are log-odds of a preference; see PUBLISHED.
     repository: where its weights come from: on the Hugging Face hub, unless it says otherwise.
-    file: of the repository, to be converted; None for folders that are read as they are.
-    shipped: the folder in jaxpref/assets instead.
+    file: file of the repository to convert; None for folders that are read unchanged.
+    shipped: folder in jaxpref/assets instead.
   """
 
   scale: str
@@ -71,9 +71,9 @@ class _Published:
   shipped: str | None = None
 
 
-# Logits: PickScore and the CLIPs are logits of a softmax over images or texts; HPSv2 was trained with a cosine times
-# exp(logit_scale) = 100; ImageReward with sigmoid(r_w - r_l) of the reward before it is standardised; the judge's are
-# logarithms of probabilities. A point of the aesthetic rating, which was no logit, counts as one.
+# Logits: PickScore and the CLIPs are logits of a softmax over images or texts. HPSv2 was trained with a cosine times
+# exp(logit_scale) = 100, ImageReward with sigmoid(r_w - r_l) of the reward before standardisation. The judge's are
+# logarithms of probabilities. A point of the aesthetic rating, which is not a logit, counts as one.
 PUBLISHED = {
   "pickscore": _Published(
     "exp(logit_scale) x cosine (about 100 x cosine; papers print these numbers, 20 to 23)",
@@ -107,22 +107,22 @@ PUBLISHED = {
   "judge": _Published("log-probability of the preferred style", shipped="tiny-judge"),
   "tiny-clip": _Published("100 x cosine", shipped="tiny-clip"),
 }
-# These give embeddings of images, too.
+# These also embed images.
 CLIPS = ("pickscore", "clip_l", "clip_h", "hpsv2", "hpsv2.1", "tiny-clip")
 
 # ---- From a name to a function ---------------------------------------------------------------------------------------
 
 
 def default_folder(name: str) -> pathlib.Path:
-  """Where the converted weights of a scorer are looked for."""
+  """Returns the folder where a scorer's converted weights should be."""
   return pathlib.Path("~/.cache/jaxpref/scorers").expanduser() / name
 
 
 def _find(name: str, folder: str | None) -> pathlib.Path:
-  """The folder with a scorer's weights.
+  """Returns the folder with a scorer's weights.
 
   Raises:
-    FileNotFoundError: it is not there; says where the weights come from.
+    FileNotFoundError: the folder does not exist; says where the weights come from.
   """
   published = PUBLISHED[name]
   if folder is None and published.shipped is not None:
@@ -151,18 +151,18 @@ def _find(name: str, folder: str | None) -> pathlib.Path:
 
 
 def _parse(spec: str) -> tuple[str, str | None]:
-  """Name and folder of NAME or NAME=FOLDER."""
+  """Returns name and folder of NAME or NAME=FOLDER."""
   name, equals, folder = spec.partition("=")
   if name not in PUBLISHED or (equals and not folder):
     raise ValueError(
-      f"scorer {spec!r} is unknown, expected one of {', '.join(PUBLISHED)}, one of them as NAME=FOLDER, or a function "
-      f"of your own as package.module:function{near(spec)}."
+      f"scorer {spec!r} is unknown, expected one of {', '.join(PUBLISHED)}, one of them as NAME=FOLDER, or your own "
+      f"function as package.module:function{near(spec)}."
     )
-  return name, places.expand(folder) if equals else None  # the shell leaves the ~ after = alone
+  return name, places.expand(folder) if equals else None  # the shell does not expand ~ after =
 
 
 def batched(network: networks.Network, *, batch_size: int, mesh: Mesh | None) -> ScoreFn:
-  """`network` over any number of images, in batches of one shape, so with one compilation."""
+  """Returns a function that applies `network` to any number of images in batches of one shape: one compilation."""
   split = None if mesh is None else sharding.batch_sharding(mesh)
   unit = 1 if mesh is None else sharding.batch_devices(mesh)
   batch_size = -(-batch_size // unit) * unit
@@ -177,7 +177,7 @@ def batched(network: networks.Network, *, batch_size: int, mesh: Mesh | None) ->
   def run(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
     parts = []
     with concurrent.futures.ThreadPoolExecutor() as pool:
-      for start in range(0, len(images), batch_size):  # the device is at work while the next batch is prepared
+      for start in range(0, len(images), batch_size):  # the device computes while the next batch is prepared
         pixels = np.stack(list(pool.map(network.prepare, images[start : start + batch_size])))
         fill = np.resize(np.arange(len(pixels)), batch_size)
         ids = np.zeros((len(pixels), 1), np.int32)
@@ -191,10 +191,10 @@ def batched(network: networks.Network, *, batch_size: int, mesh: Mesh | None) ->
 
 
 def checked_scores(name: str, score: ScoreFn, remedy: str = "use dtype float32, or check the weights") -> ScoreFn:
-  """`score` with its inputs and outputs checked.
+  """Returns `score` with checks of its inputs and outputs.
 
   Args:
-    remedy: of scores that are not finite.
+    remedy: what to do about scores that are not finite.
   """
 
   def checked(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
@@ -211,7 +211,7 @@ def checked_scores(name: str, score: ScoreFn, remedy: str = "use dtype float32, 
     if scores.shape != (len(images),):
       raise ValueError(
         f"scorer {name} returned numbers of shape {list(scores.shape)} for {len(images)} images, expected "
-        f"[{len(images)}]; return one score an image."
+        f"[{len(images)}]; return one score per image."
       )
     bad = np.flatnonzero(~np.isfinite(scores))
     if bad.size:
@@ -225,7 +225,7 @@ def checked_scores(name: str, score: ScoreFn, remedy: str = "use dtype float32, 
 
 
 def _load_function(spec: str) -> Scorer:
-  """A user's own function."""
+  """Loads a user's own function as a scorer."""
   module_name, _, function_name = spec.partition(":")
   module = own.import_module(module_name, f"scorer {spec}", "function")
   function = getattr(module, function_name, None)
@@ -239,38 +239,38 @@ def _load_function(spec: str) -> Scorer:
     raise ValueError(f"scorer {spec} is {what}; expected a function of images and prompts that returns [N] scores.")
   doc = (function.__doc__ or "").strip().splitlines()
   version = getattr(module, "__version__", None)
-  if version is None:  # scores of a module that has changed since are not to be taken for its own
-    with contextlib.suppress(OSError, TypeError):  # no file of Python
+  if version is None:  # scores of a changed module must not be taken for its own
+    with contextlib.suppress(OSError, TypeError):  # not a Python file
       version = hashlib.sha256(inspect.getsource(module).encode()).hexdigest()[:8]
   return Scorer(
     name=spec,
     version=str(version or ""),
     scale=doc[0].strip() if doc else "user's",
-    score=checked_scores(spec, _numbers(spec, function), "mend the function"),
+    score=checked_scores(spec, _numbers(spec, function), "fix the function"),
   )
 
 
 def _numbers(spec: str, function: Callable[..., Any]) -> ScoreFn:
-  """A user's function, of which what it raises is said in one sentence, and what are no real numbers is refused."""
+  """Returns a user's function whose errors become one sentence; raises for results that are not real numbers."""
 
   def run(images: Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
     try:
       returned = function(images, prompts)
-    except (Exception, SystemExit) as error:  # whatever the user's function raises
+    except (Exception, SystemExit) as error:  # a user's function may raise anything
       place = own.raised_at(error, spec) or own.defined_at(function)
       said = f"reward {spec} raised {type(error).__name__}: {error}{place}"
       raise ValueError(said) from error
     reason = ""
     try:
       found = np.asarray(returned)
-    except Exception as error:  # of arrays of other libraries, and rows of several lengths
+    except Exception as error:  # arrays of other libraries, rows of different lengths
       found, reason = np.asarray(None), f" ({error})"
     if not any(jnp.issubdtype(found.dtype, kind) for kind in (np.bool_, np.integer, np.floating)):
       kinds = {"c": "complex numbers", "U": "texts", "S": "texts"}
       what = kinds.get(found.dtype.kind) or ("None" if returned is None else f"a {type(returned).__name__}")
       raise ValueError(
         f"scorer {spec} returned {what}{reason}{own.defined_at(function)} for {len(images)} images, expected as many "
-        "real numbers; return one score an image."
+        "real numbers; return one score per image."
       )
     return found
 
@@ -278,23 +278,23 @@ def _numbers(spec: str, function: Callable[..., Any]) -> ScoreFn:
 
 
 def near(spec: str, *more: str) -> str:
-  """Returns " (did you mean NAME?)" where a name resembles one that is known, or has a dot where the colon belongs."""
+  """Returns " (did you mean NAME?)" if a name resembles a known one, or has a dot where the colon belongs."""
   name = spec.partition("=")[0]
   return nearest(name, (*PUBLISHED, *more)) or own.hint(name)
 
 
 def refuse_weight(spec: str, given: str) -> None:
-  """Raises ValueError for NAME:WEIGHT whose weight is no number, which looks like a function of a module NAME."""
+  """Raises ValueError for NAME:WEIGHT whose weight is not a number, which looks like a function of a module NAME."""
   name, colon, weight = spec.partition(":")
   if colon and name in PUBLISHED:
-    raise ValueError(f"{given}: the weight {weight!r} of {name} is no number; expected such as {name}:0.5.")
+    raise ValueError(f"{given}: the weight {weight!r} of {name} is not a number; expected e.g. {name}:0.5.")
 
 
 def check(spec: str, *, preferred_style: str = "openmoji") -> None:
-  """Looks for all that `load` of the same spec needs, without reading large weights; hub models are fetched.
+  """Checks that all that `load` of the same spec needs exists, without reading large weights; fetches hub models.
 
   Raises:
-    ValueError, FileNotFoundError: as `load`.
+    ValueError, FileNotFoundError: see `load`.
   """
   if own.is_own(spec):
     _load_function(spec)
@@ -322,16 +322,16 @@ def load(
   mesh: Mesh | None = None,
   preferred_style: str = "openmoji",
 ) -> Scorer:
-  """A scorer, ready to be called.
+  """Returns a scorer, ready to call.
 
   Args:
-    spec: a name of PUBLISHED; NAME=FOLDER for weights elsewhere than in the default place; or package.module:function,
-      a function of a user's own from (images u8[H, W, 3], prompts) to [N], whose docstring's first line says what the
-      scale is.
-    dtype: of the networks and their parameters.
-    batch_size: images scored at a time, made a multiple of the mesh's devices.
+    spec: a name of PUBLISHED; NAME=FOLDER for weights in another place than the default; or package.module:function, a
+      user's own function from (images u8[H, W, 3], prompts) to [N], whose docstring's first line says what the scale
+      is.
+    dtype: dtype of the networks and their parameters.
+    batch_size: images scored at a time, rounded to a multiple of the mesh's devices.
     mesh: splits the images over its devices.
-    preferred_style: of the judge.
+    preferred_style: style that the judge looks for.
 
   Raises:
     ValueError, FileNotFoundError: one sentence on what is missing or does not fit.
@@ -358,12 +358,12 @@ def _network(name: str, folder: pathlib.Path, dtype: str, placement: Any, prefer
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Published:
-  """The `Reward` of a scorer in the graph: its numbers are those of the scorer for pictures of 8 bits.
+  """The `Reward` of a scorer in the graph; its numbers are the scorer's for 8-bit pictures.
 
   Attributes:
-    name: of PUBLISHED.
-    network: without its parameters.
-    scale: from its numbers into logits.
+    name: a name of PUBLISHED.
+    network: the network without its parameters.
+    scale: factor from its numbers to logits.
   """
 
   name: str
@@ -383,19 +383,19 @@ class Published:
     return None if self.network.tokenize is None else self.network.text(weights[self.name], batch[f"{self.name}_ids"])
 
   def score(self, weights: Any, images: Array, t: Array, prompts: Any) -> Array:
-    """Scores f32[N] of f32[N,H,W,3] in [-1, 1], rounded to 8 bits; the time does not count."""
+    """Scores pictures f32[N,H,W,3] in [-1, 1], rounded to 8 bits, as f32[N]; the time is ignored."""
     levels = to_uint8(images).astype(jnp.float32)
     return self.network.score(weights[self.name], prompts, self.network.pixels(levels)).astype(jnp.float32)
 
 
 def load_reward(spec: str, *, dtype: str, placement: Any, preferred_style: str) -> tuple[Published, Any]:
-  """A scorer as a reward in the graph, and its parameters.
+  """Returns a scorer as a reward in the graph, and its parameters.
 
   Args:
-    spec: NAME or NAME=FOLDER, as of `load`, or NAME=zeros:PLACE, on shapes alone (`rewards.shapes`).
-    dtype: of the network and its parameters.
+    spec: NAME or NAME=FOLDER, see `load`, or NAME=zeros:PLACE, on shapes alone (`rewards.shapes`).
+    dtype: dtype of the network and its parameters.
     placement: where these go as they are read, see `pipelines.load_pipeline`.
-    preferred_style: of the judge.
+    preferred_style: style that the judge looks for.
 
   Raises:
     ValueError, FileNotFoundError: one sentence on what is missing or does not fit.
@@ -422,10 +422,10 @@ def _version(name: str, place: str | None, files: Sequence[pathlib.Path]) -> str
 def image_embedder(
   spec: str = "clip_l", *, dtype: str = "float32", batch_size: int = 16, mesh: Mesh | None = None
 ) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
-  """The image side of one of CLIPS: images u8[H, W, 3] -> f32[N, D] of unit length. Arguments as of `load`."""
+  """Returns the image side of one of CLIPS: images u8[H, W, 3] -> f32[N, D] of unit length; see `load`."""
   name, place = _parse(spec)
   if name not in CLIPS:
-    raise ValueError(f"image_embedder: {name} has no embeddings of images, expected one of {', '.join(CLIPS)}.")
+    raise ValueError(f"image_embedder: {name} does not embed images, expected one of {', '.join(CLIPS)}.")
   placement = None if mesh is None else sharding.replicated(mesh)
   network = networks.clip_network(name, _find(name, place), jnp.dtype(dtype), placement, embeddings=True)
   run = batched(network, batch_size=batch_size, mesh=mesh)
@@ -433,9 +433,9 @@ def image_embedder(
 
 
 def diversity(embeds: np.ndarray) -> np.ndarray:
-  """How much the images of one prompt differ: the mean of 1 - cosine over their pairs.
+  """Returns how much the images of one prompt differ: the mean of 1 - cosine over their pairs.
 
-  Falling diversity beside a rising reward is what reward hacking looks like.
+  Falling diversity with a rising reward is a sign of reward hacking.
 
   Args:
     embeds: f32[P, S, D] of unit length, S seeds of each prompt.

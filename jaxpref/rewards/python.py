@@ -11,11 +11,11 @@ from jaxpref.rewards import published
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PythonReward:
-  """The `HostReward` of a function of one's own.
+  """The `HostReward` of a user's own function.
 
   Attributes:
-    scorer: the function, with its inputs and outputs checked.
-    seconds: that a call may take.
+    scorer: the function, with checks of its inputs and outputs.
+    seconds: time that a call may take.
   """
 
   scorer: published.Scorer
@@ -27,10 +27,10 @@ class PythonReward:
     return self.scorer.name
 
   def score_images(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
-    """f32[N] of u8[H,W,3] each and their prompts.
+    """Scores images u8[H,W,3] and their prompts as f32[N].
 
     Raises:
-      ValueError: the function raised, gave something else than N finite numbers, or took too long; in one sentence.
+      ValueError: one sentence: the function raised, returned anything but N finite numbers, or took too long.
     """
     found: list[np.ndarray] = []
     raised: list[BaseException] = []
@@ -38,10 +38,10 @@ class PythonReward:
     def work() -> None:
       try:
         found.append(self.scorer.score(images, captions))
-      except BaseException as error:  # whatever the user's function raises
+      except BaseException as error:  # a user's function may raise anything
         raised.append(error)
 
-    thread = threading.Thread(target=work, daemon=True)  # so that one that hangs does not keep the process
+    thread = threading.Thread(target=work, daemon=True)  # so that a hanging one does not keep the process
     thread.start()
     thread.join(self.seconds)
     if raised:
@@ -52,6 +52,6 @@ class PythonReward:
     if not found:
       raise ValueError(
         f"reward {self.name} took longer than {self.seconds:g} s for {len(images)} images; make it faster, or allow "
-        "more by config.reward_timeout."
+        "more time with config.reward_timeout."
       )
     return found[0]

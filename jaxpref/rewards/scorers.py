@@ -1,4 +1,4 @@
-"""Weighted sums of rewards, written as `config.reward` has them, as scorers of finished pictures on the host.
+"""Weighted sums of rewards, written like `config.reward`, as scorers of finished pictures on the host.
 
 `terms` loads the same sums for training, where the networks run in the graph of a step.
 """
@@ -21,21 +21,21 @@ from jaxpref.rewards.step_aware import embed_prompts, score_images
 
 
 def check(text: str, *, given: str, preferred_style: str = "openmoji") -> dict[str, float]:
-  """The weights of a sum of rewards by what they are of; looks for all that `load` of each needs.
+  """Returns the weights of a sum of rewards by term; checks that all that `load` of each needs exists.
 
   Args:
     text: such as "pickscore:1,aesthetic:0.1": names of `published.PUBLISHED`, NAME=FOLDER, package.module:function, or
       preference_model=FOLDER, a step-aware model by its folder, hub name or shipped name.
-    given: how it was given, for messages.
-    preferred_style: of the judge.
+    given: the option that names it, for messages.
+    preferred_style: style that the judge looks for.
 
   Raises:
-    ValueError, FileNotFoundError: a reward is unknown or not there, in one sentence.
+    ValueError, FileNotFoundError: one sentence: a reward is unknown or does not exist.
   """
   terms = terms_of(text, given)
   found = [spec.partition("=")[0] for spec in terms]
   if twice := [name for name in found if found.count(name) > 1]:
-    raise ValueError(f"{given}: {twice[0]} stands there twice; expected each name once.")
+    raise ValueError(f"{given}: {twice[0]} occurs twice; expected each name once.")
   for spec in terms:
     published.refuse_weight(spec, given)
     name, _, place = spec.partition("=")
@@ -46,7 +46,7 @@ def check(text: str, *, given: str, preferred_style: str = "openmoji") -> dict[s
     elif not is_function(spec) and name not in published.PUBLISHED:
       names = ", ".join((f"{PREFERENCE_MODEL}=FOLDER", *published.PUBLISHED))
       raise ValueError(
-        f"{given}: {spec} is unknown, expected {names}, one of them as NAME=FOLDER, or a function of your own as "
+        f"{given}: {spec} is unknown, expected {names}, one of them as NAME=FOLDER, or your own function as "
         f"package.module:function{published.near(spec, PREFERENCE_MODEL)}."
       )
     else:
@@ -62,14 +62,14 @@ def load(
   preferred_style: str = "openmoji",
   models: Sequence[str] = (),
 ) -> tuple[published.Scorer, float]:
-  """A reward as a scorer in float32, and the constant scale from its numbers into logits.
+  """Returns a reward as a scorer in float32, and the constant factor from its numbers to logits.
 
   Args:
     spec: a term of `check`.
-    batch_size: pictures scored at a time, made a multiple of the mesh's devices.
+    batch_size: pictures scored at a time, rounded to a multiple of the mesh's devices.
     mesh: splits the pictures over its devices.
-    preferred_style: of the judge.
-    models: whose tokenizer a step-aware model has that brings none.
+    preferred_style: style that the judge looks for.
+    models: models whose tokenizer a step-aware model without its own shares.
 
   Raises:
     ValueError, FileNotFoundError: one sentence on what is missing or does not fit.
@@ -84,7 +84,7 @@ def load(
 
 
 def _step_aware(name: str, models: Sequence[str], *, batch_size: int, mesh: Mesh) -> published.Scorer:
-  """The scorer of a step-aware model at time 0; its pictures are of one size."""
+  """Returns the scorer of a step-aware model at time 0; its pictures all have one size."""
   module, params = load_scorer(name, dtype="float32", sharding=sharding.replicated(mesh))
   tokenizer = loading.load_tokenizer(name, *models)
   length = module.config.text_config.max_position_embeddings

@@ -1,6 +1,6 @@
-"""Scorers on shapes alone, for planning: NAME=zeros:NAME is the published architecture, NAME=zeros:FOLDER a folder's.
+"""Scorers as shapes alone, for planning: NAME=zeros:NAME is the published architecture, NAME=zeros:FOLDER a folder's.
 
-Their parameters are zeros, shapes alone under `jax.eval_shape`, and so are the ids that their tokenizers give.
+Their parameters are zeros, only shapes under `jax.eval_shape`, and so are the ids from their tokenizers.
 """
 
 import pathlib
@@ -26,11 +26,11 @@ CLIPS = {
   "hpsv2": open_clip.config_from_dict(open_clip.VIT_H_14),
   "hpsv2.1": open_clip.config_from_dict(open_clip.VIT_H_14),
 }
-PUBLISHED = (*CLIPS, "aesthetic", "imagereward")  # whose architectures are known without their files
+PUBLISHED = (*CLIPS, "aesthetic", "imagereward")  # architectures known without their files
 
 
 def without_values(spec: str) -> str:
-  """NAME=zeros:PLACE of NAME or NAME=FOLDER; of a folder that is not there the published architecture."""
+  """Returns NAME=zeros:PLACE for NAME or NAME=FOLDER; for a missing folder the published architecture."""
   name, _, folder = spec.partition("=")
   if folder.startswith(ZEROS):
     return spec
@@ -39,15 +39,15 @@ def without_values(spec: str) -> str:
 
 
 def network(name: str, place: str, *, dtype: Any, preferred_style: str) -> networks.Network:
-  """The network of a scorer; `params` are zeros.
+  """Returns the network of a scorer; `params` are zeros.
 
   Args:
-    place: after `zeros:`, a folder, or the scorer's name.
-    dtype: of the network and its parameters.
-    preferred_style: of the judge.
+    place: the part after `zeros:`, a folder or the scorer's name.
+    dtype: dtype of the network and its parameters.
+    preferred_style: style that the judge looks for.
 
   Raises:
-    ValueError, FileNotFoundError: the folder has no config.json, or one of another network.
+    ValueError, FileNotFoundError: the folder has no config.json, or that of another network.
   """
   folder = None if place == name else pathlib.Path(places.expand(place))
   if folder is None and name in SHIPPED:
@@ -79,7 +79,7 @@ def _zeros(shapes: Any, dtype: Any) -> Any:
 
 
 def _clip(folder: pathlib.Path, dtype: Any) -> clip.CLIPModel:
-  """That which `networks.clip_network` would open there."""
+  """Returns the CLIP that `networks.clip_network` would open there."""
   if not (folder / "config.json").is_file() and (folder / "open_clip_config.json").is_file():
     return clip.CLIPModel(open_clip.config_from_dict(folders.read_json(folder / "open_clip_config.json")), dtype)
   config = folders.read_json(folder / "config.json")
@@ -88,7 +88,7 @@ def _clip(folder: pathlib.Path, dtype: Any) -> clip.CLIPModel:
 
 
 def _aesthetic_clip(folder: pathlib.Path | None, dtype: Any) -> clip.CLIPModel:
-  """The CLIP beside the predictor or that its config.json names, if it is there, else CLIP-L."""
+  """Returns the CLIP beside the predictor or named by its config.json, if it exists, else CLIP-L."""
   if folder is not None:
     named = "" if (folder / "clip").is_dir() else networks.read_config(folder).get("clip") or ""
     for place in (folder / "clip", pathlib.Path(named)):

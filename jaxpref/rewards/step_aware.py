@@ -1,4 +1,4 @@
-"""The step-aware preference model as a reward: images at any time of the process, scored against their prompts."""
+"""The step-aware preference model as a reward: scores images at any time of the process against their prompts."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,14 +9,14 @@ import jax
 from jaxpref.models.preference import StepAwareCLIPModel, preprocess
 from jaxpref.rewards.base import IMAGE
 
-COMPONENT = "spm"  # of the weights
+COMPONENT = "spm"  # its component of the weights
 
 
 def embed_prompts(scorer: StepAwareCLIPModel, params: Any, input_ids: jax.Array) -> jax.Array:
-  """Unit vectors f32[B, P] of prompts; they depend on nothing else and are computed once a batch.
+  """Returns unit vectors f32[B, P] of prompts; they depend on nothing else and are computed once per batch.
 
-  Of the ids of two tokenizers the first are taken: CLIP's, whatever pads them, since the text tower is causal and pools
-  at the end of the text.
+  With the ids of two tokenizers, the first are used: CLIP's, whatever pads them, since the text tower is causal and
+  pools at the end of the text.
   """
   ids = input_ids[:, : scorer.config.text_config.max_position_embeddings]
   return scorer.apply({"params": params}, ids, method="text_embeds")
@@ -25,7 +25,7 @@ def embed_prompts(scorer: StepAwareCLIPModel, params: Any, input_ids: jax.Array)
 def score_images(
   scorer: StepAwareCLIPModel, params: Any, images: jax.Array, t: jax.Array, text_embeds: jax.Array
 ) -> jax.Array:
-  """Scores f32[N] = exp(logit_scale) cos(image, text) of images f32[N,H,W,3] in [-1, 1] at times t i32[N].
+  """Scores images f32[N,H,W,3] in [-1, 1] at times t i32[N] as f32[N] = exp(logit_scale) cos(image, text).
 
   Predictions that overshoot are clipped after the resize to the scorer's size, see `preprocess`.
   """
@@ -36,7 +36,7 @@ def score_images(
 
 @dataclasses.dataclass(frozen=True)
 class StepAware:
-  """The `Reward` of a step-aware preference model, component `spm`; it reads the tokens of the model.
+  """The `Reward` of a step-aware preference model, component `spm`; it reads the model's tokens.
 
   Attributes:
     scorer: its network.

@@ -1,4 +1,4 @@
-"""From `config.reward` to the rewards that it names, and their parameters."""
+"""Loads the rewards that `config.reward` names, and their parameters."""
 
 from typing import Any
 
@@ -21,10 +21,10 @@ from jaxpref.rewards.step_aware import COMPONENT, StepAware
 
 
 def check(config: AnyConfig) -> None:
-  """Looks for all that `load` needs, without reading large weights; hub models are fetched.
+  """Checks that all that `load` needs exists, without reading large weights; fetches hub models.
 
   Raises:
-    ValueError, FileNotFoundError: a reward is unknown, not there, or the evaluation's judge; in one sentence.
+    ValueError, FileNotFoundError: one sentence: a reward is unknown, does not exist, or is the evaluation's judge.
   """
   terms = _known_terms(config)
   for spec in terms:
@@ -41,13 +41,13 @@ def check(config: AnyConfig) -> None:
       if own == scorer_fingerprint(config.judge):
         raise ValueError(
           f"config.reward={config.reward!r}: the judge of the evaluation, config.judge={config.judge}, cannot also be "
-          "trained on, as its numbers would say nothing then; choose another reward, preference_model say, or another "
-          "judge."
+          "trained on, as its numbers would then mean nothing; choose another reward, such as preference_model, or "
+          "another judge."
         )
 
 
 def _known_terms(config: AnyConfig) -> dict[str, float]:
-  """`reward_terms`; raises ValueError where a name is unknown or stands there twice."""
+  """Returns `reward_terms`; raises ValueError if a name is unknown or occurs twice."""
   terms = reward_terms(config)
   for spec in terms:
     known = (PREFERENCE_MODEL, *published.PUBLISHED, LATENT)
@@ -55,17 +55,17 @@ def _known_terms(config: AnyConfig) -> dict[str, float]:
     if not is_function(spec) and spec.partition("=")[0] not in known or spec.startswith(f"{PREFERENCE_MODEL}="):
       names = ", ".join(known)
       raise ValueError(
-        f"config.reward={config.reward!r}: {spec} is unknown, expected {names}, one of them as NAME=FOLDER, or a "
-        f"function of your own as package.module:function{published.near(spec, *known)}."
+        f"config.reward={config.reward!r}: {spec} is unknown, expected {names}, one of them as NAME=FOLDER, or your "
+        f"own function as package.module:function{published.near(spec, *known)}."
       )
   found = [spec.partition("=")[0] for spec in terms]
   if twice := [name for name in found if found.count(name) > 1]:
-    raise ValueError(f"config.reward={config.reward!r}: {twice[0]} stands there twice; expected each name once.")
+    raise ValueError(f"config.reward={config.reward!r}: {twice[0]} occurs twice; expected each name once.")
   return terms
 
 
 def without_values(config: AnyConfig, scorer: str) -> str:
-  """`config.reward` with the same rewards on shapes alone, for planning; "" stays.
+  """Returns `config.reward` with the same rewards as shapes alone, for planning; "" stays.
 
   Args:
     scorer: zeros:PRESET, for latent reward models other than `config.preference_model`.
@@ -85,18 +85,18 @@ def without_values(config: AnyConfig, scorer: str) -> str:
 
 
 def _latent_folder(config: AnyConfig, spec: str) -> str:
-  """Where the latent reward model of a term lies."""
-  return spec.partition("=")[2] or str(config.preference_model)  # which is set, by config.check
+  """Returns the folder of a term's latent reward model."""
+  return spec.partition("=")[2] or str(config.preference_model)  # config.check requires it
 
 
 def load(config: AnyConfig, sharding: pipelines.Sharding = None) -> tuple[Weighted, dict[str, Any]]:
-  """The rewards of a config, and the parameters of those in the graph by component, in the dtype of the computation.
+  """Returns a config's rewards, and by component the parameters of those in the graph, in the compute dtype.
 
   Args:
     sharding: where parameters go as they are read, see `pipelines.load_pipeline`.
 
   Raises:
-    ValueError, FileNotFoundError: as `check`.
+    ValueError, FileNotFoundError: see `check`.
   """
   check(config)
   graph: list[tuple[Reward, float]] = []

@@ -1,1 +1,1 @@
-"""The training loop and what it needs: from a config to a state, its checkpoints, and what is watched on the way."""
+"""The training loop and what it needs: building a config's parts, the step, checkpoints, and monitoring."""

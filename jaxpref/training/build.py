@@ -1,6 +1,6 @@
-"""From a config to what the training loop needs: models, parameters, data and the objective.
+"""Builds what the training loop needs from a config: models, parameters, data and the objective.
 
-One function an objective family; with `inputs.py` and `train.py` the only place that reads the config's fields.
+There is one function per family of objectives. Only this module and `inputs.py` read the config's fields for it.
 """
 
 import dataclasses
@@ -54,18 +54,18 @@ class Experiment:
     frozen: all other parameters by component; never donated, checkpointed or optimised.
     batches: opens the data: an iterator with get_state, set_state.
     export: writes the trained model: (params on the host, folder).
-    objective: what is optimised.
-    has_reference: whether a reference model is kept: not for losses that do not look at it.
-    read_base: reads the values of params anew that training started from; None for objectives without a base model.
-    images_per_step: images, or pairs, or generated images of one step.
-    evaluable: whether the result is a text-to-image model to be compared with the one it started from.
+    objective: the method.
+    has_reference: whether a reference model is kept; not for losses without one.
+    read_base: reads the values of params that training started from again; None for objectives without a base model.
+    images_per_step: images, pairs, or generated images in one step.
+    evaluable: whether the result is a text-to-image model to compare with its starting point.
     model: the text-to-image model, if there is one.
-    tokenize: captions to i32[n, L].
+    tokenize: captions -> i32[n, L].
     judge, judge_params: for the evaluation only.
-    reward: of online objectives.
+    reward: reward of an online objective.
     captions: the prompts of records of `batches`, for rewards on the host.
-    held_out: opens the data that a preference model is measured on, as `batches`.
-    report: numbers on held-out data for pre-training objectives, from the trained params on the host.
+    held_out: opens the data that measures a preference model, like `batches`.
+    report: for pre-training objectives: trained params on the host -> numbers on held-out data.
   """
 
   params: Any
@@ -88,15 +88,15 @@ class Experiment:
 
 
 def look_for(config: Config) -> None:
-  """Looks for everything that a config names by a path or a hub name, without reading weights; a hub's is fetched.
+  """Checks that everything a config names by path or hub name exists, without reading weights; fetches hub models.
 
   Raises:
-    FileNotFoundError, ValueError, OSError: one sentence on what is missing, that of what would load it.
+    FileNotFoundError, ValueError, OSError: what is missing, in the sentence of the function that would load it.
   """
   catalog.try_losses(config)
   inputs.look_for(config)
   facts = catalog.method(config).facts
-  if facts.trains not in ("clip", "judge"):  # which start from nothing
+  if facts.trains not in ("clip", "judge"):  # they start from scratch
     loras = [config.lora.init_from] if config.lora.init_from else []
     name, of = loading.model_name(config), families.get(config.family)
     families.look_for(of, name, vae_model=config.vae_model, loras=loras)
@@ -115,11 +115,11 @@ def look_for(config: Config) -> None:
 
 
 def build(config: AnyConfig, sharding: pipelines.Sharding = None, *, batch_devices: int = 1) -> Experiment:
-  """The experiment that a config describes; loads models and opens the data, compiles nothing.
+  """Returns the experiment that a config describes; loads models and opens the data, compiles nothing.
 
   Args:
     sharding: where the parameters of models go as they are read; see `pipelines.load_pipeline`.
-    batch_devices: devices that the rows of a batch are spread over.
+    batch_devices: number of devices that the rows of a batch are spread over.
 
   Raises:
     ValueError, FileNotFoundError: one sentence on what is missing or does not fit.
@@ -139,7 +139,7 @@ def build(config: AnyConfig, sharding: pipelines.Sharding = None, *, batch_devic
 
 
 def at_size(config: Config, model: Model) -> Model:
-  """The model of `config.image_size`, if it says one.
+  """Returns the model at `config.image_size`, if that is set.
 
   Raises:
     ValueError: the model cannot draw images of this size.
@@ -158,19 +158,19 @@ def at_size(config: Config, model: Model) -> Model:
 
 
 def check_image_size(config: Config) -> None:
-  """Raises as `at_size`, before any weights are read."""
+  """Raises what `at_size` would raise, before any weights are read."""
   if config.image_size is not None:
     at_size(config, families.get(config.family).model(_load(config, None, components=())))
 
 
 def _check_decode_size(config: Config, model: Model) -> None:
-  """Refuses sizes that the objective's predictions cannot be decoded at."""
+  """Raises for sizes at which the objective's predictions cannot be decoded."""
   section = catalog.method(config).options
   size = None if section is None else getattr(getattr(config, section), "decode_size", None)
   if size is None:
     return
   shorter, longer = sorted(sides(model.image_size))
-  unit = model.unit * shorter // math.gcd(shorter, longer)  # so that the longer side is a multiple of model.unit, too
+  unit = model.unit * shorter // math.gcd(shorter, longer)  # makes the longer side a multiple of model.unit too
   if size % unit or not 0 <= size <= shorter:
     raise ValueError(
       f"config.{section}.decode_size={size}; expected 0 (the images' own size) or a multiple of {unit} up to "
@@ -182,15 +182,15 @@ def _check_decode_size(config: Config, model: Model) -> None:
 
 
 def adapter_scale(config: Config, rank: int) -> float:
-  """alpha / rank of the adapter that a config trains."""
+  """Returns alpha / rank of the adapter that a config trains."""
   return 1.0 if config.lora.alpha is None else config.lora.alpha / rank
 
 
 def initial_adapter(config: Config, pipe: Any) -> Any:
-  """The adapter that training starts from: fresh, or what a file does, at the config's alpha.
+  """Returns the adapter that training starts from: a fresh one, or a file's, at the config's alpha.
 
   Args:
-    pipe: with the parameters of the denoiser.
+    pipe: has the parameters of the denoiser.
   Returns:
     None for full training.
   Raises:
@@ -216,7 +216,7 @@ def _load(
   trained: tuple[str, ...] = (),
   components: Sequence[str] | None = None,
 ) -> Any:
-  """The config's pipeline: parameters float32 where trained, else in the dtype of the computation."""
+  """Returns the config's pipeline: trained parameters in float32, others in the compute dtype."""
   of = families.get(config.family)
   with families.opened(config.family):
     return of.load(
@@ -231,14 +231,14 @@ def _load(
 
 
 def networks(config: Config) -> tuple[str, ...]:
-  """Those that a run of `_text_to_image` needs: with precomputed data the denoiser alone, unless it draws pictures."""
+  """Returns the networks that `_text_to_image` needs: with precomputed data only the denoiser, unless it draws."""
   draws = config.sample.every or (config.judge and config.evaluation.num_prompts)
   of = families.get(config.family)
   return of.networks if config.data.source != "precomputed" or draws else (of.denoiser,)
 
 
 def trained_components(config: Config) -> tuple[str, ...]:
-  """Those whose own parameters are trained; none with an adapter."""
+  """Returns the components whose own parameters are trained; none with an adapter."""
   if config.lora.rank or config.lora.init_from:
     return ()
   denoiser = families.get(config.family).denoiser
@@ -248,7 +248,7 @@ def trained_components(config: Config) -> tuple[str, ...]:
 def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: int | None) -> Experiment:
   of, method, components = families.get(config.family), catalog.method(config), trained_components(config)
   adapter_name = f"{of.denoiser}_lora"
-  # What is wrong is said now, not after gigabytes were read.
+  # Errors are raised now, not after gigabytes have been read.
   if config.data.source == "precomputed":
     inputs.open_precomputed(config)
   pipe = _load(config, sharding, trained=components, components=networks(config))
@@ -258,9 +258,9 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
   if adapter is not None:
     scale = adapter_scale(config, adapters.adapter_rank(adapter))
     params = {adapter_name: adapter}
-    if config.lora.init_from:  # then the model without an adapter is not what training starts from
+    if config.lora.init_from:  # training then does not start from the model without an adapter
       frozen[adapter_name] = adapter
-  # What the functions below hold on to stays in memory: not the parameters that training replaces.
+  # What the functions below refer to stays in memory, so not the parameters that training replaces.
   pipe = dataclasses.replace(pipe, params={k: v for k, v in pipe.params.items() if k not in components})
   with families.opened(config.family):
     model = of.model(pipe, remat=config.remat, lora_scale=scale, vae_slicing=vae_slicing)
@@ -269,7 +269,7 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
   _check_decode_size(config, model)
   num_classes = max(emoji.num_classes(config.data.subset), config.evaluation.candidates)
   judge, judge_params = load_judge(config.judge, style=config.data.preferred_style, num_classes=num_classes)
-  if config.reference.mode == "frozen":  # Only a moving reference needs the pre-trained weights beside it.
+  if config.reference.mode == "frozen":  # Only a moving reference needs the pre-trained weights as well.
     frozen = {k: v for k, v in frozen.items() if k not in params}
   del adapter
 
@@ -310,7 +310,7 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
 def _rewards(
   config: Config, sharding: pipelines.Sharding, model: Model, *, tokens: int
 ) -> tuple[Weighted, dict[str, Any]]:
-  """`terms.load`; refuses latent reward models that were made for another model, whose prompts have so many tokens."""
+  """Returns `terms.load`; raises for latent reward models made for another model, judged by its prompts' `tokens`."""
   reward, params = terms.load(config, sharding)
   for of_it, _ in reward.graph:
     if isinstance(of_it, LatentReward):
@@ -320,7 +320,7 @@ def _rewards(
 
 
 def _check_steps(config: Config, model: Model) -> None:
-  """Refuses sampling steps that the process of the model does not have."""
+  """Raises for more sampling steps than the model's process has."""
   section, total = catalog.method(config).options, model.process.num_train_timesteps
   for name in ("evaluation", section) if section else ("evaluation",):
     count = getattr(config, name).num_inference_steps
@@ -329,13 +329,13 @@ def _check_steps(config: Config, model: Model) -> None:
     if name != section:
       continue
     try:
-      model.process.grid(count, density=True)  # of which those methods learn
+      model.process.grid(count, density=True)  # those methods learn from it
     except ValueError as error:
       raise ValueError(f"config.{name}.num_inference_steps={count}: {error}") from error
 
 
 def _check_reference(config: Config, objective: base.Objective) -> None:
-  """Refuses a moving reference of a method of one's own that has none; of the others config.check knows it."""
+  """Raises for a moving reference of a user's own method without one; config.check knows the other methods."""
   if config.reference.mode == "frozen" or ":" not in config.objective:
     return
   divergence = getattr(type(objective), "divergence", None)
@@ -348,14 +348,14 @@ def _export(config: Config, pipe: Any, scale: float, params: Any, folder: pathli
   """Writes the folder of a trained model.
 
   Args:
-    pipe: without the parameters that were trained.
+    pipe: a pipeline without the parameters that were trained.
     scale: alpha / rank of the adapter.
-    params: what was trained, on the host.
+    params: trained parameters, on the host.
   """
   of = families.get(config.family)
   if config.dtype != "float32" or networks(config) != of.networks or jax.process_count() > 1:
-    # What was not trained is written as it was read, not rounded to bfloat16. Of several processes one writes, and it
-    # cannot compute by itself with arrays that are spread over all.
+    # Untrained weights are written as they were read, not rounded to bfloat16. Only process 0 exports, and it cannot
+    # compute on arrays sharded across processes.
     pipe = of.load(
       loading.model_name(config),
       dtype=config.dtype,
@@ -390,22 +390,22 @@ def _preference_model(
 
 
 def _held_out(config: Config, model: Model, tokenize: Any, batch_devices: int) -> Callable[[], Any] | None:
-  """Opens the pairs that a preference model is measured on; None: it is not.
+  """Opens the pairs that measure a preference model; None if it is not measured.
 
   Raises:
-    ValueError, FileNotFoundError: there are none.
+    ValueError, FileNotFoundError: there are no such pairs.
   """
   if not config.evaluation.num_prompts:
     return None
   changes = {"split": "validation", "ties": "drop", "flip_labels": 0.0, "caption_dropout": 0.0}
-  if config.data.scores and not config.data.validation_share:  # the scores are those of the other split
+  if config.data.scores and not config.data.validation_share:  # the scores belong to the other split
     changes |= {"scores": None, "labels": "given", "min_gap": 0.0}
   held_out = config_lib.replace(config, {f"data.{name}": value for name, value in changes.items()})
-  # What is not there is refused now, not after the training.
+  # Raises for missing data now, not after training.
   if config.data.source not in ("emoji", "tfds") and not config.data.validation_share:
     raise ValueError(
       f"{config.data.path} has no validation split to measure the preference model on; hold out a share of its "
-      "prompts by config.data.validation_share, or measure nothing: config.evaluation.num_prompts=0."
+      "prompts with config.data.validation_share, or measure nothing: config.evaluation.num_prompts=0."
     )
   few = len(inputs.pairs_source(held_out)) // batch_devices * batch_devices
   size = min(config.batch_size, max(few, batch_devices))
@@ -420,13 +420,13 @@ def _held_out(config: Config, model: Model, tokenize: Any, batch_devices: int) -
 def _latent_reward_model(
   config: Config, sharding: pipelines.Sharding, vae_slicing: int | None, batch_devices: int
 ) -> Experiment:
-  """It starts as the text-to-image model, or as `config.preference_model`: another one, or a CLIP's text projection."""
+  """Starts from the text-to-image model, or `config.preference_model`: another model, or a CLIP's text projection."""
   of, start = families.get(config.family), config.preference_model
   if config.data.source == "precomputed":
     inputs.open_precomputed(config)
   continued = start is not None and start != "" and is_latent_reward(start)
   trained = () if continued else latent_rewards.NETWORKS
-  # Of precomputed data it needs no VAE.
+  # With precomputed data it needs no VAE.
   others = [] if config.data.source == "precomputed" else [n for n in of.networks if n not in latent_rewards.NETWORKS]
   pipe = _load(config, sharding, trained=trained, components=[n for n in of.networks if n in trained] + others)
   model, tokenize = of.model(pipe, vae_slicing=vae_slicing), pipe.tokenize
@@ -466,7 +466,7 @@ def _autoencode(config: Config) -> Experiment:
   size = at_size(config, loading.text_to_image(pipe)).image_size
 
   def export(params: Any, folder: pathlib.Path) -> None:
-    """With the scaling factor that gives the training images' latents unit variance."""
+    """Writes the VAE with the scaling factor that gives the training images' latents unit variance."""
     images = np.stack([r["image"] for r in pipeline.emoji_images(size, subset=config.data.subset, split=None)])
     encode = jax.jit(lambda x: pipe.vae.apply({"params": params["vae"]}, x, method="encode")[0])
     latents = np.concatenate([encode(np.float32(images[i : i + 64]) / 127.5 - 1) for i in range(0, len(images), 64)])
@@ -499,7 +499,7 @@ def _contrastive(config: Config) -> Experiment:
 
 
 def _classify(config: Config) -> Experiment:
-  """The judge's: captions of all core emoji are taught, styles only of the emoji of the training split."""
+  """Trains the judge: captions of all core emoji, but only styles of the training split's emoji."""
   preset = presets.get_preset("tiny-sd").judge
   assert preset is not None
   judge = Judge(preset)
@@ -510,7 +510,7 @@ def _classify(config: Config) -> Experiment:
   unseen = [r for r in images if r["class_id"] not in taught and r["class_id"] < preset.num_classes]
 
   def report(params: Any) -> dict[str, Any]:
-    """How many tiles' styles are named whose style was not taught, by style."""
+    """Returns how many tiles of each untaught style get the right name, by style."""
     x = np.stack([r["image"] for r in unseen])
     log_probs, _ = judging.judge_images(judge, params["judge"], x)
     return judging.style_accuracy(log_probs, np.array([r["style"] for r in unseen]), preset.styles)

@@ -1,8 +1,8 @@
-"""Checkpoints of the whole training state and of the data iterator, through Orbax; and the work folder's identity.
+"""Checkpoints the whole training state and the data iterator through Orbax, and identifies work folders.
 
-A folder `checkpoints/STEP` appears whole, by a rename, or not at all. Beside the arrays it holds a record: the data
-iterator's state and, for each array, name, type, shape and a fingerprint of its content. A checkpoint whose record or
-arrays are not what was saved is damaged: `Checkpointer.restore` takes the one before it.
+A folder `checkpoints/STEP` appears whole, by a rename, or not at all. Besides the arrays it holds a record: the data
+iterator's state and, for each array, name, type, shape and a fingerprint of its content. A checkpoint is damaged if its
+record or arrays are not what was saved; `Checkpointer.restore` then uses the one before it.
 """
 
 import contextlib
@@ -31,39 +31,39 @@ from jaxpref.devices import sharding
 from jaxpref.recipes import places
 from jaxpref.recipes.messages import listed
 
-FORMAT = 1  # of the record
+FORMAT = 1  # format of the record
 
-# Memory that is full and storage that does not answer or does not let us in: what lies there may be whole.
+# Full memory, and storage that does not answer or denies access: its content may be intact.
 _NOT_DAMAGE = (MemoryError, PermissionError, TimeoutError, jax.errors.JaxRuntimeError)
 _UNREACHABLE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 
 
 class DamagedError(Exception):
-  """A checkpoint is not what was saved; the message says in what."""
+  """Raised for a checkpoint that is not what was saved; the message says where it differs."""
 
 
 class Checkpointer:
-  """Saves asynchronously, keeps the last `keep`, restores onto the shardings of an abstract state.
+  """Saves asynchronously, keeps the last `keep` checkpoints, restores onto the shardings of an abstract state.
 
-  Saving that fails ends in an OSError of one sentence, in `save` or, as it goes on in the background, in the next call
-  of `save`, `wait` or `close`. An older checkpoint is deleted only after the new one is complete.
+  A failed save raises an OSError of one sentence, in `save` or, as it continues in the background, in the next call of
+  `save`, `wait` or `close`. An older checkpoint is deleted only after the new one is complete.
   """
 
   def __init__(self, workdir: str | os.PathLike, *, keep: int):
     for name in ("absl", "asyncio"):
       logging.getLogger(name).addFilter(_no_traceback)
     self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
-    self._saving: int | None = None  # the last step that was begun
+    self._saving: int | None = None  # the last step whose saving began
     self._failed = False
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
       enable_async_checkpointing=True,
-      cleanup_tmp_directories=True,  # what a killed process has left half-written
+      cleanup_tmp_directories=True,  # what a killed process left half-written
     )
     self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "data"))
 
   def latest_step(self) -> int | None:
-    """The last checkpoint's step, or None; after `wait`, the last complete one's."""
+    """Returns the last checkpoint's step, or None; after `wait`, the last complete one's."""
     return self._manager.latest_step()
 
   def save(self, step: int, state: Any, data: Mapping[str, Any]) -> None:
@@ -71,7 +71,7 @@ class Checkpointer:
 
     Raises:
       FloatingPointError: the state holds NaN or infinity; it is not saved.
-      OSError: this one, or the one before, cannot be written.
+      OSError: this checkpoint, or the one before, cannot be written.
     """
     self.wait()
     if self._manager.latest_step() == step:
@@ -85,19 +85,19 @@ class Checkpointer:
     self._saving = step
     try:
       self._manager.save(step, args=args)
-    except Exception as error:  # of many kinds, all from writing
+    except Exception as error:  # of many types, all from writing
       raise self._failure(error) from error
 
   def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]]:
-    """The last good checkpoint: (step, state, data).
+    """Returns the last good checkpoint: (step, state, data).
 
-    Damaged ones after it are moved to `checkpoints_damaged`, which is said on stderr, so that their steps can be saved
+    Later damaged ones are moved to `checkpoints_damaged`, with a message on stderr, so that their steps can be saved
     again. Nothing is moved if no checkpoint is good.
 
     Args:
       abstract_state: a pytree of ShapeDtypeStructs with shardings.
     Raises:
-      ValueError: a checkpoint is of another state, or none is good.
+      ValueError: a checkpoint belongs to another state, or none is good.
     """
     damaged: dict[int, str] = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
@@ -111,11 +111,11 @@ class Checkpointer:
     reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items()) or "there is none"
     raise ValueError(
       f"no checkpoint in {self._folder} can be used ({reasons}); put back a copy of one, or choose another --workdir "
-      "to start afresh."
+      "to start again."
     )
 
   def _set_aside(self, damaged: Mapping[int, str], *, good: int) -> None:
-    """Moves damaged checkpoints away, in process 0."""
+    """Moves damaged checkpoints away; process 0 does it."""
     if not damaged:
       return
     if jax.process_index() == 0:
@@ -127,17 +127,17 @@ class Checkpointer:
         (self._folder / str(step)).rename(target)
         print(
           f"checkpoint {self._folder / str(step)} is damaged ({reason}); it was moved to {target}, and step {good} is "
-          "used in its place.",
+          "used instead.",
           file=sys.stderr,
         )
     multihost_utils.sync_global_devices("damaged checkpoints are moved")
     self._manager.reload()
 
   def wait(self) -> None:
-    """Returns when the save in progress is on disk.
+    """Returns once the save in progress is on disk.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: the checkpoint cannot be written.
     """
     try:
       self._manager.wait_until_finished()
@@ -145,7 +145,7 @@ class Checkpointer:
       raise self._failure(error) from error
 
   def close(self) -> None:
-    """As `wait`, and ends. A failure that was raised before is not raised again."""
+    """Waits like `wait`, then closes. Does not raise a failure again that was raised before."""
     reported = self._failed
     try:
       self.wait()
@@ -156,7 +156,7 @@ class Checkpointer:
 
   def _failure(self, error: Exception) -> OSError:
     self._failed = True
-    self._manager.reload()  # it forgets a step that failed, and those that were to be deleted after it
+    self._manager.reload()  # it forgets a failed step, and those to be deleted after it
     last = self._manager.latest_step()
     good = f"the last good one is step {last}" if last is not None else "there is no earlier one"
     return OSError(
@@ -166,9 +166,9 @@ class Checkpointer:
 
 
 def _no_traceback(record: logging.LogRecord) -> bool:
-  """A filter of log records: what Orbax raises, it also logs with its traceback; that is for --verbosity=1.
+  """Returns a filter of log records: Orbax also logs what it raises, with a traceback, which is for --verbosity=1.
 
-  Of several writes that fail it raises one; asyncio logs the others when their tasks are collected.
+  If several writes fail, it raises one; asyncio logs the others when their tasks are collected.
   """
   of_orbax = "orbax" in record.pathname or (record.name == "asyncio" and "orbax" in record.getMessage())
   return not (of_orbax and record.levelno >= logging.ERROR and absl_logging.get_verbosity() <= 0)
@@ -176,7 +176,7 @@ def _no_traceback(record: logging.LogRecord) -> bool:
 
 @functools.cache  # once
 def _quiet_reads() -> None:
-  """From here on, reads that are under way when another one fails end without tracebacks of their own.
+  """Silences, from here on, tracebacks of reads that are pending when another one fails.
 
   TensorStore reports them to an event loop that is closed by then, and Orbax's coroutines are dropped with an error.
   """
@@ -195,7 +195,7 @@ def _quiet_reads() -> None:
 
 
 def _reason(error: BaseException) -> str:
-  """What an error, or the one that caused it, says: its first line, without the files that TensorStore names."""
+  """Returns the first line of an error, or of its cause, without the files that TensorStore names."""
   while error.__cause__ is not None:
     error = error.__cause__
   if isinstance(error, OSError) and error.strerror:
@@ -208,22 +208,22 @@ def _reason(error: BaseException) -> str:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-  """A permutation of u32 in which each bit of x changes about half of the result's bits (MurmurHash3's finaliser)."""
+  """Permutes u32 so that each bit of x changes about half of the result's bits (MurmurHash3's finaliser)."""
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
   return x ^ (x >> 16)
 
 
 def _fingerprint(piece: jax.Array, start: list[jax.Array], shape: tuple[int, ...]) -> jax.Array:
-  """u32[]: the sum, modulo 2^32, over all words of a piece, of the word mixed with its place in the whole array.
+  """Returns u32[]: the sum, modulo 2^32, of all words of a piece, each mixed with its place in the whole array.
 
-  Such a sum has no order, so the sum over the pieces is the same however an array is split over devices. Any change of
+  Such a sum has no order, so the sum over the pieces is the same however an array is split over devices. A change of
   bits or of their order goes unseen with probability 2^-32.
 
   Args:
-    piece: of the array.
+    piece: a piece of the array.
     start: u32[] for each axis, where the piece begins.
-    shape: of the whole array.
+    shape: shape of the whole array.
   """
   axes = piece.ndim
   if jnp.issubdtype(piece.dtype, jax.dtypes.prng_key):
@@ -232,19 +232,19 @@ def _fingerprint(piece: jax.Array, start: list[jax.Array], shape: tuple[int, ...
     piece = piece.astype(jnp.uint8)
   word = {1: jnp.uint8, 2: jnp.uint16}.get(piece.dtype.itemsize, jnp.uint32)
   words = jax.lax.bitcast_convert_type(piece, word).astype(jnp.uint32)
-  more = words.shape[axes:]  # a last axis of the two words of 8 bytes, or those of a key
+  more = words.shape[axes:]  # a last axis of the two words in 8 bytes, or of a key's words
   place = jnp.ones((), jnp.uint32)
   for axis, (size, begin) in enumerate(zip((*shape, *more), [*start, *(jnp.uint32(0) for _ in more)], strict=True)):
     place = place * jnp.uint32(size % 2**32) + begin + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
   return jnp.sum(_mix(words ^ place * jnp.uint32(0x9E3779B1)), dtype=jnp.uint32)
 
 
-# Of one array: a network has hundreds, but few shapes, and compiling takes longer than calling.
+# One array at a time: a network has hundreds, but few shapes, and compiling takes longer than calling.
 @functools.partial(jax.jit, static_argnames=("mesh", "spec"))
 def _check_array(x: jax.Array, mesh: Mesh, spec: PartitionSpec) -> tuple[jax.Array, jax.Array]:
-  """(u32[mesh] fingerprint, bool[mesh] whether all numbers are finite) of each device's piece, in one pass.
+  """Returns (u32[mesh] fingerprint, bool[mesh] whether all numbers are finite) of each device's piece, in one pass.
 
-  Devices do not talk to one another here. Copies of a piece count once: the others' fingerprint is 0.
+  Devices do not communicate here. Copies of a piece count once: the other copies' fingerprint is 0.
   """
   split = [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in (*spec, *(None,) * (x.ndim - len(spec)))]
 
@@ -267,7 +267,7 @@ def _check_array(x: jax.Array, mesh: Mesh, spec: PartitionSpec) -> tuple[jax.Arr
 
 
 def _check(tree: Any) -> tuple[dict[str, list[Any]], bool]:
-  """(name -> [type, shape, fingerprint] of each array, whether all numbers are finite); the same in all processes."""
+  """Returns ({name: [type, shape, fingerprint]} of all arrays, whether all are finite); the same in all processes."""
   found = []
   for leaf in jax.tree.leaves(tree):
     x = jnp.asarray(leaf)
@@ -287,7 +287,7 @@ def _check(tree: Any) -> tuple[dict[str, list[Any]], bool]:
 
 
 def _describe(tree: Any) -> dict[str, list[Any]]:
-  """Name -> [type, shape] of each array, in the order of the leaves."""
+  """Returns {name: [type, shape]} of each array, in the order of the leaves."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {sharding.path_name(path): [str(x.dtype), list(x.shape)] for path, x in leaves}
 
@@ -297,10 +297,10 @@ def _checksum(record: Mapping[str, Any]) -> int:
 
 
 def _read_record(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-  """(state of the data iterator, leaves) of a checkpoint.
+  """Returns (state of the data iterator, leaves) of a checkpoint.
 
   Raises:
-    DamagedError: it is not what was saved.
+    DamagedError: the checkpoint is not what was saved.
     ValueError: a later version of this package wrote it.
   """
   try:
@@ -321,11 +321,11 @@ def _read_record(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, list[A
 
 
 def _read(folder: pathlib.Path, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-  """(state, state of the data iterator) of a checkpoint, the same in all processes, or raises in all.
+  """Returns (state, state of the data iterator) of a checkpoint, the same in all processes, or raises in all.
 
   Raises:
-    DamagedError: it is not what was saved.
-    ValueError: it is of another state.
+    DamagedError: the checkpoint is not what was saved.
+    ValueError: it belongs to another state.
   """
   state: Any = None
   data: dict[str, Any] = {}
@@ -345,16 +345,16 @@ def _read(folder: pathlib.Path, abstract_state: Any) -> tuple[Any, dict[str, Any
 
 
 def _read_state(folder: pathlib.Path, abstract_state: Any) -> Any:
-  """The arrays; not through a Checkpointer, in which processes wait for one another."""
+  """Returns the arrays; without a Checkpointer, in which processes wait for one another."""
   _quiet_reads()
   try:
     return ocp.StandardCheckpointHandler().restore(folder / "state", args=ocp.args.StandardRestore(abstract_state))
-  except Exception as error:  # of many kinds
+  except Exception as error:  # of many types
     raise _damage("its arrays", error) from error
 
 
 def _damage(what: str, error: Exception) -> DamagedError:
-  """That something cannot be read; storage that is out of reach is raised as what it is."""
+  """Returns the error for something unreadable; raises an OSError if its storage cannot be reached."""
   reason = _reason(error)
   cause: BaseException | None = error
   while cause is not None:
@@ -389,14 +389,14 @@ def _compare(tree: Any, leaves: Mapping[str, list[Any]]) -> None:
 
 
 def load_state(workdir: str | os.PathLike, step: int, abstract_state: Any) -> Any:
-  """The whole state of one checkpoint, onto the shardings of an abstract one; nothing is moved or written.
+  """Returns the whole state of one checkpoint, onto the shardings of an abstract one; moves and writes nothing.
 
   Raises:
-    ValueError: there is no such checkpoint, it is damaged, or of another state.
+    ValueError: the checkpoint does not exist, is damaged, or belongs to another state.
   """
   folder = pathlib.Path(workdir).absolute() / "checkpoints" / str(step)
   if not folder.is_dir():
-    raise ValueError(f"{folder} is not there: the checkpoint was deleted as others followed; it is needed for this.")
+    raise ValueError(f"{folder} does not exist: the checkpoint was deleted as others followed, and is needed here.")
   try:
     return _read(folder, abstract_state)[0]
   except DamagedError as error:
@@ -404,16 +404,16 @@ def load_state(workdir: str | os.PathLike, step: int, abstract_state: Any) -> An
 
 
 def load_params(workdir: str | os.PathLike, step: int | None = None) -> tuple[Any, int]:
-  """The trained parameters of a checkpoint, without the rest of the state, and its step.
+  """Returns the trained parameters of a checkpoint, without the rest of the state, and its step.
 
   Args:
-    workdir: of the run, which may still be training.
-    step: of the checkpoint; None for the last one.
+    workdir: folder of the run, which may still be training.
+    step: step of the checkpoint; None for the last one.
   Returns:
     A tree of numpy arrays, and the step.
   Raises:
     FileNotFoundError: there is no checkpoint of that step, or none at all.
-    ValueError: the checkpoint is damaged: what is exported is not silently of an earlier step.
+    ValueError: the checkpoint is damaged; an earlier step is never exported silently.
   """
   folder = pathlib.Path(workdir).absolute() / "checkpoints"
   steps = _saved_steps(folder)
@@ -440,7 +440,7 @@ def load_params(workdir: str | os.PathLike, step: int | None = None) -> tuple[An
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
-  """ShapeDtypeStructs with shardings, which say how to restore."""
+  """Returns ShapeDtypeStructs with shardings, which say how to restore."""
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
@@ -455,7 +455,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _saved_steps(folder: pathlib.Path) -> list[int]:
-  """Of the checkpoints in a folder, without opening them."""
+  """Returns the steps of the checkpoints in a folder, without opening them."""
   return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
@@ -471,9 +471,9 @@ def check_workdir(
   Args:
     config: nested mapping of JSON values.
     may_change: dotted names, or prefixes ending in a dot, that may differ on resume.
-    usual: nested defaults, which hold for fields that the folder's config does not have yet.
+    usual: nested defaults, for fields that the folder's config does not have yet.
   Raises:
-    ValueError: if the folder belongs to another config, or holds other files.
+    ValueError: the folder belongs to another config, or holds other files.
   """
   workdir = pathlib.Path(workdir)
   path = workdir / "config.json"
@@ -492,7 +492,7 @@ def check_workdir(
     ]
     if differ:
       key = differ[0]
-      remedy = "choose another --workdir, or give the old value to resume"
+      remedy = "choose another --workdir, or set the old value to resume"
       if not _saved_steps(workdir / "checkpoints"):
         remedy = "it has no checkpoint yet: remove it, or choose another --workdir"
       raise ValueError(
@@ -506,10 +506,10 @@ def check_workdir(
 
 
 def check_num_steps(workdir: str | os.PathLike, num_steps: int) -> None:
-  """Checks that a run is not beyond the end that it is asked to go to; writes nothing.
+  """Checks that a run is not beyond the step that it should reach; writes nothing.
 
   Raises:
-    ValueError: it is.
+    ValueError: it is beyond that step.
   """
   workdir = pathlib.Path(workdir)
   steps = _saved_steps(workdir / "checkpoints")
@@ -521,7 +521,7 @@ def check_num_steps(workdir: str | os.PathLike, num_steps: int) -> None:
 
 
 def num_steps_before(workdir: str | os.PathLike) -> int | None:
-  """The `num_steps` that a work folder was last claimed with; None if it never was."""
+  """Returns the `num_steps` with which a work folder was last claimed; None if it never was."""
   try:
     found = json.loads((pathlib.Path(workdir) / "config.json").read_text()).get("num_steps")
   except (OSError, ValueError, AttributeError):
@@ -536,7 +536,7 @@ def claim_workdir(
   may_change: tuple[str, ...] = (),
   usual: Mapping[str, Any] | None = None,
 ) -> None:
-  """Writes `config.json` into a work folder that `check_workdir` finds new or its own; arguments as there."""
+  """Writes `config.json` into a work folder that `check_workdir` finds new or its own; takes the same arguments."""
   check_workdir(workdir, config, may_change=may_change, usual=usual)
   path = pathlib.Path(workdir) / "config.json"
   if jax.process_index() == 0:
@@ -547,13 +547,13 @@ def claim_workdir(
 
 
 def note_own_code(workdir: str | os.PathLike, versions: Mapping[str, str]) -> list[str]:
-  """Records the versions of modules of one's own beside a run, in `own_code.json`; by process 0.
+  """Records the versions of the user's own modules beside a run, in `own_code.json`; called by process 0.
 
   Args:
-    versions: by package.module:Name.
+    versions: versions by package.module:Name.
 
   Returns:
-    those that the run had in another version before.
+    The modules of which the run had another version before.
   """
   path = pathlib.Path(workdir) / "own_code.json"
   before: dict[str, str] = {}
@@ -565,7 +565,7 @@ def note_own_code(workdir: str | os.PathLike, versions: Mapping[str, str]) -> li
 
 
 def digest(tree: Any) -> str:
-  """A SHA-256 over all leaves of a pytree: equal digests mean bit-identical states."""
+  """Returns a SHA-256 over all leaves of a pytree: equal digests mean bit-identical states."""
   total = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     total.update(jax.tree_util.keystr(path).encode())

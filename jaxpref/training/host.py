@@ -1,4 +1,4 @@
-"""Rewards on the host: between what draws images and what learns from them, on the rows of each process."""
+"""Rewards on the host: run between the program that draws and the one that learns, on the rows of each process."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -13,20 +13,20 @@ from jaxpref.rewards.base import HostReward
 from jaxpref.training import step
 
 PROGRAMS = ("rollout", "experience and updates")
-_SAID = 1024  # bytes of an error's sentence that all processes are told
+_SAID = 1024  # bytes of an error's sentence that all processes receive
 
 
 def score(
   rewards: Sequence[tuple[HostReward, float]], images: Mapping[int, np.ndarray], captions: Sequence[str]
 ) -> dict[str, np.ndarray]:
-  """Scores f32[N] of N images by each reward, by name, the same on every process.
+  """Scores N images by each reward, f32[N] by name, the same on every process.
 
   Args:
-    images: u8[H,W,3] by their numbers: those of this process; all processes together have each number once.
+    images: u8[H,W,3] by number: those of this process; all processes together have each number once.
     captions: the prompts of all N.
 
   Raises:
-    ValueError: a reward failed, here or in another process: then all processes raise it, and none waits.
+    ValueError: a reward failed, here or in another process: all processes then raise, and none waits.
   """
   own, found, said = sorted(images), np.zeros((len(rewards), len(captions)), np.float32), ""
   if not rewards:
@@ -49,13 +49,13 @@ def score(
 
 @dataclasses.dataclass(frozen=True)
 class Iteration:
-  """The training step in two programs, with rewards on the host between them; called like the step that is one.
+  """The training step as two programs, with rewards on the host between them; called like a step that is one program.
 
   Attributes:
-    draw, learn: compiled, of `step.make_halves`.
-    rewards: each with its weight.
-    captions: the prompts by their `record`.
-    mesh: that the programs run on.
+    draw, learn: the compiled halves of `step.make_halves`.
+    rewards: rewards with their weights.
+    captions: prompts by their `record`.
+    mesh: the mesh that the programs run on.
   """
 
   draw: Callable[..., Any]
@@ -76,7 +76,7 @@ class Iteration:
 
   @property
   def programs(self) -> dict[str, Any]:
-    """Both, by their names."""
+    """Returns both programs, by name."""
     return dict(zip(PROGRAMS, (self.draw, self.learn), strict=True))
 
   def _everywhere(self, values: np.ndarray) -> jax.Array:
@@ -84,7 +84,7 @@ class Iteration:
 
 
 def _own_images(images: jax.Array) -> dict[int, np.ndarray]:
-  """u8[H,W,3] by their numbers: those that lie on this process's devices, each once."""
+  """Returns u8[H,W,3] by number: the images on this process's devices, each once."""
   found: dict[int, np.ndarray] = {}
   for shard in images.addressable_shards:
     if shard.replica_id == 0:
@@ -101,10 +101,10 @@ def compile_iteration(
   shardings: Any,
   arguments: tuple[Any, Any, Any],
 ) -> Iteration:
-  """Compiles both programs; arguments as of `compile_halves`.
+  """Compiles both programs; see `compile_halves` for the other arguments.
 
   Args:
-    captions: the prompts by their `record`.
+    captions: prompts by their `record`.
   """
   options = chips.compiler_options()
   compiled = lambda name, traced: traced.lower().compile(compiler_options=options)
@@ -120,13 +120,13 @@ def compile_halves(
   arguments: tuple[Any, Any, Any],
   compiled: Callable[[str, Any], Any],
 ) -> tuple[Any, Any]:
-  """Compiles what draws and what learns, of `PROGRAMS`; both are given all that lies on the devices while they run.
+  """Compiles the two programs of `PROGRAMS`; both count everything that is on the devices while they run.
 
   Args:
-    halves: of `step.make_halves`.
-    shardings: of the state, which is donated.
+    halves: those of `step.make_halves`.
+    shardings: shardings of the state, which is donated.
     arguments: state, frozen parameters and a batch, or their shapes.
-    compiled: of the name of a program and the traced program.
+    compiled: (name of a program, traced program) -> compiled program.
   """
   draw, learn = (sharding.on_mesh(mesh, half) for half in halves)
   state, frozen, batch = arguments

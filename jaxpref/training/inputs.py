@@ -1,4 +1,4 @@
-"""From a config to the batches that it trains on: sources, what is chosen of them, and what is precomputed of them."""
+"""Opens the batches that a config trains on: sources, the records chosen from them, and precomputed data."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def selection(config: Config, index: index_lib.Index, *, part: str) -> index_lib.Selection:
-  """The records of a source that the config uses, as `index.select` chooses them."""
+  """Returns the records of a source that the config uses, as `index.select` chooses them."""
   d = config.data
   return index_lib.select(
     index,
@@ -43,9 +43,9 @@ def selection(config: Config, index: index_lib.Index, *, part: str) -> index_lib
 
 
 def open_pairs(config: Config) -> Any:
-  """The source of preference pairs of `config.data`, all of it, with its `index`.
+  """Returns the source of preference pairs of `config.data`, all of it, with its `index`.
 
-  A share of the prompts of the training split that is held out is its validation split.
+  The share of the training split's prompts that is held out is its validation split.
 
   Raises:
     FileNotFoundError, ValueError: one sentence on what is missing or does not fit.
@@ -66,17 +66,17 @@ def open_pairs(config: Config) -> Any:
 
 
 def _check_split(config: Config) -> None:
-  """Refuses a split that a file has not."""
+  """Raises if the file does not have the requested split."""
   d = config.data
   if d.split != "train" and not (d.split == "validation" and d.validation_share):
     raise ValueError(
-      f"config.data.split={d.split!r}: {d.path} has no splits; hold out a share of its prompts by "
+      f"config.data.split={d.split!r}: {d.path} has no splits; hold out a share of its prompts with "
       "config.data.validation_share."
     )
 
 
 def pairs_source(config: Config) -> sources.Selected:
-  """The preference pairs of `config.data.split` that are used: with their labels and weights, ties dropped, and so on.
+  """Returns the preference pairs of `config.data.split` that are used, with labels and weights, without ties.
 
   Raises:
     FileNotFoundError, ValueError: one sentence on what is missing or does not fit.
@@ -92,7 +92,7 @@ def pairs_source(config: Config) -> sources.Selected:
     if missing := int(np.isnan(scored.scores()).any(0).sum()):
       raise ValueError(
         f"config.data.scores={d.scores}: {missing} of {len(source)} pairs have no scores yet; run the same "
-        "python -m jaxpref.score again, which finishes it."
+        "python -m jaxpref.score again to finish it."
       )
     source = sources.Indexed(source, scored)
   if d.labels == "scores":
@@ -102,7 +102,7 @@ def pairs_source(config: Config) -> sources.Selected:
 
 
 def unpaired_source(config: Config) -> Any:
-  """Images that are liked or not: those of an unpaired source, or of the pairs that are used.
+  """Returns images that are liked or not: those of an unpaired source, or of the pairs that are used.
 
   Raises:
     FileNotFoundError, ValueError: one sentence on what is missing or does not fit.
@@ -125,7 +125,7 @@ def _split(config: Config) -> str | None:
 
 
 def _shared_data_arguments(config: Config) -> dict[str, Any]:
-  # A single process may look at a mesh of devices that are not there.
+  # A single process may plan for a mesh of absent devices.
   index, count = (
     (0, 1) if jax.process_count() == 1 else sharding.batch_part(sharding.make_mesh(**config.mesh.to_dict()))
   )
@@ -141,7 +141,7 @@ def _shared_data_arguments(config: Config) -> dict[str, Any]:
 def pair_batches(
   config: Config, image_size: Size, tokenize: Callable[[list[str]], np.ndarray], **processes: int
 ) -> batching.Batches:
-  """The pairs of `pairs_source`; `processes` may hold another process_index and process_count than this run's."""
+  """Returns the pairs of `pairs_source`; `processes` may set another process_index and process_count than the run's."""
   return pipeline.pair_batches(
     pairs_source(config),
     image_size=image_size,
@@ -157,7 +157,7 @@ def pair_batches(
 def image_batches(
   config: Config, image_size: Size, tokenize: Callable[[list[str]], np.ndarray] | None, source: Any = None
 ) -> batching.Batches:
-  """Images of a source, or of the embedded emoji."""
+  """Returns images of a source, or of the embedded emoji."""
   return pipeline.image_batches(
     source,
     image_size=image_size,
@@ -173,10 +173,10 @@ def image_batches(
 
 
 def prompts(config: Config) -> list[str]:
-  """What an online objective draws pictures of: those of the emoji, or of a file, of `config.data.split`.
+  """Returns what an online objective draws pictures of: prompts of `config.data.split`, the emoji's or a file's.
 
   Raises:
-    ValueError: a split that the file has not.
+    ValueError: the file does not have the requested split.
   """
   d = config.data
   if d.source != "prompts":
@@ -191,10 +191,10 @@ def prompts(config: Config) -> list[str]:
 def prompt_batches(
   config: Config, tokenize: batching.Tokenize, tokenizers: Mapping[str, batching.Tokenize] | None = None
 ) -> batching.Batches:
-  """Batches of `prompts`, with the tokens of the model, and of rewards by their fields.
+  """Returns batches of `prompts`, with the tokens of the model, and those of rewards by field.
 
   Raises:
-    ValueError: a split that the file has not, or fewer prompts than a batch holds.
+    ValueError: the file does not have the requested split, or has fewer prompts than a batch.
   """
   return pipeline.prompt_batches(
     prompts(config), tokenize=tokenize, tokenizers=tokenizers, **_shared_data_arguments(config)
@@ -202,7 +202,7 @@ def prompt_batches(
 
 
 def offline_batches(config: Config, image_size: Size, tokenize: Callable[[list[str]], np.ndarray]) -> batching.Batches:
-  """The data of an objective that trains on images or pairs."""
+  """Returns the data of an objective that trains on images or pairs."""
   if config.data.source == "precomputed":
     return _precomputed_batches(config, image_size)
   data = catalog.method(config).facts.data
@@ -215,28 +215,28 @@ def offline_batches(config: Config, image_size: Size, tokenize: Callable[[list[s
 
 # ---- Precomputed -----------------------------------------------------------------------------------------------
 
-# Data that the frozen networks can be run over once, where latents are all that is trained on.
+# Data that can be precomputed, for methods that train on latents alone.
 _KINDS = {"pair": "pairs", "liked": "liked and other images", "image": "images"}
 
 
 def precomputable(objective_facts: config_lib.Facts) -> str | None:
-  """What the precomputed data of a method are; None: it needs the VAE while it trains."""
+  """Returns what a method's precomputed data are; None: it needs the VAE while it trains."""
   return _KINDS.get(objective_facts.data) if objective_facts.of_latents else None
 
 
-# Fields of config.data that do not change what the frozen networks make of them: training decides on these.
+# Fields of config.data that do not change the frozen networks' output: training applies them.
 _OF_TRAINING = ("caption_dropout", "num_threads", "num_workers")
 
 
 def look_for(config: Config, *, scores: bool = True) -> None:
-  """Looks for the data and prompts that a config names by paths, before anything else is loaded.
+  """Checks that the data and prompts that a config names by paths exist, before anything else is loaded.
 
   Args:
-    scores: whether config.data.scores has to be there; `jaxpref.score` makes it.
+    scores: whether config.data.scores must exist; `jaxpref.score` makes it.
 
   Raises:
-    FileNotFoundError, ValueError, OSError: something is not there, cannot be reached, or a package for it is missing;
-      in the words of what reads it.
+    FileNotFoundError, ValueError, OSError: something does not exist, cannot be reached, or needs a missing package; in
+      the words of what reads it.
   """
   d = config.data
   for place in (d.path, d.images, d.scores, config.evaluation.prompts):
@@ -252,14 +252,14 @@ def look_for(config: Config, *, scores: bool = True) -> None:
 
 
 def precomputed_fields(config: Config) -> dict[str, Any]:
-  """The fields that decide what the frozen networks make of the data, as JSON values by dotted name."""
+  """Returns the fields that decide the frozen networks' output, as JSON values by dotted name."""
   fields = {name: getattr(config, name) for name in ("model", "model_config", "vae_model", "dtype", "seed")}
   fields |= {f"data.{k}": v for k, v in config.data.to_dict().items() if k not in _OF_TRAINING}
   return json.loads(json.dumps(fields))
 
 
 def data_fingerprint(config: Config) -> str:
-  """Returns the fingerprint of the records that `offline_batches` reads; of the embedded ones their version."""
+  """Returns the fingerprint of the records that `offline_batches` reads; for the embedded ones their version."""
   data = catalog.method(config).facts.data
   if data == "image":
     return f"jaxpref {jaxpref.__version__}"
@@ -267,7 +267,7 @@ def data_fingerprint(config: Config) -> str:
 
 
 def encoder_fingerprints(config: Config) -> dict[str, str]:
-  """Of the weights whose results are precomputed, by component; none of random ones: their name and seed say it all."""
+  """Returns fingerprints of the precomputing networks' weights, by component; none for random weights."""
   of = families.get(config.family)
   files = dict(of.weight_files(loading.with_config(config.model, config.model_config)))
   files.pop(of.denoiser, None)
@@ -277,10 +277,10 @@ def encoder_fingerprints(config: Config) -> dict[str, str]:
 
 
 def open_precomputed(config: Config) -> latents.Precomputed:
-  """The folder of a config with data.source="precomputed".
+  """Returns the folder of a config with data.source="precomputed".
 
   Raises:
-    FileNotFoundError, ValueError: it is not there, not complete, or made for another model or other data.
+    FileNotFoundError, ValueError: it does not exist, is incomplete, or was made for another model or other data.
   """
   assert config.data.path is not None  # by config.check
   data = latents.open_folder(config.data.path)
@@ -291,9 +291,9 @@ def open_precomputed(config: Config) -> latents.Precomputed:
       "folder that was precomputed for it."
     )
   made, now = data.manifest["config"], precomputed_fields(config)
-  defaults = precomputed_fields(config_lib.default())  # of fields that came after the folder was made
-  # Float32 and bfloat16 differ by rounding alone; a published model does not depend on the seed, nor does the choice of
-  # all pairs with their own labels; and a folder that was made with flip has both, the images and the mirrored ones.
+  defaults = precomputed_fields(config_lib.default())  # defaults of fields that are newer than the folder
+  # Float32 and bfloat16 only differ by rounding. A published model does not depend on the seed, nor does the choice of
+  # all pairs with their own labels. A folder that was made with flip has the images and the mirrored ones.
   ignored = ["data.source", "data.path", "data.images", "data.scores", "dtype"]
   drawn = loading.preset_of(config.model) is not None or config.data.flip_labels or config.data.max_per_prompt
   ignored += [] if drawn else ["seed"]
@@ -335,11 +335,11 @@ def _precomputed_batches(config: Config, image_size: Size) -> batching.Batches:
 
 
 def stored_moments(model: Model, params: Any, images: jax.Array) -> jax.Array:
-  """f16[B, h, w, 2C] of images u8[B, H, W, 3], as they are stored."""
+  """Returns f16[B, h, w, 2C], the moments of images u8[B, H, W, 3] as they are stored."""
   return jnp.concatenate(model.encode_moments(params, images), axis=-1).astype(latents.DTYPE)
 
 
 def stored_text(model: Model, params: Any, input_ids: jax.Array) -> dict[str, jax.Array]:
-  """What `Model.stored_text` gives of prompts i32[B, L], f16[B, ...] as they are stored."""
+  """Returns `Model.stored_text` of prompts i32[B, L], f16[B, ...] as they are stored."""
   fields = model.stored_text(model.encode_text(params, input_ids))
   return jax.tree.map(lambda x: x.astype(latents.DTYPE), fields)

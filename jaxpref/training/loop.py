@@ -1,4 +1,4 @@
-"""The one training loop, read top to bottom: for every objective, on whatever devices there are."""
+"""The training loop, read top to bottom: the same for every objective and on any devices."""
 
 import contextlib
 import dataclasses
@@ -13,21 +13,18 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import jax
-import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from jaxpref import config as config_lib
-from jaxpref import reference
 from jaxpref.config import AnyConfig, Config
 from jaxpref.data import batching, lease
 from jaxpref.devices import chips, distributed, endings, sharding
 from jaxpref.models.attention import cuda_capability
 from jaxpref.objectives import catalog
-from jaxpref.recipes import own, sizes
 from jaxpref.recipes.rewards import of_preference_model, reward_terms
-from jaxpref.training import build, checkpoint, host, monitor, optim, step, validation
+from jaxpref.training import build, checkpoint, host, monitor, own_code, programs, step, validation
 from jaxpref.training import metrics as metrics_lib
 from jaxpref.training import watch as watch_lib
 
@@ -39,17 +36,17 @@ MAY_CHANGE = (
 
 
 def may_change(config: Config) -> tuple[str, ...]:
-  """Fields, or beginnings of their names, that may differ when a run is continued."""
-  # A learning rate that decays does so until the last step.
+  """Returns fields, or beginnings of their names, that may differ when a run is continued."""
+  # A learning rate that decays depends on the last step.
   return MAY_CHANGE + (("num_steps",) if config.optimizer.schedule == "constant" else ())
 
 
-# What a run leaves at its end; `export` last, as scripts take it for the sign that there is nothing more to do.
+# What a run writes at its end; `export` comes last, as scripts take it as the sign that nothing is left to do.
 RESULTS = ("results.json", "table.md", "before_after.png", "samples.png", "curves.png", "export")
 
 
 class NonFiniteError(RuntimeError):
-  """Losses or gradients that were not finite in too many steps in a row, or such a state; nothing of it was saved."""
+  """Raised if losses or gradients were not finite in too many steps in a row, or the state is not; it is not saved."""
 
 
 def _say(message: str) -> None:
@@ -71,7 +68,7 @@ def _check_folder(config: Config, folder: pathlib.Path) -> None:
 
 
 def _set_results_aside(folder: pathlib.Path, num_steps: int) -> None:
-  """Moves what an earlier end of the run has left: it is not of the run that goes on to `num_steps`."""
+  """Moves away the results of an earlier end of the run, which now continues to `num_steps`."""
   ended = checkpoint.num_steps_before(folder)
   there = [name for name in RESULTS if (folder / name).exists()]
   if ended is None or ended >= num_steps or not there:
@@ -81,149 +78,11 @@ def _set_results_aside(folder: pathlib.Path, num_steps: int) -> None:
   aside.mkdir()
   for name in there:
     (folder / name).replace(aside / name)
-  _say(f"the run goes on from step {ended} to {num_steps}; the results of step {ended} are in {aside} now")
-
-
-def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """The config's optimiser and its learning rate by the number of updates before."""
-  o = config.optimizer
-  schedule = optim.learning_rate(o.schedule, o.learning_rate, num_steps=config.num_steps, warmup_steps=o.warmup_steps)
-  optimizer = optim.make_optimizer(
-    o.name, schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
-  )
-  return optimizer, schedule
-
-
-def state_initializer(
-  experiment: build.Experiment, optimizer: optax.GradientTransformation
-) -> Callable[[Any], step.State]:
-  """The function from trained parameters, as loaded, to the state before the first step."""
-
-  def init_state(params: Any) -> step.State:
-    params = reference.init_reference(params)  # float32 copies: the state is donated, what was loaded is not
-    ref_params = reference.init_reference(params) if experiment.has_reference else {}
-    return step.initial_state(params, ref_params, optimizer.init(params))
-
-  return init_state
-
-
-def make_halves(
-  config: Config,
-  experiment: build.Experiment,
-  optimizer: optax.GradientTransformation,
-  mesh: jax.sharding.Mesh,
-) -> tuple[step.DrawFn, step.LearnFn]:
-  """`step.make_halves` of a config, not yet jitted."""
-  moving = None
-  if config.reference.mode == "update" and experiment.has_reference:
-    moving = step.MovingReference(**{k: v for k, v in config.reference.to_dict().items() if k != "mode"})
-  rows = sharding.batch_sharding(mesh)
-  return step.make_halves(
-    experiment.objective,
-    optimizer,
-    seed=config.seed,
-    accumulation=config.accumulation,
-    moving=moving,
-    constrain=lambda tree: jax.lax.with_sharding_constraint(tree, rows) if mesh.size > 1 else tree,
-    row_multiple=sharding.batch_devices(mesh),
-  )
-
-
-def make_step(
-  config: Config,
-  experiment: build.Experiment,
-  optimizer: optax.GradientTransformation,
-  mesh: jax.sharding.Mesh,
-) -> step.StepFn:
-  """One training step, (state, frozen, batch) -> (state, metrics), not yet jitted."""
-  return sharding.on_mesh(mesh, step.joined(*make_halves(config, experiment, optimizer, mesh)))
-
-
-def compile_step(
-  config: Config,
-  experiment: build.Experiment,
-  optimizer: optax.GradientTransformation,
-  mesh: jax.sharding.Mesh,
-  shardings: Any,
-  arguments: tuple[Any, Any, Any],
-) -> step.StepFn:
-  """The step as one program, or as two with rewards on the host between them.
-
-  Args:
-    shardings: of the state, which is donated.
-    arguments: state, frozen parameters and a batch.
-  """
-  if experiment.reward is not None and experiment.reward.host:
-    halves = make_halves(config, experiment, optimizer, mesh)
-    return host.compile_iteration(halves, experiment.reward.host, experiment.captions(), mesh, shardings, arguments)
-  step_fn = make_step(config, experiment, optimizer, mesh)
-  # Metrics come back whole on every device.
-  jitted = jax.jit(
-    step_fn, donate_argnums=0, out_shardings=(shardings, None), compiler_options=chips.compiler_options()
-  )
-  return jitted.lower(*arguments).compile()
-
-
-def _try_own(
-  config: Config, experiment: build.Experiment, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> None:
-  """Tries what is one's own: an objective or family on shapes alone, rewards on two blank pictures of each process.
-
-  Raises:
-    ValueError: one sentence on what is wrong with it.
-  """
-  rewards = () if experiment.reward is None else experiment.reward.host
-  if rewards:
-    assert experiment.model is not None
-    first, sides = 2 * jax.process_index(), sizes.sides(experiment.model.image_size)
-    blank = {first + i: np.full((*sides, 3), 255 * i, np.uint8) for i in range(2)}
-    host.score(rewards, blank, experiment.captions()[:1] * 2 * jax.process_count())
-  if ":" in config.objective or ":" in config.family:
-    _say("trying the training step on shapes ...")
-  if ":" in config.objective:
-    _try_step(config, experiment, optimizer, mesh)
-  elif ":" in config.family:
-    with own.calling(
-      f"config.family={config.family}: the training step of {config.objective} with its model",
-      config.family,
-      "a jaxpref.models.base.Model",
-      experiment.model,
-    ):
-      _try_step(config, experiment, optimizer, mesh)
-
-
-def _try_step(
-  config: Config, experiment: build.Experiment, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> None:
-  """Traces the training step, with an objective of one's own checked."""
-  rewards = () if experiment.reward is None else experiment.reward.host
-  state = jax.eval_shape(state_initializer(experiment, optimizer), experiment.params)
-  with contextlib.closing(experiment.batches()) as batches:
-    rows = next(batches)
-  batch = {k: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype) for k, x in rows.items()}
-  tried = experiment
-  if ":" in config.objective:
-    checked: Any = catalog.Checked(experiment.objective, config.objective, batch)
-    tried = dataclasses.replace(experiment, objective=checked)
-  draw, learn = (sharding.on_mesh(mesh, half) for half in make_halves(config, tried, optimizer, mesh))
-  drawn = jax.eval_shape(draw, state, experiment.frozen, batch)
-  scores = {}
-  if rewards:
-    if drawn.images is None:
-      raise ValueError(f"config.objective={config.objective}: its rollout draws no images; config.reward needs them.")
-    scores = {r.name: jax.ShapeDtypeStruct(drawn.images.shape[:1], np.float32) for r, _ in rewards}
-  jax.eval_shape(learn, state, experiment.frozen, batch, drawn, scores)
-
-
-def _own_versions(config: Config) -> dict[str, str]:
-  """The versions of what is one's own in a config, by package.module:Name."""
-  named = [config.objective, config.loss.name, config.family]
-  named += reward_terms(config) if catalog.method(config).facts.online else []
-  return {spec: found for spec in named if own.is_own(spec) and (found := own.version(spec))}
+  _say(f"the run continues from step {ended} to {num_steps}; the results of step {ended} are now in {aside}")
 
 
 def _memory(train_step: Any) -> str:
-  """What a compiled step takes of each device, in words; "" where the compiler does not say."""
+  """Returns in words what a compiled step takes of each device; "" if the compiler does not say."""
   programs = train_step.programs if isinstance(train_step, host.Iteration) else {"": train_step}
   peaks = {name: chips.program_bytes(program).get("peak", 0) / chips.GIB for name, program in programs.items()}
   if not all(peaks.values()):
@@ -238,7 +97,7 @@ def run(config: AnyConfig, workdir: str) -> dict[str, Any]:
   Returns:
     The evaluation's results (empty for pre-training objectives).
   Raises:
-    ValueError: anything wrong with config, folders or data, before compilation.
+    ValueError: something is wrong with config, folders or data; raised before compilation.
     lease.Occupied: another process trains in `workdir`.
     NonFiniteError: the loss or the gradient became NaN or infinite.
   """
@@ -256,16 +115,16 @@ def run(config: AnyConfig, workdir: str) -> dict[str, Any]:
   mesh = sharding.make_mesh(**config.mesh.to_dict())
   online = catalog.method(config).facts.online
   sharding.check_batch_size(mesh, config.batch_size, 1 if online else config.accumulation)
-  make_optimizer(config)
+  programs.make_optimizer(config)
   folder = pathlib.Path(workdir)
-  _check_folder(config, folder)  # before anything is written into it
+  _check_folder(config, folder)  # before anything is written to it
   build.look_for(config)
   if online and config.preference_model and not of_preference_model(reward_terms(config)):
     _say(
       f"config.preference_model={config.preference_model} is not used: config.reward={config.reward} does not name it"
     )
   with lease.hold(folder) as held:
-    _check_folder(config, folder)  # it may have changed until now
+    _check_folder(config, folder)  # it may have changed since
     return _run(config, folder, mesh, held, goodput)
 
 
@@ -276,26 +135,26 @@ def _run(
   held: lease.Held,
   goodput: monitor.Goodput,
 ) -> dict[str, Any]:
-  """The work of `run`, in a folder that this run alone writes."""
-  optimizer, schedule = make_optimizer(config)
+  """Does the work of `run` in a folder that only this run writes."""
+  optimizer, schedule = programs.make_optimizer(config)
   experiment = build.build(
     config, functools.partial(sharding.tree_shardings, mesh), batch_devices=sharding.batch_devices(mesh)
   )
-  _try_own(config, experiment, optimizer, mesh)
+  own_code.try_own(config, experiment, optimizer, mesh, say=_say)
   batches = experiment.batches()
-  # Nothing was written so far, and what could be wrong with the config has been found.
+  # Nothing has been written so far, and errors in the config have been found.
   if jax.process_index() == 0 and not (folder / "config.json").exists():
     checkpoint.claim_workdir(folder, config.to_dict(), may_change=may_change(config), usual=_usual(config))
   distributed.check_shared(folder)
   frozen = sharding.put_tree(mesh, experiment.frozen)
   training = _restore(config, folder, mesh, experiment, optimizer, batches)
-  if jax.process_index() == 0:  # what is there can be continued, so the fields that may change hold from here on
+  if jax.process_index() == 0:  # the run can be continued, so the changed fields hold from here on
     _set_results_aside(folder, config.num_steps)
     checkpoint.claim_workdir(folder, config.to_dict(), may_change=may_change(config), usual=_usual(config))
-    if changed := checkpoint.note_own_code(folder, _own_versions(config)):
+    if changed := checkpoint.note_own_code(folder, own_code.versions(config)):
       _say(
-        f"warning: the module of {', '.join(changed)} has changed since this run began; it goes on with the module as "
-        "it is now; choose another --workdir to begin again."
+        f"warning: the module of {', '.join(changed)} has changed since this run began; it continues with the present "
+        "module; choose another --workdir to begin again."
       )
   num_params = sum(x.size for x in jax.tree.leaves(training.state.params))
   _say(
@@ -303,7 +162,7 @@ def _run(
     f"mesh {dict(mesh.shape)}, batch {config.batch_size}, {config.num_steps} steps, folder {folder}"
   )
   drawer = validation.Drawer(config, experiment, mesh) if experiment.evaluable else None
-  compiled = functools.partial(compile_step, config, experiment, optimizer, mesh, training.shardings)
+  compiled = functools.partial(programs.compile_step, config, experiment, optimizer, mesh, training.shardings)
   _train(_Run(config, folder, mesh, held, goodput, experiment, batches, frozen, drawer), training, compiled, schedule)
 
   # ---- Evaluate and export -----------------------------------------------------------------------------------
@@ -322,7 +181,7 @@ def _run(
   if results and jax.process_index() == 0:
     unfinished = folder / "results.json.partial"
     unfinished.write_text(json.dumps(results, indent=2) + "\n")
-    unfinished.replace(folder / "results.json")  # which is there only when it is whole
+    unfinished.replace(folder / "results.json")  # it exists only when it is whole
     _say(str(results.get("table", json.dumps(results))))
     _say(f"results, pictures and curves are in {folder}")
   _say(str(goodput))
@@ -333,14 +192,14 @@ def _run(
 
 @dataclasses.dataclass
 class _Training:
-  """What a checkpoint holds, and the one who writes it.
+  """What a checkpoint holds, and the object that writes it.
 
   Attributes:
-    state: after the step before; donated to the next.
-    shardings: its.
-    data_state: where the data stood then.
-    losses: whose running mean goes along.
-    first_step: the steps that were done before this start.
+    state: state after the step before; donated to the next step.
+    shardings: shardings of the state.
+    data_state: state of the data at that step.
+    losses: running mean of the loss, saved as well.
+    first_step: number of steps done before this start.
   """
 
   state: step.State
@@ -359,9 +218,9 @@ def _restore(
   optimizer: optax.GradientTransformation,
   batches: batching.Batches,
 ) -> _Training:
-  """The state of the last checkpoint, or of the beginning; the batches go on from there."""
+  """Returns the last checkpoint's state, or the first state; the batches continue from there."""
   params, experiment.params = experiment.params, None
-  init_state = state_initializer(experiment, optimizer)
+  init_state = programs.state_initializer(experiment, optimizer)
   shapes = jax.eval_shape(init_state, params)
   shardings = sharding.tree_shardings(mesh, shapes)
   saver, losses = checkpoint.Checkpointer(folder, keep=config.checkpoint.keep), monitor.LossMonitor()
@@ -392,17 +251,17 @@ class _Run(NamedTuple):
 def _train(
   run: _Run, training: _Training, compiled: Callable[[tuple[Any, Any, Any]], step.StepFn], schedule: optax.Schedule
 ) -> None:
-  """All steps that are left; `training.state` is the last one's.
+  """Runs all steps that are left; `training.state` is then the last one's.
 
   Args:
-    compiled: of state, frozen parameters and a batch: the step.
+    compiled: (state, frozen parameters, batch) -> the compiled step.
     schedule: the learning rate by the number of updates.
   """
   config, goodput, first, last = run.config, run.goodput, training.first_step, run.config.num_steps
   every = config.sample.every if run.drawer is not None else 0
   wandb = config.logging.wandb_project
   writer = metrics_lib.Writer(run.folder, first_step=first, wandb_project=wandb, config=config_lib.to_dict(config))
-  # The next batches are made and moved to the devices while a step runs.
+  # Makes the next batches and moves them to the devices while a step runs.
   prefetched = batching.Prefetched(run.batches, functools.partial(sharding.put_batch, run.mesh), count=last - first)
   profiler = monitor.Profiler(run.folder, *config_lib.parse_steps(config.profile_steps))
   watch = _watch(run, training, writer, schedule)
@@ -467,7 +326,7 @@ def _watch(run: _Run, training: _Training, writer: metrics_lib.Writer, schedule:
 
 
 def _save(run: _Run, training: _Training, done: int) -> None:
-  """Writes a checkpoint of the step done.
+  """Writes a checkpoint after the step `done`.
 
   Raises:
     NonFiniteError: the state is not finite.
@@ -487,7 +346,7 @@ def _save(run: _Run, training: _Training, done: int) -> None:
 
 
 def _look(run: _Run, training: _Training, writer: metrics_lib.Writer, watch: watch_lib.Watch, done: int) -> None:
-  """Draws the validation prompts with the state after the step done, and measures them."""
+  """Draws the validation prompts with the state after the step `done`, and measures them."""
   assert run.drawer is not None
   started = time.perf_counter()
   with run.goodput.phase("samples"):
@@ -501,9 +360,9 @@ def _look(run: _Run, training: _Training, writer: metrics_lib.Writer, watch: wat
 
 
 def _stop_at_bad_step(run: _Run, training: _Training, watch: watch_lib.Watch, seen: watch_lib.Seen) -> NoReturn:
-  """Saves, writes what is known of the step, and raises NonFiniteError.
+  """Saves, records the step, and raises NonFiniteError.
 
-  The state is that before the first of the bad steps, but for its count, and no step is on its way.
+  The state is that before the first of the bad steps, except for its count, and no step is pending.
   """
   config, done, count = run.config, seen.done, len(watch.bad)
   _save(run, training, done)
@@ -516,15 +375,15 @@ def _stop_at_bad_step(run: _Run, training: _Training, watch: watch_lib.Watch, se
   raise NonFiniteError(
     f"step {done}: loss or gradient was not finite in {count} steps in a row, so the parameters are those of step "
     f"{done - count}; they are saved. See what is wrong with python -m jaxpref.replay {where}, and lower "
-    "config.optimizer.learning_rate or mend the data it names; the same command goes on with the batches that follow."
+    "config.optimizer.learning_rate or fix the data it names; the same command continues with the batches that follow."
   )
 
 
 class _Stop:
-  """Whether to save the step just done and stop, as SIGTERM (preemption) or Ctrl-C came.
+  """Whether to save the step just done and stop, because SIGTERM (preemption) or Ctrl-C came.
 
-  Several processes all stop at the same step, whichever of them got the signal: JAX handles SIGTERM there, and Ctrl-C
-  becomes one. The first that is interrupted tells the others, and says so.
+  Several processes all stop at the same step, whichever got the signal: there JAX handles SIGTERM, and Ctrl-C becomes a
+  SIGTERM. The first interrupted process tells the others, and says so.
   """
 
   def __init__(self) -> None:
@@ -535,7 +394,7 @@ class _Stop:
     if jax.process_count() == 1:
       return self._asked
     stopping = multihost_utils.reached_preemption_sync_point(done)
-    if stopping:  # this process may have heard of no signal
+    if stopping:  # this process may not have had the signal
       self._by_hand = distributed.was_interrupted()
     return stopping
 
@@ -543,21 +402,21 @@ class _Stop:
     self._asked = True
 
   def interrupted(self) -> None:
-    """Called by another thread."""
+    """Notes Ctrl-C; another thread calls it."""
     self._asked = self._by_hand = True
     if distributed.tell_interrupted():
       tqdm.write("stopping: this step is finished and saved first; Ctrl-C again stops at once.", file=sys.stderr)
     with self._lock:
       if jax.process_count() > 1 and not self._closed:
-        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)  # which has come when this returns
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)  # it has arrived when this returns
 
   def close(self) -> None:
-    """No step follows; a signal ends the process as usual from now on."""
+    """Ends the handling: no step follows, and from now on a signal ends the process as usual."""
     with self._lock:
       self._closed = True
 
   def too_late(self) -> bool:
-    """Whether Ctrl-C came when the last step was being saved; the same in all processes, if it came a while ago."""
+    """Returns whether Ctrl-C came while the last step was saved; the same in all processes if it came a while ago."""
     if jax.process_count() > 1:
       self._by_hand |= bool(distributed.word_of_first("interrupted" if distributed.was_interrupted() else ""))
     return self._by_hand
@@ -573,7 +432,7 @@ class _Stop:
 
 @contextlib.contextmanager
 def _stop_on_signal() -> Iterator[_Stop]:
-  """Handles SIGTERM and Ctrl-C inside the block; not outside the main thread, where the embedding program does."""
+  """Handles SIGTERM and Ctrl-C inside the block; outside the main thread the embedding program does."""
   stop, before = _Stop(), None
   if jax.process_count() == 1:
     with contextlib.suppress(ValueError):  # not in the main thread
@@ -588,6 +447,6 @@ def _stop_on_signal() -> Iterator[_Stop]:
     stop.close()
     if jax.process_count() > 1:
       with contextlib.suppress(ValueError):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what comes after the last step can be done again
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the work after the last step can be done again
     elif before is not None:
       signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,4 @@
-"""Metrics: weighted means that add up exactly, and where they are written.
+"""Metrics: weighted means that add up exactly, and their files.
 
 Inside a step a metric is a pair (sum, count) of arrays. Pairs of micro-batches are added and divided once at the
 end, so a mean is never a mean of means. A pair of vectors is a mean per bin (e.g. reward by timestep).
@@ -20,7 +20,7 @@ import numpy as np
 
 
 def to_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-  """Host floats; a vector becomes name_00, name_01, ... and empty means (NaN) are left out, `loss` excepted."""
+  """Converts to host floats: a vector becomes name_00, name_01, ...; leaves out empty means (NaN) except `loss`."""
   flat: dict[str, float] = {}
   for name, value in jax.device_get(dict(metrics)).items():
     value = np.asarray(value)
@@ -30,9 +30,9 @@ def to_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def check_wandb(project: str) -> None:
-  """Raises ValueError if `Writer` could not start a run of a project: wandb or its API key is missing.
+  """Raises ValueError if `Writer` could not start a run of a project, because wandb or its API key is missing.
 
-  Without a key wandb asks for one at a terminal, and waits.
+  Without a key wandb would ask for one at the terminal and wait.
   """
   if not project:
     return
@@ -43,25 +43,25 @@ def check_wandb(project: str) -> None:
   if jax.process_index() == 0 and not _wandb_can_start():
     raise ValueError(
       f"config.logging.wandb_project={project!r}, but wandb has no API key; run wandb login, set WANDB_API_KEY, or set "
-      "WANDB_MODE=offline and upload the run later by wandb sync."
+      "WANDB_MODE=offline and upload the run later with wandb sync."
     )
 
 
 def _wandb_can_start() -> bool:
-  """Whether wandb needs no API key or has one; asks neither the user nor the network."""
+  """Returns whether wandb needs no API key or has one; asks neither the user nor the network."""
   import wandb
 
-  if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):  # of WANDB_MODE, or of wandb offline
+  if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):  # from WANDB_MODE, or from wandb offline
     return True
   if "prompt" in inspect.signature(wandb.login).parameters:
     return bool(wandb.login(prompt=False, verify=False))
-  return bool(wandb.api.api_key)  # of versions that would ask
+  return bool(wandb.api.api_key)  # in versions that would ask
 
 
 class Writer:
   """Appends to `metrics.jsonl` and TensorBoard event files, and to Weights & Biases if asked.
 
-  What cannot be written, on a full disk, is said once and left out: training goes on, and may still save a checkpoint.
+  If a disk is full, says so once and stops writing: training continues, and may still save a checkpoint.
   """
 
   def __init__(self, workdir: str | os.PathLike, *, first_step: int, wandb_project: str = "", config: Any = None):
@@ -72,7 +72,7 @@ class Writer:
     self._wandb: Any = None
     if jax.process_index() != 0:
       return
-    # Slow to import. Not the package's SummaryWriter, whose thread dies on a full disk, and its queue then blocks.
+    # Slow to import. Not the package's SummaryWriter: its thread dies on a full disk, and its queue then blocks.
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import SessionLog
 
@@ -88,19 +88,19 @@ class Writer:
     if wandb_project:
       import wandb
 
-      file = path.with_name("wandb_run.txt")  # so that a run that continues goes on with its curves
+      file = path.with_name("wandb_run.txt")  # so that a continued run continues its curves
       name = file.read_text().strip() if file.is_file() else secrets.token_hex(4)
       file.write_text(f"{name}\n")
       try:
         self._wandb = wandb.init(id=name, project=wandb_project, dir=str(workdir), config=config, resume="allow")
-      except Exception as error:  # of several types: the key is refused, the network is away
+      except Exception as error:  # several types: the key is refused, the network is down
         raise ValueError(
-          f"config.logging.wandb_project={wandb_project!r}: wandb cannot start a run ({error}); mend that, or set "
-          "WANDB_MODE=offline and upload the run later by wandb sync."
+          f"config.logging.wandb_project={wandb_project!r}: wandb cannot start a run ({error}); fix that, or set "
+          "WANDB_MODE=offline and upload the run later with wandb sync."
         ) from error
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
-    """Writes one row of host floats; those that are not finite are left out, since JSON knows none."""
+    """Writes one row of host floats, without those that are not finite, which JSON cannot hold."""
     if self._path is None:
       return
     scalars = {k: v for k, v in scalars.items() if np.isfinite(v)}
@@ -147,7 +147,7 @@ class Writer:
     self._board = None  # its file may end in half an event
     if not self._failed:
       print(
-        f"{self._path} and the curves of TensorBoard cannot be written ({error.strerror or error}); training goes on "
+        f"{self._path} and the curves of TensorBoard cannot be written ({error.strerror or error}); training continues "
         "without them.",
         file=sys.stderr,
       )
@@ -166,7 +166,7 @@ def _append(path: pathlib.Path, line: str) -> None:
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The rows of a metrics.jsonl; [] if there is none, a half-written last line is left out."""
+  """Returns the rows of a metrics.jsonl, without a half-written last line; [] if there is none."""
   path = pathlib.Path(path)
   rows: list[dict[str, Any]] = []
   if path.exists():

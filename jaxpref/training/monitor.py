@@ -1,4 +1,4 @@
-"""What watches a run: alarms on the loss, where the time went, profiles, and the record of a step that went wrong."""
+"""Monitors a run: alarms on the loss, where the time goes, profiles, and the record of a step that went wrong."""
 
 import contextlib
 import json
@@ -28,12 +28,12 @@ from jaxpref.devices import sharding
 class LossMonitor:
   """Running mean and spread of the loss, and two alarms: a single loss far above it, and a mean that has risen.
 
-  Both are exponential averages over about `1 / (1 - DECAY)` steps, without bias at the start. A loss counts into them
-  as if it were at most `SPIKE` standard deviations above the mean, so that one outlier does not hide the next.
+  Both are exponential averages over about `1 / (1 - DECAY)` steps, without bias at the start. A loss counts at most as
+  `SPIKE` standard deviations above the mean, so that one outlier does not hide the next.
   """
 
   DECAY = 0.98
-  WARMUP = 50  # steps before an alarm can be given
+  WARMUP = 50  # steps before the first possible alarm
   SPIKE = 6.0  # standard deviations
 
   def __init__(self) -> None:
@@ -42,7 +42,7 @@ class LossMonitor:
     }  # fmt: skip
 
   def get_state(self) -> dict[str, Any]:
-    """JSON values, for the checkpoint."""
+    """Returns JSON values, for the checkpoint."""
     return {**self._state, "lowest": None if math.isinf(self._state["lowest"]) else self._state["lowest"]}
 
   def set_state(self, state: Mapping[str, Any]) -> None:
@@ -72,7 +72,7 @@ class LossMonitor:
     return spike
 
   def metrics(self) -> dict[str, float]:
-    """`loss_mean`; `loss_spikes`, those so far; `diverging`, 1 while the mean is a deviation above its lowest value."""
+    """Returns `loss_mean`; `loss_spikes` so far; `diverging`, 1 while the mean is a deviation above its minimum."""
     if not self._state["count"]:
       return {}
     mean, deviation = self._mean_and_deviation()
@@ -86,7 +86,7 @@ class LossMonitor:
 
 
 class Goodput:
-  """Where the wall time of a run goes: it is always in one phase, of which `step` is the one that is wanted."""
+  """Accounts the wall time of a run: it is always in one phase, and `step` is the productive one."""
 
   def __init__(self, phase: str):
     self._seconds: dict[str, float] = {}
@@ -102,7 +102,7 @@ class Goodput:
 
   @contextlib.contextmanager
   def phase(self, name: str) -> Iterator[None]:
-    """Another phase, inside the block."""
+    """Switches to another phase inside the block."""
     before = self.switch(name)
     try:
       yield
@@ -110,13 +110,13 @@ class Goodput:
       self.switch(before)
 
   def since_last(self, phase: str) -> float:
-    """Seconds of a phase since the last call for it."""
+    """Returns the seconds of a phase since the last call for it."""
     now = self.seconds().get(phase, 0.0)
     before, self._asked[phase] = self._asked.get(phase, 0.0), now
     return now - before
 
   def seconds(self) -> dict[str, float]:
-    """By phase; they sum to the time since the beginning."""
+    """Returns seconds by phase; they sum to the time since the beginning."""
     self.switch(self._phase)
     return dict(self._seconds)
 
@@ -129,7 +129,7 @@ class Goodput:
 
 @contextlib.contextmanager
 def ticking(message: str, *, every: float = 1.0, after: float = 2.0) -> Iterator[None]:
-  """Says what is going on, and on a terminal for how long it has been, until the block ends; then what it took."""
+  """Says what is going on, and on a terminal for how long, until the block ends; then how long it took."""
   if jax.process_index() != 0:
     yield
     return
@@ -167,7 +167,7 @@ class Profiler:
   """A trace of some steps, and memory profiles when asked for by SIGUSR1."""
 
   def __init__(self, folder: pathlib.Path, start: int, stop: int):
-    """Args: `start` is the first step that is traced, `stop` the first that no longer is; equal for none."""
+    """Traces from the step `start` up to, not including, `stop`; equal numbers trace nothing."""
     self._folder = folder
     self._start, self._stop = start, stop
     self._tracing = False
@@ -180,10 +180,10 @@ class Profiler:
     self._asked = True
 
   def before_step(self, step: int, state: Any) -> str | None:
-    """Starts and ends the trace, writes a memory profile that was asked for; returns what to say of it.
+    """Starts and ends the trace, writes a requested memory profile; returns what to print.
 
     Args:
-      state: of the steps before, which have to be done when there is something to do.
+      state: state after the steps before, which must be done if there is anything to do.
     """
     said = None
     if self._tracing and step >= self._stop:
@@ -207,7 +207,7 @@ class Profiler:
     return f"profile in {self._folder / 'profile'} (tensorboard --logdir {self._folder}, with the xprof plugin)"
 
   def close(self) -> str | None:
-    """Ends a trace that is running, and listens no longer; returns what to say."""
+    """Ends a running trace and stops listening; returns what to print."""
     if self._before is not None:
       signal.signal(signal.SIGUSR1, self._before)
       self._before = None
@@ -219,7 +219,7 @@ class Profiler:
 
 
 def bad_step_folder(workdir: str | os.PathLike, step: int) -> pathlib.Path:
-  """Where the record of a step that went wrong lies."""
+  """Returns the folder for the record of a step that went wrong."""
   return pathlib.Path(workdir) / f"bad_step_{step:06d}"
 
 
@@ -233,24 +233,24 @@ def write_bad_step(
   names: Callable[[list[int]], list[str]],
   in_a_row: list[dict[str, float]],
 ) -> None:
-  """Writes the batch of a step, each part of it in its own file, and what is known of the step.
+  """Writes the batch of a step, each part in its own file, and a report on the step.
 
   Args:
     folder: `bad_step_folder`.
-    batch: on the devices, as the step got it; `record` says which records its rows are.
-    step: its number.
-    metrics: of the step; those by bin of time as well.
-    timesteps: i32[B] drawn for the rows; None: none are.
-    names: of records, from their places.
-    in_a_row: number, loss and gradient norm of this step and those before it that were not finite.
+    batch: batch on the devices, as the step got it; `record` says which records its rows are.
+    step: number of the step.
+    metrics: metrics of the step, also those by bin of time.
+    timesteps: i32[B] drawn for the rows; None if none are drawn.
+    names: names of records, from their places.
+    in_a_row: number, loss and gradient norm of this step and the non-finite ones before it.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  # bfloat16 is none of NumPy's own types
+  # NumPy has no bfloat16 of its own
   rows = {k: v.astype(np.float32) if v.dtype.name == "bfloat16" else v for k, v in _local_rows(batch).items()}
   first = next(iter(batch.values()))
   mesh = first.sharding.mesh if isinstance(first.sharding, NamedSharding) else None
   part, num_parts = sharding.batch_part(mesh) if isinstance(mesh, Mesh) else (0, 1)
-  if any(shard.replica_id == 0 for shard in first.addressable_shards):  # not the copies of other processes
+  if any(shard.replica_id == 0 for shard in first.addressable_shards):  # not copies of other processes' rows
     with (folder / f"batch_{part:05d}.npz").open("wb") as file:
       np.savez(file, **rows)  # type: ignore[arg-type]
   places = multihost_utils.process_allgather(batch["record"], tiled=True).tolist() if "record" in batch else []
@@ -268,10 +268,10 @@ def write_bad_step(
 
 
 def read_bad_step(folder: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-  """The whole batch, of all its parts, and the report.
+  """Returns the whole batch, joined from its parts, and the report.
 
   Raises:
-    FileNotFoundError: the folder holds none.
+    FileNotFoundError: the folder does not hold one.
     ValueError: a file is missing or damaged.
   """
   folder = pathlib.Path(folder)
@@ -290,7 +290,7 @@ def read_bad_step(folder: str | os.PathLike) -> tuple[dict[str, np.ndarray], dic
 
 
 def _local_rows(batch: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-  """The rows that lie on this process's devices, each once and in order."""
+  """Returns the rows on this process's devices, each once and in order."""
   found = {}
   for name, value in batch.items():
     pieces = {shard.index[0].start or 0: shard.data for shard in value.addressable_shards}
@@ -299,7 +299,7 @@ def _local_rows(batch: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
 
 
 def _without_nan(value: Any) -> Any:
-  """JSON knows neither NaN nor infinity: they become strings."""
+  """Replaces NaN and infinity by strings, as JSON cannot hold them."""
   if isinstance(value, Mapping):
     return {k: _without_nan(v) for k, v in value.items()}
   if isinstance(value, list):

@@ -6,10 +6,10 @@ from jaxpref.config import OPTIMIZERS, SCHEDULES
 
 
 def learning_rate(name: str, peak: float, *, num_steps: int, warmup_steps: int) -> optax.Schedule:
-  """Linear warm-up from 0 to `peak`, then constant, or linear / cosine decay to 0 at `num_steps`.
+  """Returns a linear warm-up from 0 to `peak`, then constant, or linear / cosine decay to 0 at `num_steps`.
 
   Raises:
-    ValueError: if the name is unknown or the warm-up leaves nothing of the run to decay in.
+    ValueError: the name is unknown, or the warm-up leaves no steps to decay in.
   """
   if name not in SCHEDULES:
     raise ValueError(f"config.optimizer.schedule={name!r} is unknown; expected one of {', '.join(SCHEDULES)}.")
@@ -32,7 +32,7 @@ def learning_rate(name: str, peak: float, *, num_steps: int, warmup_steps: int) 
 def _decayed(
   core: optax.GradientTransformation, schedule: optax.Schedule, weight_decay: float, *, flip_sign: bool = True
 ) -> optax.GradientTransformation:
-  """Decoupled weight decay as AdamW's; `flip_sign`: of what `core` gives, an ascent."""
+  """Adds decoupled weight decay like AdamW's; `flip_sign` if `core` returns an ascent direction."""
   decay = [optax.add_decayed_weights(weight_decay if flip_sign else -weight_decay)] if weight_decay else []
   return optax.chain(core, *decay, optax.scale_by_learning_rate(schedule, flip_sign=flip_sign))
 
@@ -47,17 +47,17 @@ def make_optimizer(
   weight_decay: float,
   clip_norm: float,
 ) -> optax.GradientTransformation:
-  """Global-norm clipping (0 switches it off) followed by the named optimiser, all with AdamW's weight decay.
+  """Returns global-norm clipping (0 switches it off) followed by the named optimiser, all with AdamW's weight decay.
 
   Clipping comes first and acts on the whole gradient, after accumulation.
 
   Raises:
-    ValueError: if the name is unknown.
+    ValueError: the name is unknown.
   """
   if name == "adamw":
     core = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
   elif name == "adafactor":
-    # Its own weight decay would be the same at every learning rate.
+    # Its own weight decay would not scale with the learning rate.
     core = _decayed(optax.adafactor(multiply_by_parameter_scale=False), schedule, weight_decay, flip_sign=False)
   elif name == "lion":
     core = optax.lion(schedule, b1=b1, b2=b2, weight_decay=weight_decay)

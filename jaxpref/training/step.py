@@ -1,8 +1,8 @@
 """The training state, and the one step of every method: `make_step` of an `Objective`.
 
-It has the type `step(state, frozen, batch) -> (state, metrics)`. An offline method makes one update of a batch of data,
-an online one its experience of a batch of prompts, and as many updates as it pays for; then the reference may move. All
-randomness is derived from (seed, step), so a restart replays nothing and skips nothing.
+The step has the type `step(state, frozen, batch) -> (state, metrics)`. An offline method makes one update from a batch
+of data. An online method makes its experience from a batch of prompts, and as many updates as that needs. Then the
+reference may move. All randomness derives from (seed, step), so a restart repeats nothing and skips nothing.
 """
 
 import dataclasses
@@ -33,11 +33,11 @@ class State:
 
   Attributes:
     step: i32[] completed steps, skipped updates included.
-    params: what is trained, by component; float32.
-    ref_params: the reference model, mirrors params; an empty tree for objectives without one.
-    opt_state: the optimiser's.
+    params: trained parameters by component; float32.
+    ref_params: the reference model, with the structure of params; an empty tree for objectives without one.
+    opt_state: the optimiser's state.
     ref_stats: running divergence and counts of the reference's moves.
-    skipped: i32[] updates that were left out because loss or gradient was not finite.
+    skipped: i32[] updates that were skipped because loss or gradient was not finite.
   """
 
   step: jax.Array
@@ -49,7 +49,7 @@ class State:
 
 
 def initial_state(params: Any, ref_params: Any, opt_state: Any) -> State:
-  """The state before the first step."""
+  """Returns the state before the first step."""
   zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
   return State(zero(), params, ref_params, opt_state, ReferenceStats.zeros(), zero())
 
@@ -57,7 +57,7 @@ def initial_state(params: Any, ref_params: Any, opt_state: Any) -> State:
 def _apply(
   optimizer: optax.GradientTransformation, loss: jax.Array, grads: Any, state: State
 ) -> tuple[State, jax.Array]:
-  """The state after an update, or the same one where loss or gradient is not finite; and the gradient's norm."""
+  """Returns the state after an update, unchanged if loss or gradient is not finite; and the gradient's norm."""
   norm = optax.tree.norm(grads)
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -72,7 +72,7 @@ class MovingReference:
   """How the reference follows the policy: `reference.update` with these numbers, gated by the objective's divergence.
 
   Attributes:
-    all: as of `reference.update`.
+    all: see `reference.update`.
   """
 
   alpha: float
@@ -85,12 +85,12 @@ class MovingReference:
   def move(
     self, objective: Objective, state: State, frozen: Frozen, batch: Any, key: jax.Array
   ) -> tuple[Any, ReferenceStats]:
-    """The reference after the step, and its statistics.
+    """Returns the reference after the step, and its statistics.
 
     Args:
-      frozen: with the pre-trained values of what is trained, but for an adapter that started from zero.
+      frozen: has the pre-trained values of what is trained, except for an adapter that started from zero.
     """
-    # The pre-trained model, to which an adapter adds nothing, has none.
+    # An adapter adds nothing to the pre-trained model, which has none.
     pretrained = {k: frozen[k] for k in state.params} if all(k in frozen for k in state.params) else None
 
     return reference.update(
@@ -112,11 +112,11 @@ class MovingReference:
 def _finish(
   before: State, state: State, move: Callable[[State], tuple[Any, ReferenceStats]] | None
 ) -> tuple[State, Metrics]:
-  """Counts the step and, where the reference may move, lets it; not in a step that skipped an update."""
+  """Counts the step, and moves the reference if it may move and no update was skipped."""
   state = dataclasses.replace(state, step=state.step + 1)
   skipped = state.skipped - before.skipped
   found = {"skipped_updates": skipped.astype(jnp.float32)}
-  # All transformations of a chain count alike; a skipped update is not counted.
+  # All transformations of a chain have the same count; a skipped update does not count.
   if counts := optax.tree_utils.tree_get_all_with_path(state.opt_state, "count"):
     found["optimizer_updates"] = counts[0][1].astype(jnp.float32)
   if move is None:
@@ -127,17 +127,17 @@ def _finish(
 
 
 def summed(fn: Callable[[Any], Any], inputs: Any) -> Any:
-  """The sum of fn over the leading axis of inputs, one at a time; besides its result it keeps one value of fn."""
+  """Returns the sum of fn over the leading axis of inputs, one at a time; keeps only one value of fn besides."""
   first = jax.tree.map(lambda x: x[0], inputs)
   if all(x.shape[0] == 1 for x in jax.tree.leaves(inputs)):
     return fn(first)
-  fn = jax.jit(fn)  # so that it is traced once
+  fn = jax.jit(fn)  # traces it only once
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, first))
   return jax.lax.scan(lambda total, x: (jax.tree.map(jnp.add, total, fn(x)), None), zeros, inputs)[0]
 
 
 def timesteps(objective: Objective, size: int, *, seed: int, step: int, accumulation: int = 1) -> jax.Array | None:
-  """The timesteps i32[size] that the step drew for the rows of a batch; None for objectives that draw none of data.
+  """Returns the timesteps i32[size] that the step drew for a batch's rows; None if the objective draws none for data.
 
   Args:
     step: steps completed before it.
@@ -149,12 +149,12 @@ def timesteps(objective: Objective, size: int, *, seed: int, step: int, accumula
 
 
 def make_step(objective: Objective, optimizer: optax.GradientTransformation, **options: Any) -> StepFn:
-  """The training step of a method whose rewards, if it has any, are in the graph; options as of `make_halves`."""
+  """Returns the training step of a method without rewards on the host; takes the options of `make_halves`."""
   return joined(*make_halves(objective, optimizer, **options))
 
 
 def joined(draw: DrawFn, learn: LearnFn) -> StepFn:
-  """The halves as one function, where no reward is on the host."""
+  """Returns the halves as one function, for methods without rewards on the host."""
   return lambda state, frozen, batch: learn(state, frozen, batch, draw(state, frozen, batch), {})
 
 
@@ -168,16 +168,16 @@ def make_halves(
   constrain: Callable[[Any], Any] = lambda tree: tree,
   row_multiple: int = 1,
 ) -> tuple[DrawFn, LearnFn]:
-  """The training step of a method in two: what is drawn, and what is learnt of it.
+  """Returns the training step of a method in two halves: drawing, and learning from what was drawn.
 
-  Between them rewards on the host score what was drawn, by name. Offline nothing is drawn. An update whose loss or
-  gradient is not finite is left out, of the metrics of an online method, too, and counted in `skipped_updates`.
+  Between them rewards on the host score what was drawn, by name. Offline methods draw nothing. An update whose loss or
+  gradient is not finite is skipped, also in the metrics of an online method, and counted in `skipped_updates`.
 
   Args:
-    accumulation: micro-batches that an update is split into; the same update, in less memory.
-    moving: how the reference does; None: it stays.
+    accumulation: number of micro-batches in an update; the same update in less memory.
+    moving: how the reference moves; None: it does not.
     constrain: pins the leading axis of an online method's minibatch to the devices.
-    row_multiple: its micro-batches are filled up with masked rows to a multiple of it: the devices that share them.
+    row_multiple: its micro-batches are padded with masked rows to a multiple of this, the number of devices.
   """
 
   def models_of(frozen: Frozen) -> Callable[[Any, State], Weights]:
@@ -232,9 +232,9 @@ def _update_of_batch(
   *,
   accumulation: int,
 ) -> tuple[State, Metrics]:
-  """One update, summed over micro-batches and divided once by the global count.
+  """Makes one update, summed over micro-batches and divided once by the global count.
 
-  What a loss takes from the batch as a whole (`Objective.statistics`) is computed of all micro-batches first.
+  What a loss needs from the batch as a whole (`Objective.statistics`) is first computed over all micro-batches.
   """
 
   def gradients(batch: Any, key: jax.Array, known: sums.Pairs | None = None):
@@ -261,7 +261,7 @@ def _update_of_batch(
     grads, pairs = summed(lambda inputs: gradients(inputs[0], inputs[1], known), parts)
   count = jnp.maximum(pairs["loss"][1], 1e-6)
   found = sums.divide(pairs)
-  # A batch of nothing but ties has no loss, and is no reason to stop.
+  # A batch of ties alone has no loss, which is no reason to stop.
   found["loss"] = jnp.where(pairs["loss"][1] > 0, found["loss"], objective.empty_loss())
   state, grad_norm = _apply(optimizer, found["loss"], jax.tree.map(lambda g: g / count, grads), state)
   return state, {**found, "grad_norm": grad_norm}
@@ -309,9 +309,9 @@ def _updates_of_experience(
   constrain: Callable[[Any], Any],
   row_multiple: int,
 ) -> tuple[State, Metrics]:
-  """Every valid row in one update, spread evenly over as many as its minibatches take.
+  """Uses every valid row in one update, spread evenly over as many updates as there are minibatches.
 
-  Those of the first kind hold `objective.update_rows`, those of the others as many in proportion to their numbers.
+  A minibatch has `objective.update_rows` rows of the first kind, and rows of the others in proportion to their number.
   """
   shuffled = [
     _shuffled(rows, named_key(key, name)) for rows, name in zip(experience.kinds, objective.kinds, strict=True)
@@ -319,7 +319,7 @@ def _updates_of_experience(
   counts = [rows.valid.shape[0] for rows in experience.kinds]
   first = objective.update_rows(counts[0])
   sizes = [_ceil_div(first * n, counts[0]) for n in counts]
-  # Rows of all micro-batches past the size of the minibatch are past the valid ones.
+  # Rows beyond the size of the minibatch come after the valid ones.
   micro = lambda n: _ceil_div(_ceil_div(n, accumulation), row_multiple) * row_multiple
   needed = [_ceil_div(kind.valid, size) for kind, size in zip(shuffled, sizes, strict=True) if size]
   num_updates = functools.reduce(jnp.maximum, needed)
@@ -344,11 +344,11 @@ def _updates_of_experience(
     before, total, norms = carry
     grads, found = gradients(before, m)
     state, norm = _apply(optimizer, found["loss"][0], grads, before)
-    # The metrics are those of the updates that count.
+    # The metrics only cover the updates that count.
     found, norm = jax.tree.map(lambda x: jnp.where(state.skipped == before.skipped, x, 0.0), (found, norm))
     return state, sums.add(total, found), norms + norm
 
-  gradients = jax.jit(gradients)  # so that it is traced once
+  gradients = jax.jit(gradients)  # traces it only once
   before = state
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradients, state, jnp.int32(0))[1])
   state, total, norms = jax.lax.fori_loop(jnp.int32(0), num_updates, update, (state, zeros, jnp.zeros(())))

@@ -1,4 +1,4 @@
-"""What a run is told of itself: pictures while it trains; held-out data, and base against aligned, after it."""
+"""Measures a run: pictures while it trains; held-out data, and base against aligned, after it."""
 
 import pathlib
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from jaxpref.rewards.base import LATENTS, Scores
 from jaxpref.training import build, host, metrics, step
 
 LOOK_COLUMNS = 16
-# What curves.png shows, of what there is.
+# What curves.png shows, if it exists.
 CURVES = (
   "validation_reward", "validation_preferred_share", "validation_caption_accuracy",
   "loss", "implicit_accuracy", "reward", "valid_pairs", "margin", "divergence", "grad_norm",
@@ -30,7 +30,7 @@ CURVES = (
 def held_out_metrics(
   experiment: build.Experiment, mesh: jax.sharding.Mesh, frozen: Any, state: step.State, *, least: int = 512
 ) -> dict[str, float]:
-  """The objective's metrics on held-out batches: means over at least so many rows, those of a short split repeated."""
+  """Returns the objective's metrics on held-out batches: means over at least `least` rows, repeating a short split."""
   assert experiment.held_out is not None
   objective = experiment.objective
   of_batch = jax.jit(
@@ -52,7 +52,7 @@ def held_out_metrics(
 
 
 def prompts(config: Config, split: str, count: int) -> list[emoji.Emoji]:
-  """`count` emoji of a split, spread evenly over it, and so over animals, food, objects, ..."""
+  """Returns `count` emoji of a split, spread evenly over it, and so over animals, food, objects, ..."""
   every = emoji.load_index(config.data.subset, split)
   return [every[i] for i in np.linspace(0, len(every) - 1, min(count, len(every))).round().astype(int)]
 
@@ -91,7 +91,7 @@ class Drawer:
   def draw(
     self, weights: Any, captions: list[str], *, seeds_per_prompt: int, progress: str | None = None
   ) -> np.ndarray:
-    """Pictures u8[P, S, H, W, 3] of the captions, S of each; always from the same noise."""
+    """Draws S pictures of each caption, u8[P, S, H, W, 3]; always from the same noise."""
     parts = drawing.draw_by(
       self._sample,
       weights,
@@ -104,7 +104,7 @@ class Drawer:
     return drawing.together(parts, seeds_per_prompt)
 
   def reward(self, weights: Any, captions: list[str], images: np.ndarray) -> Scores | None:
-    """Scores f32[P * S] of u8[P, S, H, W, 3] by the rewards that are trained on; None if there are none."""
+    """Scores u8[P, S, H, W, 3] as f32[P * S] by the rewards that are trained on; None if there are none."""
     if self._reward is None:
       return None
     captions = [c for c in captions for _ in range(images.shape[1])]
@@ -126,7 +126,7 @@ class Drawer:
 def _judge(
   config: Config, experiment: build.Experiment, images: np.ndarray, chosen: Sequence[emoji.Emoji]
 ) -> dict[str, np.ndarray]:
-  """What the judge says of pictures u8[P, S, H, W, 3], see `judging.score`."""
+  """Returns the judge's scores of pictures u8[P, S, H, W, 3], see `judging.score`."""
   assert experiment.judge is not None
   return judging.score(
     experiment.judge,
@@ -146,13 +146,13 @@ def look(
   weights: Any,
   path: pathlib.Path,
 ) -> tuple[np.ndarray, dict[str, float]]:
-  """What becomes of the same validation prompts and noise while a model trains.
+  """Draws the same validation prompts from the same noise while a model trains, and measures the pictures.
 
   Args:
-    path: the PNG to write, of all pictures, prompt by prompt, `LOOK_COLUMNS` in a row.
+    path: PNG file to write with all pictures, prompt by prompt, `LOOK_COLUMNS` in a row.
   Returns:
-    the picture u8[H, W, 3], and means over all pictures: `validation_reward`, the score of the preference model that is
-    trained against, if there is one; with a judge `validation_preferred_share` and `validation_caption_accuracy`.
+    The picture u8[H, W, 3], and means over all pictures: `validation_reward`, the score of the reward that is trained
+    on, if there is one; with a judge `validation_preferred_share` and `validation_caption_accuracy`.
   """
   chosen = prompts(config, "validation", config.sample.num_prompts)
   captions = [c.caption for c in chosen]
@@ -188,8 +188,8 @@ def compare_with_base(
   captions = [c.caption for c in chosen]
   models = {}
   if config.reference.mode == "update" and experiment.has_reference:
-    models["base"] = frozen  # which has it, for the reference's divergence
-  elif experiment.has_reference:  # a reference that never moved still is it
+    models["base"] = frozen  # it has the base, for the reference's divergence
+  elif experiment.has_reference:  # a reference that never moved is the base
     models["base"] = {**frozen, **state.ref_params}
   elif experiment.read_base is not None:  # pre-training has none
     models["base"] = {**frozen, **sharding.put_tree(drawer.mesh, experiment.read_base())}

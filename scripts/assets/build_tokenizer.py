@@ -23,7 +23,7 @@ _WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+")
 
 
 def byte_alphabet() -> list[str]:
-  """The 256 printable characters that stand for the 256 bytes in a byte-level BPE.
+  """Returns the 256 printable characters that stand for the 256 bytes in a byte-level BPE.
 
   Printable Latin-1 stands for itself, the other bytes for the characters from U+0100 on, in the
   order of GPT-2's table (printable ones first).
@@ -34,14 +34,14 @@ def byte_alphabet() -> list[str]:
 
 
 def learn_merges(captions: Iterable[str], num_merges: int) -> list[tuple[str, str]]:
-  """Byte-pair encoding (Sennrich et al., arXiv 1508.07909): merges the most frequent pair, again.
+  """Learns a byte-pair encoding (Sennrich et al., arXiv 1508.07909): merges the most frequent pair repeatedly.
 
   Args:
     captions: lower-case ASCII texts.
     num_merges: how many to learn; fewer come back if all words are whole before.
 
   Returns:
-    Pairs of symbols in the order learnt; of equally frequent pairs the alphabetically first.
+    Pairs of symbols in the order learnt; among equally frequent pairs the alphabetically first.
   """
   counts = collections.Counter(word for text in captions for word in _WORDS.findall(text))
   words = [(*word[:-1], word[-1] + END_OF_WORD) for word in counts]

@@ -32,7 +32,7 @@ from typing import Any
 
 
 def read_projections(pickled: pathlib.Path, arrays: pathlib.Path) -> None:
-  """In the other process: a torch file of the projections -> safetensors, float32.
+  """Converts a torch file of the projections to safetensors, float32, in the other process.
 
   Raises:
     ValueError: it holds something else.

@@ -28,7 +28,7 @@ NAMES = ("hpsv2", "hpsv2.1", "aesthetic", "imagereward")
 
 
 def read_checkpoint(checkpoint: pathlib.Path, arrays: pathlib.Path) -> None:
-  """In the other process: a torch file -> safetensors.
+  """Converts a torch file to safetensors, in the other process.
 
   Raises:
     ValueError: it holds no state dict.
@@ -55,7 +55,7 @@ def read_checkpoint(checkpoint: pathlib.Path, arrays: pathlib.Path) -> None:
 
 
 def _names(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[str]:
-  """The names in a file of the leaves of a tree."""
+  """Yields the names in a file of the leaves of a tree."""
   from jaxpref.files.tensors import torch_name
 
   for name, value in tree.items():
@@ -66,11 +66,11 @@ def _names(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[str]
 
 
 def expected(name: str, config: Mapping[str, Any] | None, width: int) -> tuple[dict, dict]:
-  """The config to write and the tree of shapes that the file has to fill.
+  """Returns the config to write and the tree of shapes that the file must fill.
 
   Args:
-    config: what `--config` holds; None: that of the published model.
-    width: features that the aesthetic predictor takes.
+    config: content of `--config`; None: the published model's.
+    width: number of features that the aesthetic predictor takes.
   """
   import jax
   import jax.numpy as jnp

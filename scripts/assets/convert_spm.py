@@ -37,7 +37,7 @@ import tempfile
 
 
 def read_checkpoint(checkpoint: pathlib.Path, arrays: pathlib.Path) -> None:
-  """In the other process: a torch file of tensors -> safetensors; floats become float32.
+  """Converts a torch file of tensors to safetensors, floats as float32, in the other process.
 
   Raises:
     ValueError: it holds something else than a flat dict of tensors.
@@ -65,7 +65,7 @@ def read_checkpoint(checkpoint: pathlib.Path, arrays: pathlib.Path) -> None:
 
 
 def clip_config(path: pathlib.Path | None) -> dict:
-  """The dict of a CLIP's config.json, given it or its folder; CLIP-H's without."""
+  """Returns the dict of a CLIP's config.json, given it or its folder; CLIP-H's without."""
   from jaxpref.models import presets
 
   if path is None:

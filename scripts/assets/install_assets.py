@@ -4,7 +4,7 @@
     python scripts/assets/install_assets.py tiny-judge=runs/other_judge   # one, from another run
 
 Each model is read from RUN/export and written to jaxpref/assets/NAME, in a scratch folder first: nothing is replaced
-unless all fit the size limits. RUN/results.json, where the recipe measures something, goes along as metrics.json.
+unless all fit the size limits. RUN/results.json, if the recipe measures something, is copied as metrics.json.
 """
 
 import argparse
@@ -32,24 +32,24 @@ LARGEST_TOTAL = 32 * MEGABYTE
 
 
 def copy_pipeline(source: pathlib.Path, target: pathlib.Path) -> None:
-  """A Stable Diffusion folder; with its tokenizer."""
+  """Copies a Stable Diffusion folder with its tokenizer."""
   pipelines.save_pipeline(target, pipelines.load_pipeline(source), dtype=jnp.float16)
 
 
 def copy_clip(source: pathlib.Path, target: pathlib.Path) -> None:
-  """A plain CLIP of tiny-sd's towers."""
+  """Copies a plain CLIP with tiny-sd's towers."""
   clip = presets.make_clip(presets.TINY_SD)
   params = tensors.load_tree(tensors.weight_files(source), presets.abstract_params(clip))
   save_preference_model(target, clip, params, dtype=jnp.float16)
 
 
 def copy_preference_model(source: pathlib.Path, target: pathlib.Path) -> None:
-  """A step-aware preference model."""
+  """Copies a step-aware preference model."""
   save_preference_model(target, *load_preference_model(source), dtype=jnp.float16)
 
 
 def copy_judge(source: pathlib.Path, target: pathlib.Path) -> None:
-  """A judge."""
+  """Copies a judge."""
   save_judge(target, *open_judge(source), dtype=jnp.float16)
 
 
@@ -62,7 +62,7 @@ COPY: dict[str, Callable[[pathlib.Path, pathlib.Path], None]] = {
 
 
 def sizes(folder: pathlib.Path) -> dict[pathlib.Path, int]:
-  """Bytes of every file below a folder."""
+  """Returns the bytes of every file below a folder."""
   return {p: p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
 
 

@@ -2,7 +2,7 @@
 
     python scripts/bench/accelerator.py proof --out runs/accelerator
     python scripts/bench/accelerator.py dpo-lora-sdxl --out runs/accelerator
-    python scripts/bench/accelerator.py --make    # scripts/bench/accelerator_cpu.json anew, on a CPU
+    python scripts/bench/accelerator.py --make    # scripts/bench/accelerator_cpu.json again, on a CPU
 
 Every result goes to OUT/results.json as soon as it is there, and as a line of text to OUT/results.txt. An item that is
 done is not done again; one that failed, or is wrong, is tried again by the next call. What `proof` compares is said at

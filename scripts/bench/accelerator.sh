@@ -5,14 +5,14 @@
 #
 #   proof           metrics of every objective and attention against a CPU's and float32, a picture, a save, a resume
 #   dpo-lora-sdxl   ten steps of DPO with LoRA on SDXL: seconds, TFLOP/s, memory, time to compile
-#   spo-lora-sdxl   the same of SPO
-#   dpo-full-sd15   the same of full training on SD1.5
+#   spo-lora-sdxl   the same for SPO
+#   dpo-full-sd15   the same for full training on SD1.5
 #   torch           the step of dpo-lora-sdxl in PyTorch, eager and then compiled, and the ratios
 #
-# Each part has a limit of its own in seconds, or LIMIT; where all of them have TOTAL seconds, a part gets at most what
+# Each part has its own limit in seconds, or LIMIT; if all of them share TOTAL seconds, a part gets at most what
 # is left. A part that fails or runs out of time leaves the others and makes the status 1. Results are written as they
 # come, to OUT/results.json and OUT/results.txt (default: runs/accelerator); the tables go to OUT/summary.md at the end.
-# After an interruption the same command goes on where it stopped. Compiled programs are kept in
+# After an interruption the same command continues where it stopped. Compiled programs are kept in
 # JAX_COMPILATION_CACHE_DIR (default: OUT/compiled). SIZE=smoke takes miniatures, for a rehearsal on a CPU. $PYTHON
 # (default: python3) has jaxpref's requirements and, for torch, PyTorch, transformers, diffusers and peft.
 set -euo pipefail
@@ -53,6 +53,6 @@ done
 
 if [ -s "$out/results.json" ]; then "$python" scripts/bench/accelerator.py --summary --out "$out" || true; fi
 if ((${#failed[@]})); then
-  echo "error: ${failed[*]} failed or ran out of time; the same command goes on." >&2
+  echo "error: ${failed[*]} failed or ran out of time; run the same command again to continue." >&2
   exit 1
 fi

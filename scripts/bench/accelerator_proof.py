@@ -7,8 +7,8 @@ only rounding differs.
 - A metric may be off by TOLERANCE[step] of its size, which is the largest value of all three steps, plus FLOOR. What is
   close in the first step drifts apart afterwards, as Adam divides by small gradients.
 - Rounding may also turn a decision. A share (DECISIONS: valid pairs, right rows, clipped ratios) may be off by one row.
-  Where a decision turned, losses that depend on it may be off by more; then the objective is reported as wrong, and its
-  numbers, all of which are kept, tell.
+  If a decision turned, losses that depend on it may be off by more; the objective is then reported as wrong, and its
+  numbers, which are all kept, tell.
 
 Attention in bfloat16 for every length, number and size of heads of SD1.5's and SDXL's UNets and VAEs, by cuDNN and by
 what jaxpref chooses, against float32: the largest difference, forward or in a gradient, as a share of the largest
@@ -177,7 +177,7 @@ def offsets(
 
 
 def differences(found: Sequence[Mapping[str, float]], expected: Sequence[Mapping[str, float]], rows: int) -> list[str]:
-  """Returns a sentence for each metric that is off by more than is allowed; arguments as of `offsets`."""
+  """Returns a sentence for each metric that is off by more than is allowed; see `offsets` for the arguments."""
   wrong = []
   for (step, name), share in sorted(offsets(found, expected, rows).items()):
     if share > 1.0:
@@ -303,7 +303,7 @@ def attention_row(way: str, compiling: Any, expected: Any) -> dict[str, Any]:
     program, arguments = compiling.result()
     found = jax.block_until_ready(program(*arguments))
     _, seconds = clocked(lambda: jax.block_until_ready(program(*arguments)))
-  except Exception as error:  # whatever the device's library raises is what is to be known
+  except Exception as error:  # whatever the device's library raises is the result
     return {"implementation": way, "error": sentence(error)}
   names = ("forward", "dq", "dk", "dv")
   errors = {name: relative(a, b) for name, a, b in zip(names, found, expected, strict=True)}

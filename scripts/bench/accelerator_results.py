@@ -54,7 +54,7 @@ class Results:
 
   @contextlib.contextmanager
   def attempt(self, name: str) -> Iterator[None]:
-    """What goes wrong inside becomes the item's error, and the part goes on."""
+    """Records what goes wrong inside as the item's error; the part continues."""
     try:
       yield
     except Exception as error:  # of any kind: one item must not take the others with it

@@ -52,7 +52,7 @@ BATCH = {
 
 
 def recipe_module(file: pathlib.Path) -> Any:
-  """A recipe as a module, wherever it lies."""
+  """Returns a recipe as a module, wherever it lies."""
   spec = importlib.util.spec_from_file_location(file.stem, file)
   assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)
@@ -69,12 +69,12 @@ def recipe(
   miniature: bool = False,
   drawn: bool | None = None,
 ) -> Any:
-  """The config of a case: that of configs/, on random weights, and on the embedded data resized.
+  """Returns the config of a case: that of configs/, on random weights, and on the embedded data resized.
 
   Args:
-    dtype: in the place of the recipe's.
-    miniature: of sd15 and sdxl take miniatures of their topology; tiny is one.
-    drawn: the device draws the random weights (see `jaxpref.files.loading`); by default those of published size.
+    dtype: replaces the recipe's.
+    miniature: uses miniatures of the topology of sd15 and sdxl; tiny is one.
+    drawn: whether the device draws the random weights (see `jaxpref.files.loading`); by default at published sizes.
   """
   import jax
 
@@ -110,12 +110,12 @@ def recipe(
 
 
 def resident_bytes() -> int:
-  """The most memory that this process has had resident; where JAX compiles, what that took is in it."""
+  """Returns the most memory that this process has had resident; where JAX compiles, what that took is in it."""
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def compile_timed(lowered: Any) -> tuple[Any, float | None]:
-  """The compiled program, and the seconds it took; None where it came from JAX_COMPILATION_CACHE_DIR."""
+  """Returns the compiled program, and the seconds it took; None where it came from JAX_COMPILATION_CACHE_DIR."""
   kept = os.environ.get("JAX_COMPILATION_CACHE_DIR")
   files = lambda: len(os.listdir(kept)) if kept and os.path.isdir(kept) else 0
   before, started = files(), time.perf_counter()
@@ -125,7 +125,7 @@ def compile_timed(lowered: Any) -> tuple[Any, float | None]:
 
 
 def matrix_peak(dtype_of_step: str) -> tuple[float, str]:
-  """The highest rate of products of square matrices, operations a second on all devices, and in what dtype."""
+  """Returns the highest rate of products of square matrices, operations a second on all devices, and in what dtype."""
   import jax
   import jax.numpy as jnp
 
@@ -171,9 +171,9 @@ def measure(
   """Returns one row of OUT.json.
 
   Args:
-    drawn: as of `recipe`.
-    watch: is called with the row whenever something was added to it.
-    deadline: on the clock of `time.monotonic`, after which no step begins once there are three.
+    drawn: see `recipe`.
+    watch: called with the row whenever something is added to it.
+    deadline: time of `time.monotonic` after which no step begins once there are three.
   """
   from jaxpref.devices import sharding
 
@@ -275,18 +275,18 @@ def start(config: Any, mesh: Any) -> Started:
   import jax
 
   from jaxpref.devices import chips, sharding
-  from jaxpref.training import build, loop
+  from jaxpref.training import build, programs
 
   place = functools.partial(sharding.tree_shardings, mesh)
   experiment = build.build(config, place, batch_devices=sharding.batch_devices(mesh))
-  optimizer, _ = loop.make_optimizer(config)
-  init_state = loop.state_initializer(experiment, optimizer)
+  optimizer, _ = programs.make_optimizer(config)
+  init_state = programs.state_initializer(experiment, optimizer)
   shardings = sharding.tree_shardings(mesh, jax.eval_shape(init_state, experiment.params))
   state = jax.jit(init_state, out_shardings=shardings)(experiment.params)
   experiment.params = None
   frozen = sharding.put_tree(mesh, experiment.frozen)
   jitted = jax.jit(
-    loop.make_step(config, experiment, optimizer, mesh),
+    programs.make_step(config, experiment, optimizer, mesh),
     donate_argnums=0,
     out_shardings=(shardings, None),
     compiler_options=chips.compiler_options(),
@@ -329,7 +329,7 @@ def _train(config: Any, mesh: Any, steps: int, found: Found, deadline: float) ->
   found(updates=updates, **(_spo_counts(config, metrics) if config.objective == "spo" else {}))
 
   def count_flop() -> float:
-    """Counts those of the same step without recomputation."""
+    """Counts the operations of the same step without recomputation."""
     plain = config.copy_and_resolve_references()
     plain.remat = "none"
     plain.reference.mode = "frozen"  # of tau steps one moves it, at the cost of a few samples, which is left out
@@ -342,7 +342,7 @@ def _train(config: Any, mesh: Any, steps: int, found: Found, deadline: float) ->
 
 
 def _spo_counts(config: Any, metrics: Any) -> dict[str, int]:
-  """What an iteration consisted of: every valid pair of a group gives as many transitions as the group has steps."""
+  """Returns what an iteration consisted of: each valid pair of a group gives as many transitions as it has steps."""
   from jaxpref.objectives import spo
 
   s = config.spo
@@ -355,7 +355,7 @@ def _spo_counts(config: Any, metrics: Any) -> dict[str, int]:
 
 
 def build_on_shapes(config: Any, batch_devices: int = 1) -> Any:
-  """The experiment of a config whose parameters are of no use: random ones are not even made."""
+  """Returns the experiment of a config whose parameters are of no use: random ones are not even made."""
   import jax
 
   from jaxpref.files import loading
@@ -378,12 +378,12 @@ def build_on_shapes(config: Any, batch_devices: int = 1) -> Any:
 
 
 def _plain_step(config: Any, mesh: Any) -> Callable[..., Any]:
-  """The step of a config, built on shapes alone."""
+  """Returns the step of a config, built on shapes alone."""
   from jaxpref.devices import sharding
-  from jaxpref.training import loop
+  from jaxpref.training import programs
 
   experiment = build_on_shapes(config, sharding.batch_devices(mesh))
-  return loop.make_step(config, experiment, loop.make_optimizer(config)[0], mesh)
+  return programs.make_step(config, experiment, programs.make_optimizer(config)[0], mesh)
 
 
 def _sample(config: Any, mesh: Any, steps: int, found: Found, deadline: float) -> Timed:
@@ -438,7 +438,7 @@ def memory_note(row: Mapping[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-  """Markdown."""
+  """Returns a Markdown table."""
   lines = [
     "| case | batch | s a step (spread) | rows/s | TFLOP a step | TFLOP/s (of matrix peak) | peak GiB | compile s |",
     "|---|---|---|---|---|---|---|---|",

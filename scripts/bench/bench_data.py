@@ -7,8 +7,8 @@ Both decode the same bytes, crop, resize (Lanczos), mirror half of the pairs and
 ways: `jaxpref` with threads and with worker processes; `torch`, a DataLoader over a dataset as training scripts for
 diffusion models write it, which gives float32 tensors in [-1, 1]; `torch u8`, the same without the floats. They take
 turns in one run (A B C D, D C B A, ...), each after its buffers were emptied and while the others' are full and idle,
-so that what else the machine does falls on all alike; medians and quartiles are over the rounds. On a machine that is
-shared the milliseconds of CPU say more than the pairs a second.
+so that other work on the machine affects all of them equally; medians and quartiles are over the rounds. On a shared
+machine the milliseconds of CPU say more than the pairs a second.
 
 A second table opens 10^3 to 10^6 records, of whose images nothing is read before its turn. Images are made here: noise
 with the spectrum of photographs, which compresses as they do. Needs torch (pip install jaxpref[test]).
@@ -40,7 +40,7 @@ WORDS = "a an of in the red green castle dog robot portrait oil painting photo c
 
 
 def photograph(rng: np.random.Generator, size: int) -> np.ndarray:
-  """u8[size, size, 3] noise whose amplitudes fall with the frequency f as f^-1.5; channels mostly alike."""
+  """Returns u8[size, size, 3] noise whose amplitudes fall with the frequency f as f^-1.5; channels are mostly equal."""
   frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]) + 1 / size
   noise = rng.normal(size=(4, size, size))
   waves = np.fft.irfft2(np.fft.rfft2(noise) * frequency**-1.5, s=(size, size))
@@ -50,7 +50,7 @@ def photograph(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def encode(pixels: np.ndarray, kind: str) -> bytes:
-  """A file of kind jpeg (quality 90) or png."""
+  """Returns a file of kind jpeg (quality 90) or png."""
   file = io.BytesIO()
   Image.fromarray(pixels).save(file, kind, **({"quality": 90} if kind == "jpeg" else {}))
   return file.getvalue()
@@ -88,7 +88,7 @@ class TorchPairs:
     return len(self.pairs)
 
   def pixels(self, image: bytes, mirrored: bool) -> Any:
-    """f32[3, S, S] in [-1, 1], or u8."""
+    """Returns f32[3, S, S] in [-1, 1], or u8."""
     import torch
 
     picture = Image.open(io.BytesIO(image)).convert("RGB")
@@ -180,7 +180,7 @@ def loaders(pairs: Pairs, batch_size: int, workers: int) -> dict[str, Iterator[A
 
 
 def cpu_seconds() -> float:
-  """Of this process and all that it has started and that still run."""
+  """Returns the CPU seconds of this process and of all processes it started that still run."""
   ticks, parent = {}, {}
   for folder in pathlib.Path("/proc").iterdir():
     if folder.name.isdigit():
@@ -197,7 +197,7 @@ def cpu_seconds() -> float:
 
 
 def wait_until_idle(limit: float = 60.0) -> None:
-  """Until the loaders have filled their buffers."""
+  """Waits until the loaders have filled their buffers."""
   end = time.perf_counter() + limit
   while time.perf_counter() < end:
     before = cpu_seconds()
@@ -255,7 +255,7 @@ def compare(case: str, *, workers: int, batch_size: int, batches: int, rounds: i
 
 
 def resident() -> int:
-  """Bytes."""
+  """Returns the resident memory in bytes."""
   for line in pathlib.Path("/proc/self/status").read_text().splitlines():
     if line.startswith("VmRSS"):
       return int(line.split()[1]) * 1024
@@ -263,7 +263,7 @@ def resident() -> int:
 
 
 def scale(num_records: int, batch_size: int, batches: int) -> dict[str, Any]:
-  """What a source of so many records costs: images are pixels of the right size, so that all else shows."""
+  """Measures what a source of so many records costs; images are pixels of the right size, so that all else shows."""
   from jaxpref.data import pipeline
 
   image = np.zeros((64, 64, 3), np.uint8)
@@ -304,7 +304,7 @@ def scale(num_records: int, batch_size: int, batches: int) -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-  """Both tables."""
+  """Returns both tables."""
   lines = [
     f"Pairs a second on {results['cpus']} cores (quartiles in brackets), and how many times as many as `torch` does:",
     "",

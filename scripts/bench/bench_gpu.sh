@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the tables of docs/results/benchmarks.md that need an accelerator: each step's speed, PyTorch's beside it, and memory.
+# Makes the tables of docs/results/benchmarks.md that need an accelerator: each step's speed, PyTorch's, and memory.
 #
 #   bash scripts/bench/bench_gpu.sh [OUT]                           # OUT: runs/bench_gpu; hours
 #   SIZES=sd15 CASES="dpo-lora sample" bash scripts/bench/bench_gpu.sh
@@ -7,7 +7,7 @@
 # SIZES (default: sd15 sdxl; also smoke, tiny) times CASES (default: all of scripts/bench/bench.py). Of DPO and SPO, LoRA and
 # full, PyTorch takes turns with jaxpref (scripts/bench/bench_vs_torch.sh, whose STEPS, ROUNDS, BATCH, DTYPE, CHECK and COMPILE
 # hold; COMPILE is 1 by default). It begins with the part proof of scripts/bench/accelerator.sh, and stops where that fails.
-# What is done is not measured again: after an interruption, the same command goes on with the next run.
+# What is done is not measured again: after an interruption, the same command continues with the next run.
 # One that fails leaves the others, is tried again by the next call, and makes the status 1. Writes OUT/bench.md and
 # OUT/vs_torch.md, and the JSON of every run beside them. $PYTHON (default: python3) has jaxpref, JAX for the device,
 # torch, diffusers, transformers and peft.

@@ -121,7 +121,7 @@ def save_batch(folder: pathlib.Path, case: str, config: Any) -> None:
 
 
 def recipe(case: str, size: str, batch: int | None, dtype: str | None) -> Any:
-  """The config of a case on one device."""
+  """Returns the config of a case on one device."""
   import jax
 
   config = bench.recipe(case, size, batch, dtype=dtype, drawn=False)
@@ -149,11 +149,11 @@ def measure(
   watch: Callable[[dict[str, Any]], None] = lambda row: None,
   deadline: float = math.inf,
 ) -> dict[str, Any]:
-  """One row of OUT.json, from what `prepare` wrote into the folder.
+  """Returns one row of OUT.json, from what `prepare` wrote into the folder.
 
   Args:
-    drawn: as of `prepare`.
-    watch, deadline: as of `bench.measure`.
+    drawn: see `prepare`.
+    watch, deadline: see `bench.measure`.
   """
   import torch
 
@@ -250,7 +250,7 @@ def clocked_step(
 
 
 def set_layout(models: torch_steps.Models, layout: str) -> None:
-  """Of the convolutions' weights, which their inputs follow."""
+  """Sets the layout of the convolutions' weights, which their inputs follow."""
   import torch
 
   form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
@@ -260,7 +260,7 @@ def set_layout(models: torch_steps.Models, layout: str) -> None:
 
 
 def faster_layout(models: torch_steps.Models, config: Any) -> str:
-  """Of the two the one in which forward and backward pass of the UNet are faster, at the batch of a DPO pair step."""
+  """Returns the layout with the faster forward and backward pass of the UNet, at the batch of a DPO pair step."""
   import torch
 
   size = models.unet.config.sample_size
@@ -284,7 +284,7 @@ def faster_layout(models: torch_steps.Models, config: Any) -> str:
 
 
 def compiled(models: torch_steps.Models) -> torch_steps.Models:
-  """The same networks under torch.compile."""
+  """Returns the same networks under torch.compile."""
   import torch
 
   torch._dynamo.config.recompile_limit = 64  # rollout and updates have batches of several sizes
@@ -301,7 +301,7 @@ def compiled(models: torch_steps.Models) -> torch_steps.Models:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-  """Markdown."""
+  """Returns a Markdown table."""
   lines = [
     "| case | mode | batch | dtype | s a step (spread) | rows/s | peak GiB | warm-up s | transitions, updates |",
     "|---|---|---|---|---|---|---|---|---|",
@@ -328,7 +328,7 @@ def compare(files: Sequence[pathlib.Path]) -> str:
 
 
 def compare_rows(rows: Sequence[dict[str, Any]]) -> str:
-  """The table of rows of bench.py and of this script, rounds of one case pooled.
+  """Returns the table of rows of bench.py and of this script, rounds of one case pooled.
 
   The ratio is PyTorch's median of all steps over jaxpref's; in brackets the smallest and the largest ratio of any two
   runs' medians.
@@ -390,10 +390,10 @@ def compare_rows(rows: Sequence[dict[str, Any]]) -> str:
 def child(
   options: Sequence[str], *, script: str = "bench_torch.py", hidden: bool = False
 ) -> subprocess.CompletedProcess[str]:
-  """A script in a process of its own, where JAX does not touch an accelerator.
+  """Runs a script in its own process, in which JAX does not touch an accelerator.
 
   Args:
-    hidden: PyTorch is not to see one either.
+    hidden: hides accelerators from PyTorch too.
   """
   path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
   environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}

@@ -8,7 +8,7 @@
 # stops if they do not (CHECK=0 leaves that out). Then jaxpref and PyTorch take turns, ROUNDS times (default: 2), STEPS
 # timed steps each (default: 20), BATCH pairs or prompts (default: scripts/bench/bench.py's), in DTYPE (float32 or bfloat16;
 # default: the recipes'). Writes OUT_*.json of each run and OUT.md, the table (OUT's default: runs/vs_torch_SIZE). After an
-# interruption, or where a run failed, the same command makes the runs that are missing; after that, all of them anew.
+# interruption or a failed run, the same command makes the missing runs; after that, it makes all of them again.
 # One device: of several GPUs the first, unless $CUDA_VISIBLE_DEVICES names another. $PYTHON has jaxpref, torch,
 # diffusers, transformers and peft; by default that of .venv-test, which scripts/test.sh makes.
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""What LPO computes against SPO, in operations counted by `jaxpref.planning.flops`; no weights, nothing is run.
+"""Compares what LPO and SPO compute, in operations counted by `jaxpref.planning.flops`; no weights, nothing is run.
 
     python scripts/bench/count_lpo.py                           # prints two tables
     python scripts/bench/count_lpo.py --out=docs/results/lpo_cost.json
@@ -36,11 +36,11 @@ TERA = 1e12
 
 
 def scored_candidate(preset_name: str, pool_size: int) -> dict[str, float]:
-  """TFLOP of one candidate's score, by part.
+  """Returns TFLOP of one candidate's score, by part.
 
   Args:
-    preset_name: of `presets.PRESETS`.
-    pool_size: of the step-aware model's rollout.
+    preset_name: a name of `presets.PRESETS`.
+    pool_size: pool size of the step-aware model's rollout.
   """
   preset = presets.get_preset(preset_name)
   pipe = pipelines.random_pipeline(preset, components=())
@@ -77,11 +77,11 @@ def scored_candidate(preset_name: str, pool_size: int) -> dict[str, float]:
 
 
 def iteration(module, *, like=None) -> dict[str, float]:
-  """TFLOP of an iteration of a recipe of one prompt, and its parts.
+  """Returns TFLOP of an iteration of a recipe with one prompt, and of its parts.
 
   Args:
-    module: of configs/.
-    like: another recipe, whose first pool and pool size are taken.
+    module: module of configs/.
+    like: another recipe, whose first pool and pool size are used.
   """
   config = module.get_config()
   if like is not None:

@@ -1,4 +1,4 @@
-"""What SPO loses and saves where the preference model's pictures are decoded smaller: `config.spo.decode_size`.
+"""Measures what SPO loses and saves if the preference model's pictures are decoded smaller: `config.spo.decode_size`.
 
     python scripts/bench/measure_decode_size.py --out docs/results/decode_size
     python scripts/bench/measure_decode_size.py --config my_recipe.py --sizes 512 256 224 --prompts 32
@@ -34,7 +34,7 @@ COUNTED = {"spo_sd15": (0, 256, 224), "spo_sdxl": (0, 512, 256, 224)}
 
 
 def candidate_scores(config: Any, sizes: Sequence[int], num_prompts: int) -> tuple[int, dict[str, np.ndarray]]:
-  """The images' size, and scores f32[prompts, groups, pool] of the same candidates by pictures of each size.
+  """Returns the images' size, and scores f32[prompts, groups, pool] of the same candidates by pictures of each size.
 
   They are "whole", and of each size "decoded N", from shrunk latents, and "shrunk N", whole pictures made smaller.
   """
@@ -113,7 +113,7 @@ def candidate_scores(config: Any, sizes: Sequence[int], num_prompts: int) -> tup
 
 
 def compared(truth: np.ndarray, scores: np.ndarray, threshold: float) -> dict[str, float]:
-  """The pairs chosen by `scores` [prompts, groups, pool] against those chosen by `truth`, as shares.
+  """Returns the pairs chosen by `scores` [prompts, groups, pool] against those chosen by `truth`, as shares.
 
   Of the groups valid by `truth`: `same_winner`, `same_loser`. Of the pairs that `scores` chooses: `order_kept`, where
   the winner is better by `truth`, too. Of all groups: `valid` and `truly_valid`.
@@ -138,7 +138,7 @@ def compared(truth: np.ndarray, scores: np.ndarray, threshold: float) -> dict[st
 
 
 def operations(recipe: str, size: int) -> float:
-  """Those of an iteration in which all pairs are valid, a prompt of the batch."""
+  """Returns the operations per prompt of an iteration in which all pairs are valid."""
   import jax
 
   from jaxpref.devices import sharding
@@ -156,7 +156,7 @@ def operations(recipe: str, size: int) -> float:
 
 
 def tables(report: Mapping[str, Any]) -> str:
-  """OUT.md."""
+  """Returns the text of OUT.md."""
   percent = lambda x: f"{100 * x:.1f} %"
   lines = [
     f"{report['model']} and {report['preference_model']}: {report['groups']} pools of {report['pool']}, of which whole "

@@ -1,4 +1,4 @@
-"""How the cost of a training step grows: operations against pairs, prompts, denoising steps and pool size.
+"""Measures how the cost of a training step grows with pairs, prompts, denoising steps and pool size.
 
     python scripts/bench/measure_linearity.py --out docs/results/linearity
 
@@ -28,7 +28,7 @@ AXES: dict[str, tuple[str, str, tuple[int, ...], dict[str, Any]]] = {
 
 
 def operations(recipe: str, fields: Mapping[str, Any]) -> float:
-  """Those of one step of the recipe with these fields."""
+  """Returns the operations of one step of the recipe with these fields."""
   import jax
 
   from jaxpref.devices import sharding
@@ -49,7 +49,7 @@ def operations(recipe: str, fields: Mapping[str, Any]) -> float:
 
 
 def fit(values: Sequence[float], counts: Sequence[float]) -> dict[str, float]:
-  """Least squares of a straight line; `deviation` is the largest distance of a count from it, over the count."""
+  """Fits a straight line by least squares; `deviation` is the largest distance of a count from it, over the count."""
   slope, intercept = np.polyfit(values, counts, 1)
   line = slope * np.array(values) + intercept
   deviation = np.max(np.abs(line / np.array(counts) - 1))
@@ -57,14 +57,14 @@ def fit(values: Sequence[float], counts: Sequence[float]) -> dict[str, float]:
 
 
 def measure(name: str) -> dict[str, Any]:
-  """One row."""
+  """Returns one row."""
   recipe, field, values, fields = AXES[name]
   counts = [operations(recipe, fields | {field: value}) for value in values]
   return {"name": name, "recipe": recipe, "field": field, "values": values, "flop": counts, **fit(values, counts)}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-  """OUT.md."""
+  """Returns the text of OUT.md."""
   lines = ["| what grows | recipe | values | GFLOP | line | furthest from it |", "|---|---|---|---|---|---|"]
   for row in rows:
     values, counts = (", ".join(f"{v:.4g}" for v in vs) for vs in (row["values"], np.array(row["flop"]) / 1e9))

@@ -10,9 +10,9 @@ it should stay below 1.2 times the largest array (a stack of transformer blocks 
 Resident memory counts pages of files that are mapped; "anonymous" does not. Beside it stands what is resident in the
 end beyond baseline and parameters: what the allocator has not given back, mostly (a few per cent).
 
---folder keeps the folder, and measures one that is there; without it a temporary one is removed in the end. To measure
-a disk rather than the page cache, drop that first (as root: echo 3 > /proc/sys/vm/drop_caches). --devices spreads every
-parameter over so many virtual CPU devices.
+--folder keeps the folder, and measures an existing one; without it a temporary folder is removed in the end. To measure
+a disk instead of the page cache, drop that first (as root: echo 3 > /proc/sys/vm/drop_caches). --devices spreads every
+parameter over that many virtual CPU devices.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def tensor_shapes(name: str, config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def write_tensors(file: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], block: np.ndarray) -> None:
-  """A safetensors file of half-precision tensors that repeat `block`; holds no more than that in memory."""
+  """Writes a safetensors file of half-precision tensors that repeat `block`, holding no more than that in memory."""
   header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
   end = 0
   for key, shape in shapes.items():
@@ -96,7 +96,7 @@ def split(shapes: Mapping[str, tuple[int, ...]], size: int) -> Iterator[dict[str
 
 
 def write_folder(folder: pathlib.Path, preset_name: str, shard: int = SHARD) -> None:
-  """A pipeline folder of random numbers of the preset's architecture."""
+  """Writes a pipeline folder of random numbers in the preset's architecture."""
   from jaxpref.models import presets
 
   preset = presets.get_preset(preset_name)
@@ -247,7 +247,7 @@ def measure(folder: pathlib.Path, dtype: str, devices: int) -> dict[str, Any]:
 
 
 def report(row: Mapping[str, Any]) -> str:
-  """Markdown."""
+  """Returns Markdown."""
 
   def mb(key: str) -> str:
     return f"{row[key] / 1e6:,.0f} MB"

@@ -1,4 +1,4 @@
-"""What each optimisation of the training step is worth: the step with it and without it, in turns, in one process.
+"""Measures what each optimisation of the training step is worth: with it and without it, in turns, in one process.
 
     python scripts/bench/measure_optimizations.py --out docs/results/optimizations
     python scripts/bench/measure_optimizations.py --only "GroupNorm" --rounds 20
@@ -10,7 +10,7 @@ of steps, one with and one without, in turns, after one of each; of the pairs' r
 quartiles. TFLOP are counted (`jaxpref.planning.flops`, bodies of SPO's loop over updates as often as they ran),
 temporaries are the compiler's.
 
-With --topology (as of `jaxpref.compile`; the device need not be there) two blocks of SD1.5's UNet are compiled with and
+With --topology (see `jaxpref.compile`; the device may be absent) two blocks of SD1.5's UNet are compiled with and
 without, forward and gradient, batch 8 in bfloat16 at 64 x 64 x 320, and the bytes that they read and write are counted
 in units of that array, and activations that are transposed or copied. Attention itself, a kernel of its own, is left
 out there.
@@ -38,9 +38,9 @@ HUGE_PAGES = "GLIBC_TUNABLES"
 
 @dataclasses.dataclass(frozen=True)
 class Optimization:
-  """One row: which recipe shows it, what stands in its place, and the context in which that is traced.
+  """One row: the recipe that shows it, its replacement, and the context in which that is traced.
 
-  `exact` is False of what changes the gradient, too.
+  `exact` is False if it also changes the gradient.
   """
 
   name: str
@@ -52,7 +52,7 @@ class Optimization:
 
 @contextlib.contextmanager
 def separate_passes() -> Iterator[None]:
-  """Every transition pair as one whose winner and loser start from different latents."""
+  """Treats every transition pair as one whose winner and loser start from different latents."""
   import jax
   import jax.numpy as jnp
 
@@ -71,7 +71,7 @@ def separate_passes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def all_pairs() -> Iterator[None]:
-  """Pairs below the threshold take part in the updates: what they cost where a mask alone leaves them out."""
+  """Lets pairs below the threshold take part in the updates: shows their cost if only a mask leaves them out."""
   import jax.numpy as jnp
 
   from jaxpref.training import step
@@ -88,7 +88,7 @@ def all_pairs() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_candidate_at_a_time() -> Iterator[None]:
-  """The denoiser on one candidate of each pool after the other, and without and with the prompt one after the other."""
+  """Calls the denoiser on one candidate of each pool after the other, without and with the prompt in turn."""
   import jax
 
   from jaxpref.models import base
@@ -122,7 +122,7 @@ def one_candidate_at_a_time() -> Iterator[None]:
 
 @contextlib.contextmanager
 def gradients_of_jax() -> Iterator[None]:
-  """3x3 convolutions with the gradient that jax.grad writes."""
+  """Gives 3x3 convolutions the gradient that jax.grad writes."""
   import jax
 
   from jaxpref.models import resnet
@@ -138,7 +138,7 @@ def gradients_of_jax() -> Iterator[None]:
 
 @contextlib.contextmanager
 def products_of_flax() -> Iterator[None]:
-  """Dense layers and 1x1 convolutions as flax has them, on all leading axes."""
+  """Computes Dense layers and 1x1 convolutions like flax, on all leading axes."""
   import jax
 
   from jaxpref.models import resnet
@@ -152,7 +152,7 @@ def products_of_flax() -> Iterator[None]:
 
 @contextlib.contextmanager
 def reshaped_groups() -> Iterator[None]:
-  """GroupNorm by a reshape to [..., groups, channels / groups]."""
+  """Computes GroupNorm by a reshape to [..., groups, channels / groups]."""
   import jax
   import jax.numpy as jnp
   from flax import linen as nn
@@ -184,7 +184,7 @@ def reshaped_groups() -> Iterator[None]:
 
 @contextlib.contextmanager
 def two_passes() -> Iterator[None]:
-  """GroupNorm of half precision by the mean first and the variance then, as of float32."""
+  """Computes GroupNorm of half precision like that of float32: first the mean, then the variance."""
   import jax.numpy as jnp
   from flax import linen as nn
 
@@ -201,7 +201,7 @@ def two_passes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def gradient_of_halves() -> Iterator[None]:
-  """GEGLU with the gradient that jax.grad writes."""
+  """Gives GEGLU the gradient that jax.grad writes."""
   import jax.numpy as jnp
 
   from jaxpref.models import attention
@@ -212,7 +212,7 @@ def gradient_of_halves() -> Iterator[None]:
 
 @contextlib.contextmanager
 def options_of_xla() -> Iterator[None]:
-  """Compiled as XLA does by itself."""
+  """Compiles with XLA's default options."""
   from jaxpref.devices import chips
 
   with mock.patch.object(chips, "compiler_options", lambda: None):
@@ -242,7 +242,7 @@ OF_BLOCKS = (
 
 
 def block_costs(block: str, topology: str, without: Callable[[], contextlib.AbstractContextManager[Any]]):
-  """Of a forward pass, and of the gradient of two blocks: bytes read and written, and temporaries, in arrays."""
+  """Returns bytes read and written, and temporaries, in arrays: of a forward pass and of the gradient of two blocks."""
   import jax
   import jax.numpy as jnp
 
@@ -285,13 +285,13 @@ def block_costs(block: str, topology: str, without: Callable[[], contextlib.Abst
 
 
 def transposed(text: str, *, of_batch: int) -> list[str]:
-  """The results of a compiled program's transposes and copies that have a dimension of this size, as `bf16[8,64]`."""
+  """Returns the results of a compiled program's transposes and copies with a dimension of this size: `bf16[8,64]`."""
   results = re.findall(r"= (\w+\[[\d,]*\])\S* (?:transpose|copy)\(", text)
   return [result for result in results if str(of_batch) in re.findall(r"\d+", result.partition("[")[2])]
 
 
 def block_table(rows: list[dict[str, Any]]) -> str:
-  """OUT.md of --topology."""
+  """Returns OUT.md of --topology."""
   lines = ["| optimisation | block | pass | arrays read, written | without | temporaries | without | transposed |"]
   lines.append("|---|---|---|---|---|---|---|---|")
   for row in rows:
@@ -312,21 +312,21 @@ def prepare(config: Any, without: Callable[[], contextlib.AbstractContextManager
 
   from jaxpref.devices import chips, sharding
   from jaxpref.planning import flops
-  from jaxpref.training import build, loop
+  from jaxpref.training import build, programs
 
   mesh = sharding.make_mesh(**config.mesh)
   experiment = build.build(config, lambda tree: sharding.tree_shardings(mesh, tree))
-  optimizer, _ = loop.make_optimizer(config)
-  state = jax.jit(loop.state_initializer(experiment, optimizer))(experiment.params)
+  optimizer, _ = programs.make_optimizer(config)
+  state = jax.jit(programs.state_initializer(experiment, optimizer))(experiment.params)
   frozen, batch = experiment.frozen, jax.device_put(next(experiment.batches()))
   with without():
-    step = loop.make_step(config, experiment, optimizer, mesh)
+    step = programs.make_step(config, experiment, optimizer, mesh)
     traced = jax.jit(step, compiler_options=chips.compiler_options()).trace(state, frozen, batch)
     program = traced.lower().compile()
   _, metrics = jax.block_until_ready(program(state, frozen, batch))
 
   def seconds() -> float:
-    """Of one step."""
+    """Returns the seconds of one step."""
     started = time.perf_counter()
     jax.block_until_ready(program(state, frozen, batch))
     return time.perf_counter() - started
@@ -342,7 +342,7 @@ def prepare(config: Any, without: Callable[[], contextlib.AbstractContextManager
 
 
 def load_config(recipe: str) -> Any:
-  """The recipe on tiny-sd, without what costs time beside the step."""
+  """Returns the recipe on tiny-sd, without what costs time beside the step."""
   import importlib
 
   config = importlib.import_module(f"configs.{recipe}_tiny").get_config()
@@ -351,7 +351,7 @@ def load_config(recipe: str) -> Any:
 
 
 def measure(optimization: Optimization, rounds: int) -> dict[str, Any]:
-  """One row: costs with and without, and the seconds of pairs of steps in turns."""
+  """Returns one row: costs with and without, and the seconds of pairs of steps in turns."""
   if optimization.name.startswith("huge pages"):
     both = [_timed_in_a_process(optimization.recipe, huge, rounds) for _ in range(2) for huge in (True, False)]
     used = [s for row in both[::2] for s in row["seconds"]]
@@ -386,7 +386,7 @@ def _timed_in_a_process(recipe: str, huge: bool, rounds: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-  """OUT.md."""
+  """Returns the text of OUT.md."""
   lines = [
     "| optimisation | recipe | instead | s with | s without | without / with (quartiles) | TFLOP with, without |"
     " temporaries, MiB |",

@@ -1,13 +1,13 @@
-"""Compiles training steps for TPU slices that are not there, and writes what they take to docs/results/scaling.md.
+"""Compiles training steps for absent TPU slices, and writes what they take to docs/results/scaling.md.
 
     pip install libtpu
     python scripts/bench/scaling.py                    # all rows that docs/results/scaling.json does not have yet
     python scripts/bench/scaling.py --until 15:40      # stops at that time, also in the middle of a row
     python scripts/bench/scaling.py --arguments        # compiles nothing: only what each row is given
-    python scripts/bench/scaling.py --report           # only writes docs/results/scaling.md anew
+    python scripts/bench/scaling.py --report           # only writes docs/results/scaling.md again
 
-Each row is one call of `python -m jaxpref.compile`, in a process of its own, minutes long. Rows that are there are
-skipped, so that the command can be stopped and repeated at any time. The batch of a chip is the same on all slices.
+Each row is one call of `python -m jaxpref.compile`, in its own process, and takes minutes. Existing rows are skipped,
+so that the command can be stopped and repeated at any time. The batch of a chip is the same on all slices.
 """
 
 import argparse
@@ -60,12 +60,12 @@ class Row:
 
   @property
   def key(self) -> str:
-    """In docs/results/scaling.json."""
+    """Returns the row's name in docs/results/scaling.json."""
     return f"{self.case} {self.size} {self.slice}"
 
   @property
   def fsdp(self) -> int:
-    """Devices that parameters are split over: all for full training, none for LoRA but where it needs it."""
+    """Returns how many devices share parameters: all for full training, none for LoRA unless it needs them."""
     chips = SLICES[self.slice][1]
     if self.case.endswith("full"):
       # 64 divides the UNets' widths 320, 640 and 1280; 256 only the last, and what it does not divide stays whole.
@@ -74,7 +74,7 @@ class Row:
     return min(chips, 16) if (self.case, self.size, self.slice[:3]) == ("spo LoRA", "sdxl", "v5e") else 1
 
   def arguments(self) -> list[str]:
-    """Of `python -m jaxpref.compile`."""
+    """Returns the arguments of `python -m jaxpref.compile`."""
     objective, kind = self.case.split()
     topology, chips = SLICES[self.slice]
     batch, accumulation = BATCH[objective, self.size]
@@ -89,14 +89,14 @@ class Row:
 
 
 def rows() -> list[Row]:
-  """All, those first that are worth most."""
+  """Returns all rows, the most valuable first."""
   every = [Row(case, size, name) for size in NAMES for name in SLICES for case in CASES]
   first = [Row(*row) for row in FIRST]
   return sorted(every, key=lambda r: first.index(r) if r in first else len(first))
 
 
 def compile_row(row: Row, *, deadline: float) -> dict[str, Any]:
-  """The report of a row, or its error.
+  """Returns the report of a row, or its error.
 
   Raises:
     TimeoutError: the deadline came first.
@@ -127,7 +127,7 @@ def compile_row(row: Row, *, deadline: float) -> dict[str, Any]:
 
 
 def state_bytes(row: Row) -> dict[str, int]:
-  """What a row is given, by component, bytes of a chip; without the batch."""
+  """Returns what a row is given on one chip, in bytes by component; without the batch."""
   import importlib
 
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -154,7 +154,7 @@ def state_bytes(row: Row) -> dict[str, int]:
 
 
 def markdown(reports: dict[str, Any]) -> str:
-  """docs/results/scaling.md."""
+  """Returns the text of docs/results/scaling.md."""
   lines = [_HEAD, _table(reports), "", "## From 16 to 256 chips", "", _GROWTH, _growth(reports), "", _FULL]
   missing = [_title(r) for r in rows() if not _is_done(reports.get(r.key, {}))]
   if missing:
@@ -282,7 +282,7 @@ python -m jaxpref.compile --config=configs/dpo_sd15.py --topology=v5e:4x4 --conf
 
 
 def write(reports: dict[str, Any], docs: pathlib.Path) -> None:
-  """Both files; each is replaced as a whole."""
+  """Writes both files, each replaced as a whole."""
   for name, text in (("scaling.json", json.dumps(reports, indent=1) + "\n"), ("scaling.md", markdown(reports))):
     temporary = docs / f".{name}"
     temporary.write_text(text)

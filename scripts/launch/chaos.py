@@ -7,14 +7,14 @@
 The run is `python -m jaxpref.main` on networks of one level, a few milliseconds a step, saved every other step. It is
 killed by SIGKILL while it starts, compiles, trains, evaluates and, most often, while it saves (a folder of a checkpoint
 that is not yet complete is there); or by SIGTERM, upon which it has to save and to end with status 0. The same command
-then goes on. In the end these must be equal, bit by bit, to those of the run left alone: the training state and that of
+then continues. In the end these must equal, bit by bit, those of the run left alone: the training state and that of
 the data, every row of metrics.jsonl but for times, and all files of export/. With --mesh_changes each restart is on
 another mesh (1 device, or 8 virtual ones as 8 x 1 x 1 or 2 x 2 x 2); then parameters and losses may be a relative 1e-5
 apart.
 
-Flags --config.NAME=VALUE are passed on, and --program names another module to run in the place of jaxpref.main, which
-takes the same arguments in its function `run()`. Restarted processes are forked from one that has imported everything,
-and share a cache of compiled programs. Exit status 1: something differs, or a process failed; its folder is then kept.
+Flags --config.NAME=VALUE are passed on, and --program names another module to run instead of jaxpref.main, which takes
+the same arguments in its function `run()`. Restarted processes are forked from one that has imported everything, and
+share a cache of compiled programs. Exit status 1: something differs, or a process failed; its folder is then kept.
 """
 
 import argparse
@@ -55,7 +55,7 @@ IMPORTS = (
 
 
 def small(num_steps: int) -> list[str]:
-  """What makes a recipe small."""
+  """Returns the flags that make a recipe small."""
   fields = {
     "model": "random:one-level", "judge": "random:one-level", "num_steps": num_steps, "batch_size": 8,
     "lora.rank": 2, "logging.every": 1, "checkpoint.every": 2, "sample.every": 0, "optimizer.warmup_steps": 2,
@@ -66,7 +66,7 @@ def small(num_steps: int) -> list[str]:
 
 
 def live(program: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
-  """One process of the run: what `python -m PROGRAM ARGUMENTS` does, with the imports done already."""
+  """Runs one process of the run: what `python -m PROGRAM ARGUMENTS` does, with the imports already done."""
   os.environ.update(environment)  # before the devices are looked for
   file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
   os.dup2(file, 1)
@@ -76,7 +76,7 @@ def live(program: str, arguments: list[str], environment: dict[str, str], log: s
 
 
 def devices(count: int) -> dict[str, str]:
-  """The environment of a process with so many CPU devices."""
+  """Returns the environment of a process with so many CPU devices."""
   return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"}
 
 
@@ -102,7 +102,7 @@ class Life:
     return time.monotonic() - self.started
 
   def steps(self) -> int:
-    """How many steps this life has written to metrics.jsonl."""
+    """Returns how many steps this life has written to metrics.jsonl."""
     if self.first_row is None:
       if self._file() in (0, self.file_before):
         return 0
@@ -113,11 +113,11 @@ class Life:
     return self.log.exists() and words in self.log.read_text(errors="replace")
 
   def saving(self) -> bool:
-    """Whether a checkpoint is half-written; what earlier lives have left is cleared away before the first step."""
+    """Returns whether a checkpoint is half-written; what earlier lives left is removed before the first step."""
     return self.steps() > 0 and any("tmp" in name for name in os.listdir(self.workdir / "checkpoints"))
 
   def wait_for(self, condition: Callable[[], bool]) -> bool:
-    """Whether the condition came true before the process ended."""
+    """Waits for a condition; returns False if the process ended first."""
     while not condition():
       if self.process.exitcode is not None:
         return False
@@ -128,7 +128,7 @@ class Life:
     return True
 
   def phase(self, num_steps: int) -> str:
-    """Where the process is, from what it has written; exact once it is dead."""
+    """Returns where the process is, from what it has written; exact once it is dead."""
     if self.saving():
       return "save"
     if (self.workdir / "checkpoints" / str(num_steps)).is_dir():
@@ -143,7 +143,7 @@ def on_mesh(mesh: str) -> list[str]:
 
 
 def last_row(path: pathlib.Path) -> int:
-  """The step of the last row of a metrics.jsonl, 0 without one."""
+  """Returns the step of the last row of a metrics.jsonl, 0 without one."""
   lines = path.read_bytes().splitlines() if path.exists() else []
   try:
     return int(json.loads(lines[-1])["step"]) if lines else 0
@@ -152,7 +152,7 @@ def last_row(path: pathlib.Path) -> int:
 
 
 def kill(life: Life, moment: str, rng: random.Random, num_steps: int, startup: float) -> dict[str, Any] | None:
-  """Waits for a moment, kills the process and says where that hit; None if it ended by itself before.
+  """Waits for a moment, kills the process and says where that hit; returns None if the process ended earlier.
 
   Args:
     moment: one of MOMENTS, or "evaluation".
@@ -196,7 +196,7 @@ def run_killed(
   context: Any, program: str, arguments: list[str], workdir: pathlib.Path, logs: pathlib.Path, *, num_steps: int,
   kills: int, meshes: Sequence[str], rng: random.Random,
 ) -> list[dict[str, Any]]:  # fmt: skip
-  """Starts the run again and again until it has been killed so many times, then lets it end; what hit where."""
+  """Restarts the run until it has been killed so many times, then lets it end; returns what was hit where."""
   found: list[dict[str, Any]] = []
   startup, mesh = 5.0, meshes[0]
   for number in range(1, 100 * kills):
@@ -233,7 +233,7 @@ def say(message: str, seconds: float) -> None:
 
 
 def left_by(workdir: pathlib.Path, step: int) -> dict[str, Any]:
-  """State by name, state of the data, rows without times, and a hash of each exported file."""
+  """Returns state by name, state of the data, rows without times, and a hash of each exported file."""
   import jax
   import numpy as np
   import orbax.checkpoint as ocp
@@ -261,10 +261,10 @@ def left_by(workdir: pathlib.Path, step: int) -> dict[str, Any]:
 
 
 def compare(found: dict[str, Any], expected: dict[str, Any], *, exact: bool, way: float = 0.0) -> dict[str, Any]:
-  """What is equal, and how far apart the parameters and the losses are, relative to the norm of each.
+  """Returns what is equal, and how far apart parameters and losses are, relative to the norm of each.
 
   Args:
-    way: that a parameter can go in the whole run; arrays that begin as 0 are compared with this at least.
+    way: how far a parameter can move in the whole run; arrays that begin as 0 are compared with at least this.
   """
   import numpy as np
 
@@ -369,14 +369,14 @@ def main() -> None:
 
 
 def as_json(report: dict[str, Any]) -> str:
-  """One line for each kill."""
+  """Returns JSON with one line for each kill."""
   kills = ",\n".join(f"    {json.dumps(k)}" for k in report["kills"])
   head = json.dumps({k: v for k, v in report.items() if k != "kills"}, indent=2)
   return f'{head[:-2]},\n  "kills": [\n{kills}\n  ]\n}}\n'
 
 
 def table(report: dict[str, Any]) -> str:
-  """Markdown: how often which phase was hit, and what came out."""
+  """Returns Markdown: how often which phase was hit, and the result."""
   hits = report["hits"]
   phases = [phase for phase in ("start", "compile", "step", "save", "evaluation") if phase in hits]
   rows = [f"| {phase} | {hits[phase]} |" for phase in phases]

@@ -31,12 +31,12 @@ LIMIT = 120  # seconds that the others are watched
 
 
 def work(case: dict[str, Any], index: int, folder: pathlib.Path, address: str, heartbeat: int) -> None:
-  """One process: joins the others, then does what the case says until the file `go` is there, or for ever."""
+  """Runs one process: joins the others, then does what the case says until the file `go` appears, or for ever."""
   sys.path.insert(0, str(ROOT))
-  from jaxpref.devices import distributed
+  from jaxpref.devices import detection, distributed
 
   distributed.HEARTBEAT_SECONDS = heartbeat
-  launch = distributed.Launch("by hand", address, case["processes"], index, detection="deactivate")
+  launch = detection.Launch("by hand", address, case["processes"], index, detection="deactivate")
   if case["event"] == "raises, plainly" and index == case["gone"]:
     distributed.join(launch)
     work_until_it_raises(case, index, folder)
@@ -67,7 +67,7 @@ def work_until_it_raises(case: dict[str, Any], index: int, folder: pathlib.Path)
 
 
 def measure(case: dict[str, Any], heartbeat: int) -> dict[str, Any]:
-  """The case, with `ends` of the others: exit code, None if it did not end, and seconds, by process."""
+  """Returns the case with `ends` of the others by process: exit code (None if it did not end), and seconds."""
   folder = pathlib.Path(tempfile.mkdtemp(prefix="heartbeats_"))
   with socket.socket() as free:
     free.bind(("localhost", 0))
@@ -109,7 +109,7 @@ def measure(case: dict[str, Any], heartbeat: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-  """A line for each event and process: seconds to the end of the last of the others, and all their exit codes."""
+  """Returns a line for each event and process: seconds until the last of the others ended, and their exit codes."""
   doing = [what for what in DOING if any(row["doing"] == what for row in rows)]
   lines = ["| one process | the others are in " + " | in ".join(doing) + " |", "|---" * (len(doing) + 1) + "|"]
   for event, first in itertools.product(EVENTS, (True, False)):

@@ -194,7 +194,7 @@ _TINY: dict[str, dict[str, Any]] = {
 
 
 def model_config(name: str, tiny: bool) -> tuple[str, dict[str, Any]]:
-  """Kind and config of a network; its miniature's if `tiny`."""
+  """Returns kind and config of a network; its miniature's if `tiny`."""
   kind, config, _ = MODELS[name]
   return kind, config | (_TINY.get(name) or _TINY[kind]) if tiny else config
 
@@ -204,14 +204,14 @@ def model_config(name: str, tiny: bool) -> tuple[str, dict[str, Any]]:
 
 
 def draw_inputs(kind: str, config: Mapping[str, Any], tiny: bool) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-  """A batch of two different examples, channels last, and the names of the inputs to differentiate."""
+  """Draws a batch of two different examples, channels last; returns it with the inputs' names to differentiate."""
   rng = np.random.default_rng(0)
 
   def normal(*shape: int) -> np.ndarray:
     return rng.standard_normal(shape, np.float32)
 
   def token_ids(text: Mapping[str, Any]) -> np.ndarray:
-    """Start, tokens, end and padding, as a tokenizer makes them; the end of the text is the largest id."""
+    """Returns start, tokens, end and padding, as a tokenizer makes them; the end of the text is the largest id."""
     length, end = text["max_position_embeddings"], text["vocab_size"] - 1
     ids = rng.integers(0, end - 1, (2, length)).astype(np.int32)
     ids[:, 0] = end - 1
@@ -247,12 +247,12 @@ def draw_inputs(kind: str, config: Mapping[str, Any], tiny: bool) -> tuple[dict[
 
 
 def output_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-  """The random numbers by which an output enters the scalar that is differentiated."""
+  """Returns the random numbers by which an output enters the scalar that is differentiated."""
   return np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
 
 
 def errors(found: Any, expected: Any, *, magnitude: float | None = None) -> dict[str, float]:
-  """{"max": max |found - expected| / max |expected|, "l2": the same of 2-norms, "std": of expected}, in float64.
+  """Returns {"max": max |found - expected| / max |expected|, "l2": the same for 2-norms, "std": of expected}, float64.
 
   With a magnitude, both are relative to that instead: max |found - expected| / magnitude, and so on.
   """
@@ -268,7 +268,7 @@ def errors(found: Any, expected: Any, *, magnitude: float | None = None) -> dict
 
 
 def peak_gib() -> float:
-  """The most memory this process has had resident (mapped pages of files included), GiB."""
+  """Returns the most memory this process has had resident (mapped pages of files included), GiB."""
   for line in pathlib.Path("/proc/self/status").read_text().splitlines():
     if line.startswith("VmHWM:"):
       return int(line.split()[1]) / 2**20
@@ -280,7 +280,7 @@ def peak_gib() -> float:
 
 
 def _build_torch(kind: str, config: dict[str, Any]) -> Any:
-  """The original, with parameters yet to be drawn."""
+  """Returns the original, with parameters yet to be drawn."""
   import torch
 
   if kind in ("unet", "vae"):
@@ -402,7 +402,7 @@ def run_torch(name: str, folder: pathlib.Path, *, tiny: bool, dtypes: tuple[str,
 
 
 def _load_flax(kind: str, folder: pathlib.Path, dtype: Any) -> tuple[Any, Any]:
-  """Network and parameters, by the functions that `pipelines.load_pipeline` and the trainer go through."""
+  """Returns network and parameters, with the functions that `pipelines.load_pipeline` and the trainer use."""
   from jaxpref.files.tensors import load_tree, weight_files
   from jaxpref.models import clip, presets, unet, vae
   from jaxpref.rewards.loading import load_preference_model
@@ -459,7 +459,7 @@ def _flax_apply(kind: str, module: Any, params: Any, inputs: Mapping[str, Any]) 
 
 
 def run_flax(name: str, folder: pathlib.Path, *, tiny: bool, dtype: str, gradient: bool) -> dict[str, Any]:
-  """The comparison of one network in one dtype: a row of OUT.json."""
+  """Returns the comparison of one network in one dtype: a row of OUT.json."""
   import jax
   import jax.numpy as jnp
 
@@ -529,7 +529,7 @@ def _compare(found: Mapping[str, Any], file: pathlib.Path) -> dict[str, dict[str
 
 
 def passed(row: Mapping[str, Any]) -> bool:
-  """Whether all errors are within the bound, and the sizes are the published ones; False for NaN."""
+  """Returns whether all errors are within the bound, and the sizes are the published ones; False for NaN."""
   measured = [*row["outputs"].values(), *row["gradients"].values()]
   return (
     all(e["max"] <= row["bound"] and e["l2"] <= row["bound"] for e in measured)
@@ -539,7 +539,7 @@ def passed(row: Mapping[str, Any]) -> bool:
 
 
 def versions() -> dict[str, str]:
-  """Of the packages that compute."""
+  """Returns the versions of the packages that compute."""
   return {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
@@ -548,7 +548,7 @@ def versions() -> dict[str, str]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-  """Markdown."""
+  """Returns a Markdown table."""
   lines = [
     "| network | parameters | dtype | max error | L2 error | torch's own bfloat16 (max, L2) | gradient (max, L2) "
     "| bound | | s: torch, load, compile, run | peak GiB: torch, jax |",
@@ -604,7 +604,7 @@ def _say(text: str) -> None:
 
 
 def _child(folder: pathlib.Path, **job: Any) -> None:
-  """Runs `job` in a process of its own, which gives all memory back."""
+  """Runs `job` in its own process, which gives all memory back."""
   done = subprocess.run(
     [sys.executable, "-m", "scripts.parity.full_size_parity", "--child", json.dumps(job | {"folder": str(folder)})],
     cwd=ROOT,

@@ -56,7 +56,7 @@ PROMPTS = (
 
 
 def pictures() -> list[np.ndarray]:
-  """Smooth ones, one of each shape."""
+  """Returns smooth pictures, one of each shape."""
   rng, out = np.random.default_rng(0), []
   for height, width in SHAPES:
     coarse = Image.fromarray(rng.integers(0, 256, (7, 7, 3), np.uint8))
@@ -68,7 +68,7 @@ def pictures() -> list[np.ndarray]:
 
 
 def redraw(module: Any, seed: int) -> dict[str, Any]:
-  """The state dict after noise on all parameters, so that none is 0 or 1; in float16, as it is saved."""
+  """Returns the state dict after noise on all parameters, so that none is 0 or 1; in float16, as it is saved."""
   import torch
 
   generator = torch.Generator().manual_seed(seed)
@@ -81,7 +81,7 @@ def redraw(module: Any, seed: int) -> dict[str, Any]:
 
 
 def enliven(head: Any) -> None:
-  """Redraws the layers of a head, whose own start makes all scores alike."""
+  """Redraws the layers of a head, whose own initialisation makes all scores the same."""
   import torch
 
   for parameter in head.parameters():
@@ -89,7 +89,7 @@ def enliven(head: Any) -> None:
 
 
 def score_hpsv2(folder: pathlib.Path, images: Sequence[Image.Image]) -> dict[str, list[float]]:
-  """By `hpsv2.score`, which reads the file."""
+  """Scores with `hpsv2.score`, which reads the file."""
   import clip
   import torch
 
@@ -114,7 +114,7 @@ def score_hpsv2(folder: pathlib.Path, images: Sequence[Image.Image]) -> dict[str
 
 
 def score_aesthetic(folder: pathlib.Path, images: Sequence[Image.Image]) -> dict[str, list[float]]:
-  """By the layers of `ImageReward`'s AestheticScore on OpenAI's CLIP, which is saved for transformers, too."""
+  """Scores with the layers of `ImageReward`'s AestheticScore on OpenAI's CLIP, which is also saved for transformers."""
   import clip
   import torch
   import transformers
@@ -145,7 +145,7 @@ def _clip_config(transformers: Any) -> Any:
 
 
 def to_transformers(state: dict[str, Any]) -> dict[str, Any]:
-  """OpenAI's names -> transformers'."""
+  """Converts OpenAI's names to transformers'."""
   import torch
 
   out = {"logit_scale": state["logit_scale"]}
@@ -199,7 +199,7 @@ def bert_vocabulary(file: pathlib.Path) -> str:
 
 
 def score_imagereward(folder: pathlib.Path, images: Sequence[Image.Image]) -> dict[str, list[float]]:
-  """By `ImageReward.score`, with the vocabulary in `folder`."""
+  """Scores with `ImageReward.score`, with the vocabulary in `folder`."""
   import ImageReward.models.BLIP.blip as blip
   import torch
   from ImageReward.ImageReward import ImageReward
@@ -222,7 +222,7 @@ def score_imagereward(folder: pathlib.Path, images: Sequence[Image.Image]) -> di
 
 
 def run_peers(folder: pathlib.Path, bert: pathlib.Path) -> None:
-  """Weights, vocabularies, pictures and scores.json."""
+  """Writes weights, vocabularies, pictures and scores.json."""
   import torch
 
   for name in ("nms", "qnms"):  # operators that torchvision lacks beside a torch without GPU code; none is used here
@@ -260,7 +260,7 @@ def run_peers(folder: pathlib.Path, bert: pathlib.Path) -> None:
 
 
 def run_compare(folder: pathlib.Path, out: pathlib.Path) -> bool:
-  """OUT.json and OUT.md; whether all scores agree."""
+  """Writes OUT.json and OUT.md; returns whether all scores agree."""
   import jax
 
   from jaxpref.rewards import published

@@ -34,10 +34,10 @@ class Outcome(NamedTuple):
   """One step of a case, of either framework.
 
   Attributes:
-    loss, grad_norm: of its one update.
+    loss, grad_norm: those of its one update.
     change: what the update added to each trained parameter, by name and in the layout of PyTorch.
-    scores: of SPO: f32[G,B,k].
-    pairs: of SPO: winner, loser and valid, each [G,B].
+    scores: SPO's: f32[G,B,k].
+    pairs: SPO's: winner, loser and valid, each [G,B].
   """
 
   loss: float
@@ -48,7 +48,7 @@ class Outcome(NamedTuple):
 
 
 def check_recipe(case: str, size: str) -> Any:
-  """A case on a miniature of the size's topology (tiny: on tiny-sd itself), made to be compared.
+  """Returns a case on a miniature of the size's topology (tiny: on tiny-sd itself), made to be compared.
 
   Float32, one update with all transitions, and SGD of rate 1: the update is the clipped gradient. AdamW's first step is
   nearly the sign of each entry of the gradient, so that it would show rounding of the smallest ones.
@@ -78,18 +78,18 @@ def check_batch(config: Any, experiment: Any) -> dict[str, np.ndarray]:
 
 
 def fixed_noise(shape: Sequence[int]) -> np.ndarray:
-  """One array of normal numbers f32[...] in the place of all noise of that shape."""
+  """Returns one array of normal numbers f32[...] that replaces all noise of that shape."""
   return np.resize(np.random.default_rng(0).standard_normal(2**16 + 1, np.float32), shape)
 
 
 def fixed_members(n: int, k: int) -> np.ndarray:
-  """The candidates to continue from, in the place of random ones."""
+  """Returns the candidates to continue from, instead of random ones."""
   return np.arange(n, dtype=np.int32) % k
 
 
 @contextlib.contextmanager
 def fixed_jax_draws() -> Iterator[None]:
-  """While a step is traced: no noise and no member of a pool is random."""
+  """Removes, while a step is traced, randomness from the noise and from the members of a pool."""
   import jax
   import jax.numpy as jnp
 
@@ -125,7 +125,7 @@ def jax_outcome(case: str, size: str, folder: pathlib.Path, config: Any | None =
   from jaxpref.files import adapters, loading, tensors
   from jaxpref.objectives import spo
   from jaxpref.rewards.loading import load_scorer
-  from jaxpref.training import build, loop, step
+  from jaxpref.training import build, programs, step
 
   config = check_recipe(case, size) if config is None else config
   experiment = build.build(config)
@@ -145,7 +145,7 @@ def jax_outcome(case: str, size: str, folder: pathlib.Path, config: Any | None =
   batch = check_batch(config, experiment)
   assert experiment.tokenize is not None
   extra = {}
-  optimizer, _ = loop.make_optimizer(config)
+  optimizer, _ = programs.make_optimizer(config)
   step_fn = step.make_step(experiment.objective, optimizer, seed=config.seed)
   timesteps = step.timesteps(experiment.objective, config.batch_size, seed=config.seed, step=0)
   if timesteps is not None:
@@ -181,7 +181,7 @@ def jax_outcome(case: str, size: str, folder: pathlib.Path, config: Any | None =
 
 
 def torch_outcome(case: str, size: str, folder: pathlib.Path, config: Any | None = None) -> Outcome:
-  """The same step in PyTorch, from what `jax_outcome` wrote."""
+  """Returns the same step in PyTorch, from what `jax_outcome` wrote."""
   import torch
 
   config = check_recipe(case, size) if config is None else config
@@ -213,7 +213,7 @@ def torch_outcome(case: str, size: str, folder: pathlib.Path, config: Any | None
 
 
 def differences(ours: Outcome, theirs: Outcome) -> dict[str, float]:
-  """Relative differences of loss, gradient norm, scores and update, and the share of pairs that are not the same."""
+  """Returns relative differences of loss, gradient norm, scores and update, and the share of pairs that differ."""
   relative = lambda a, b: float(np.linalg.norm(a - b) / np.linalg.norm(a))
   if ours.change.keys() != theirs.change.keys():
     raise SystemExit(f"error: the two train other parameters: {sorted(ours.change.keys() ^ theirs.change.keys())[:4]}.")
@@ -232,7 +232,7 @@ def differences(ours: Outcome, theirs: Outcome) -> dict[str, float]:
 
 
 def disagreements(found: Mapping[str, float]) -> list[str]:
-  """What of `differences` is above its bound; no pair may be another one."""
+  """Returns which of `differences` are above their bounds; no pair may differ."""
   return [name for name, value in found.items() if not value <= BOUNDS.get(name, 0.0)]
 
 
@@ -254,7 +254,7 @@ def check(case: str, size: str) -> list[str]:
 
 
 def _failed(case: str, size: str) -> bool:
-  """Whether a case's check failed; in a process without an accelerator, as TF32 is no float32."""
+  """Returns whether a case's check failed; in a process without an accelerator, as TF32 is no float32."""
   done = bench_torch.child(["--child", case, "--size", size], script="torch_check.py", hidden=True)
   if done.returncode not in (0, 1) or (done.returncode == 1 and "Traceback" in done.stderr):
     print(done.stderr, file=sys.stderr)

@@ -98,14 +98,14 @@ class Models(NamedTuple):
   dtype: Any
 
   def autocast(self) -> Any:
-    """Float32 parameters compute in the dtype of the networks."""
+    """Makes float32 parameters compute in the dtype of the networks."""
     import torch
 
     return torch.autocast(self.alphas_cumprod.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
   @contextlib.contextmanager
   def as_reference(self) -> Iterator[Any]:
-    """The reference UNet, without gradients."""
+    """Switches to the reference UNet, without gradients."""
     import torch
 
     with torch.no_grad():
@@ -118,7 +118,7 @@ class Models(NamedTuple):
 
 
 def policy_file(config: Config) -> str:
-  """Name of the file with the trained parameters."""
+  """Returns the name of the file with the trained parameters."""
   return f"{config.objective}_{config.lora.rank}.safetensors"
 
 
@@ -194,12 +194,12 @@ def make_network(folder: pathlib.Path, cls: Any, name: str, *, dtype: Any, devic
 
 
 def torch_name(name: str) -> str:
-  """A factor's parameter in peft, by its name in a file: unet.LAYER.lora_A.weight -> LAYER.lora_A.default.weight."""
+  """Returns a factor's name in peft from its name in a file: unet.LAYER.lora_A.weight, LAYER.lora_A.default.weight."""
   return name.removeprefix("unet.").replace(".weight", f".{ADAPTER}.weight")
 
 
 def encode_prompts(encoders: Sequence[Any], vae: Any, unet: Any, ids: Tensor) -> Cond:
-  """The UNet's conditioning on prompts i64[B,L], or i64[B,2L] for two encoders."""
+  """Returns the UNet's conditioning on prompts i64[B,L], or i64[B,2L] for two encoders."""
   import torch
 
   if len(encoders) == 1:
@@ -215,20 +215,20 @@ def encode_prompts(encoders: Sequence[Any], vae: Any, unet: Any, ids: Tensor) ->
 
 
 def predict(unet: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-  """The UNet's output f32[N,C,h,w]."""
+  """Returns the UNet's output f32[N,C,h,w]."""
   added = {k: cond[k] for k in ("text_embeds", "time_ids") if k in cond} or None
   return unet(x, t, cond["encoder_hidden_states"], added_cond_kwargs=added, return_dict=False)[0].float()
 
 
 def with_empty(models: Models, cond: Cond) -> Cond:
-  """The conditioning of a guided call: rows of the empty prompt, then those of `cond`."""
+  """Returns the conditioning of a guided call: rows of the empty prompt, then those of `cond`."""
   import torch
 
   return {k: torch.cat([models.empty[k].expand(len(v), *v.shape[1:]), v]) for k, v in cond.items()}
 
 
 def guided(unet: Any, x: Tensor, t: Tensor, both: Cond, scale: float) -> Tensor:
-  """Classifier-free guidance in one call; `both` from `with_empty`."""
+  """Computes classifier-free guidance in one call; `both` is from `with_empty`."""
   import torch
 
   if scale <= 1.0:
@@ -244,7 +244,7 @@ def guided(unet: Any, x: Tensor, t: Tensor, both: Cond, scale: float) -> Tensor:
 def load_scorer(
   folder: pathlib.Path, dtype: Any, device: str
 ) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
-  """SPO's preference model on the file that jaxpref writes, whose names are those of the published checkpoints."""
+  """Loads SPO's preference model from the file that jaxpref writes, with the names of the published checkpoints."""
   import safetensors.torch
   import torch
   from torch.nn import functional as F
@@ -263,7 +263,7 @@ def load_scorer(
     return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], c["layer_norm_eps"])
 
   def layer(name, x, c, time):
-    """One block; with time f32[N,D] its branches are shifted, scaled and gated."""
+    """Applies one block; with time f32[N,D] its branches are shifted, scaled and gated."""
     act = F.gelu if c["hidden_act"] == "gelu" else (lambda v: v * torch.sigmoid(1.702 * v))
     heads = lambda v: v.unflatten(-1, (c["num_attention_heads"], -1)).transpose(1, 2)
     modulation: Any = [None] * 6 if time is None else linear(f"{name}.adaLN_modulation.1", time)[:, None].chunk(6, -1)
@@ -280,7 +280,7 @@ def load_scorer(
     return x + (h if time is None else gate_mlp * h)
 
   def text_embeds(ids):
-    """Unit vectors f32[B,P]; of the ids of two tokenizers the first are CLIP's."""
+    """Returns unit vectors f32[B,P]; of two tokenizers' ids the first are CLIP's."""
     ids = ids[:, : text["max_position_embeddings"]]
     x = F.embedding(ids, weights["text_model.embeddings.token_embedding.weight"])
     x = x + weights["text_model.embeddings.position_embedding.weight"][: ids.shape[1]]
@@ -293,7 +293,7 @@ def load_scorer(
     return F.normalize(linear("text_projection", x).float(), dim=-1)
 
   def scores(images, t, embeds):
-    """Images as they are decoded, about [-1, 1]; t of one number or one for each."""
+    """Scores decoded images, about [-1, 1]; t is one number or one for each."""
     height, width = images.shape[-2:]
     size = vision["image_size"]
     scale = size / min(height, width)
@@ -344,7 +344,7 @@ class Found(NamedTuple):
 
 
 def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> Any:
-  """The recipe's, at its full learning rate."""
+  """Returns the recipe's optimiser at its full learning rate."""
   import torch
   from transformers.optimization import Adafactor
 
@@ -373,7 +373,7 @@ def update(config: Config, optimizer: Any) -> Tensor:
 
 
 def dpo_step(models: Models, config: Config, optimizer: Any, batch: Mapping[str, Tensor], draws: Draws) -> Found:
-  """One update of Diffusion-DPO.
+  """Makes one update of Diffusion-DPO.
 
   Args:
     batch: `winner` and `loser`, images f32[B,3,H,W] in [-1, 1], and `input_ids` i64[B,L]; for SDXL their sizes,
@@ -415,7 +415,7 @@ def dpo_step(models: Models, config: Config, optimizer: Any, batch: Mapping[str,
 
 
 def ddim_mean_std(models: Models, pred: Tensor, x: Tensor, t: Tensor, prev_t: Tensor, eta: float):
-  """Of the transition from x at t to prev_t, each [N] or []: mean f32[N,C,h,w] and std f32[N,1,1,1] or [1,1,1]."""
+  """Returns mean f32[N,C,h,w] and std f32[N,1,1,1] or [1,1,1] of the transition from x at t to prev_t, [N] or []."""
   abar, prev = (models.alphas_cumprod[v].reshape(*v.shape, 1, 1, 1) for v in (t, prev_t))
   std = eta * ((1 - prev) / (1 - abar) * (1 - abar / prev)).sqrt()
   x0 = (x - (1 - abar).sqrt() * pred) / abar.sqrt()
@@ -423,7 +423,7 @@ def ddim_mean_std(models: Models, pred: Tensor, x: Tensor, t: Tensor, prev_t: Te
 
 
 def select_pair(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-  """Best and worst i64[B] of pools f32[B,k], and whether softmax tells them apart by more than the threshold."""
+  """Returns best and worst i64[B] of pools f32[B,k], and whether their softmax differs by more than the threshold."""
   import torch
 
   (best, winner), (worst, loser) = scores.max(1), scores.min(1)
@@ -431,7 +431,7 @@ def select_pair(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tenso
 
 
 def pool_rollout(models: Models, config: Config, cond: Cond, text: Tensor, draws: Draws):
-  """SPO's rollout: valid transitions by name, how many of them share their start, scores and pairs of all groups.
+  """Runs SPO's rollout; returns valid transitions by name, how many share their start, scores and pairs of all groups.
 
   After `warmup_steps` steps each group of steps draws `pool_size` candidates from one latent of a prompt; they run on
   their own, are scored, and one of them at random is where the next group starts.
@@ -506,7 +506,7 @@ def pool_rollout(models: Models, config: Config, cond: Cond, text: Tensor, draws
 
 
 def transition_losses(models: Models, config: Config, part: Mapping[str, Tensor], cond: Cond) -> Tensor:
-  """SPO's loss f32[N] of transitions: four guided calls of N rows, two of them with gradients."""
+  """Returns SPO's loss f32[N] of transitions: four guided calls of N rows, two of them with gradients."""
   from torch.nn import functional as F
 
   s = config.spo
@@ -532,7 +532,7 @@ def transition_losses(models: Models, config: Config, part: Mapping[str, Tensor]
 
 
 def spo_step(models: Models, config: Config, optimizer: Any, batch: Mapping[str, Tensor], draws: Draws) -> Found:
-  """One iteration of SPO: rollout, scoring, and the updates that the valid pairs pay for.
+  """Makes one iteration of SPO: rollout, scoring, and the updates that the valid pairs need.
 
   Args:
     batch: `input_ids` i64[B,L]; `micro_batch`, transitions at a time, where it is not an update's / accumulation.
@@ -572,7 +572,7 @@ def spo_step(models: Models, config: Config, optimizer: Any, batch: Mapping[str,
 
 
 def num_updates(config: Config, shared: int, separate: int) -> int:
-  """As jaxpref makes them: `minibatch` transitions that share their start in one, the others in proportion."""
+  """Returns jaxpref's number of updates: `minibatch` transitions that share their start, others in proportion."""
   s = config.spo
   steps = s.num_inference_steps - s.warmup_steps
   of_prompt = steps // (s.inner_steps + 1) - (s.inner_steps == 0 and not s.pool_last_step)
@@ -582,7 +582,7 @@ def num_updates(config: Config, shared: int, separate: int) -> int:
 
 
 def load_batch(file: pathlib.Path, device: str) -> tuple[dict[str, Tensor], np.ndarray]:
-  """The batch that `save_inputs` wrote, with the pairs in order, and the ids of the empty prompt."""
+  """Loads the batch that `save_inputs` wrote, with the pairs in order, and the ids of the empty prompt."""
   import torch
 
   with np.load(file) as arrays:

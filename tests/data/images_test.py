@@ -60,7 +60,7 @@ SECOND = Image.fromarray(255 - quarters())
   ],
   ids="png bmp tiff jpeg progressive webp gif gif-animated webp-animated png-animated cmyk palette rgba".split(),
 )
-def test_formats(content, tolerance):
+def test_every_image_format_is_decoded(content, tolerance):
   """Of an animation the first frame. What the file is called plays no part."""
   pixels, framing = records.decode(content, SIZE)
   close(pixels, EXPECTED, tolerance)

@@ -46,7 +46,7 @@ def test_the_share_of_held_out_prompts(share):
 # ---- Selection -------------------------------------------------------------------------------------------------
 
 
-def test_ties():
+def test_ties_are_dropped_kept_or_soft():
   index = make([1.0, 0.5, 0.0])
   dropped, kept, soft = (select(index, ties=ties) for ties in ("drop", "keep", "soft"))
   assert dropped.kept.tolist() == [0, 2] and dropped.label.tolist() == [1, 0]
@@ -123,7 +123,7 @@ def test_no_prompt_is_in_both_parts():
   assert set(index.prompt[half.kept].tolist()) <= validation
 
 
-def test_flipped_labels():
+def test_a_share_of_training_labels_is_flipped():
   index = random_index(20_000, 900)
   clean = select(index, ties="keep", validation_share=0.1)
   few, more, other = (
@@ -311,7 +311,7 @@ def test_damaged_files_and_pickles_are_refused(tmp_path, monkeypatch):
   whole = file.read_bytes()
   for content in (b"", b"no archive", whole[: len(whole) // 2]):
     file.write_bytes(content)
-    with pytest.raises(StaleIndex, match="is no index that can be read"):
+    with pytest.raises(StaleIndex, match="is not a readable index"):
       index_lib.load(file, num_records=2, fingerprint="")
   np.savez(file, format=index_lib.FORMAT, fingerprint="", label_0=np.array([print, 1], dtype=object))
   with pytest.raises(StaleIndex, match="allow_pickle"):
@@ -339,7 +339,7 @@ def test_an_index_is_read_built_or_built_again(tmp_path, caplog):
   get(), get()
   assert built == ["a"] and beside.exists() and not cache.exists() and not caplog.text
   get("b")
-  assert built == ["a", "b"] and "It is made again" in caplog.text
+  assert built == ["a", "b"] and "Making it again" in caplog.text
   get("b", agrees=lambda index: False)
   assert built == ["a", "b", "b"] and "does not agree" in caplog.text
   beside.unlink()

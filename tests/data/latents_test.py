@@ -157,7 +157,7 @@ def test_damage_is_named_with_its_remedy(folder):
   flip_bit(folder / NAMES[1], place + 3)
   data = latents.open_folder(folder)  # the size is right
   equal(data.row(5), latents.open_folder(folder).row(5))
-  remedy = r"delete it and run the same python -m jaxpref\.precompute again, which makes only what is missing\."
+  remedy = r"delete it and run the same python -m jaxpref\.precompute again; it makes only what is missing\."
   with pytest.raises(latents.DamagedFile, match=rf"{NAMES[1]} is damaged \(.*hash.*\); {remedy}"):
     data.row(6)
   damaged = {name: str(error) for name, error in latents.damaged_files(folder) if error}
@@ -178,16 +178,16 @@ def test_damage_is_named_with_its_remedy(folder):
 def test_prompts_of_another_table_are_noticed(folder):
   keys = latents.open_folder(folder).keys
   latents.write_file(folder, latents.file_name("prompts", 0, 1), map(prompt_record, keys.tolist()[::-1]))
-  with pytest.raises(latents.DamagedFile, match="its prompts are others than those of the table"):
+  with pytest.raises(latents.DamagedFile, match="its prompts differ from those of the table"):
     latents.open_folder(folder).row(0)
 
 
 @pytest.mark.parametrize(
   ("change", "sentence"),
   [
-    ({"config": PLAN["config"] | {"model": "y"}}, "begun with config.model='x', and now it is 'y'; choose another"),
-    ({"config": PLAN["config"] | {"data.new": 1}}, "begun with config.data.new=None, and now it is 1"),
-    ({"num_rows": 11}, "begun with num_rows=10, and now it is 11"),
+    ({"config": PLAN["config"] | {"model": "y"}}, "begun with config.model='x', now it is 'y'; choose another"),
+    ({"config": PLAN["config"] | {"data.new": 1}}, "begun with config.data.new=None, now it is 1"),
+    ({"num_rows": 11}, "begun with num_rows=10, now it is 11"),
     ({"weights": {"vae": "4567"}}, "begun with other weights of the vae, though of the same name; choose"),
   ],
 )
@@ -207,7 +207,7 @@ def test_other_folders_are_refused(folder, tmp_path):
     with pytest.raises(latents.DamagedFile, match=r"manifest.json is damaged \(.*\); delete it and run the same"):
       latents.open_folder(folder)
   (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
-  with pytest.raises(ValueError, match="is of format 2, expected 1; make it again with this version"):
+  with pytest.raises(ValueError, match="has format 2, expected 1; make it again with this version"):
     latents.open_folder(folder)
   with pytest.raises(FileNotFoundError, match=r"nowhere has no precomputed data \(no manifest.json\)"):
     latents.open_folder(tmp_path / "nowhere")

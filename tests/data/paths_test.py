@@ -76,7 +76,7 @@ def test_what_clients_of_buckets_raise_is_one_sentence(bucket, monkeypatch, rais
 
 def test_other_schemes_are_refused(tmp_path):
   for path in ("http://example.com/a.jsonl", "ftp://a", "://a"):
-    with pytest.raises(ValueError, match=f"{path} is no place that data can be in; expected a path, or gs://, s3://"):
+    with pytest.raises(ValueError, match=f"{path} is not a place for data; expected a path, or gs://, s3://"):
       sources.open_pairs_file(path)
 
 
@@ -89,7 +89,9 @@ def test_array_record_files_are_read_from_google_or_here(bucket, monkeypatch, tm
     functools.partial(pickapic.prepare, tmp_path),
   ):
     (tmp_path / "a").touch()
-    with pytest.raises(ValueError, match="s3://bucket/a: ArrayRecord files can be read from this machine and from gs"):
+    with pytest.raises(
+      ValueError, match="s3://bucket/a: ArrayRecord files can only be read from this machine and from"
+    ):
       fails("s3://bucket/a")
   plan = latents_test.PLAN
   with pytest.raises(ValueError, match="s3://bucket/a: ArrayRecord files"):
@@ -225,5 +227,5 @@ def test_precomputed_folders_in_a_bucket(served, tmp_path):
     latents.open_folder("gs://bucket/made")
   with pytest.raises(latents.DamagedFile, match="gs://bucket/made/rows-00001-of-00003.array_record is damaged .*No"):
     found.rows[latents_test.ROWS_PER_FILE]
-  with pytest.raises(ValueError, match="--out=gs://bucket/made was begun with num_rows=10, and now it is 11"):
+  with pytest.raises(ValueError, match="--out=gs://bucket/made was begun with num_rows=10, now it is 11"):
     latents.start(folder, latents_test.PLAN | {"num_rows": 11})

@@ -112,7 +112,7 @@ def check(folder, start, count, split):
   return source
 
 
-def test_round_trip(prepared, monkeypatch):
+def test_a_prepared_dataset_has_the_parquet_files_records(prepared, monkeypatch):
   monkeypatch.setattr(sources, "index_of_records", lambda *args, **kwargs: pytest.fail("all records are read"))
   assert prepared.endswith("pickapic/v2/1.0.0")
   source = check(prepared, 0, ROWS, "train")
@@ -160,7 +160,7 @@ def test_the_command_says_where_the_dataset_is(parquet, prepared, tmp_path, caps
   out = os.path.dirname(os.path.dirname(os.path.dirname(prepared)))
   command.main([f"--parquet={parquet}", f"--out={out}"])  # it is there already
   assert capsys.readouterr().out.strip() == prepared
-  with pytest.raises(SystemExit, match="error: .*/missing is no folder, or an empty one"):
+  with pytest.raises(SystemExit, match="error: .*/missing is not a folder, or an empty one"):
     command.main([f"--parquet={tmp_path / 'missing'}", f"--out={tmp_path / 'out'}"])
   (tmp_path / "notes.txt").write_text("")
   with pytest.raises(SystemExit, match="error: .*holds no files such as train-00000-of-00645-b66ac786bf6fb553.parquet"):
@@ -199,7 +199,7 @@ def test_a_dataset_of_other_parquet_files_is_refused(parquet, tmp_path, capsys):
   with pytest.raises(SystemExit, match=r"\(then 1 of train, now 1 of train, and not the same ones\); delete that fol"):
     command.main(arguments)
   os.remove(os.path.join(made, pickapic.MADE_OF))
-  with pytest.raises(SystemExit, match="is there and has no parquet_files.json, which says from what it was made"):
+  with pytest.raises(SystemExit, match="exists and has no parquet_files.json, which says from what it was made"):
     command.main(arguments)
   shutil.rmtree(made)
   command.main(arguments)

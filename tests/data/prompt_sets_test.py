@@ -39,14 +39,14 @@ def lines(rows):
 @pytest.mark.parametrize("name", ["prompts.txt", "pick_test", "prompts.TXT"])
 @pytest.mark.parametrize("form", ["{}", "\ufeff{}", "{}\n\n  \n"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_text(tmp_path, name, form, end):
+def test_a_text_file_gives_one_prompt_per_line(tmp_path, name, form, end):
   text = form.format('a cat\n\n{red|blue} dog, "quoted"\n [x]\n').replace("\n", end)
   file = write(tmp_path, name, text)
   assert prompt_sets.read(file) == [Prompt("a cat"), Prompt('{red|blue} dog, "quoted"'), Prompt(" [x]")]
   assert [p.text for p in prompt_sets.read(file)] == sources.read_prompts(file)
 
 
-def test_json(tmp_path):
+def test_json_prompts_are_strings_or_objects(tmp_path):
   rows = ["a cat", {"caption": "a dog", "category": "Animals", "id": 7, "seed": 3}, {"prompt": "a cow"}]
   expected = [Prompt("a cat"), Prompt("a dog", "Animals", "7", {"seed": 3}), Prompt("a cow")]
   assert prompt_sets.read(write(tmp_path, "prompts.json", json.dumps(rows))) == expected
@@ -55,7 +55,7 @@ def test_json(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_parti_prompts(tmp_path, end):
+def test_parti_prompts_keep_their_quotes_and_categories(tmp_path, end):
   """Quotes are a part of the prompts, wherever they are; the last cell may be missing."""
   content = (
     "Prompt\tCategory\tChallenge\tNote\n"
@@ -75,7 +75,7 @@ def test_parti_prompts(tmp_path, end):
     assert prompt_sets.read(write(tmp_path, name, content)) == expected
 
 
-def test_hpdv2(tmp_path):
+def test_hpdv2_prompts_have_their_style_as_category(tmp_path):
   for style in prompt_sets.STYLES:
     write(tmp_path, f"{style}.json", json.dumps([f"{style} one", f"{style} two"]))
   write(tmp_path, "drawbench.json", json.dumps([{"prompts": "of another benchmark"}]))
@@ -88,7 +88,7 @@ def test_hpdv2(tmp_path):
     prompt_sets.read(tmp_path)
 
 
-def test_geneval(tmp_path):
+def test_geneval_prompts_have_their_tag_as_category(tmp_path):
   found = prompt_sets.read(write(tmp_path, "evaluation_metadata.jsonl", lines(GENEVAL)))
   assert found == [
     Prompt("a photo of a bench", "single_object", "00000", GENEVAL[0]),
@@ -115,7 +115,7 @@ def test_of_repeated_prompts_the_first_is_used(tmp_path, caplog):
   with caplog.at_level(logging.WARNING):
     found = prompt_sets.read(write(tmp_path, "a.jsonl", lines(rows)))
   assert found == [Prompt("a cat", id="1"), Prompt("a dog 2"), Prompt("a dog 4")]
-  assert "1 prompts are there more than once, such as 'a cat' (3 times); each is used once." in caplog.text
+  assert "1 prompts are repeated, such as 'a cat' (3 times); each is used once." in caplog.text
   twice = [*GENEVAL, GENEVAL[0]]  # GenEval's scorer numbers all of them
   with caplog.at_level(logging.WARNING):
     assert [p.id for p in prompt_sets.read(write(tmp_path, "b.jsonl", lines(twice)))] == ["00000", "00001", "00002"]
@@ -179,12 +179,12 @@ def test_a_word_that_names_a_file_is_no_prompt(tmp_path, monkeypatch):
   write(tmp_path, "camera", b"\x89PNG\r\n\x1a\n\0\0")
   (tmp_path / "pictures" / "volcano").mkdir(parents=True)
   for words, message in (
-    (["a cat", "camera"], "--prompts has 2 prompts, and 'camera' is the name of a file; give one file of prompts"),
+    (["a cat", "camera"], "--prompts has 2 prompts, and 'camera' is the name of a file; give only one file of prompts"),
     (["a cat", "nowhere.jsonl"], "and 'nowhere.jsonl' is the name of a file"),
     (["camera"], "camera is not UTF-8 text"),
     (["nowhere.csv"], "there is no file of prompts nowhere.csv"),
     (["pictures/volcano"], "--prompts='pictures/volcano' names a file or a folder, expected the words of a prompt"),
-    (["ftp://a/b"], "ftp://a/b is no place that data can be in"),
+    (["ftp://a/b"], "ftp://a/b is not a place for data"),
   ):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
       prompt_sets.given(words, option="--prompts")
@@ -205,31 +205,31 @@ def test_a_word_that_names_a_file_is_no_prompt(tmp_path, monkeypatch):
     ("a.txt", " \n\n", "has no prompts"),
     ("a.txt", b"\xff\xfe\xfa", "is not UTF-8 text"),
     ("a.png", b"\x89PNG\r\n\x1a\n\0\0", "is not UTF-8 text"),
-    ("a.parquet", b"PAR1\0\0", "is no Parquet file .*; download it again"),
-    ("a.bin", b"PAR1\0\0", "is no text; expected one of the kinds text, json"),
-    ("a.md", "# Prompts", r"is of no form in which prompts are known; expected .txt, .json, .*name it .txt"),
-    ("a.yaml", "- a cat", "is of no form"),
-    ("a.xml", "<prompt>a cat</prompt>", "is of no form"),
-    ("a.txt", "---\nprompts:\n  - a cat\n", "is of no form"),
+    ("a.parquet", b"PAR1\0\0", "is not a Parquet file .*; download it again"),
+    ("a.bin", b"PAR1\0\0", "is not a text; expected one of the kinds text, json"),
+    ("a.md", "# Prompts", r"has no known form of prompts; expected .txt, .json, .*name it .txt"),
+    ("a.yaml", "- a cat", "has no known form"),
+    ("a.xml", "<prompt>a cat</prompt>", "has no known form"),
+    ("a.txt", "---\nprompts:\n  - a cat\n", "has no known form"),
     ("a.txt", '{\n "prompts": ["a cat"]\n}', "found a JSON dict; expected a list"),
     ("a.txt", '{"prompts": ["a cat"]}', "line 1: found prompts; expected a field caption or prompt"),
-    ("a.txt", '{"prompt": "a cat"', "line 1: no JSON"),
+    ("a.txt", '{"prompt": "a cat"', "line 1: not JSON"),
     ("a.txt", "id;caption\n1;a cat\n", "line 2: found id;caption; expected a field caption or prompt"),
     ("a.txt", "caption\tscore\na cat\t1\n", "no column Prompt or Category"),
     ("a.json", "[]", "has no prompts"),
     ("a.json", '["a", 3]', r"entry 2: 3; expected a string, or an object with a caption or a prompt"),
     ("a.json", '[{"text": "a"}]', r"entry 1: found text; expected a field caption or prompt"),
     ("a.json", '{"a": 1}', r"found a JSON dict; expected a list"),
-    ("a.json", '["a', r"is no JSON .*; expected a list of prompts"),
+    ("a.json", '["a', r"is not JSON .*; expected a list of prompts"),
     ("photo.json", '[{"prompt": "a"}]', r"entry 1: .*expected HPDv2's list of strings"),
     ("a.jsonl", '{"caption": "a"}\n\n{"caption": " "}', r"line 3: caption = ' '; expected a text that is not empty"),
-    ("a.jsonl", '{"caption": "a"}\n{"caption": ', r"line 2: no JSON .*; expected an object a line"),
-    ("a.jsonl", '["a"]\n', r"line 1: found \['a'\]; expected an object a line"),
+    ("a.jsonl", '{"caption": "a"}\n{"caption": ', r"line 2: not JSON .*; expected one object per line"),
+    ("a.jsonl", '["a"]\n', r"line 1: found \['a'\]; expected one object per line"),
     ("a.jsonl", lines([*GENEVAL, {"tag": "colors", "prompt": "x"}]), r"line 3: no include; expected tag, include, p"),
     ("a.csv", "a cat\na dog\n", r"line 2: found a cat; expected a field caption or prompt"),
     ("a.csv", "id;caption\n1;a cat\n", r"line 2: found id;caption; expected a field caption or prompt"),
     ("a.csv", "caption\na cat, sitting\n", r"line 2: more cells than the header has; quote"),
-    ("a.csv", 'caption\n"a cat\n', r"no CSV .*expected commas and quotes"),
+    ("a.csv", 'caption\n"a cat\n', r"not CSV .*expected commas and quotes"),
     ("a.csv", "caption,id\n", "has no prompts"),
     ("a.tsv", "caption\tscore\na\t1\n", r"no column Prompt or Category in .*expected PartiPrompts' Prompt, Category"),
     ("a.tsv", "Prompt\tCategory\na\tb\tc\n", r"line 2: 3 cells; expected 2, separated by tabs"),
@@ -247,10 +247,10 @@ def test_the_kind_that_is_asked_for_is_expected(tmp_path):
   text = write(tmp_path, "prompts.txt", "a cat\n")
   for kind, message in (
     ("parti", "no column Prompt or Category"),
-    ("geneval", "line 1: no JSON"),
-    ("json", "is no JSON"),
-    ("hpdv2", "is no JSON"),
-    ("table", "line 1: no JSON"),
+    ("geneval", "line 1: not JSON"),
+    ("json", "is not JSON"),
+    ("hpdv2", "is not JSON"),
+    ("table", "line 1: not JSON"),
   ):
     with pytest.raises(ValueError, match=message):
       prompt_sets.read(text, kind=kind)
@@ -302,7 +302,7 @@ def test_geneval_layout_refuses(tmp_path, drawn):
   prompts, files = drawn
   with pytest.raises(ValueError, match=r"prompt 1, 'a cat', has no tag, include, prompt; GenEval's scorer needs"):
     prompt_sets.geneval_layout(tmp_path / "a", [prompts[0], Prompt("a cat")], lambda p: files[p])
-  with pytest.raises(FileNotFoundError, match=r"there is no picture .*nothing.png \(2 are missing\)"):
+  with pytest.raises(FileNotFoundError, match=r"the picture .*nothing.png does not exist \(2 are missing\)"):
     prompt_sets.geneval_layout(tmp_path / "a", prompts, lambda p: [tmp_path / "nothing.png"])
   assert not (tmp_path / "a").exists()
   prompt_sets.geneval_layout(tmp_path / "a", prompts, lambda p: files[p])

@@ -56,7 +56,7 @@ def pair(caption="a cat", first=0, second=1, **fields):
 
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.csv"])
-def test_pairs_file(images, name):
+def test_pairs_file_reads_jsonl_and_csv(images, name):
   rows = [
     pair("a cat, sitting", 0, 1, label_0=1, id="first"),
     pair("a dog", 2, 3, label_0=0, original_size_1="1024x768"),
@@ -193,7 +193,7 @@ def test_a_folder_stands_for_its_pairs(images):
   file = write(images, [pair(label_0=1)])
   assert sources.detect_kind(file.parent) == "pairs_file"
   assert sources.open_source("pairs_file", file.parent)[0] == sources.open_pairs_file(file)[0]
-  with pytest.raises(ValueError, match="images is no .jsonl or .csv file"):
+  with pytest.raises(ValueError, match="images is not a .jsonl or .csv file"):
     sources.open_pairs_file(images)
 
 
@@ -210,15 +210,15 @@ def test_missing_images_are_answered_by_file_and_line(images):
   ("name", "content", "message"),
   [
     ("a.jsonl", "", "a.jsonl has no rows"),
-    ("a.jsonl", "\n\n{'caption'}", "a.jsonl, line 3: no JSON"),
-    ("a.jsonl", "[1, 2]", "a.jsonl, line 1: list; expected one JSON object a line"),
+    ("a.jsonl", "\n\n{'caption'}", "a.jsonl, line 3: not JSON"),
+    ("a.jsonl", "[1, 2]", "a.jsonl, line 1: found a list; expected one object per line"),
     ("a.csv", "", "a.csv, line 1: no caption"),
     ("a.csv", "caption,image_0,image_1,lable_0\n", "a.csv, line 1: unknown column 'lable_0'; did you mean 'label_0'"),
     ("a.csv", "caption,image_0\n", "a.csv, line 1: no image_1"),
     ("a.csv", "caption,image_0,image_1\na,b,c,d\n", "a.csv, line 2: more cells than the header has; quote texts"),
     ("a.csv", "caption,image_0,image_1,label_0\na,b,,1\n", "a.csv, line 2: no image_1"),
-    ("a.csv", 'caption,image_0,image_1\n"a"b,c,d\n', "a.csv, line 2: no CSV"),
-    ("a.txt", "", "a.txt is no .jsonl or .csv file"),
+    ("a.csv", 'caption,image_0,image_1\n"a"b,c,d\n', "a.csv, line 2: not CSV"),
+    ("a.txt", "", "a.txt is not a .jsonl or .csv file"),
   ],
 )
 def test_wrong_files_are_answered_by_a_sentence(tmp_path, name, content, message):
@@ -360,7 +360,9 @@ def test_wrong_rankings_are_answered_by_file_and_entry(images, entry, message):
     sources.open_rankings(file)
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "is not valid JSON"), ("{}", "holds no list, or an empty one")])
+@pytest.mark.parametrize(
+  ("content", "message"), [("{", "is not valid JSON"), ("{}", "does not hold a list, or an empty one")]
+)
 def test_files_that_are_no_rankings(tmp_path, content, message):
   (tmp_path / "train.json").write_text(content)
   with pytest.raises(ValueError, match=message):
@@ -374,7 +376,7 @@ def test_files_that_are_no_rankings(tmp_path, content, message):
 # ---- Single images ---------------------------------------------------------------------------------------------
 
 
-def test_unpaired_file(images):
+def test_unpaired_file_reads_jsonl_and_csv(images):
   rows = [
     {"caption": "a cat", "image": image(0), "label": value, "id": str(i)}
     for i, value in enumerate([True, False, 1, 0, "true", "False", "1", "0"])
@@ -451,7 +453,7 @@ def test_pairs_as_single_images_where_images_are_not_known():
     ("a.json", '[{"caption": "a cat", "trainset_idx": 3}, {"caption": "a dog"}]'),
   ],
 )
-def test_prompts(tmp_path, name, content):
+def test_read_prompts_reads_every_format(tmp_path, name, content):
   (tmp_path / name).write_text(content)
   assert sources.read_prompts(tmp_path / name) == ["a cat", "a dog"]
 
@@ -459,7 +461,7 @@ def test_prompts(tmp_path, name, content):
 @pytest.mark.parametrize(
   "content", ["[1]", "[]", "3", '"abc"', '{"1": "a cat"}', '[{"text": "a"}]', "[", '["a", " "]', '[{"caption": ""}]']
 )
-def test_wrong_prompts(tmp_path, content):
+def test_prompts_of_a_wrong_form_raise(tmp_path, content):
   (tmp_path / "a.json").write_text(content)
   with pytest.raises(ValueError, match="a.json.*expected"):
     sources.read_prompts(tmp_path / "a.json")
@@ -485,7 +487,7 @@ def cache(tmp_path, monkeypatch):
   return tmp_path / "cache" / "indexes"
 
 
-def test_tfds(dataset, cache, monkeypatch):
+def test_open_tfds_reads_records_and_index(dataset, cache, monkeypatch):
   folder = dataset / "emoji_pairs" / "openmoji_core" / "1.1.0"
   source = sources.open_tfds(dataset, "test")
   rows = list(emoji_pairs.records(split="test"))

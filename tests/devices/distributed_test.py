@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from jaxpref.data import lease
-from jaxpref.devices import distributed
+from jaxpref.devices import detection, distributed
 from jaxpref.training import metrics
 from scripts.launch import heartbeats
 
@@ -109,7 +109,7 @@ GKE_TPU = {
   "TPU_WORKER_HOSTNAMES": "job-0.svc,job-1.svc,job-2.svc,job-3.svc",
   "TPU_WORKER_ID": "1",
 }
-Launch = distributed.Launch
+Launch = detection.Launch
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ Launch = distributed.Launch
   ],
 )
 def test_launchers_are_recognised(environment, expected):
-  assert distributed.detect(environment) == expected
+  assert detection.detect(environment) == expected
 
 
 ONE_HOST = GKE_TPU | {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "JOB_COMPLETION_INDEX": "0"}
@@ -168,18 +168,18 @@ def test_tpu_slices_are_those_that_jax_finds(monkeypatch, environment, metadata,
   monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)  # which JAX sets where it finds no chips
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
-  assert distributed.detect(os.environ) == (Launch("TPU slice") if several else None)
+  assert detection.detect(os.environ) == (Launch("TPU slice") if several else None)
 
 
 def test_flags_come_before_the_launcher():
   flags = dict(coordinator_address="10.0.0.1:8476", num_processes=2, process_id=1)
   expected = Launch("by hand", "10.0.0.1:8476", 2, 1, None, "deactivate")
   for environment in ({}, SLURM, OPEN_MPI_4, GKE_TPU):
-    assert distributed.detect(environment, **flags) == expected
-  assert distributed.detect({}, coordinator_address="10.0.0.1:8476", num_processes=1, process_id=0) is None
+    assert detection.detect(environment, **flags) == expected
+  assert detection.detect({}, coordinator_address="10.0.0.1:8476", num_processes=1, process_id=0) is None
   # What is the same everywhere by variables, what is not by a flag.
   shared = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476", "JAX_NUM_PROCESSES": "2"}
-  assert distributed.detect(shared, process_id=1) == expected
+  assert detection.detect(shared, process_id=1) == expected
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_flags_come_before_the_launcher():
 )
 def test_what_does_not_fit_together_is_one_sentence(environment, flags, message):
   with pytest.raises(ValueError, match=message) as error:
-    distributed.detect(environment, **flags)
+    detection.detect(environment, **flags)
   assert "\n" not in str(error.value)
 
 
@@ -355,9 +355,9 @@ def test_without_a_checkpoint_no_step_is_named(tmp_path):
 def test_a_start_to_which_others_do_not_come():
   """JAX ends the process then."""
   program = """
-from jaxpref.devices import distributed
+from jaxpref.devices import detection, distributed
 distributed.START_SECONDS, distributed.PATIENCE_SECONDS = 2, 0.5
-distributed.join(distributed.Launch("by hand", "localhost:{port}", 2, 0, detection="deactivate"))
+distributed.join(detection.Launch("by hand", "localhost:{port}", 2, 0, detection="deactivate"))
 """
   with socket.socket() as free:
     free.bind(("localhost", 0))
@@ -462,7 +462,7 @@ def test_a_second_start_in_the_folder_of_a_run_is_refused_in_all_its_processes(t
   for said in second.said():
     assert said.splitlines()[-1].startswith(
       f"error: {tmp_path / 'run'} is being written by process {there['pid']} on host {there['host']}, which started "
-      f"{there['since']}; wait until it ends, or stop it, and run the same command again; or choose another folder."
+      f"{there['since']}; wait until it ends or stop it, and run the same command again; or choose another folder."
     )
   assert first.processes[0].poll() is None
   assert (tmp_path / "run" / "metrics.jsonl").read_text().startswith(before)  # not rewound
@@ -585,7 +585,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, pressed):
 
 JOIN = """
 import os
-from jaxpref.devices import distributed
+from jaxpref.devices import detection, distributed
 distributed.join(distributed.find_launch("auto"))
 import jax
 from jax._src import xla_bridge
@@ -758,7 +758,7 @@ def test_the_kubernetes_manifest():
   assert all(isinstance(value, str) for value in variables.values())
   assert variables["JAX_COORDINATOR_ADDRESS"] == f"{job['metadata']['name']}-0.{pod['subdomain']}:8476"
   for index in range(job["spec"]["completions"]):
-    launch = distributed.detect(variables | {"JOB_COMPLETION_INDEX": str(index), "KUBERNETES_SERVICE_HOST": "10.0.0.1"})
+    launch = detection.detect(variables | {"JOB_COMPLETION_INDEX": str(index), "KUBERNETES_SERVICE_HOST": "10.0.0.1"})
     assert (launch.num_processes, launch.process_id) == (4, index)
   assert job["spec"]["completionMode"] == "Indexed" and job["spec"]["parallelism"] == job["spec"]["completions"] == 4
   # A policy for exit codes needs pods that are not started again in place.

@@ -110,7 +110,7 @@ def test_a_verdict_needs_the_corrected_p_and_the_interval(results):
 def test_what_a_reader_must_know_is_said():
   (warning,) = comparison.summarize(make_results())["warnings"]
   assert warning.startswith("The pictures of dpo are less diverse than those of base: -0.")
-  assert "There is one prompt only" in comparison.summarize(make_results(prompts=1))["warnings"][0]
+  assert "There is only one prompt" in comparison.summarize(make_results(prompts=1))["warnings"][0]
   assert "only 19 prompts" in comparison.summarize(make_results(prompts=19))["warnings"][0]
   same = make_results(("base", "copy"))
   for of_models in (same["scores"], same["diversity"]):
@@ -137,7 +137,7 @@ def change(**fields):
     (change(models=[]), r"models of the results: \[\]; expected at least one"),
     (change(models=["base", "base"]), "each with its own name"),
     (change(scorers=SCORERS + SCORERS[:1]), "scorers of the results: .*each with its own name"),
-    (change(baseline="bsae"), "baseline 'bsae' is none of the models base, dpo, spo"),
+    (change(baseline="bsae"), "baseline 'bsae' is not one of the models base, dpo, spo"),
     (change(prompts=["a cat"] * 24), "prompts of the results: expected"),
     (lambda r: r["scores"]["dpo"].pop("aesthetic"), "there are no scores of dpo by aesthetic; score all models"),
     (change(seeds_per_prompt=2), r"scores of base by pickscore: shape \(24, 3\); expected \(24, 2\)"),
@@ -159,7 +159,7 @@ def test_results_of_another_form_are_refused(results, damage, message):
 # ---- Files -----------------------------------------------------------------------------------------------------
 
 
-def test_files(tmp_path, results):
+def test_write_makes_all_files_of_a_comparison(tmp_path, results):
   before = copy.deepcopy(results)
   summary = comparison.write(tmp_path / "a" / "b", results, pictures(tmp_path / "pictures"))
   assert results == before
@@ -189,7 +189,7 @@ def cells(line):
   return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
 
 
-def test_markdown(results):
+def test_markdown_has_tables_of_scores_categories_and_diversity(results):
   results["prompts"][1]["category"] = "a|b"
   summary = comparison.summarize(results)
   text = comparison.markdown(results, summary)
@@ -216,7 +216,7 @@ def latex_table(results):
   return comparison.latex(results, comparison.summarize(results))
 
 
-def test_latex(latex_table):
+def test_the_latex_table_is_escaped_and_aligned(latex_table):
   assert r"dpo\_5\%\&\$\#\{x\}\textasciitilde{}\textasciicircum{}\textbackslash{}\textless{}" in latex_table
   body = [line for line in latex_table.splitlines() if line.endswith(r"\\")]
   assert {len(re.split(r"(?<!\\)&", line)) for line in body} == {8} and len(body) == 1 + 2 * 3
@@ -236,7 +236,7 @@ def test_the_latex_table_compiles(tmp_path, latex_table):
 
 
 def test_numbers_are_written_though_a_picture_is_missing(tmp_path, results):
-  with pytest.raises(FileNotFoundError, match="there is no picture .*nothing.png; draw it again"):
+  with pytest.raises(FileNotFoundError, match="the picture .*nothing.png does not exist; draw it again"):
     comparison.write(tmp_path, results, lambda model, p, s: tmp_path / "nothing.png")
   assert {f.name for f in tmp_path.iterdir()} == set(comparison.FILES) - {"report.html"}
   (tmp_path / "broken.png").write_bytes(b"no picture")
@@ -398,7 +398,7 @@ def test_pictures_are_bounded_by_making_them_smaller_and_then_fewer(tmp_path, mo
 
 def test_one_prompt_has_a_page_without_intervals(tmp_path):
   text, page, _ = page_of(tmp_path, make_results(("base", "dpo"), prompts=1, seeds=1))
-  assert "There is one prompt only" in page.all("section", "warning")[0][2]
+  assert "There is only one prompt" in page.all("section", "warning")[0][2]
   assert "1 prompt, 1 picture of each" in page.all("header")[0][2]
   assert not page.all("line", "bar") and "resamples" not in text
 

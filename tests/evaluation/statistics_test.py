@@ -206,6 +206,6 @@ def test_scores_of_different_pictures_make_no_pairs():
     statistics.win_rate(np.zeros((3, 2)), np.zeros((3, 1)))
 
 
-def test_examples():
+def test_the_docstrings_examples_hold():
   found = doctest.testmod(statistics)
   assert found.attempted >= 2 and found.failed == 0

@@ -543,7 +543,7 @@ MERGE = "expected LoRA; merge it into the base model first"
     ({**GOOD, f"unet.{LAYERS[0]}.alpha": np.array(np.nan, np.float32)}, r"attn1.to_q has alpha nan"),
     (
       {"lora_unet_input_blocks_9_1_to_q.lora_down.weight": A, "lora_unet_input_blocks_9_1_to_q.lora_up.weight": B},
-      r"x.safetensors: unet: LoRA for another network: input_blocks_9_1_to_q is no linear layer",
+      r"x.safetensors: unet: LoRA for another network: input_blocks_9_1_to_q is not a linear layer",
     ),
     (
       {
@@ -558,7 +558,7 @@ MERGE = "expected LoRA; merge it into the base model first"
         for i in range(9)
         for x, y in (("up", B), ("down", A))
       },
-      r"it was made for Flux, .*: double_blocks_0_.*_4_img_mlp_0 is no linear layer of the network and 4 more; use",
+      r"it was made for Flux, .*: double_blocks_0_.*_4_img_mlp_0 is not a linear layer of the network and 4 more; use",
     ),
     (
       {f"unet.{LAYERS[0]}.lora_A.weight": A[:, :16], f"unet.{LAYERS[0]}.lora_B.weight": B},
@@ -706,7 +706,7 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=message):
       adapters.load_lora(tmp_path / name, UNET, PARAMS)
   save_file(GOOD, tmp_path / "y.safetensors", {"lora_adapter_metadata": "{"})
-  with pytest.raises(ValueError, match="the metadata of .*y.safetensors is no JSON object"):
+  with pytest.raises(ValueError, match="the metadata of .*y.safetensors is not a JSON object"):
     adapters.load_lora(tmp_path / "y.safetensors", UNET, PARAMS)
 
 

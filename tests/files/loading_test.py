@@ -143,7 +143,7 @@ def test_a_model_of_another_task_is_refused_at_loading_by_the_field(component, c
     pipelines.load_pipeline(folder)
 
 
-def test_incomplete_tokenizers(folder):
+def test_an_incomplete_tokenizer_raises(folder):
   """Either format will do, the one file of transformers 5 or the two of CLIP; not half of one."""
   tokenizer = folder / "tokenizer"
   prompts = ["grinning cat", ""]
@@ -274,7 +274,7 @@ def test_another_unet_takes_the_place_of_the_models_own(layout, folder, tmp_path
   edit(place / "config.json", cross_attention_dim=32)
   with (
     pytest.warns(UserWarning, match="decay"),
-    pytest.raises(ValueError, match="cross_attention_dim is 32, expected 24 as of the model's own UNet; choose"),
+    pytest.raises(ValueError, match="cross_attention_dim is 32, expected 24 like the model's own UNet; choose"),
   ):
     loading.load_text_to_image(name, dtype="float32", components=())
 

@@ -359,8 +359,8 @@ def beyond(error):
       http_error(hub_errors.RepositoryNotFoundError, 404),
       "no model of this name, or it is private; check the name; for a",
     ),
-    (http_error(hub_errors.DisabledRepoError), "the hub has disabled it; take another"),
-    (http_error(hub_errors.RevisionNotFoundError, 404), "has no revision main; download the revision that you want"),
+    (http_error(hub_errors.DisabledRepoError), "the hub has disabled it; use another"),
+    (http_error(hub_errors.RevisionNotFoundError, 404), "has no revision main; download the revision you want"),
     (http_error(hub_errors.HfHubHTTPError, 401), r"refuses the token \(401\); log in .*HF_TOKEN to a valid one"),
     (
       beyond(http_error(hub_errors.HfHubHTTPError, 429)),
@@ -369,7 +369,7 @@ def beyond(error):
     (beyond(http_error(hub_errors.HfHubHTTPError, 503)), r"out of order \(503\); try again later"),
     (
       beyond(hub_errors.OfflineModeIsEnabled("offline")),
-      "HF_HUB_OFFLINE forbids to fetch it; unset HF_HUB_OFFLINE, or",
+      "HF_HUB_OFFLINE forbids fetching it; unset HF_HUB_OFFLINE, or",
     ),
     (
       beyond(ConnectionError("no route to host")),

@@ -215,7 +215,7 @@ def test_published_topologies_are_recognised(kind, preset, name, sd1, sdxl, tmp_
     found = load(file, components=())
   assert asked == [(utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS[name]["pretrained_model_name_or_path"], "*.no_weights")]
   assert [str(w.message).split("; ")[1] for w in said] == (
-    ["it is read as the former, as diffusers does: for a base model give config.model_config (--model_config)."]
+    ["v is assumed, as in diffusers: for a base model give config.model_config (--model_config)."]
     if kind == "sd2"
     else []
   )
@@ -298,7 +298,7 @@ def test_a_file_without_a_part_or_of_another_shape_is_refused(sd1, sdxl, tmp_pat
   found = load(name, vae_model=str(sd1.folder / "vae"))
   assert_same(found.params, sd1.pipe.params)
   file = sd1.write(tmp_path / "no_text.safetensors", ["cond_stage_model."])
-  with pytest.raises(ValueError, match=r"no_text.safetensors does not hold the text encoder; take a whole model"):
+  with pytest.raises(ValueError, match=r"no_text.safetensors does not hold the text encoder; use a whole model"):
     load(f"{file}+config={sd1.configs}")
   file = sd1.write(tmp_path / "hole.safetensors", ["model.diffusion_model.out."])
   expected = (
@@ -324,16 +324,16 @@ def test_names_that_are_no_readable_checkpoint_are_refused(sd1, tmp_path):
     (tmp_path / "cut.safetensors", r"cut.safetensors is not a readable safetensors file \(.*\); download or write it"),
     (
       tmp_path / "model.ckpt",
-      "model.ckpt is a pickle, which can run code and is never loaded; take .* as .safetensors",
+      "model.ckpt is a pickle, which can run code and is never loaded; use .* as .safetensors",
     ),
     (tmp_path / "none.safetensors", "there is no file .*none.safetensors; check the path"),
     ("organisation/none.safetensors", "there is no file organisation/none.safetensors"),
-    (f"{sd1.folder}+config={sd1.configs}", "is for a checkpoint in one .safetensors file, and .*folder is none: leave"),
+    (f"{sd1.folder}+config={sd1.configs}", "is for a checkpoint in one .safetensors file, which .*folder is not"),
     (
       f"tiny-sd+config={sd1.configs}",
-      "is for a checkpoint in one .safetensors file, and tiny-sd is none: leave it out",
+      "is for a checkpoint in one .safetensors file, which tiny-sd is not; leave it out",
     ),
-    (f"random:tiny-sd+config={sd1.configs}", "and random:tiny-sd is none: leave it out"),
+    (f"random:tiny-sd+config={sd1.configs}", "which random:tiny-sd is not; leave it out"),
     (f"{tmp_path / 'none.safetensors'}+config={sd1.configs}", "there is no file .*none.safetensors"),
     (f"{sd1.file}+config={tmp_path / 'none'}", r"config.model_config \(--model_config\): model folder .*none does not"),
     (f"{sd1.file}+config={tmp_path}", "model_index.json is missing"),
@@ -413,6 +413,6 @@ def test_names_of_models_to_evaluate(tmp_path):
   more = evaluate.with_configs(found, ["a=G", "c=G"])
   assert more["a"][0] == f"{at('a+b.safetensors')}+config=G"
   assert more["c"][0] == f"{at('m.safetensors')}+config=G+unet={at('l.safetensors')}"
-  for spec, sentence in (("d=G", "d has one already"), ("x=G", "expected NAME=FOLDER with the name"), ("G", "NAME=F")):
+  for spec, sentence in (("d=G", "d already has one"), ("x=G", "expected NAME=FOLDER with the name"), ("G", "NAME=F")):
     with pytest.raises(ValueError, match=sentence):
       evaluate.with_configs(found, [spec])

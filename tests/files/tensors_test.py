@@ -89,7 +89,7 @@ def test_other_numbers_are_refused(text, tmp_path):
   tensors = safetensors.numpy.load_file(file)
   key = "text_model.encoder.layers.0.mlp.fc1.weight"
   safetensors.numpy.save_file(tensors | {key: tensors[key].astype(np.int8)}, file)
-  with pytest.raises(ValueError, match=rf"holds numbers of other types than F64, .*1 \({key} I8\); take"):
+  with pytest.raises(ValueError, match=rf"holds numbers of types other than F64, .*1 \({key} I8\); use"):
     load_tree(file, shapes)
 
 
@@ -145,7 +145,7 @@ def test_missing_and_incomplete_shards(text, tmp_path, monkeypatch):
     load(tmp_path, shapes)
 
   file.unlink()
-  with pytest.raises(FileNotFoundError, match=f"{INDEX} names shards that are not there .{names[1]}.; download"):
+  with pytest.raises(FileNotFoundError, match=f"{INDEX} names shards that do not exist .{names[1]}.; download"):
     weight_files(tmp_path)
 
   # An index that has forgotten a shard: the tensors in it are missing, whatever lies in the folder.

@@ -44,7 +44,7 @@ def test_few_cut_prompts_are_shown_and_then_no_more(monkeypatch):
   said = [str(w.message) for w in found]
   assert len(said) == len(set(said)) == MAX_CUT_WARNINGS + 1 == 6
   assert sum("this was cut from a prompt: 'and" in s for s in said) == 5
-  last = "after 5 warnings of prompts that are too long, further ones are cut without a warning."
+  last = "after 5 warnings of prompts that are too long, further prompts are cut without a warning."
   assert said.count(last) == 1
   assert {w.filename for w in found} == {__file__}, "a warning points to the caller"
 

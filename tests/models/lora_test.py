@@ -196,7 +196,7 @@ def test_adapter_by_layers_and_back(stacked):
   again = lora.from_layers(layers, params)
   jax.tree.map(np.testing.assert_array_equal, again, adapter)
   wrong = {name.replace("attn1", "attn3"): factors for name, factors in layers.items()}
-  with pytest.raises(ValueError, match=r"attn3\.to_\w+ is no linear layer of the network.*and \d+ more; use"):
+  with pytest.raises(ValueError, match=r"attn3\.to_\w+ is not a linear layer of the network.*and \d+ more; use"):
     lora.from_layers(wrong, params)
   ranks = {n: (a[:, :1], b[:1]) if ".transformer_blocks.1." in n else (a, b) for n, (a, b) in layers.items()}
   with pytest.raises(ValueError, match=r"transformer_blocks.attn1.to_q has layers of the ranks \[1, 2\], expected one"):
@@ -259,5 +259,5 @@ def test_a_1x1_convolution():
 def test_adapter_of_another_network_is_an_error():
   adapter = lora.init_lora(KEY, PARAMS, rank=2)
   other = {"blocks.0": PARAMS["blocks.0"]}
-  with pytest.raises(ValueError, match=r"blocks\.1\.to_\w+.*has none of this name"):
+  with pytest.raises(ValueError, match=r"blocks\.1\.to_\w+.*none of this name"):
     lora.merge_lora(other, adapter)

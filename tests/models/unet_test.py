@@ -96,7 +96,7 @@ def flax_init(model):
   [(SD, 6, 8), (SDXL, 7, 10), (ONE_LEVEL, 3, 5), (ASYMMETRIC, 5, 5)],
   ids=["sd", "sdxl-odd-size", "one-level", "asymmetric-odd-size"],
 )
-def test_equals_diffusers(config, height, width):
+def test_the_unet_equals_diffusers(config, height, width):
   diffusers = pytest.importorskip("diffusers")
   from tests.models import torch_parity
 

@@ -30,7 +30,7 @@ BARE = VAEConfig(
 
 
 @pytest.mark.parametrize(("config", "height", "width"), [(SD, 9, 12), (BARE, 6, 4)], ids=["sd-odd-size", "bare"])
-def test_equals_diffusers(config, height, width):
+def test_the_vae_equals_diffusers(config, height, width):
   diffusers = pytest.importorskip("diffusers")
   import torch
 
@@ -89,7 +89,7 @@ def test_config_round_trip():
   assert SD.downscale == 2
 
 
-def test_refusals():
+def test_the_vae_raises_for_configs_and_inputs_that_do_not_fit():
   with pytest.raises(ValueError, match="latents_mean.*not implemented"):
     VAEConfig.from_dict({"latents_mean": [0.0] * 4})
   with pytest.raises(ValueError, match="up_block_types.*expected 2 times UpDecoderBlock2D"):

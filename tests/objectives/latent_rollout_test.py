@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxpref import diffusion
-from jaxpref.objectives import policy_gradient, spo
+from jaxpref.objectives import lpo, policy_gradient, pools, spo
 from jaxpref.objectives.base import Weights
 from jaxpref.rewards.base import Scores
 from jaxpref.training import step
@@ -30,7 +30,7 @@ CASES = {"lpo": LPO, "inner": INNER, "start": WINNER}
 def run(case):
   stub = Stub()
   x, key = jnp.asarray(draw(1, PROMPTS, *SHAPE)), jax.random.key(0)
-  go = jax.jit(lambda x, key: spo.latent_rollout(stub.predict, stub.score, PROCESS, x, key, eta=1.0, **CASES[case]))
+  go = jax.jit(lambda x, key: lpo.latent_rollout(stub.predict, stub.score, PROCESS, x, key, eta=1.0, **CASES[case]))
   result = jax.tree.map(np.asarray, go(x, key))
   jax.effects_barrier()
   return result, (stub.calls, stub.scored)
@@ -47,8 +47,8 @@ def test_thresholds_are_those_of_the_released_table():
   table = np.float64(TABLE[::-1])
   expected = 0.35 + (table - table[-1]) / (table[0] - table[-1]) * 0.15
   options = {"eta": 1.0, "threshold": 0.35, "threshold_max": 0.5}
-  np.testing.assert_allclose(spo.step_thresholds(PROCESS, 20, **options), expected, atol=5e-5)
-  fewer = np.asarray(spo.step_thresholds(PROCESS, 7, **options))  # for which it has none
+  np.testing.assert_allclose(pools.step_thresholds(PROCESS, 20, **options), expected, atol=5e-5)
+  fewer = np.asarray(pools.step_thresholds(PROCESS, 7, **options))  # for which it has none
   assert fewer[0] == pytest.approx(0.5) and fewer[-1] == pytest.approx(0.35) and (np.diff(fewer) < 0).all()
 
 
@@ -61,9 +61,9 @@ def test_a_step_costs_one_call_and_a_candidate_none(case):
   sizes = sorted(len(t) for t in calls)
   assert sizes == [PROMPTS] * (c["num_steps"] - inner) + [PROMPTS * c["pool_size"]] * inner
   count = {k: c[k] for k in ("num_steps", "warmup_steps", "pool_size", "inner_steps")}
-  assert sum(sizes) == PROMPTS * spo.latent_calls(**count)
+  assert sum(sizes) == PROMPTS * lpo.latent_calls(**count)
   if case == "lpo":
-    assert spo.latent_calls(**count) == 20
+    assert lpo.latent_calls(**count) == 20
   t, prev_t = timesteps(c["num_steps"])
   last = range(c["warmup_steps"] + c["inner_steps"], c["num_steps"], c["inner_steps"] + 1)
   expected = [(t if case == "start" else prev_t)[i] for i in last]
@@ -86,7 +86,7 @@ def test_equals_a_rollout_without_scans(case):
   starts = range(c["warmup_steps"], c["num_steps"], length)
   limits = [c["threshold"]] * len(starts)
   if "threshold_max" in c:
-    found = spo.step_thresholds(PROCESS, 20, eta=1.0, threshold=c["threshold"], threshold_max=c["threshold_max"])
+    found = pools.step_thresholds(PROCESS, 20, eta=1.0, threshold=c["threshold"], threshold_max=c["threshold_max"])
     limits = np.asarray(found)[list(starts)]
   close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3)
   rows, decided = np.arange(PROMPTS), []
@@ -132,7 +132,7 @@ def test_a_threshold_that_grows_counts_in_an_ordinary_rollout_too():
     return spo.pool_rollout(stub.predict, score, process, x, key, threshold=0.05, threshold_max=0.6, **options)
 
   result = go(x)
-  limits = spo.step_thresholds(PROCESS, 6, eta=1.0, threshold=0.05, threshold_max=0.6)[jnp.asarray([2, 4])]
+  limits = pools.step_thresholds(PROCESS, 6, eta=1.0, threshold=0.05, threshold_max=0.6)[jnp.asarray([2, 4])]
   total = np.asarray(result.scores.total)
   gap = np.tanh((total.max(axis=2) - total.min(axis=2)) / 2)
   valid = decisions.above(gap - np.asarray(limits)[None], margin=1e-6)

@@ -11,7 +11,7 @@ import pytest
 
 from jaxpref import diffusion, losses
 from jaxpref.models.base import guided
-from jaxpref.objectives import spo
+from jaxpref.objectives import pools, spo
 from jaxpref.objectives.pairs import pair_loss
 from jaxpref.rewards import step_aware
 from jaxpref.rewards.base import Scores
@@ -39,7 +39,7 @@ def transitions(count, *, shared, seed=20):
     mean, std = diffusion.ddim_mean_std(SCHEDULE, predict(jnp.asarray(x), jnp.asarray(t), rows), x, t, prev_t, eta=1.0)
     ends.append(mean + std[:, None, None, None] * draw(seed + 2 + side, count, *LATENT))
   valid = jnp.ones(count, bool)
-  steps = spo.Transitions(*map(jnp.asarray, (x_w, x_l, *ends, t, prev_t)), valid)
+  steps = pools.Transitions(*map(jnp.asarray, (x_w, x_l, *ends, t, prev_t)), valid)
   return (steps, jnp.asarray(prompt), jnp.ones(count)), cond, uncond
 
 

@@ -21,7 +21,7 @@ from jaxpref.objectives import catalog, spo
 from jaxpref.planning import plan
 from jaxpref.rewards import published, shapes, terms
 from jaxpref.rewards.loading import load_clip, load_preference_model
-from jaxpref.training import build, loop
+from jaxpref.training import build, programs
 from scripts.parity import full_size_parity
 
 MESH = sharding.make_mesh(devices=jax.devices()[:1])
@@ -30,7 +30,7 @@ MESH = sharding.make_mesh(devices=jax.devices()[:1])
 def real_bytes(config):
   """Bytes of what a training run of the config holds before its first step."""
   experiment = build.build(config, functools.partial(sharding.tree_shardings, MESH))
-  state = jax.jit(loop.state_initializer(experiment, loop.make_optimizer(config)[0]))(experiment.params)
+  state = jax.jit(programs.state_initializer(experiment, programs.make_optimizer(config)[0]))(experiment.params)
   size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
   return {
     "trained": size(state.params),

@@ -185,7 +185,10 @@ def fails(images, prompts):
   ("function", "sentence"),
   [
     (fails, "reward light raised KeyError: 'no such key'"),
-    (slow, "reward light took longer than 0.5 s for 2 images; make it faster, or allow more by config.reward_timeout."),
+    (
+      slow,
+      "reward light took longer than 0.5 s for 2 images; make it faster, or allow more time with",
+    ),
     (lambda i, p: [1.0], "scorer light returned numbers of shape [1] for 2 images"),
     (lambda i, p: [1.0, np.nan], "scorer light gives nan to 1 of 2 images"),
   ],
@@ -234,7 +237,7 @@ def test_what_cannot_be_a_reward_is_refused(fields, sentence):
     ("picscore:1", "picscore is unknown, expected preference_model, pickscore, "),
     ("tests.rewards.base_test:nothing", "has no function 'nothing'"),
     ("aesthetic=/nowhere:1", "scorer aesthetic has no weights: there is no folder /nowhere"),
-    ("tiny-clip:1,tiny-clip=/x:1", "stands there twice"),
+    ("tiny-clip:1,tiny-clip=/x:1", "occurs twice"),
     ("judge:1", "the judge of the evaluation, config.judge=tiny-judge, cannot also be trained on"),
   ],
 )

@@ -19,7 +19,7 @@ from jaxpref.training import build
 @pytest.mark.parametrize(
   ("name", "features", "width", "count"), [("sd15", 4800, 768, 476_049_665), ("sdxl", 3520, 1280, 2_065_592_961)]
 )
-def test_full_size(name, features, width, count):
+def test_full_size_latent_rewards_have_the_published_parameters(name, features, width, count):
   module = LatentRewardModel(presets.latent_reward_config(presets.get_preset(name)))
   shapes = presets.abstract_params(module)
   assert shapes["visual_projection"]["kernel"].shape == (features, width)
@@ -61,7 +61,7 @@ def test_the_text_projection_of_a_clip():
       with_text_projection(other, "tiny-clip")
 
 
-def test_names():
+def test_latent_rewards_are_told_from_other_names():
   assert is_latent_reward("random:sd15-miniature") and not is_latent_reward("tiny-clip")
   assert is_latent("latent") and is_latent("latent=folder") and not is_latent("latents:mine") and not is_latent("judge")
   with pytest.raises(ValueError, match="model_type is 'clip' and .*, expected 'latent_reward_model'; point to a"):

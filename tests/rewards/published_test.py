@@ -458,7 +458,7 @@ def test_embeddings_and_diversity(clip_folder):
   embeds = np.stack([[x, x, x], [x, y, y], [x, -x, x]])  # of pairs: none, two of three at 90 degrees, two at 180
   np.testing.assert_allclose(published.diversity(embeds), [0, 2 / 3, 4 / 3], atol=1e-6)
   assert np.isnan(published.diversity(embeds[:, :1])).all()
-  with pytest.raises(ValueError, match="judge has no embeddings of images, expected one of pickscore, clip_l"):
+  with pytest.raises(ValueError, match="judge does not embed images, expected one of pickscore, clip_l"):
     published.image_embedder("judge")
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from jaxpref import config
 from jaxpref.files import loading, pipelines
-from jaxpref.training import build, loop, step
+from jaxpref.training import build, loop, programs, step
 
 
 def recipe(**fields):
@@ -86,7 +86,7 @@ def test_a_loss_without_a_reference_is_compared_with_the_base_model_all_the_same
     c.lora.rank = rank
     experiment = build.build(c)
     assert not experiment.has_reference and experiment.read_base is not None  # no copy of it in memory meanwhile
-    loop.make_halves(c, experiment, None, loop.sharding.make_mesh(devices=jax.devices()[:1]))
+    programs.make_halves(c, experiment, None, loop.sharding.make_mesh(devices=jax.devices()[:1]))
     assert moving.pop() is None  # nothing moves, whatever the config says
     jax.tree.map(np.testing.assert_array_equal, experiment.read_base(), experiment.params)
 

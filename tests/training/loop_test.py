@@ -24,7 +24,7 @@ from jaxpref import main as main_lib
 from jaxpref.data import batching, lease
 from jaxpref.files import pipelines
 from jaxpref.models import lora
-from jaxpref.training import build, checkpoint, loop, metrics, monitor, step, validation
+from jaxpref.training import build, checkpoint, loop, metrics, monitor, programs, step, validation
 from tests import QUICK_FLAGS
 from tests.toy_objective import Toy
 
@@ -261,7 +261,7 @@ def test_the_results_of_an_earlier_end_do_not_pass_for_those_of_a_run_that_goes_
     run(toy_config(num_steps=12, max_bad_steps=1), Batches(poisoned=[9, 10]))
   assert not (folder / "export").exists() and not (folder / "results.json").exists()
   assert (aside / "export").read_bytes() == exported and (aside / "results.json").exists()
-  assert f"the results of step 6 are in {aside} now" in capsys.readouterr().err
+  assert f"the results of step 6 are now in {aside}" in capsys.readouterr().err
   run(toy_config(num_steps=12))
   assert (folder / "export").read_bytes() != exported == (aside / "export").read_bytes()
   run(toy_config(num_steps=12))  # at its end: everything stays
@@ -567,7 +567,7 @@ def test_the_fields_of_the_reference_arrive(delta, monkeypatch):
 
   def move(step_number, policy, stats):
     given.clear()
-    loop.make_halves(c, experiment, None, loop.sharding.make_mesh(devices=jax.devices()[:1]))
+    programs.make_halves(c, experiment, None, loop.sharding.make_mesh(devices=jax.devices()[:1]))
     state = dataclasses.replace(step.initial_state(policy, ref, ()), step=jnp.int32(step_number), ref_stats=stats)
     with jax.disable_jit():
       return given[0].move(experiment.objective, state, init, {}, jax.random.key(0))

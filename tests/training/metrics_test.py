@@ -66,7 +66,7 @@ def test_a_full_disk_costs_rows_but_not_the_run(tmp_path, capfd):
   found = steps(tmp_path)
   assert found == [*range(1, len(found)), 31] and 5 < len(found) < 15  # whole lines only
   (said,) = capfd.readouterr().err.splitlines()
-  pattern = rf"{tmp_path}/metrics.jsonl and the curves .* \(File too large\); training goes on without them."
+  pattern = rf"{tmp_path}/metrics.jsonl and the curves .* \(File too large\); training continues without them."
   assert re.fullmatch(pattern, said)
 
 
@@ -144,5 +144,5 @@ def test_wandb_without_a_key_is_refused_before_it_could_ask_for_one(monkeypatch,
 
 def test_wandb_that_cannot_start_a_run_says_so_in_one_sentence(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "wandb", StandIn(key="k"))
-  with pytest.raises(ValueError, match="='p': wandb cannot start a run .the key is refused.; mend that, or set WANDB"):
+  with pytest.raises(ValueError, match="='p': wandb cannot start a run .the key is refused.; fix that, or set WANDB"):
     metrics.Writer(tmp_path, first_step=0, wandb_project="p")

@@ -11,7 +11,7 @@ from jaxpref.training import optim
 DEFAULTS = {"b1": 0.0, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 0.0}
 
 
-def test_schedules():
+def test_each_schedule_warms_up_and_decays_as_named():
   values = {}
   for name in optim.SCHEDULES:
     schedule = optim.learning_rate(name, 2.0, num_steps=10, warmup_steps=4)

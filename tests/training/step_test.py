@@ -12,7 +12,7 @@ import pytest
 
 from jaxpref import diffusion
 from jaxpref.devices import sharding
-from jaxpref.objectives import kto, pairs, spo
+from jaxpref.objectives import kto, pairs, pools, spo
 from jaxpref.objectives.base import named_key
 from jaxpref.rewards.base import Scores
 from jaxpref.training import step
@@ -240,12 +240,14 @@ def fake_rollout(valid, groups, separate):
   def part(count, valid, start):
     number = jnp.arange(prompts * count, dtype=jnp.float32).reshape(prompts, count) + start
     x = jnp.broadcast_to(number[..., None, None, None], (prompts, count, *LATENT))
-    return spo.Transitions(x, x, x, x, *[number.astype(jnp.int32)] * 2, valid)
+    return pools.Transitions(x, x, x, x, *[number.astype(jnp.int32)] * 2, valid)
 
   shared = part(groups, valid, 0)
   later = part(separate, valid[:, jnp.arange(separate) % groups], prompts * groups)
   scores = jnp.broadcast_to(jnp.arange(2.0)[None, None], (prompts, groups, 2))
-  return spo.PoolRollout(shared, later, jnp.zeros((prompts, *LATENT)), Scores(scores, {}), jnp.zeros(groups, jnp.int32))
+  return pools.PoolRollout(
+    shared, later, jnp.zeros((prompts, *LATENT)), Scores(scores, {}), jnp.zeros(groups, jnp.int32)
+  )
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ TILE_SIZE = 64
 
 @dataclasses.dataclass(frozen=True)
 class Emoji:
-  """One emoji.
+  """One emoji in its three drawings.
 
   Attributes:
     id: its code points in hexadecimal, joined by "-", without variation selectors.
@@ -66,7 +66,7 @@ def _check(name: str, value: str, known: Sequence[str]) -> None:
 
 
 def load_index(subset: str = "all", split: str | None = None) -> list[Emoji]:
-  """The emoji of a subset and a split, in order of class id.
+  """Returns the emoji of a subset and a split, in order of class id.
 
   Args:
     subset: "core" (about 1,000 animals, foods, objects, smileys, activities, places) or "all".
@@ -82,16 +82,16 @@ def load_index(subset: str = "all", split: str | None = None) -> list[Emoji]:
 
 
 def captions(split: str | None = None, subset: str = "all") -> list[str]:
-  """The captions of a split, in order of class id: unique lower-case ASCII."""
+  """Returns the captions of a split, in order of class id: unique lower-case ASCII."""
   return [e.caption for e in load_index(subset, split)]
 
 
 prompts = captions
-"""The captions, where they are meant as prompts."""
+"""The captions, meant as prompts."""
 
 
 def num_classes(subset: str = "all") -> int:
-  """How many class ids a subset has over all splits; they run from 0."""
+  """Returns how many class ids a subset has over all splits; they start at 0."""
   return len(load_index(subset))
 
 
@@ -102,18 +102,18 @@ def _encoded(style: str) -> tuple[bytes, ...]:
 
 
 def encoded_tile(style: str, class_id: int) -> bytes:
-  """One tile as it is stored: a lossless 64x64 WebP file."""
+  """Returns one tile as it is stored: a lossless 64x64 WebP file."""
   _check("style", style, STYLES)
   return _encoded(style)[class_id]
 
 
 def load_tiles(style: str, image_size: int = TILE_SIZE, *, class_ids: Sequence[int] | None = None) -> np.ndarray:
-  """Decoded tiles of one style.
+  """Decodes the tiles of one style.
 
   Args:
     style: "twemoji", "noto" or "openmoji".
-    image_size: side in pixels; from 64 resampled with antialiasing (Lanczos).
-    class_ids: the rows to load, in this order; None: all, so that row = class id.
+    image_size: side in pixels; resampled from 64 with antialiasing (Lanczos).
+    class_ids: the rows to load, in this order; None: all, so that the row is the class id.
 
   Returns:
     u8[N, image_size, image_size, 3].

@@ -1,9 +1,9 @@
 """`emoji_pairs`: the embedded emoji as preference pairs in the form of Pick-a-Pic.
 
-For every emoji: the preferred style against each of the other two, those two against each other as a
-tie, and the emoji against another one in the same style, which loses for not showing the caption. The
-labels are a program's: one style is declared the preferred one. No person judged anything, so they
-show whether a method works, not what people like.
+Every emoji gives four pairs: its preferred style against each of the other two, those two against each other as a tie,
+and the emoji against another one in the same style, which loses because it does not show the caption. A program makes
+the labels: one style is declared the preferred one. Nobody judged anything, so the labels show whether a method works,
+not what people like.
 
   sources = prepare(preferred_style="openmoji", subset="core")
   record = sources["train"][0]   # caption, image_0, image_1, label_0, ...
@@ -28,7 +28,7 @@ NUM_EXAMPLES_PER_PROMPT = 4
 
 
 def _draw(sides: int, *parts: str) -> int:
-  """A fair die, 0 .. sides - 1, that always falls the same way for the same strings."""
+  """Returns a fair die, 0 .. sides - 1, that falls the same way for the same strings."""
   digest = hashlib.sha256("/".join(("emoji_pairs", *parts)).encode()).digest()
   return int.from_bytes(digest[:8], "little") % sides
 
@@ -36,11 +36,11 @@ def _draw(sides: int, *parts: str) -> int:
 def records(
   *, preferred_style: str = "openmoji", subset: str = "core", split: str = "train"
 ) -> Iterator[dict[str, Any]]:
-  """The pairs of one split, without a file in between.
+  """Yields the pairs of one split, without writing files.
 
   Each emoji gives four pairs: two of style, one with label 1 and one with label 0; a tie; and one of
-  content, in which another emoji of the split, in the same style, loses. Order, style and the other
-  emoji are decided by a hash of the emoji, so neither order nor label betrays a style.
+  content, in which another emoji of the split, in the same style, loses. A hash of the emoji decides
+  the order, the style and the other emoji, so neither order nor label reveals a style.
 
   Args:
     preferred_style: "twemoji", "noto" or "openmoji".
@@ -48,7 +48,7 @@ def records(
     split: "train", "validation" or "test", by emoji.
 
   Yields:
-    dict: id, caption, image_0 and image_1 (bytes, 64x64 WebP), label_0 (1: image_0 is
+    A dict: id, caption, image_0 and image_1 (bytes, 64x64 WebP), label_0 (1: image_0 is
     preferred, 0: image_1 is, 0.5: neither), num_example_per_prompt, style_0, style_1, group.
 
   Raises:
@@ -84,7 +84,7 @@ def records(
 
 
 def default_data_dir() -> pathlib.Path:
-  """$JAXPREF_DATA_DIR, else $TFDS_DATA_DIR, else `jaxpref/datasets` in the user's cache folder."""
+  """Returns $JAXPREF_DATA_DIR, else $TFDS_DATA_DIR, else `jaxpref/datasets` in the user's cache folder."""
   for variable in DATA_DIR_VARIABLES:
     if os.environ.get(variable):
       return pathlib.Path(os.environ[variable]).expanduser()
@@ -100,18 +100,18 @@ def prepare(
 ) -> Mapping[str, Sequence[dict[str, Any]]]:
   """Builds the ArrayRecord files on first use (seconds), and opens them.
 
-  Where tensorflow-datasets is not installed, the records are held in memory instead.
+  Without tensorflow-datasets, the records are held in memory instead.
 
-  Several processes may call this at once: each builds in a folder of its own and the first to
-  finish puts its folder in place.
+  Several processes may call this at once: each builds in a folder of its own, and the first to finish puts its folder
+  in place.
 
   Args:
-    data_dir: where datasets lie; None: `default_data_dir()`.
+    data_dir: folder of datasets; None: `default_data_dir()`.
     preferred_style: "twemoji", "noto" or "openmoji".
     subset: "core" or "all".
 
   Returns:
-    split -> random-access source of the records of `records`, images as PNG bytes (of those held: WebP).
+    {split: random-access source of `records`}, with images as PNG bytes (WebP if held in memory).
 
   Raises:
     ValueError: unknown style or subset.
@@ -145,7 +145,7 @@ def prepare(
     try:
       builder = Builder(config=config, data_dir=own)
       total = NUM_EXAMPLES_PER_PROMPT * len(emoji.load_index(subset))
-      # The library would announce a download, of unknown size, into the temporary folder.
+      # Otherwise the library announces a download of unknown size into the temporary folder.
       tfds.display_progress_bar(False)
       with tqdm(total=total, desc=f"building {folder}", unit=" pairs") as bar:
         builder.on_record = bar.update
@@ -154,7 +154,7 @@ def prepare(
       try:
         os.rename(builder.data_dir, folder)
       except OSError:
-        if not folder.exists():  # Otherwise another process was faster, with the same content.
+        if not folder.exists():  # Otherwise another process was faster, and wrote the same content.
           raise
     finally:
       tfds.display_progress_bar(True)

@@ -14,7 +14,7 @@ from jaxpref.data import emoji, emoji_pairs
 
 @dataclasses.dataclass
 class EmojiPairsConfig(tfds.core.BuilderConfig):
-  """Which style wins, and how many emoji there are.
+  """Which style wins, and which emoji are used.
 
   Attributes:
     preferred_style: "twemoji", "noto" or "openmoji".
@@ -27,7 +27,7 @@ class EmojiPairsConfig(tfds.core.BuilderConfig):
 
 @functools.lru_cache(maxsize=16)  # Each tile is in two or three of its emoji's four pairs.
 def _png(encoded: bytes) -> bytes:
-  """WebP bytes as a PNG file, which is what the image feature declares."""
+  """Converts WebP bytes to a PNG file, which the image feature declares."""
   file = io.BytesIO()
   Image.open(io.BytesIO(encoded)).convert("RGB").save(file, "PNG")
   return file.getvalue()

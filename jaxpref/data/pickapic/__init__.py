@@ -1,13 +1,13 @@
 """`pickapic`: Pick-a-Pic (arXiv 2305.01569), v1 or v2, from its published parquet files.
 
 The files are those of yuvalkirstain/pickapic_v1 and pickapic_v2 on the Hugging Face hub, such as
-data/train-00000-of-00645-b66ac786bf6fb553.parquet, in a folder of this machine or of a bucket.
+data/train-00000-of-00645-b66ac786bf6fb553.parquet, in a local folder or a bucket.
 
   python -m jaxpref.data.pickapic --parquet=FOLDER --out=DATASETS
 
-A parquet file becomes an ArrayRecord file with the same records in the same order, the images as they are. One row
-group of a parquet file is in memory at a time, about twice. The index (`jaxpref.data.index`) is made before, from the
-columns without images, so that what is wrong with the files is found before hours of copying.
+Each parquet file becomes an ArrayRecord file with the same records in the same order and the images unchanged. One row
+group of a parquet file is in memory at a time, about twice. The index (`jaxpref.data.index`) is made first, from the
+columns without images, so that errors in the files are found before hours of copying.
 """
 
 import contextlib
@@ -34,21 +34,21 @@ TEXTS = ("caption", "image_0_uid", "image_1_uid", "model_0", "model_1")
 NUMBERS = ("num_example_per_prompt", "ranking_id", "user_id")
 FLAGS = ("are_different", "has_label")
 IMAGES = {"image_0": "jpg_0", "image_1": "jpg_1"}  # field -> column
-# The columns that are read; those left out are URLs, dates and what follows from these.
+# The columns to read; the others are URLs, dates and what follows from these.
 COLUMNS = (*TEXTS, *NUMBERS, *FLAGS, *IMAGES.values(), "label_0")
 INDEX_COLUMNS = ("caption", "label_0", "has_label", "num_example_per_prompt", "image_0_uid", "image_1_uid")
-MADE_OF = "parquet_files.json"  # beside the dataset: `describe_files` of what it was made from
-ROWS_AT_A_TIME = 16  # of two images of about 150 KB
+MADE_OF = "parquet_files.json"  # beside the dataset: `describe_files` of its origin
+ROWS_AT_A_TIME = 16  # rows with two images of about 150 KB
 _NAME = re.compile(r"(?P<split>[a-z_]+)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]+)?\.parquet")
 
 
 def find_shards(folder: Any) -> dict[str, list[str]]:
-  """The parquet files of a folder or its `data` folder, by split, in order.
+  """Returns the parquet files of a folder or its `data` folder, by split, in order.
 
-  Some of the files are enough; a warning says how many there are.
+  Some of the files suffice; a warning says how many there are.
 
   Raises:
-    FileNotFoundError: there are none with the published names.
+    FileNotFoundError: there are no files with the published names.
   """
   folder = paths.open_path(folder)
   found: dict[str, dict[int, str]] = {}
@@ -73,9 +73,9 @@ def find_shards(folder: Any) -> dict[str, list[str]]:
 
 
 def describe_files(folder: Any) -> dict[str, list[dict[str, Any]]]:
-  """Returns what tells the parquet files of a folder from others, by split: name, bytes, and a hash of the end.
+  """Returns what distinguishes a folder's parquet files, by split: name, bytes, and a hash of the end.
 
-  The end has the sizes, places and ranges of all columns, so that files need not be read as a whole.
+  The end has the sizes, places and ranges of all columns, so no file need be read as a whole.
   """
   described: dict[str, list[dict[str, Any]]] = {}
   for split, files in find_shards(folder).items():
@@ -87,17 +87,17 @@ def describe_files(folder: Any) -> dict[str, list[dict[str, Any]]]:
 
 
 def check_made_of(dataset: Any, parquet: Any) -> None:
-  """Refuses a dataset that is there already and is not that of the parquet files.
+  """Raises for an existing dataset that was not made from these parquet files.
 
   Raises:
     ValueError: it was made from other files, or does not say from which.
   """
-  remedy = "delete that folder to make it again, or give another one."
+  remedy = "delete that folder to make it again, or choose another one."
   note = dataset / MADE_OF
   try:
     made = json.loads(paths.read(note).decode("utf-8"))
   except FileNotFoundError:
-    raise ValueError(f"{dataset} is there and has no {MADE_OF}, which says from what it was made; {remedy}") from None
+    raise ValueError(f"{dataset} exists and has no {MADE_OF}, which says from what it was made; {remedy}") from None
   except ValueError as error:
     raise ValueError(f"{note} cannot be read ({error}); {remedy}") from error
   now = describe_files(parquet)
@@ -126,7 +126,7 @@ def _open(file: str) -> Iterator[Any]:
 
 
 def num_rows(files: Sequence[str]) -> list[int]:
-  """Rows of each file, from its end."""
+  """Returns the rows of each file, from its end."""
   rows = []
   for file in tqdm(files, desc="counting rows", unit=" files", delay=PROGRESS_AFTER):
     with _open(file) as parquet:
@@ -141,10 +141,10 @@ def num_rows(files: Sequence[str]) -> list[int]:
 
 
 def read_index(files: Sequence[str], *, progress: str = "reading labels") -> index_lib.Index:
-  """The index of the records of some files, without reading their images.
+  """Returns the index of the records of some files, without reading their images.
 
   Raises:
-    ValueError: a column is missing, or a label is none; file and row are named.
+    ValueError: a column is missing or a label is invalid; names file and row.
   """
   parts = []
   for file in tqdm(files, desc=progress, unit=" files", delay=PROGRESS_AFTER):
@@ -173,7 +173,7 @@ def _label(label: float | None, has_label: bool, file: str, row: int) -> float:
 
 
 def read_shard(file: str, split: str, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
-  """The records of a file.
+  """Yields the records of a file.
 
   Args:
     file: the parquet file.
@@ -181,7 +181,7 @@ def read_shard(file: str, split: str, start: int) -> Iterator[tuple[int, dict[st
     start: rows of the split before this file.
 
   Yields:
-    The record's place in the split; and the record, its images as files.
+    The record's place in the split; and the record, with its images as files.
   """
   row = 0
   with _open(file) as parquet:
@@ -191,7 +191,7 @@ def read_shard(file: str, split: str, start: int) -> Iterator[tuple[int, dict[st
           record = {
             "id": f"{split}/{start + row}",
             "label_0": _label(fields["label_0"], fields["has_label"], file, row),
-            # An image that is not there becomes an empty file: the record keeps its place, and training skips it.
+            # A missing image becomes an empty file: the record keeps its place, and training skips it.
             **{name: io.BytesIO(fields[column] or b"") for name, column in IMAGES.items()},
             **{name: fields[name] or "" for name in TEXTS},
             **{name: fields[name] or 0 for name in NUMBERS},
@@ -202,19 +202,19 @@ def read_shard(file: str, split: str, start: int) -> Iterator[tuple[int, dict[st
 
 
 def prepare(parquet: Any, out: Any, *, version: str = "v2", workers: int = 1) -> str:
-  """Writes the dataset and the index of each split, with progress; a finished one of the same files is left alone.
+  """Writes the dataset and the index of each split, with progress; keeps a finished dataset of the same files.
 
   Args:
     parquet: folder with the published files, or some of them.
     out: folder of datasets.
     version: "v1" or "v2".
-    workers: processes, each of which writes a file at a time.
+    workers: number of processes, each of which writes a file at a time.
 
   Returns:
     The folder of the dataset.
 
   Raises:
-    FileNotFoundError, ValueError: files are missing or not of the published form, or the dataset that is there was made
+    FileNotFoundError, ValueError: files are missing or do not have the published form, or the existing dataset was made
       from others.
   """
   if version not in VERSIONS:
@@ -227,11 +227,11 @@ def prepare(parquet: Any, out: Any, *, version: str = "v2", workers: int = 1) ->
   place, out = paths.open_path(parquet), paths.open_path(out)
   paths.check_array_record(out)
   if not place.is_dir() or not any(place.iterdir()):
-    raise FileNotFoundError(f"{place} is no folder, or an empty one; expected the parquet files of Pick-a-Pic.")
+    raise FileNotFoundError(f"{place} is not a folder, or an empty one; expected the parquet files of Pick-a-Pic.")
   find_shards(place)  # the builder makes folders before it looks
   builder = Builder(config=version, data_dir=os.fspath(out))
   builder.workers = workers
-  # The library would announce a download of unknown size.
+  # Otherwise the library announces a download of unknown size.
   with contextlib.redirect_stdout(io.StringIO()):
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=os.fspath(parquet)))
   return str(builder.data_dir)

@@ -2,7 +2,7 @@
 
   tfds build jaxpref/data/pickapic --config=v2 --manual_dir=PARQUET --data_dir=DATASETS
 
-and with --beam_pipeline_options=runner=... through Apache Beam, so that many machines write files at a time.
+and with --beam_pipeline_options=runner=... through Apache Beam, so that many machines write files at once.
 """
 
 import concurrent.futures
@@ -23,10 +23,10 @@ from jaxpref.data import paths, pickapic, sources
 
 
 class Builder(tfds.core.ShardBasedBuilder):
-  """Pick-a-Pic from parquet files: a file becomes a file, in the order of its rows.
+  """Pick-a-Pic from parquet files: each becomes one file, with its rows in the same order.
 
-  Not a GeneratorBasedBuilder: that one writes all records twice and sorts them in memory, or with Beam moves them
-  between the workers, to bring them into the order that they have already.
+  Not a GeneratorBasedBuilder, which writes all records twice and sorts them in memory, or with Beam moves them between
+  the workers, to bring them into the order they already have.
   """
 
   VERSION = tfds.core.Version("1.0.0")
@@ -39,7 +39,7 @@ class Builder(tfds.core.ShardBasedBuilder):
     "Download the parquet files of yuvalkirstain/pickapic_v1 or pickapic_v2 from the Hugging Face hub, and give their "
     "folder as --manual_dir."
   )
-  workers = 1  # processes that write files, where Beam does not
+  workers = 1  # processes that write files without Beam
 
   def __init__(self, *, file_format="array_record", **kwargs):
     super().__init__(file_format=file_format, **kwargs)
@@ -48,7 +48,7 @@ class Builder(tfds.core.ShardBasedBuilder):
     image = {"shape": (None, None, 3)}
     return self.dataset_info_from_configs(
       description=(
-        "Pairs of images that people generated for their captions, with which of the two they preferred: label_0 is 1 "
+        "Pairs of images that people generated for their captions, and which of the two they preferred: label_0 is 1 "
         "for image_0, 0 for image_1, 0.5 for neither. Images are stored as published."
       ),
       features=tfds.features.FeaturesDict(
@@ -66,7 +66,7 @@ class Builder(tfds.core.ShardBasedBuilder):
     )
 
   def download_and_prepare(self, *, download_config=None, **kwargs) -> None:
-    """As in the base class, which leaves a finished dataset alone; here only if it was made from the same files."""
+    """Keeps a finished dataset, like the base class, but only if it was made from the same files."""
     config = download_config or tfds.download.DownloadConfig()
     replaced = config.download_mode.overwrite_dataset or config.download_mode == tfds.GenerateMode.UPDATE_DATASET_INFO
     if config.manual_dir is not None and self.data_path.exists() and not replaced:
@@ -86,8 +86,8 @@ class Builder(tfds.core.ShardBasedBuilder):
   def _download_and_prepare(self, dl_manager, download_config=None) -> None:
     """Writes the files of all splits, several at a time, and beside them the index of each split.
 
-    As in the base class, except that with Beam all files are one collection. There each file is a stage by itself, and
-    runners of one machine run stages one after the other.
+    Differs from the base class in that with Beam all files are one collection. There each file is a stage of its own,
+    and runners of one machine run stages one after the other.
     """
     shards = self._shard_iterators_per_split(dl_manager)
     made_of = pickapic.describe_files(dl_manager.manual_dir)
@@ -131,7 +131,7 @@ def _write(features: Any, file_format: Any, job: tuple[Callable[[], Iterator[Any
   serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
   records = ((key, serializer.serialize_example(features.encode_example(record))) for key, record in shard())
   path = paths.open_path(path)
-  with paths.cannot_be_written(path), paths.part_of(path) as part:  # ArrayRecord's writer knows this machine alone
+  with paths.cannot_be_written(path), paths.part_of(path) as part:  # ArrayRecord's writer knows only local files
     file_adapters.ADAPTER_FOR_FORMAT[file_format].write_examples(part, records)
     paths.move(part, path)
 
@@ -144,7 +144,7 @@ def _by_processes(write: Callable[[Any], None], jobs: Sequence[Any], workers: in
         bar.update()
       return
     spawn = multiprocessing.get_context("spawn")
-    usual = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a word
+    usual = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker silently
     with concurrent.futures.ProcessPoolExecutor(
       min(workers, len(jobs)), mp_context=spawn, initializer=signal.signal, initargs=usual
     ) as pool:
@@ -161,5 +161,5 @@ def _by_beam(write: Callable[[Any], None], jobs: Sequence[Any], config: Any) -> 
   import apache_beam as beam
 
   with beam.Pipeline(runner=config.beam_runner, options=config.beam_options) as pipeline:
-    # The reshuffle keeps what makes the jobs and what does them apart, so that they are spread over the workers.
+    # The reshuffle separates what makes the jobs from what does them, so that they are spread over the workers.
     _ = pipeline | beam.Create(jobs) | beam.Reshuffle() | "Write" >> beam.Map(write)
