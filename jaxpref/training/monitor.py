@@ -17,9 +17,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
-from tqdm import tqdm
 
 from jaxpref.devices import sharding
+from jaxpref.devices.progress import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
