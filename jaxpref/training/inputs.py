@@ -269,7 +269,8 @@ def data_fingerprint(config: Config) -> str:
 def encoder_fingerprints(config: Config) -> dict[str, str]:
   """Of the weights whose results are precomputed, by component; none of random ones: their name and seed say it all."""
   of = families.get(config.family)
-  files = dict(of.weight_files(loading.with_config(config.model, config.model_config)))
+  with families.opened(config.family):
+    files = dict(of.weight_files(loading.with_config(config.model, config.model_config)))
   files.pop(of.denoiser, None)
   if config.vae_model:
     files["vae"] = loading.vae_files(config.vae_model)
