@@ -10,6 +10,7 @@
   describe     says what is in preference data
   compile      compiles a training step for devices that need not be there
   replay       runs a step that went wrong again
+  show         writes the page of a run, finished or not
 
 `jaxpref COMMAND --help` has the arguments of each.
 """
@@ -21,7 +22,7 @@ import sys
 from jaxpref.devices import endings
 
 COMMANDS = (
-  "train", "sample", "evaluate", "export", "score", "pairs", "precompute", "describe", "compile", "replay",
+  "train", "sample", "evaluate", "export", "score", "pairs", "precompute", "describe", "compile", "replay", "show",
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ and on TPUs; elsewhere --distributed, --coordinator_address, --num_processes and
 import os
 import pathlib
 import re
+import shlex
 import sys
 from collections.abc import MutableMapping
 
@@ -69,23 +70,26 @@ def main(argv: list[str]) -> None:
   with endings.one_sentence(*expected, doing=f"training in {workdir}", again=AGAIN):
     launch = distributed.find_launch(**distributed.given_flags())
     with distributed.joined(launch, workdir, expected=expected):
-      run_and_evaluate(config_lib.typed(_CONFIG.value), workdir)
+      command = shlex.join(["python", "-m", "jaxpref.main", *sys.argv[1:]])
+      run_and_evaluate(config_lib.typed(_CONFIG.value), workdir, command)
 
 
-def run_and_evaluate(config: Config, workdir: str) -> None:
+def run_and_evaluate(config: Config, workdir: str, command: str = "") -> None:
   """`loop.run`; then, if config.evaluation.scorers names any, the comparison with the base model by them."""
   from jaxpref import evaluate
   from jaxpref.data import lease
-  from jaxpref.training import loop
+  from jaxpref.training import loop, run_page
 
   if not config.evaluation.scorers:
-    loop.run(config, workdir)
+    loop.run(config, workdir, command=command)
     return
   config_lib.check(config)
   arguments = evaluate.arguments_of_run(config, workdir)  # what is not there is refused before the training
   with lease.hold(workdir):  # in between, too
-    loop.run(config, workdir)
+    loop.run(config, workdir, command=command)
     evaluate.evaluate(arguments)
+    if distributed.is_first():
+      run_page.write(pathlib.Path(workdir))  # which has a link to it now
 
 
 def run() -> None:
