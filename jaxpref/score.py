@@ -173,7 +173,10 @@ def main(argv: list[str]) -> None:
   with endings.one_sentence(ValueError, OSError, doing=f"scoring into {out}", again=AGAIN):
     scored = score(flags.FLAGS.config, model=flags.FLAGS.model, out=out, batch_size=flags.FLAGS.batch_size)
   agrees, unreadable = index_lib.score_agreement(scored), int(np.isneginf(scored.scores()[0]).sum())
-  print(f"{out}: {len(scored)} pairs, {unreadable} unreadable; agrees with {agrees:.1%} of the labels, ties aside")
+  print(
+    f"{out}: {len(scored)} pairs, {unreadable} unreadable; agrees with {agrees:.1%} of the labels, ties aside; train "
+    f"with --config.data.scores={out}"
+  )
 
 
 def run() -> None:

@@ -236,9 +236,9 @@ def sample_size(folder):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A run of no step at 16 x 24, whose model alone draws 16 x 16."""
+  """A run of one step at 16 x 24, whose model alone draws 16 x 16."""
   folder = tmp_path_factory.mktemp("trained") / "run"
-  config = recipe(num_steps=1, optimizer__learning_rate=0.0, sample__every=0)
+  config = recipe(num_steps=1, sample__every=0)
   config.judge = None
   loop.run(config, str(folder))
   return folder

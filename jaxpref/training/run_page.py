@@ -198,7 +198,7 @@ def make(folder: pathlib.Path) -> str:
     value_text=value_text,
     config=config,
     step=step,
-    finished=(folder / "export").is_dir() and step >= config.get("num_steps", 0),
+    finished=(folder / "export").exists() and step >= config.get("num_steps", 0),
     in_words=results.get("in_words") or in_words(rows),
     results=results,
     compared=[model for model in ("base", "aligned") if model in results],
