@@ -238,7 +238,7 @@ def sample_size(folder):
 def run(tmp_path_factory):
   """A run of one step at 16 x 24, whose model alone draws 16 x 16."""
   folder = tmp_path_factory.mktemp("trained") / "run"
-  config = recipe(num_steps=1, sample__every=0)
+  config = recipe(num_steps=1, sample__every=0, batch_size=8)
   config.judge = None
   loop.run(config, str(folder))
   return folder

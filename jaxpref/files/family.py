@@ -305,7 +305,6 @@ def saving(name: str) -> contextlib.AbstractContextManager[None]:
   return own.calling(f"config.family={name}: saving its model", name, "files that its load opens again")
 
 
-# Many parameters: all that a folder is made of.
 def save_trained(
   family: Family,
   folder: pathlib.Path,

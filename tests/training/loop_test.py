@@ -725,7 +725,15 @@ def test_a_run_leaves_everything_a_user_needs(whole):
     "table.md",
     "before_after.png",
     "curves.png",
+    "index.html",
+    "commands.txt",
   }
+  assert "python -m jaxpref.main --config=" in (folder / "commands.txt").read_text()
+  last = said.strip().splitlines()[-3:]
+  assert last[:2] == [f"pictures: {folder / 'before_after.png'}", f"page: {folder / 'index.html'}"]
+  assert last[2].startswith(f"next: python -m jaxpref.sample --model={folder} ")
+  page = (folder / "index.html").read_text()
+  assert page.count("data:image/") == 4 and page.count('class="curve"') >= 6  # before_after.png, and three looks
   assert json.loads((folder / "config.json").read_text())["lora"]["rank"] == 2
   found = metrics.read(folder / "metrics.jsonl")
   looks = [r for r in found if "validation_preferred_share" in r]
