@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import shlex
 import signal
 import sys
 import threading
@@ -349,9 +350,9 @@ def _say_what_there_is(folder: pathlib.Path, results: dict[str, Any], *, draws: 
   try:
     _say(f"page: {run_page.write(folder)}")
   except (OSError, ValueError) as error:  # all else is there
-    _say(f"{folder / run_page.NAME} cannot be written ({error}); python -m jaxpref.show {folder} writes it later.")
+    _say(f"{folder / run_page.NAME} cannot be written ({error}); {run_page.command(folder)} writes it later.")
   if draws:
-    _say(f'next: python -m jaxpref.sample --model={folder} --prompt="a fox in the snow"')
+    _say(f'next: python -m jaxpref.sample --model={shlex.quote(str(folder))} --prompt="a fox in the snow"')
 
 
 @dataclasses.dataclass
@@ -465,7 +466,7 @@ def _train(
           _save(run, training, done)
         if stopping:
           training.saver.wait()
-          shown = f"python -m jaxpref.show {run.folder} makes a page of what there is"
+          shown = f"{run_page.command(run.folder)} makes a page of what there is"
           _say(f"stopped at step {done} by {stop.cause}; the same command resumes. {shown}. {goodput}")
           sys.exit(stop.code)
   finally:

@@ -7,6 +7,7 @@ One file that needs no network. It is made from what the folder holds, so that a
 import dataclasses
 import json
 import pathlib
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -117,10 +118,15 @@ def looks(folder: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> tuple[list
 
 def _picture(file: pathlib.Path) -> page.Picture | None:
   """Returns a picture for the page; None where there is none, or half of one."""
+  from PIL import Image
+
+  limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # a grid of large pictures is above it
   try:
     return page.encode(file, SIDE)
   except (FileNotFoundError, ValueError):
     return None
+  finally:
+    Image.MAX_IMAGE_PIXELS = limit
 
 
 def in_words(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -165,6 +171,11 @@ def changed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # ---- The page --------------------------------------------------------------------------------------------------------
+
+
+def command(folder: pathlib.Path) -> str:
+  """Returns the command that writes the page of a work folder."""
+  return f"python -m jaxpref.show {shlex.quote(str(folder))}"
 
 
 def note_command(folder: pathlib.Path, command: str) -> None:

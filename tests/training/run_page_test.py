@@ -119,6 +119,16 @@ def test_many_pictures_are_thinned_and_large_ones_made_smaller(tmp_path, monkeyp
   assert steps[0] == 0 and steps[-1] == 30 and len(steps) <= 3
 
 
+def test_a_grid_may_have_more_pixels_than_pillow_opens(tmp_path, monkeypatch):
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+  found, _ = run_page.looks(run_of(tmp_path / "run"), [])
+  assert len(found) == 4 and Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_the_command_of_a_folder_with_spaces_is_quoted(tmp_path):
+  assert run_page.command(tmp_path / "my run") == f"python -m jaxpref.show '{tmp_path / 'my run'}'"
+
+
 def test_what_others_wrote_is_shown_as_text(tmp_path):
   folder = run_of(tmp_path / "run", results=RESULTS | {"in_words": HOSTILE}, judge=HOSTILE)
   run_page.note_command(folder, HOSTILE)
