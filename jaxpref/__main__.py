@@ -10,6 +10,7 @@
   describe     says what preference data holds
   compile      compiles a training step for devices that this machine need not have
   replay       runs a step that went wrong again
+  show         writes the page of a run, finished or not
 
 `jaxpref COMMAND --help` lists the arguments of each.
 """
@@ -21,7 +22,7 @@ import sys
 from jaxpref.devices import endings
 
 COMMANDS = (
-  "train", "sample", "evaluate", "export", "score", "pairs", "precompute", "describe", "compile", "replay",
+  "train", "sample", "evaluate", "export", "score", "pairs", "precompute", "describe", "compile", "replay", "show",
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import itertools
 import pathlib
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -26,8 +27,8 @@ MAX_AT_A_TIME = 2**16  # rows or pictures of one call
 class Parser(argparse.ArgumentParser):
   """An ArgumentParser that gathers all values of a repeated option of several values.
 
-  If an option of one value is repeated, the last one counts, as usual, and stderr says so. The description is printed
-  unchanged.
+  If an option of one value is repeated, the last one counts, as usual, and stderr says so. Paragraphs of the
+  description are as wide as the terminal.
 
   >>> parser = Parser()
   >>> _ = parser.add_argument("--lora", nargs="+", default=[])
@@ -36,7 +37,7 @@ class Parser(argparse.ArgumentParser):
   """
 
   def __init__(self, *args: Any, **kwargs: Any) -> None:
-    super().__init__(*args, **{"formatter_class": argparse.RawDescriptionHelpFormatter} | kwargs)
+    super().__init__(*args, **{"formatter_class": _Formatter} | kwargs)
     self.given: dict[str, Any] = {}
     self.register("action", None, _Store)
     self.register("action", "store", _Store)
@@ -44,6 +45,16 @@ class Parser(argparse.ArgumentParser):
   def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
     self.given.clear()
     return super().parse_known_args(args, namespace)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+  """Leaves lines of the description alone that are indented, such as commands and lists."""
+
+  def _fill_text(self, text: str, width: int, indent: str) -> str:
+    raw = lambda paragraph: paragraph.startswith(" ") or "\n " in paragraph
+    fill = lambda paragraph: textwrap.fill(paragraph, width, break_long_words=False, break_on_hyphens=False)
+    parts = text.strip("\n").split("\n\n")
+    return "\n\n".join(part if raw(part) else fill(part) for part in parts)
 
 
 class _Store(argparse._StoreAction):

@@ -17,13 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from jaxpref import arguments
 from jaxpref.data import index as index_lib
 from jaxpref.data import paths, records, sources
 from jaxpref.data.files import PROGRESS_AFTER
 from jaxpref.devices import endings
+from jaxpref.devices.progress import tqdm
 from jaxpref.evaluation import pictures
 
 SIDE, FRAME, GAP, COLUMNS = 128, 4, 12, 3  # of the picture: pixels of an image, its frame and the gap; records in a row

@@ -23,12 +23,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from PIL import Image
-from tqdm import tqdm
 
 from jaxpref import arguments
 from jaxpref.config import Config
 from jaxpref.data import emoji, lease, paths, prompt_sets
 from jaxpref.devices import distributed, endings, sharding
+from jaxpref.devices.progress import tqdm
 from jaxpref.evaluation import comparison, drawing, settings
 from jaxpref.evaluation import folder as evaluation_folder
 from jaxpref.files import adapters, loading
@@ -331,6 +331,9 @@ def read_prompts(name: str, *, kind: str | None = None, count: int | None = None
 def check_sizes(models: dict[str, Model], args: argparse.Namespace) -> dict[str, list[int]]:
   """Returns height and width of each model's pictures, from its configs alone.
 
+  Where models differ and the runs among them were trained at one size, all draw at that: it becomes `args.height` and
+  `args.width`.
+
   Raises:
     ValueError: they differ, so pictures cannot be compared; or a model cannot draw them.
     FileNotFoundError: a model, a LoRA or the VAE does not exist.
@@ -341,6 +344,12 @@ def check_sizes(models: dict[str, Model], args: argparse.Namespace) -> dict[str,
     files = [file for file, _ in loras]
     families.look_for(of, settings.model_folder(source), vae_model=args.vae_model, loras=files)
     found[name] = list(settings.check_size(source, args))
+  trained = {tuple(found[name]): name for name, (source, _) in models.items() if settings.trained_size(source)}
+  if len(set(map(tuple, found.values()))) > 1 and len(trained) == 1 and not (args.height or args.width):
+    ((args.height, args.width), run) = next(iter(trained.items()))
+    if jax.process_index() == 0:
+      print(f"all models draw {args.height} x {args.width} pixels, which {run} was trained at", file=sys.stderr)
+    found = {name: list(settings.check_size(source, args)) for name, (source, _) in models.items()}
   first = next(iter(found))
   for name, size in found.items():
     if size != found[first]:

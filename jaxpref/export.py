@@ -105,12 +105,15 @@ def export(
   scale = 1.0 if adapter is None else build.adapter_scale(config, adapters.adapter_rank(adapter))
   if form == "pipeline":
     kept = [name for name in of.networks if name not in params]
-    pipe = of.load(name, dtype=config.dtype, seed=config.seed, vae_model=config.vae_model, components=kept)
-    of_files = jnp.dtype(dtype or "float16")
-    families.save_trained(of, out, pipe, params, scale=scale, name=name, dtype=of_files)
+    with families.opened(config.family):
+      pipe = of.load(name, dtype=config.dtype, seed=config.seed, vae_model=config.vae_model, components=kept)
+    of_files, size = jnp.dtype(dtype or "float16"), config.image_size
+    with families.saving(config.family):
+      families.save_trained(of, out, pipe, params, scale=scale, name=name, dtype=of_files, image_size=size)
     return out
   file.parent.mkdir(parents=True, exist_ok=True)
-  of.save_adapter(file, adapter, scale, name=name, form=form, dtype=jnp.dtype(dtype or "float32"))
+  with families.saving(config.family):
+    of.save_adapter(file, adapter, scale, name=name, form=form, dtype=jnp.dtype(dtype or "float32"))
   return file
 
 

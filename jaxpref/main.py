@@ -9,6 +9,7 @@ no flags; elsewhere use --distributed, --coordinator_address, --num_processes an
 import os
 import pathlib
 import re
+import shlex
 import sys
 from collections.abc import MutableMapping
 
@@ -69,23 +70,26 @@ def main(argv: list[str]) -> None:
   with endings.one_sentence(*expected, doing=f"training in {workdir}", again=AGAIN):
     launch = distributed.find_launch(**distributed.given_flags())
     with distributed.joined(launch, workdir, expected=expected):
-      run_and_evaluate(config_lib.typed(_CONFIG.value), workdir)
+      command = shlex.join(["python", "-m", "jaxpref.main", *sys.argv[1:]])
+      run_and_evaluate(config_lib.typed(_CONFIG.value), workdir, command)
 
 
-def run_and_evaluate(config: Config, workdir: str) -> None:
+def run_and_evaluate(config: Config, workdir: str, command: str = "") -> None:
   """Calls `loop.run`, then compares with the base model by config.evaluation.scorers, if there are any."""
   from jaxpref import evaluate
   from jaxpref.data import lease
-  from jaxpref.training import loop
+  from jaxpref.training import loop, run_page
 
   if not config.evaluation.scorers:
-    loop.run(config, workdir)
+    loop.run(config, workdir, command=command)
     return
   config_lib.check(config)
   arguments = evaluate.arguments_of_run(config, workdir)  # raises for missing files before training
   with lease.hold(workdir):  # also between the two
-    loop.run(config, workdir)
+    loop.run(config, workdir, command=command)
     evaluate.evaluate(arguments)
+    if distributed.is_first():
+      run_page.write(pathlib.Path(workdir))  # which has a link to it now
 
 
 def run() -> None:

@@ -28,12 +28,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
-from tqdm import tqdm
 
 from jaxpref import arguments, evaluate
 from jaxpref.data import labels, lease, paths, prompt_sets
 from jaxpref.data.files import PAIRS_NAME
 from jaxpref.devices import distributed, endings, sharding
+from jaxpref.devices.progress import tqdm
 from jaxpref.evaluation import drawing, settings
 from jaxpref.evaluation import folder as evaluation_folder
 from jaxpref.files import adapters, loading

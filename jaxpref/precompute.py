@@ -28,7 +28,6 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
-from tqdm import tqdm
 
 import jaxpref
 from jaxpref import arguments
@@ -36,6 +35,7 @@ from jaxpref import config as config_lib
 from jaxpref.config import AnyConfig, Config
 from jaxpref.data import batching, latents, lease, paths
 from jaxpref.devices import chips, distributed, endings, sharding
+from jaxpref.devices.progress import tqdm
 from jaxpref.files import family as families
 from jaxpref.files import loading
 from jaxpref.models.base import Model
@@ -159,16 +159,18 @@ def _run(
   mesh = sharding.make_mesh(devices=jax.local_devices())
   everywhere = sharding.replicated(mesh)
   of = families.get(config.family)
-  pipe = of.load(
-    loading.model_name(config),
-    dtype=config.dtype,
-    seed=config.seed,
-    param_dtype=config.dtype,
-    sharding=everywhere,
-    vae_model=config.vae_model,
-    components=[name for name in of.networks if name != of.denoiser],
-  )
-  model = build.at_size(config, of.model(pipe, vae_slicing=config.vae_slicing * mesh.size or None))
+  with families.opened(config.family):
+    pipe = of.load(
+      loading.model_name(config),
+      dtype=config.dtype,
+      seed=config.seed,
+      param_dtype=config.dtype,
+      sharding=everywhere,
+      vae_model=config.vae_model,
+      components=[name for name in of.networks if name != of.denoiser],
+    )
+    model = of.model(pipe, vae_slicing=config.vae_slicing * mesh.size or None)
+  model = build.at_size(config, model)
   data = _open_data(config, model, pipe.tokenize)
   empty = pipe.tokenize([""])[0]
   plan |= {

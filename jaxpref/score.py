@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
-from tqdm import tqdm
 
 from jaxpref import arguments
 from jaxpref import config as config_lib
@@ -30,6 +29,7 @@ from jaxpref.config import AnyConfig, Config
 from jaxpref.data import index as index_lib
 from jaxpref.data import lease, records, sources
 from jaxpref.devices import endings, sharding
+from jaxpref.devices.progress import tqdm
 from jaxpref.files import loading, tokenizers
 from jaxpref.models.preference import StepAwareCLIPModel
 from jaxpref.models.vae import to_float
@@ -173,7 +173,10 @@ def main(argv: list[str]) -> None:
   with endings.one_sentence(ValueError, OSError, doing=f"scoring into {out}", again=AGAIN):
     scored = score(flags.FLAGS.config, model=flags.FLAGS.model, out=out, batch_size=flags.FLAGS.batch_size)
   agrees, unreadable = index_lib.score_agreement(scored), int(np.isneginf(scored.scores()[0]).sum())
-  print(f"{out}: {len(scored)} pairs, {unreadable} unreadable; agrees with {agrees:.1%} of the labels, without ties")
+  print(
+    f"{out}: {len(scored)} pairs, {unreadable} unreadable; agrees with {agrees:.1%} of the labels, without ties; train "
+    f"with --config.data.scores={out}"
+  )
 
 
 def run() -> None:

@@ -19,6 +19,7 @@ done
 
 cat <<END
 
+page of it all   $workdir/index.html
 table            $workdir/table.md
 before, after    $workdir/before_after.png
 curves           $workdir/curves.png

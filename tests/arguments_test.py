@@ -38,3 +38,12 @@ def test_the_same_value_twice_is_no_contradiction_and_a_parser_forgets(capsys):
 def test_of_a_repeated_field_of_a_recipe_the_last_counts_and_that_is_said(name, capsys):
   arguments._check_arguments(["main", "--config=configs/spo_tiny.py", f"{name}=1", f"{name}=2"])
   assert f"warning: {name} is given twice; 2 counts, not 1." in capsys.readouterr().err
+
+
+def test_paragraphs_of_the_description_are_as_wide_as_the_terminal_and_commands_stay_whole(monkeypatch):
+  monkeypatch.setenv("COLUMNS", "40")
+  command = "    python -m jaxpref.sample --model=runs/spo_tiny --prompts volcano"
+  description = f"Draws with a model, which is one of several\nkinds:\n\n{command}\n\nIt prints where."
+  shown = arguments.Parser(prog="test", description=description).format_help()
+  assert "\nDraws with a model, which is one of\nseveral kinds:\n\n" in shown
+  assert f"\n\n{command}\n\nIt prints where.\n" in shown

@@ -340,11 +340,11 @@ def test_a_recipe_names_scorers(models, tmp_path, monkeypatch, capsys):
   """The comparison follows the training; what is not there is refused before it."""
   trained = []
 
-  def run(config, workdir):
+  def run(config, workdir, command=""):
     trained.append(workdir)
     pipe = pipelines.load_pipeline(models / "two")
     pipelines.save_pipeline(pathlib.Path(workdir) / "export", pipe)
-    (pathlib.Path(workdir) / "config.json").write_text("{}")
+    (pathlib.Path(workdir) / "config.json").write_text(config.to_json_best_effort())
 
   monkeypatch.setattr("jaxpref.training.loop.run", run)
   config = dpo_tiny.get_config()
@@ -375,10 +375,11 @@ def test_a_recipe_names_scorers(models, tmp_path, monkeypatch, capsys):
   found = results(tmp_path / "run" / "evaluation")
   assert found["models"] == ["base", "aligned"] and [s["name"] for s in found["scorers"]] == [BRIGHTNESS, REDNESS]
   assert len(found["prompts"]) == 3 and found["settings"]["guidance_scale"] == 3.5
+  assert '<a href="evaluation/report.html">' in (tmp_path / "run" / "index.html").read_text()
   # Continued, the run has other weights: the evaluation of those before is kept, and there is a new one.
   run_before, two = run, pipelines.load_pipeline(models / "two")
 
-  def go_on(config, workdir):
+  def go_on(config, workdir, command=""):
     run_before(config, workdir)
     changed = {**two.params, "unet": jax.tree.map(lambda x: 1.5 * x, two.params["unet"])}
     pipelines.save_pipeline(pathlib.Path(workdir) / "export", dataclasses.replace(two, params=changed))

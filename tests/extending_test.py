@@ -408,6 +408,19 @@ def test_a_family_of_ones_own_compiles_on_shapes_alone(pixels):
   assert report["flop"] > 0 and report["arguments"]["trained"] > 0
 
 
+def test_planning_leaves_out_what_a_family_of_ones_own_refuses(pixels):
+  """Its `model` refuses each `remat`; the default `targets` match none of its layers, so it has no adapter either."""
+  _, config = pixels
+  config = plan.without_weights(config)
+  config.update(accumulation=1)
+  config.lora.update(rank=0, targets=config_lib.default().lora.targets)
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  arguments = plan.argument_bytes(*plan.abstract_inputs(config, mesh)[1:])
+  report = {"arguments": arguments, "peak": 2 * sum(arguments.values())}
+  changes = [change for change, _ in plan.estimates(config, jax.devices()[:1], report)]
+  assert changes and {(change.remat, change.rank) for change in changes} == {("none", 0)}
+
+
 @pytest.mark.parametrize(
   ("family", "sentence"),
   [

@@ -16,16 +16,17 @@ from ml_collections import config_flags
 from PIL import Image
 
 from jaxpref import config as config_lib
-from jaxpref import evaluate
+from jaxpref import evaluate, export
 from jaxpref.data import pipeline, records
 from jaxpref.devices import sharding
+from jaxpref.evaluation import settings
 from jaxpref.files import family, loading, pipelines
 from jaxpref.models import preference, presets
 from jaxpref.models.vae import VAEConfig
 from jaxpref.planning import flops, plan
 from jaxpref.recipes import sizes
 from jaxpref.rewards import networks, published
-from jaxpref.training import build, checkpoint, optim, programs
+from jaxpref.training import build, checkpoint, loop, optim, programs
 
 SIZE = HEIGHT, WIDTH = 16, 24
 LATENT = HEIGHT // 2, WIDTH // 2, 4
@@ -227,6 +228,68 @@ def test_a_run_is_evaluated_at_its_size(tmp_path):
   c.image_size = None
   args = evaluate.arguments_of_run(config_lib.typed(c), str(tmp_path))
   assert (args.height, args.width) == (None, None)
+
+
+def sample_size(folder):
+  return json.loads((folder / "unet" / "config.json").read_text())["sample_size"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A run of one step at 16 x 24, whose model alone draws 16 x 16."""
+  folder = tmp_path_factory.mktemp("trained") / "run"
+  config = recipe(num_steps=1, sample__every=0, batch_size=8)
+  config.judge = None
+  loop.run(config, str(folder))
+  return folder
+
+
+def test_an_export_draws_what_the_run_was_trained_at(run, tmp_path):
+  assert sample_size(run / "export") == list(LATENT[:2])
+  export.export(run, "pipeline", tmp_path / "later")
+  assert sample_size(tmp_path / "later") == list(LATENT[:2])
+  args = evaluate.make_parser().parse_args(["--models", "a=a", "--prompts=emoji"])
+  for name in (run, run / "export", tmp_path / "later"):
+    assert settings.check_size(str(name), args) == SIZE
+  continued = recipe(model=str(tmp_path / "later"), image_size=None)
+  assert build.build(continued).model.image_size == SIZE
+
+
+def test_a_square_export_has_one_number(tmp_path):
+  pipe = pipelines.random_pipeline("one-level", 3).at_size(32, 32)
+  assert sample_size(pipelines.save_pipeline(tmp_path / "model", pipe)) == 16
+
+
+def test_sdxl_keeps_its_own_size_where_the_pipeline_of_diffusers_reads_an_int():
+  pipe = pipelines.random_pipeline("sdxl-miniature", components=())
+  assert pipe.at_size(*SIZE).unet.config.sample_size == pipe.unet.config.sample_size
+  assert pipe.at_size(32, 32).unet.config.sample_size == 16
+
+
+def test_a_run_that_was_exported_before_is_drawn_at_its_size(folder, tmp_path):
+  small = pipelines.save_pipeline(tmp_path / "run" / "export", pipelines.random_pipeline("one-level", 3))
+  config = config_lib.typed(recipe(image_size=(32, 48))).to_dict()
+  (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+  args = evaluate.make_parser().parse_args(["--models", "a=a", "--prompts=emoji"])
+  assert settings.check_size(str(small), args) == settings.check_size(str(tmp_path / "run"), args) == (32, 48)
+  of_clip = {"image_size": 48, "model_type": "clip"}
+  (tmp_path / "run" / "config.json").write_text(json.dumps(of_clip))
+  assert settings.check_size(str(small), args) == (16, 16)
+  assert settings.check_size(str(folder), args) == SIZE
+
+
+def test_a_run_and_its_base_model_are_compared_at_one_size(run, folder, capsys):
+  def sizes_of(*arguments):
+    args = evaluate.make_parser().parse_args(["--prompts=emoji", *arguments])
+    return evaluate.check_sizes(evaluate.parse_models(args.models), args), (args.height, args.width)
+
+  both = ["--models", "base=random:one-level", f"aligned={run}"]
+  assert sizes_of(*both) == ({"base": list(SIZE), "aligned": list(SIZE)}, SIZE)
+  assert capsys.readouterr().err == "all models draw 16 x 24 pixels, which aligned was trained at\n"
+  assert sizes_of(*both, "--height=8", "--width=8")[0] == {"base": [8, 8], "aligned": [8, 8]}
+  assert sizes_of(*both[:1], f"again={run}", f"aligned={run}") == ({"again": [*SIZE], "aligned": [*SIZE]}, (None, None))
+  with pytest.raises(ValueError, match="base draws 16 x 16 pixels and other 16 x 24; set --height and --width"):
+    sizes_of("--models", "base=random:one-level", f"other={folder}")  # which is no run
 
 
 def test_sdxl_is_told_height_before_width():

@@ -23,15 +23,16 @@ FLOORS = [
   ["objectives"],
   ["training"],
   ["planning"],
-  ["__main__", "main", "evaluate", "sample", "export", "score", "pairs", "precompute", "compile", "replay", "describe"],
-]
+  ["__main__", "main", "evaluate", "sample", "export", "score", "pairs", "precompute", "compile", "replay", "describe",
+   "show"],
+]  # fmt: skip
 COMMANDS = FLOORS[-1]
 PURE = ["losses", "diffusion", "reference"]
 # Plumbing knows no networks and no losses; metrics and checkpoints are about arrays.
 PLUMBING = [
   "recipes", "config", "arguments", "devices", "data", "training.optim", "training.checkpoint", "training.metrics",
-  "training.monitor", "planning.flops", "planning.hlo", "evaluation.statistics", "evaluation.comparison",
-  "evaluation.page", "evaluation.pictures",
+  "training.monitor", "training.run_page", "planning.flops", "planning.hlo", "evaluation.statistics",
+  "evaluation.comparison", "evaluation.page", "evaluation.pictures",
 ]  # fmt: skip
 SLOW = {"torch", "transformers", "diffusers", "tensorflow_datasets", "matplotlib", "tensorflow", "scipy", "jinja2"}
 # Of a function. A larger one says why, in "# Long: ..." or "# Many parameters: ..." directly above it.

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import arguments, export
+from jaxpref import arguments, evaluate, export, precompute
 from jaxpref import config as config_lib
 from jaxpref.data import lease
 from jaxpref.devices import sharding
 from jaxpref.diffusion import VariancePreserving, schedule_from_config
-from jaxpref.evaluation import drawing
+from jaxpref.evaluation import drawing, settings
 from jaxpref.files import family as families
 from jaxpref.objectives import catalog
 from jaxpref.recipes import own, places
@@ -145,7 +145,7 @@ class Family:
   def save_adapter(self, file, adapter, scale, *, name, form="lora", dtype=None): ...
   def with_adapters(self, pipe, loras): ...
   def without_values(self, name): ...
-  def weight_files(self, name): ...
+  def weight_files(self, name): return {}
 
 class NoSave(Family):
   save = None
@@ -156,6 +156,17 @@ class NoDtype(Family):
 class NoDenoiser(Family):
   denoiser = "other"
 
+class NoFiles(Family):
+  def load(self, name, *, dtype, seed=0, param_dtype=None, sharding=None, vae_model=None, components=None):
+    return Pipe({})
+  def save(self, folder, pipe, *, dtype):
+    1 / 0  # in save
+
+@dataclasses.dataclass
+class Pipe:
+  params: dict
+
+NO_FILES = NoFiles()
 FAMILY, NO_SAVE, NO_DTYPE, NO_DENOISER = Family(), NoSave(), NoDtype(), NoDenoiser()
 
 # Rewards
@@ -472,6 +483,41 @@ def test_what_loading_raises_is_one_sentence(mine):
     ValueError, match=rf"family=own_sample:FAMILY: opening its model raised KeyError: 'weights' {place}"
   ):
     build.build(recipe(family=":FAMILY", model="random"))
+
+
+@pytest.mark.parametrize(
+  ("family", "sentence", "line"),
+  [
+    ("FAMILY", "opening its model raised KeyError: 'weights'", "raise KeyError("),
+    ("NO_FILES", "saving its model raised ZeroDivisionError: division by zero", "1 / 0  # in save"),
+  ],
+)
+def test_what_an_export_raises_is_one_sentence(mine, monkeypatch, tmp_path, family, sentence, line):
+  monkeypatch.setattr(checkpoint, "load_params", lambda run, step: ({"net": {"w": np.zeros(2)}}, 1))
+  config = config_lib.typed(recipe(family=f":{family}", model="random", num_steps=1))
+  checkpoint.claim_workdir(tmp_path / "run", config.to_dict())
+  with pytest.raises(own.OwnCodeError) as raised:
+    export.export(tmp_path / "run", "pipeline", tmp_path / "out")
+  place = f"({mine}, line {line_of(line)})"
+  assert str(raised.value).startswith(f"config.family=own_sample:{family}: {sentence} {place}; expected")
+
+
+def test_what_opening_a_model_raises_in_precompute_is_one_sentence(mine, tmp_path):
+  config = recipe(family=":FAMILY", model="random")
+  with pytest.raises(own.OwnCodeError, match="family=own_sample:FAMILY: opening its model raised KeyError: 'weights'"):
+    precompute.run(config, tmp_path / "data")
+
+
+def test_what_opening_a_model_raises_in_commands_is_one_sentence(mine):
+  args = evaluate.make_parser().parse_args(["--models", "a=random", "--prompts=emoji", "--family=own_sample:FAMILY"])
+  with pytest.raises(own.OwnCodeError, match="--family=own_sample:FAMILY: opening its model raised KeyError"):
+    settings.check_size("random", args)
+
+
+@pytest.mark.parametrize("said", ["config.remat=full; expected none", "--format=kohya; expected lora", "clip_skip=1"])
+def test_a_sentence_that_begins_with_a_field_passes(mine, said):
+  with pytest.raises(ValueError, match=f"^{said}"), families.opened("own_sample:FAMILY"):
+    raise ValueError(said)
 
 
 def test_steps_without_a_density_are_refused_by_name():

@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
-from tqdm import tqdm
 
 from jaxpref.data import index as index_lib
 from jaxpref.data import paths
 from jaxpref.data.index import Index
+from jaxpref.devices.progress import tqdm
 
 Path = str | os.PathLike
 PROGRESS_AFTER = 3.0  # seconds

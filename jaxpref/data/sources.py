@@ -25,7 +25,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from jaxpref.data import emoji_pairs, paths, prompt_sets, records
 from jaxpref.data import index as index_lib
@@ -39,6 +38,7 @@ from jaxpref.data.files import (
   open_unpaired_file,
 )
 from jaxpref.data.index import Index, Selection
+from jaxpref.devices.progress import tqdm
 from jaxpref.recipes.messages import listed
 
 Path = str | os.PathLike

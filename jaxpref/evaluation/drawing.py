@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from jaxpref.devices import chips, sharding
+from jaxpref.devices.progress import tqdm
 from jaxpref.diffusion import VariancePreserving, samplers
 from jaxpref.models.base import Model, guided
 from jaxpref.models.vae import to_uint8

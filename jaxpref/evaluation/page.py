@@ -239,7 +239,7 @@ def page(results: Mapping[str, Any], summary: Mapping[str, Any], image_path: Ima
     FileNotFoundError, ValueError: a picture is missing or is not a picture.
   """
   sections, embedded, side = embed(results, image_path, pictures)
-  return _template().render(
+  return template("report.html.j2").render(
     results=results,
     summary=summary,
     random=sections[-1],
@@ -249,7 +249,8 @@ def page(results: Mapping[str, Any], summary: Mapping[str, Any], image_path: Ima
   )
 
 
-def _template() -> Any:
+def template(name: str) -> Any:
+  """Returns a template of this folder, with the style of the report and its functions of numbers."""
   import jinja2
   import markupsafe
 
@@ -272,7 +273,7 @@ def _template() -> Any:
     small=SMALL,
     style=markupsafe.Markup((folder / "report.css").read_text(encoding="utf-8")),
   )
-  return environment.get_template("report.html.j2")
+  return environment.get_template(name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from jaxpref.files import adapters, loading
 from jaxpref.files import family as families
 from jaxpref.models.base import Model
 from jaxpref.recipes.sections import MAX_STEPS
-from jaxpref.recipes.sizes import MAX_PIXELS, sides
+from jaxpref.recipes.sizes import MAX_PIXELS, is_size, sides
 
 MAX_SEEDS = 10**6  # most pictures of a prompt
 
@@ -67,7 +67,9 @@ def load(
   if loras:
     adapted, scale = of.with_adapters(pipe, loras)
     weights |= adapted
-  model = of.model(pipe, lora_scale=scale, clip_skip=args.clip_skip, sampler=args.scheduler)
+  with families.opened(family, "--family"):
+    model = of.model(pipe, lora_scale=scale, clip_skip=args.clip_skip, sampler=args.scheduler)
+  model = at_trained_size(name, model)
   return model, jax.device_put(weights, everywhere), pipe.tokenize
 
 
@@ -113,8 +115,27 @@ def check_size(name: str, args: argparse.Namespace) -> tuple[int, int]:
     ValueError: see `size_of`.
     FileNotFoundError: the model does not exist.
   """
-  of = families.get(families.of_run(name, args.family), "--family")
-  return size_of(args, of.model(of.load(model_folder(name), dtype="float32", components=())))
+  family = families.of_run(name, args.family)
+  of = families.get(family, "--family")
+  with families.opened(family, "--family"):
+    model = of.model(of.load(model_folder(name), dtype="float32", components=()))
+  return size_of(args, at_trained_size(name, model))
+
+
+def trained_size(name: str) -> tuple[int, int] | None:
+  """Returns the height and width that a run was trained at; None if `name` is no run, or one at its model's own size.
+
+  Args:
+    name: as of --model; a run is named by its work folder or its export.
+  """
+  size = families.field_of_run(name, "image_size") if families.field_of_run(name, "objective") else None
+  return sides(size) if is_size(size) else None
+
+
+def at_trained_size(name: str, model: Model) -> Model:
+  """Returns the model, which draws `trained_size` where it does not say so itself: SDXL's, and exports of before."""
+  size = trained_size(name)
+  return model if size is None or not hasattr(model, "at_size") else model.at_size(*size)
 
 
 def check(args: argparse.Namespace) -> None:

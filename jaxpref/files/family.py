@@ -23,6 +23,7 @@ from jaxpref.models.base import Model
 from jaxpref.models.stable_diffusion import StableDiffusion
 from jaxpref.recipes import own
 from jaxpref.recipes.own import load_named
+from jaxpref.recipes.sizes import Size, sides
 
 Tree = Any
 
@@ -293,8 +294,27 @@ def opened(name: str, field: str = "config.family") -> contextlib.AbstractContex
   )
 
 
+def saving(name: str) -> contextlib.AbstractContextManager[None]:
+  """Says in one sentence what a family of one's own raises in the block, which saves what was trained.
+
+  Args:
+    name: as of `get`.
+  """
+  if ":" not in name:
+    return contextlib.nullcontext()
+  return own.calling(f"config.family={name}: saving its model", name, "files that its load opens again")
+
+
 def save_trained(
-  family: Family, folder: pathlib.Path, pipe: Any, params: Mapping[str, Tree], *, scale: float, name: str, dtype: Any
+  family: Family,
+  folder: pathlib.Path,
+  pipe: Any,
+  params: Mapping[str, Tree],
+  *,
+  scale: float,
+  name: str,
+  dtype: Any,
+  image_size: Size | None = None,
 ) -> None:
   """Writes a folder: a pipeline with trained parameters instead of its own.
 
@@ -306,7 +326,10 @@ def save_trained(
     scale: alpha / rank of the adapter.
     name: name of the model.
     dtype: dtype of the folder's files.
+    image_size: size in pixels that it was trained at, which pipelines with `at_size` write; None: their own.
   """
+  if image_size is not None and hasattr(pipe, "at_size"):
+    pipe = pipe.at_size(*sides(image_size))
   trained = dict(pipe.params) | dict(params)
   adapter = trained.pop(f"{family.denoiser}_lora", None)
   if adapter is not None:
@@ -342,12 +365,15 @@ def look_for(
 
 def of_run(name: str, given: str | None) -> str:
   """Returns the family of --model: the one given, else that of the run that has this folder or export, else DEFAULT."""
-  if given is not None:
-    return given
+  return given if given is not None else field_of_run(name, "family") or DEFAULT
+
+
+def field_of_run(name: str, field: str) -> Any:
+  """Returns a field of the config of the run that has this folder or export; None if the model is no such thing."""
   folder = pathlib.Path(loading.split_config(name)[0])
-  for place in (folder / "config.json", folder.parent / "config.json"):
+  for place in (folder / "config.json", folder.parent / "config.json") if folder.is_dir() else ():
     if place.is_file():
       with contextlib.suppress(ValueError, AttributeError):  # files of something else
-        return json.loads(place.read_text(encoding="utf-8")).get("family", DEFAULT)
-      return DEFAULT
-  return DEFAULT
+        return json.loads(place.read_text(encoding="utf-8")).get(field)
+      return None
+  return None

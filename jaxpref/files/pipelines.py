@@ -26,6 +26,7 @@ from jaxpref.models import presets
 from jaxpref.models.clip import CLIPTextConfig, CLIPTextModel
 from jaxpref.models.unet import UNet2DConditionModel, UNetConfig
 from jaxpref.models.vae import AutoencoderKL, VAEConfig
+from jaxpref.recipes.sizes import of_sides
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _COMPONENTS = (*NETWORKS, "tokenizer", "tokenizer_2", "scheduler")
@@ -74,6 +75,18 @@ class Pipeline:
       if encoder is not None
     ]
     return np.concatenate(ids, axis=1)
+
+  def at_size(self, height: int, width: int) -> "Pipeline":
+    """Returns the pipeline whose folder says that it draws images of this size in pixels.
+
+    `sample_size` is an int for squares and [height, width] of the latents otherwise, as diffusers writes it. SDXL keeps
+    its own where the sides differ, because its pipeline in diffusers only reads an int.
+    """
+    if height != width and self.unet.config.addition_embed_type == "text_time":
+      return self
+    unit = self.vae.config.downscale
+    config = dataclasses.replace(self.unet.config, sample_size=of_sides(height // unit, width // unit))
+    return dataclasses.replace(self, unet=self.unet.clone(config=config))
 
 
 def _component_class(index: Mapping[str, Any], name: str, folder: pathlib.Path) -> str | None:

@@ -263,8 +263,9 @@ def changes(config: ConfigDict, devices: int) -> Iterator[Change]:
 def estimates(config: ConfigDict, devices: Sequence[Any], report: Mapping[str, Any]) -> Iterator[tuple[Change, float]]:
   """Yields for each of `changes` the peak of bytes on a device, without compiling.
 
-  The arguments are exact. Of the temporaries, gradients have the size of the trained parameters. The rest is assumed to
-  grow with the UNet's rows of a micro-batch, less what its backward pass no longer keeps under another `remat`.
+  Changes that a family of one's own refuses are left out. The arguments are exact. Of the temporaries, gradients have
+  the size of the trained parameters. The rest is assumed to grow with the UNet's rows of a micro-batch, less what its
+  backward pass no longer keeps under another `remat`.
 
   Args:
     config: config `without_weights` that was compiled.
@@ -277,7 +278,8 @@ def estimates(config: ConfigDict, devices: Sequence[Any], report: Mapping[str, A
   copies = lambda c: 2 if c.accumulation > 1 or catalog.method(c).facts.online else 1
   activations = max(report["peak"] - sum(old.values()) - copies(config) * old["trained"], 0)
   arguments: dict[tuple[int, int], dict[str, int] | None] = {}
-  kept: dict[str, int] = {}
+  kept: dict[str, int | None] = {}
+  refusals: type[ValueError] = ValueError if ":" in config.family else lora.RankError
   for change in changes(config, len(devices)):
     new = change.apply(config)
     key = change.fsdp, change.rank
@@ -285,7 +287,7 @@ def estimates(config: ConfigDict, devices: Sequence[Any], report: Mapping[str, A
       mesh = sharding.make_mesh(**new.mesh, devices=devices)
       try:
         arguments[key] = state_bytes(new, mesh) | {"batch": old["batch"]}
-      except lora.RankError:  # the network is smaller than the adapter
+      except refusals:  # the network is smaller than the adapter, or has none
         arguments[key] = None
     known = arguments[key]
     if known is None:
@@ -293,8 +295,14 @@ def estimates(config: ConfigDict, devices: Sequence[Any], report: Mapping[str, A
     for remat in {config.remat, change.remat} - set(kept) if change.remat != config.remat else ():
       policy = config.copy_and_resolve_references()
       policy.remat = remat
-      kept[remat] = kept_bytes(policy, denoiser_rows(config, rows))
-    saved = kept[config.remat] - kept[change.remat] if change.remat != config.remat else 0
+      try:
+        kept[remat] = kept_bytes(policy, denoiser_rows(config, rows))
+      except refusals:  # a family that has no such policy
+        kept[remat] = None
+    before, after = (0, 0) if change.remat == config.remat else (kept[config.remat], kept[change.remat])
+    if before is None or after is None:
+      continue
+    saved = before - after
     share = denoiser_rows(new, rows) / denoiser_rows(config, rows)
     yield (
       change,

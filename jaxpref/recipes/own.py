@@ -16,6 +16,7 @@ from typing import Any
 
 _PACKAGE = str(pathlib.Path(__file__).parents[1]) + os.sep
 _SPEC = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+_FIELD = re.compile(r"config\.\w|--\w|\w+=")  # what a sentence about a field begins with
 # Errors of a device that is full or lost, which are not the code's fault.
 _OF_DEVICES = ("JaxRuntimeError", "XlaRuntimeError")
 
@@ -121,7 +122,7 @@ def calling(given: str, spec: str, expected: str, found: Any = None) -> Iterator
   try:
     yield
   except (Exception, SystemExit) as error:
-    sentence = isinstance(error, OwnCodeError) or (isinstance(error, ValueError) and str(error).startswith("config."))
+    sentence = isinstance(error, OwnCodeError) or (isinstance(error, ValueError) and _FIELD.match(str(error)))
     if sentence or isinstance(error, OSError) or type(error).__name__ in _OF_DEVICES:
       raise
     place = raised_at(error, spec) or defined_at(found)

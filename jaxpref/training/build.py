@@ -160,7 +160,10 @@ def at_size(config: Config, model: Model) -> Model:
 def check_image_size(config: Config) -> None:
   """Raises what `at_size` would raise, before any weights are read."""
   if config.image_size is not None:
-    at_size(config, families.get(config.family).model(_load(config, None, components=())))
+    pipe = _load(config, None, components=())
+    with families.opened(config.family):
+      model = families.get(config.family).model(pipe)
+    at_size(config, model)
 
 
 def _check_decode_size(config: Config, model: Model) -> None:
@@ -356,15 +359,18 @@ def _export(config: Config, pipe: Any, scale: float, params: Any, folder: pathli
   if config.dtype != "float32" or networks(config) != of.networks or jax.process_count() > 1:
     # Untrained weights are written as they were read, not rounded to bfloat16. Only process 0 exports, and it cannot
     # compute on arrays sharded across processes.
-    pipe = of.load(
-      loading.model_name(config),
-      dtype=config.dtype,
-      seed=config.seed,
-      param_dtype="float32" if config.dtype == "float32" else "float16",
-      vae_model=config.vae_model,
-      components=[name for name in of.networks if name not in params],
-    )
-  families.save_trained(of, folder, pipe, params, scale=scale, name=loading.model_name(config), dtype=jnp.float16)
+    with families.opened(config.family):
+      pipe = of.load(
+        loading.model_name(config),
+        dtype=config.dtype,
+        seed=config.seed,
+        param_dtype="float32" if config.dtype == "float32" else "float16",
+        vae_model=config.vae_model,
+        components=[name for name in of.networks if name not in params],
+      )
+  name, size = loading.model_name(config), config.image_size
+  with families.saving(config.family):
+    families.save_trained(of, folder, pipe, params, scale=scale, name=name, dtype=jnp.float16, image_size=size)
 
 
 # ---- Preference model ------------------------------------------------------------------------------------------
@@ -374,7 +380,9 @@ def _preference_model(
   config: Config, sharding: pipelines.Sharding, vae_slicing: int | None, batch_devices: int
 ) -> Experiment:
   pipe = _load(config, sharding)
-  model, tokenize = at_size(config, families.get(config.family).model(pipe, vae_slicing=vae_slicing)), pipe.tokenize
+  with families.opened(config.family):
+    model = families.get(config.family).model(pipe, vae_slicing=vae_slicing)
+  model, tokenize = at_size(config, model), pipe.tokenize
   _check_decode_size(config, model)
   assert config.preference_model is not None  # by config.check
   scorer, params = load_scorer(config.preference_model, dtype=config.dtype, seed=config.seed, sharding=sharding)
@@ -429,7 +437,9 @@ def _latent_reward_model(
   # With precomputed data it needs no VAE.
   others = [] if config.data.source == "precomputed" else [n for n in of.networks if n not in latent_rewards.NETWORKS]
   pipe = _load(config, sharding, trained=trained, components=[n for n in of.networks if n in trained] + others)
-  model, tokenize = of.model(pipe, vae_slicing=vae_slicing), pipe.tokenize
+  with families.opened(config.family):
+    model = of.model(pipe, vae_slicing=vae_slicing)
+  tokenize = pipe.tokenize
   remat = tuple(level.strip() for level in config.remat.split(","))
   of_levels = remat[0] if len(remat) == 1 else remat
   if start and continued:
@@ -474,6 +484,8 @@ def _autoencode(config: Config) -> Experiment:
       dataclasses.replace(pipe.vae.config, scaling_factor=round(float(1 / latents.std()), 5)), pipe.vae.dtype
     )
     result = dataclasses.replace(pipe, vae=vae, params=dict(pipe.params) | params)
+    if config.image_size is not None:
+      result = result.at_size(*sides(size))
     pipelines.save_pipeline(folder, result, dtype=jnp.float32)
 
   return Experiment(

@@ -269,7 +269,8 @@ def data_fingerprint(config: Config) -> str:
 def encoder_fingerprints(config: Config) -> dict[str, str]:
   """Returns fingerprints of the precomputing networks' weights, by component; none for random weights."""
   of = families.get(config.family)
-  files = dict(of.weight_files(loading.with_config(config.model, config.model_config)))
+  with families.opened(config.family):
+    files = dict(of.weight_files(loading.with_config(config.model, config.model_config)))
   files.pop(of.denoiser, None)
   if config.vae_model:
     files["vae"] = loading.vae_files(config.vae_model)

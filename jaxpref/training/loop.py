@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import shlex
 import signal
 import sys
 import threading
@@ -15,16 +16,16 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import optax
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from jaxpref import config as config_lib
 from jaxpref.config import AnyConfig, Config
 from jaxpref.data import batching, lease
 from jaxpref.devices import chips, distributed, endings, sharding
+from jaxpref.devices.progress import tqdm
 from jaxpref.models.attention import cuda_capability
 from jaxpref.objectives import catalog
 from jaxpref.recipes.rewards import of_preference_model, reward_terms
-from jaxpref.training import build, checkpoint, host, monitor, own_code, programs, step, validation
+from jaxpref.training import build, checkpoint, host, monitor, own_code, programs, run_page, step, validation
 from jaxpref.training import metrics as metrics_lib
 from jaxpref.training import watch as watch_lib
 
@@ -42,7 +43,9 @@ def may_change(config: Config) -> tuple[str, ...]:
 
 
 # What a run writes at its end; `export` comes last, as scripts take it as the sign that nothing is left to do.
-RESULTS = ("results.json", "table.md", "before_after.png", "samples.png", "curves.png", "export")
+RESULTS = (
+  "results.json", "table.md", "before_after.png", "samples.png", "curves.png", run_page.NAME, "export",
+)  # fmt: skip
 
 
 class NonFiniteError(RuntimeError):
@@ -91,9 +94,13 @@ def _memory(train_step: Any) -> str:
   return f"the training step takes {max(peaks.values()):.2f} GiB of each device{parts and f' ({parts})'}"
 
 
-def run(config: AnyConfig, workdir: str) -> dict[str, Any]:
+def run(config: AnyConfig, workdir: str, *, command: str = "") -> dict[str, Any]:
   """Trains, resumes if `workdir` holds a checkpoint, then evaluates and exports.
 
+  Args:
+    config: the recipe.
+    workdir: the folder of checkpoints, metrics and results.
+    command: that trains so, for the page of the run; "" for none.
   Returns:
     The evaluation's results (empty for pre-training objectives).
   Raises:
@@ -125,7 +132,7 @@ def run(config: AnyConfig, workdir: str) -> dict[str, Any]:
     )
   with lease.hold(folder) as held:
     _check_folder(config, folder)  # it may have changed since
-    return _run(config, folder, mesh, held, goodput)
+    return _run(config, folder, mesh, held, goodput, command)
 
 
 def _run(
@@ -134,6 +141,7 @@ def _run(
   mesh: jax.sharding.Mesh,
   held: lease.Held,
   goodput: monitor.Goodput,
+  command: str,
 ) -> dict[str, Any]:
   """Does the work of `run` in a folder that only this run writes."""
   optimizer, schedule = programs.make_optimizer(config)
@@ -151,6 +159,7 @@ def _run(
   if jax.process_index() == 0:  # the run can be continued, so the changed fields hold from here on
     _set_results_aside(folder, config.num_steps)
     checkpoint.claim_workdir(folder, config.to_dict(), may_change=may_change(config), usual=_usual(config))
+    run_page.note_command(folder, command)
     if changed := checkpoint.note_own_code(folder, own_code.versions(config)):
       _say(
         f"warning: the module of {', '.join(changed)} has changed since this run began; it continues with the present "
@@ -183,11 +192,26 @@ def _run(
     unfinished.write_text(json.dumps(results, indent=2) + "\n")
     unfinished.replace(folder / "results.json")  # it exists only when it is whole
     _say(str(results.get("table", json.dumps(results))))
-    _say(f"results, pictures and curves are in {folder}")
   _say(str(goodput))
-  if "in_words" in results:
-    _say(results["in_words"])
+  if jax.process_index() == 0:
+    _say_what_there_is(folder, results, draws=experiment.evaluable)
   return results
+
+
+def _say_what_there_is(folder: pathlib.Path, results: dict[str, Any], *, draws: bool) -> None:
+  """Writes the page of a run that has ended, and says what happened, what there is to look at, and what comes next."""
+  if said := results.get("in_words") or run_page.in_words(metrics_lib.read(folder / "metrics.jsonl")):
+    _say(said)
+  for name in ("before_after.png", "samples.png"):
+    if (folder / name).is_file():
+      _say(f"pictures: {folder / name}")
+      break
+  try:
+    _say(f"page: {run_page.write(folder)}")
+  except (OSError, ValueError) as error:  # all else is there
+    _say(f"{folder / run_page.NAME} cannot be written ({error}); {run_page.command(folder)} writes it later.")
+  if draws:
+    _say(f'next: python -m jaxpref.sample --model={shlex.quote(str(folder))} --prompt="a fox in the snow"')
 
 
 @dataclasses.dataclass
@@ -267,8 +291,10 @@ def _train(
   watch = _watch(run, training, writer, schedule)
   try:
     if every and first == 0:
-      _look(run, training, writer, watch, 0)
-    bar = tqdm(total=last, initial=first, desc=config.objective, disable=jax.process_index() != 0)
+      with monitor.ticking("drawing the validation prompts before the first step"):
+        _look(run, training, writer, watch, 0)
+    # With a delay it is shown when the first step begins.
+    bar = tqdm(total=last, initial=first, desc=config.objective, disable=jax.process_index() != 0, delay=0.001)
     with bar, _stop_on_signal() as stop:
       watch.bar, watch.on_failed = bar, lambda seen: _stop_at_bad_step(run, training, watch, seen)
       for done in range(first + 1, last + 1):
@@ -282,6 +308,7 @@ def _train(
             _say(taken)
           goodput.switch("step")
           watch.start_clock()
+          bar.begin()
         if said := profiler.before_step(done, training.state):
           _say(said)
         started = time.perf_counter()
@@ -298,7 +325,8 @@ def _train(
           _save(run, training, done)
         if stopping:
           training.saver.wait()
-          _say(f"stopped at step {done} by {stop.cause}; the same command resumes. {goodput}")
+          shown = f"{run_page.command(run.folder)} makes a page of what there is"
+          _say(f"stopped at step {done} by {stop.cause}; the same command resumes. {shown}. {goodput}")
           sys.exit(stop.code)
   finally:
     if said := profiler.close():

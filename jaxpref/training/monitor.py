@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import threading
@@ -17,9 +18,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
-from tqdm import tqdm
 
 from jaxpref.devices import sharding
+from jaxpref.devices.progress import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
@@ -134,6 +135,7 @@ def ticking(message: str, *, every: float = 1.0, after: float = 2.0) -> Iterator
     yield
     return
   started, ended = time.perf_counter(), threading.Event()
+  shown = message[: shutil.get_terminal_size().columns - 12]  # a longer line would not be written over
   terminal = sys.stderr.isatty()
   tqdm.write(f"{message} ...", file=sys.stderr)
 
@@ -141,7 +143,7 @@ def ticking(message: str, *, every: float = 1.0, after: float = 2.0) -> Iterator
     if ended.wait(after):
       return
     while True:
-      sys.stderr.write(f"\r{message}: {time.perf_counter() - started:.0f} s ")
+      sys.stderr.write(f"\r{shown}: {time.perf_counter() - started:.0f} s ")
       sys.stderr.flush()
       if ended.wait(every):
         return
@@ -155,7 +157,7 @@ def ticking(message: str, *, every: float = 1.0, after: float = 2.0) -> Iterator
     ended.set()
     if thread:
       thread.join()
-      sys.stderr.write("\r" + " " * (len(message) + 12) + "\r")
+      sys.stderr.write("\r" + " " * (len(shown) + 11) + "\r")
   tqdm.write(f"{message}: {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
 

@@ -1,6 +1,7 @@
 """Measures a run: pictures while it trains; held-out data, and base against aligned, after it."""
 
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,14 +18,9 @@ from jaxpref.models.vae import to_float
 from jaxpref.objectives import sums
 from jaxpref.objectives.base import Weights
 from jaxpref.rewards.base import LATENTS, Scores
-from jaxpref.training import build, host, metrics, step
+from jaxpref.training import build, host, metrics, run_page, step
 
 LOOK_COLUMNS = 16
-# What curves.png shows, if it exists.
-CURVES = (
-  "validation_reward", "validation_preferred_share", "validation_caption_accuracy",
-  "loss", "implicit_accuracy", "reward", "valid_pairs", "margin", "divergence", "grad_norm",
-)  # fmt: skip
 
 
 def held_out_metrics(
@@ -211,5 +207,8 @@ def compare_with_base(
     titles = {"base": "before", "aligned": "after"} if "base" in images else {"aligned": ""}
     picture = folder / ("before_after.png" if "base" in images else "samples.png")
     pictures.picture_table(picture, {titles[k]: v[few] for k, v in images.items()}, [captions[i] for i in few])
-    pictures.curves(folder / "curves.png", metrics.read(folder / "metrics.jsonl"), CURVES)
+    try:
+      pictures.curves(folder / "curves.png", metrics.read(folder / "metrics.jsonl"), run_page.CURVES)
+    except ImportError as error:  # pictures.picture_table needs no matplotlib
+      print(f"curves.png is left out ({error}); {run_page.NAME} has the curves, too.", file=sys.stderr)
   return results

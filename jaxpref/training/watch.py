@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import optax
-from tqdm import tqdm
 
 from jaxpref.data import batching
 from jaxpref.devices import distributed
+from jaxpref.devices.progress import tqdm
 from jaxpref.training import metrics, monitor
 
 

@@ -82,7 +82,7 @@ def toy_loss(w, batch, key):
 def run(tmp_path, monkeypatch):
   """run(config, batches, folder=, loss=) -> results; exported parameters are written as numbers."""
 
-  def go(config, batches=None, folder="run", loss=toy_loss):
+  def go(config, batches=None, folder="run", loss=toy_loss, **options):
     experiment = build.Experiment(
       params={"w": jnp.zeros(4)},
       frozen={"offset": jnp.ones(())},
@@ -93,7 +93,7 @@ def run(tmp_path, monkeypatch):
       images_per_step=8,
     )
     monkeypatch.setattr(build, "build", lambda config, sharding, **kwargs: experiment)
-    return loop.run(config, str(tmp_path / folder))
+    return loop.run(config, str(tmp_path / folder), **options)
 
   go.folder = tmp_path
   return go
@@ -414,8 +414,7 @@ def test_steps_are_profiled_and_memory_on_request(run, monkeypatch, capsys):
   assert gzip.decompress(memory.read_bytes()) and memory.name == "memory_before_step_000005.prof"
   said = capsys.readouterr().err
   assert "tensorboard --logdir" in said and str(memory) in said
-  # Where the time went is the last line.
-  assert re.fullmatch(r"goodput \d+% of [\d.]+ s: .*compile .*", said.strip().splitlines()[-1])
+  assert re.search(r"^goodput \d+% of [\d.]+ s: .*compile .*$", said, re.MULTILINE)
 
 
 def test_parameters_that_are_not_finite_are_never_saved(run):
@@ -509,7 +508,7 @@ def test_a_loss_whose_mean_rises_is_said_to_diverge():
 
 
 @pytest.mark.parametrize("kept", ["moved", "frozen", "read"])
-def test_the_base_model_is_what_training_started_from(tmp_path, monkeypatch, kept):
+def test_the_base_model_is_what_training_started_from(tmp_path, monkeypatch, capsys, kept):
   """Wherever its weights are; pictures have the brightness of the weights, and the judge likes bright ones."""
 
   class Drawer:
@@ -544,6 +543,30 @@ def test_the_base_model_is_what_training_started_from(tmp_path, monkeypatch, kep
   assert found["win_rate"] == 1 and found["base"]["caption_accuracy"]["mean"] == 1
   assert (tmp_path / "before_after.png").is_file()
   assert (tmp_path / "table.md").read_text() == f"{found['table']}\n\n{found['in_words']}\n"
+  # Without matplotlib all is there but for curves.png.
+  monkeypatch.setitem(sys.modules, "matplotlib", None)
+  (tmp_path / "table.md").unlink()
+  validation.compare_with_base(c, experiment, Drawer(), base if kept == "moved" else {}, state, tmp_path)
+  assert (tmp_path / "table.md").is_file() and "curves.png is left out" in capsys.readouterr().err
+
+
+def test_the_end_says_what_happened_and_where_the_page_is(run, capsys, monkeypatch):
+  run(toy_config(), command="python -m jaxpref.main --config=a.py")
+  folder = run.folder / "run"
+  goodput, words, where = capsys.readouterr().err.splitlines()[-3:]
+  assert goodput.startswith("goodput ") and re.fullmatch(r"From step 1 to 6 the loss went from \S+ to \S+\.", words)
+  assert where == f"page: {folder / 'index.html'}"
+  content = (folder / "index.html").read_text()
+  assert "6 steps, finished" in content and "python -m jaxpref.main --config=a.py" in content
+
+  def full(folder):
+    raise OSError(28, "No space left on device")
+
+  # A disk that is full now does not take away that the run has ended.
+  monkeypatch.setattr(loop.run_page, "make", full)
+  run(toy_config(num_steps=8))
+  assert "index.html cannot be written" in capsys.readouterr().err
+  assert "6 steps" in (folder / "results_of_step_6" / "index.html").read_text() and (folder / "export").exists()
 
 
 @pytest.mark.parametrize("delta", [1e9, 0.0])
@@ -702,7 +725,15 @@ def test_a_run_leaves_everything_a_user_needs(whole):
     "table.md",
     "before_after.png",
     "curves.png",
+    "index.html",
+    "commands.txt",
   }
+  assert "python -m jaxpref.main --config=" in (folder / "commands.txt").read_text()
+  last = said.strip().splitlines()[-3:]
+  assert last[:2] == [f"pictures: {folder / 'before_after.png'}", f"page: {folder / 'index.html'}"]
+  assert last[2].startswith(f"next: python -m jaxpref.sample --model={folder} ")
+  page = (folder / "index.html").read_text()
+  assert page.count("data:image/") == 4 and page.count('class="curve"') >= 6  # before_after.png, and three looks
   assert json.loads((folder / "config.json").read_text())["lora"]["rank"] == 2
   found = metrics.read(folder / "metrics.jsonl")
   looks = [r for r in found if "validation_preferred_share" in r]

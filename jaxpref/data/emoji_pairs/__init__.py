@@ -19,9 +19,8 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from jaxpref.data import emoji
+from jaxpref.devices.progress import tqdm
 
 DATA_DIR_VARIABLES = ("JAXPREF_DATA_DIR", "TFDS_DATA_DIR")
 NUM_EXAMPLES_PER_PROMPT = 4

@@ -20,11 +20,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from jaxpref.data import index as index_lib
 from jaxpref.data import paths, records
 from jaxpref.data.files import PROGRESS_AFTER
+from jaxpref.devices.progress import tqdm
 from jaxpref.recipes.messages import listed
 from jaxpref.recipes.sections import check_count
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer, file_adapters
-from tqdm import tqdm
 
 from jaxpref.data import index as index_lib
 from jaxpref.data import paths, pickapic, sources
+from jaxpref.devices.progress import tqdm
 
 
 class Builder(tfds.core.ShardBasedBuilder):
