@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, and no silent broadcasting between arrays of different rank."""
 
+import functools
 import gc
 import importlib.util
 import os
@@ -42,6 +43,26 @@ def pytest_runtest_setup(item):
       missing = True
     if missing:
       (pytest.fail if item.config.getoption("--all-compilers") else pytest.skip)(f"needs {module}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def networks_are_traced_once():
+  """The shapes of a network's parameters, and those that start constant, which every loading asks for."""
+  from jaxpref.models import presets
+
+  shapes = functools.cache(presets.abstract_params)
+  constants = presets._constant_params
+
+  @functools.cache
+  def computed(module):
+    with jax.ensure_compile_time_eval():
+      return jax.device_get(constants(module))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(presets, "abstract_params", lambda module: jax.tree.map(lambda shape: shape, shapes(module)))
+    # Copies, since training may donate them.
+    patch.setattr(presets, "_constant_params", lambda module: [jax.numpy.array(x) for x in computed(module)])
+    yield
 
 
 @pytest.fixture(autouse=True, scope="module")

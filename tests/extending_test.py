@@ -24,12 +24,15 @@ from jaxpref.config import Facts
 from jaxpref.devices import sharding
 from jaxpref.diffusion import samplers
 from jaxpref.files import adapters
+from jaxpref.models import presets
 from jaxpref.objectives import base, catalog, pairs
 from jaxpref.planning import plan
 from jaxpref.rewards import published
 from jaxpref.rewards.base import Weighted
 from jaxpref.rewards.python import PythonReward
 from jaxpref.training import build, inputs, loop, metrics
+from tests import QUICK_FLAGS
+from tests.small_presets import smaller, with_one_attention
 from tests.stub_model import draw
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -58,7 +61,9 @@ def mine(tmp_path_factory):
 
 def trained(config, folder):
   config.update_from_flattened_dict(TINY)
-  loop.run(config, str(folder))
+  small = with_one_attention(smaller(presets.ONE_LEVEL))
+  with mock.patch.dict(presets.PRESETS, {"one-level": small}):
+    loop.run(config, str(folder))
   return [row for row in metrics.read(folder / "metrics.jsonl") if "loss" in row]
 
 
@@ -233,7 +238,7 @@ def processes(folder, port, *arguments):
   command = [sys.executable, "-m", "jaxpref.main", "--config=configs/grpo_tiny.py", *GRPO, *arguments]
   command += [f"--coordinator_address=localhost:{port}", "--num_processes=2"]
   environment = os.environ | {
-    "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": f"{folder}:{ROOT}",
+    "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_FLAGS, "PYTHONPATH": f"{folder}:{ROOT}",
   }  # fmt: skip
   options = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
   running = [subprocess.Popen([*command, f"--process_id={i}"], env=environment, **options) for i in (0, 1)]

@@ -21,10 +21,10 @@ from jaxpref.models.stable_diffusion import StableDiffusion
 from jaxpref.objectives import kto, pairs, pretraining
 from jaxpref.objectives.base import Weights
 from jaxpref.training import build, inputs, loop, optim
-from tests.configs_test import smaller
 from tests.data import bucket as buckets
 from tests.data.latents_test import largest_file
 from tests.occupied import occupied
+from tests.small_presets import drawn, smaller, with_one_attention
 from tests.stub_model import StubModel, init, pair_batch
 
 bucket, served = buckets.bucket, buckets.served  # fixtures
@@ -65,26 +65,12 @@ def quick(monkeypatch):
 make_mesh = sharding.make_mesh
 
 
-def with_one_attention(preset):
-  """Only the middle of the UNet sees the prompt, and its transformer is one block deep."""
-  blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-  return dataclasses.replace(preset, unet=dataclasses.replace(preset.unet, **blocks, transformer_layers_per_block=(1,)))
+def with_one_block(preset):
+  """Of the one transformer that is left."""
+  return dataclasses.replace(preset, unet=dataclasses.replace(preset.unet, transformer_layers_per_block=(1,)))
 
 
-MADE_SMALLER = {name: with_one_attention(smaller(presets.PRESETS[name])) for name in MINIATURES}
-random_pipeline = pipelines.random_pipeline
-
-
-@functools.cache
-def drawn_once(name, seed, dtype):
-  return random_pipeline(MADE_SMALLER[name], seed, dtype=dtype)
-
-
-def drawn(preset, seed=0, *, dtype="float32", **_):
-  """A random pipeline, of which each is drawn once; its arrays are copies, since training may donate them."""
-  name = preset if isinstance(preset, str) else next(n for n, p in MADE_SMALLER.items() if p == preset)
-  pipe = drawn_once(name, seed, jax.numpy.dtype(dtype))
-  return dataclasses.replace(pipe, params=jax.tree.map(jax.numpy.copy, pipe.params))
+MADE_SMALLER = {name: with_one_block(with_one_attention(smaller(presets.PRESETS[name]))) for name in MINIATURES}
 
 
 def recipe(model="sd15-miniature", **fields):

@@ -73,14 +73,6 @@ class Made:
     return file
 
 
-@pytest.fixture(autouse=True, scope="module")
-def shapes_once():
-  """The shapes of a network's parameters, which each loading asks for, are traced once."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(presets, "abstract_params", functools.cache(presets.abstract_params))
-    yield
-
-
 @pytest.fixture(scope="module")
 def sd1(tmp_path_factory):
   return Made("sd1", tmp_path_factory.mktemp("sd1"))
