@@ -1,6 +1,5 @@
 """The command that draws prompts."""
 
-import dataclasses
 import json
 import os
 import pathlib

@@ -1,7 +1,6 @@
 """Checkpoints in one file: what diffusers loads of them, too, what tells their topology, and what is refused."""
 
 import dataclasses
-import functools
 import json
 import re
 import shutil
