@@ -4,6 +4,7 @@ import functools
 import gc
 import importlib.util
 import os
+import pathlib
 
 from tests import QUICK_FLAGS
 
@@ -24,6 +25,34 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Traces make many objects that live: looking for circles among them as often as by default takes a fifth of a test.
 gc.set_threshold(200_000, 20, 1000)
+
+
+# The files that take longest. They begin first, so that none runs when the other process has nothing left to do.
+LONGEST = (
+  "training/loop_test.py",
+  "text_to_image_test.py",
+  "evaluate_test.py",
+  "numbers_test.py",
+  "configs_test.py",
+  "planning/plan_test.py",
+  "mesh_test.py",
+  "training/step_test.py",
+  "files/adapters_test.py",
+  "training/inputs_test.py",
+  "files/single_file_test.py",
+  "rewards/published_test.py",
+  "precompute_test.py",
+  "files/pipelines_test.py",
+  "files/loading_test.py",
+  "training/build_test.py",
+  "extending_test.py",
+  "devices/distributed_test.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+  order = {pathlib.Path(__file__).parent / name: i for i, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 def pytest_addoption(parser):
