@@ -1,10 +1,8 @@
 """Networks that compile fast, and random weights that are drawn once: compiling is most of the time of the tests."""
 
 import dataclasses
-import functools
 
 import jax
-import numpy as np
 
 from jaxpref.files import pipelines
 from jaxpref.models import presets
@@ -49,14 +47,15 @@ def with_one_attention(preset):
   return dataclasses.replace(preset, unet=dataclasses.replace(preset.unet, **blocks))
 
 
-@functools.cache
-def _drawn_once(preset, seed, options):
-  pipe = _random_pipeline(preset, seed, **dict(options))
-  return dataclasses.replace(pipe, params=jax.device_get(pipe.params))
+_once: dict[tuple, pipelines.Pipeline] = {}  # by the text of a preset, which has no hash
 
 
 def drawn(preset, seed=0, **options):
   """`pipelines.random_pipeline`, which draws each pipeline once; its arrays are copies, since training donates them."""
   preset = presets.get_preset(preset) if isinstance(preset, str) else preset
-  pipe = _drawn_once(preset, seed, tuple(sorted(options.items())))
-  return dataclasses.replace(pipe, params=jax.tree.map(lambda x: jax.numpy.array(np.asarray(x)), pipe.params))
+  key = repr(preset), seed, tuple(sorted(options.items()))
+  if key not in _once:
+    pipe = _random_pipeline(preset, seed, **options)
+    _once[key] = dataclasses.replace(pipe, params=jax.device_get(pipe.params))
+  pipe = _once[key]
+  return dataclasses.replace(pipe, params=jax.tree.map(jax.numpy.array, pipe.params))
