@@ -80,17 +80,20 @@ def networks_are_traced_once():
   from jaxpref.models import presets
 
   shapes = functools.cache(presets.abstract_params)
-  constants = presets._constant_params
+  compute, computed = presets._constant_params, {}
 
-  @functools.cache
-  def computed(module):
-    with jax.ensure_compile_time_eval():
-      return jax.device_get(constants(module))
+  def constants(module):
+    """Copies, since training may donate them."""
+    if module not in computed:
+      found = compute(module)
+      if any(isinstance(x, jax.core.Tracer) for x in found):
+        return found
+      computed[module] = jax.device_get(found)
+    return [jax.numpy.array(x) for x in computed[module]]
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(presets, "abstract_params", lambda module: jax.tree.map(lambda shape: shape, shapes(module)))
-    # Copies, since training may donate them.
-    patch.setattr(presets, "_constant_params", lambda module: [jax.numpy.array(x) for x in computed(module)])
+    patch.setattr(presets, "_constant_params", constants)
     yield
 
 
