@@ -67,11 +67,15 @@ def trained(config, folder):
   return [row for row in metrics.read(folder / "metrics.jsonl") if "loss" in row]
 
 
-def test_a_loss_of_ones_own(mine, tmp_path):
+def test_a_loss_of_ones_own(mine):
   w, l = draw(0, 5), draw(1, 5)
   of_name = pairs.pair_loss("mine:squared_hinge", beta=2.0)
   np.testing.assert_allclose(of_name(w, l, None), np.maximum(0, 1 - 2.0 * (w - l)) ** 2, rtol=1e-6)
   np.testing.assert_allclose(of_name(w, l, 0.5 * np.ones(5)), np.maximum(0, 1 - (w - l)) ** 2, rtol=1e-6)
+
+
+@pytest.mark.slow  # a method of one's own is trained with below
+def test_a_loss_of_ones_own_is_trained_with(mine, tmp_path):
   config = config_lib.default()
   config.loss.name = "mine:squared_hinge"
   rows = trained(config, tmp_path / "run")

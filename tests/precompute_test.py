@@ -143,14 +143,24 @@ def test_training_takes_the_same_steps(folder):
   assert distance(found_last, last) < 0.05 * distance(first, last)
 
 
-def test_sdxl_takes_the_same_steps_at_each_images_size(tmp_path):
-  c = recipe("sdxl-miniature", objective="tdpo", data__ties="keep", data__flip=False, timesteps__reward_scale=True)
+def sdxl():
+  return recipe("sdxl-miniature", objective="tdpo", data__ties="keep", data__flip=False, timesteps__reward_scale=True)
+
+
+def test_batches_of_sdxl_have_the_size_of_each_image(tmp_path):
+  c = sdxl()
   assert precompute.run(c, tmp_path / "xl", **OPTIONS)
   batch, expected = next(build.build(trained_on(c, tmp_path / "xl")).batches()), next(build.build(c).batches())
   for name in ("sizes_0", "sizes_1", "label_0", "num_example_per_prompt"):
     np.testing.assert_array_equal(batch[name], expected[name], strict=True)
   assert len(np.unique(batch["sizes_0"], axis=0)) > 1
   assert {v.dtype for k, v in batch.items() if k.startswith(("moments", "enc", "text"))} == {np.dtype("float16")}
+
+
+@pytest.mark.slow
+def test_sdxl_takes_the_same_steps_at_each_images_size(tmp_path):
+  c = sdxl()
+  assert precompute.run(c, tmp_path / "xl", **OPTIONS)
   losses, first, last = steps(c, 3)
   found, _, found_last = steps(trained_on(c, tmp_path / "xl"), 3)
   assert abs(losses[-1] - np.log(2)) > 0.01
@@ -186,6 +196,11 @@ def test_a_latent_reward_model_takes_the_tokens_of_a_folder(folder):
   for name in ("input_ids", "label_0", "num_example_per_prompt"):
     np.testing.assert_array_equal(batch[name], expected[name], strict=True)
   assert set(of_folder.frozen) == {"empty_ids"} and not {"encoder_hidden_states", "pixels_0"} & set(batch)
+
+
+@pytest.mark.slow
+def test_a_latent_reward_model_takes_the_same_steps(folder):
+  c = recipe(objective="lrm")
   losses, first, last = steps(c, 2)
   found, _, found_last = steps(trained_on(c, folder), 2)
   np.testing.assert_allclose(found, losses, rtol=1e-2)

@@ -190,7 +190,12 @@ def shapes_of(kind, preset):
 
 
 @pytest.mark.parametrize(
-  "kind, preset, name", [("sd1", presets.SD15, "v1"), ("sd2", presets.SD2, "v2"), ("sdxl", presets.SDXL, "xl_base")]
+  "kind, preset, name",
+  [
+    ("sd1", presets.SD15, "v1"),
+    pytest.param("sd2", presets.SD2, "v2", marks=pytest.mark.slow),
+    ("sdxl", presets.SDXL, "xl_base"),
+  ],
 )
 def test_published_topologies_are_recognised(kind, preset, name, sd1, sdxl, tmp_path, monkeypatch):
   """By names and shapes alone, as diffusers does; their tokenizers come from the hub's cache."""
