@@ -64,7 +64,7 @@ run_tests() {
   local python=$1
   shift
   # Compilation uses one core, so two processes help; a file's tests stay together and share what they compiled.
-  # In the order of their names, so that the long files are not all among the last.
+  # In the order of tests/conftest.py, in which the long files come first.
   # What was skipped is named at the end.
   "$python" -m pytest -q -rs --durations=20 --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"
 }

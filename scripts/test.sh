@@ -6,6 +6,7 @@
 #   bash scripts/test.sh fast [PYTEST ARGUMENTS ...]     # the linter, and tests of mathematics, methods, files and docs
 #
 # Needs Python 3.11 or later ($PYTHON chooses one). Tests marked slow are left out: scripts/test_slow.sh runs those.
+# docs/contributing.md says what each holds.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh

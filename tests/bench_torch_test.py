@@ -74,7 +74,11 @@ def compared(outcome_of, case, **fields):
   return found, torch_check.disagreements(found)
 
 
-@pytest.mark.parametrize("case", ["dpo-lora", "spo-full"])
+# A step of SPO takes half a minute to compile.
+SPO = pytest.param("spo-full", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", ["dpo-lora", SPO])
 def test_both_compute_the_same_step(outcome_of, case):
   found, bad = compared(outcome_of, case)
   assert not bad
@@ -101,8 +105,8 @@ def test_the_published_topologies_compute_the_same_step(case, size):
   [
     ("dpo-lora", "loss.beta", 550.0, {"loss", "grad_norm"}),
     ("dpo-lora", "lora.alpha", 5.0, {"loss", "grad_norm"}),
-    ("spo-full", "loss.beta", 11.0, {"grad_norm"}),
-    ("spo-full", "spo.guidance_scale", 6.5, {"scores", "update"}),
+    pytest.param("spo-full", "loss.beta", 11.0, {"grad_norm"}, marks=pytest.mark.slow),
+    pytest.param("spo-full", "spo.guidance_scale", 6.5, {"scores", "update"}, marks=pytest.mark.slow),
   ],
 )
 def test_another_field_is_seen(outcome_of, case, field, value, seen):
@@ -123,6 +127,7 @@ def test_a_swapped_winner_is_seen(outcome_of, monkeypatch):
   assert {"loss", "update"} <= set(compared(outcome_of, "dpo-lora")[1])
 
 
+@pytest.mark.slow
 def test_a_swapped_pair_is_seen(outcome_of, monkeypatch):
   select = torch_steps.select_pair
 

@@ -181,6 +181,16 @@ def test_a_wrong_topology_is_one_sentence(name, message):
     compile.topology_devices(name)
 
 
+def test_that_drivers_are_absent_is_not_said_where_none_are_needed(monkeypatch, capfd):
+  """By JAX's plug-in for CUDA, where it is loaded; whatever else is said is shown."""
+  before = "WARNING: All log messages before absl::InitializeLog() is called are written to STDERR\n"
+  drivers = "I0000 00:00:17.1 1 cudart_stub.cc:31] Could not find cuda drivers on your machine, GPU will not be used.\n"
+  text = f"{before}{drivers}E0000 something else\n{drivers}"
+  monkeypatch.setattr(jax, "devices", lambda: os.write(2, text.encode()))
+  compile._load_plugins()
+  assert capfd.readouterr().err == "E0000 something else\n"
+
+
 @pytest.mark.compiler("jax_plugins.xla_cuda12")
 def test_the_command_compiles_for_gpus_that_are_not_there(tmp_path):
   out = tmp_path / "report.json"

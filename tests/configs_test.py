@@ -19,6 +19,7 @@ from jaxpref.files import loading, pipelines
 from jaxpref.models import presets
 from jaxpref.rewards.loading import load_latent_reward, load_preference_model
 from jaxpref.training import build, inputs, loop, metrics
+from tests.small_presets import drawn, smaller, with_one_attention
 
 CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 METHODS = ("dpo", "tdpo", "spo", "spm", "lrm", "lpo")
@@ -123,35 +124,7 @@ def test_recipes_have_the_published_numbers():
 # The miniatures
 
 
-def smaller(preset):
-  """The miniature with one level and one layer of each kind (but SDXL's stack): compiling is all the time here."""
-  depth = preset.unet.transformer_layers_per_block
-  levels = {
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
-    "block_out_channels": (16,),
-    "attention_head_dim": (2,),
-    "transformer_layers_per_block": (depth if isinstance(depth, int) else depth[-1],),
-  }
-  one = {"num_hidden_layers": 1}
-  second, scorer = preset.text_encoder_2, preset.preference
-  return dataclasses.replace(
-    preset,
-    unet=dataclasses.replace(preset.unet, sample_size=16, **levels),
-    vae=dataclasses.replace(
-      preset.vae,
-      block_out_channels=(8,),
-      down_block_types=("DownEncoderBlock2D",),
-      up_block_types=("UpDecoderBlock2D",),
-    ),
-    text_encoder=dataclasses.replace(preset.text_encoder, **one),
-    text_encoder_2=second and dataclasses.replace(second, **one),
-    preference=dataclasses.replace(
-      scorer,
-      text_config=dataclasses.replace(scorer.text_config, **one),
-      vision_config=dataclasses.replace(scorer.vision_config, **one),
-    ),
-  )
+SMALL = {name: with_one_attention(smaller(presets.PRESETS[name])) for name in ("sd15-miniature", "sdxl-miniature")}
 
 
 @pytest.fixture(scope="module")
@@ -165,23 +138,13 @@ def quick(monkeypatch, datasets):
   """One device, smaller miniatures, and random weights are drawn once a preset."""
   monkeypatch.setenv("JAXPREF_DATA_DIR", str(datasets))
   monkeypatch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
-  for name in ("sd15-miniature", "sdxl-miniature"):
-    monkeypatch.setitem(presets.PRESETS, name, smaller(presets.PRESETS[name]))
-  monkeypatch.setattr(pipelines, "random_pipeline", random_pipeline)
+  for name in SMALL:
+    monkeypatch.setitem(presets.PRESETS, name, SMALL[name])
+  monkeypatch.setattr(pipelines, "random_pipeline", drawn)
 
 
-drawn = functools.cache(pipelines.random_pipeline)
-
-
-def random_pipeline(preset, seed=0, **kwargs):
-  """The same whatever the seed; a copy, since training may donate what it loads."""
-  del seed
-  pipe = drawn(preset, **kwargs)
-  return dataclasses.replace(pipe, params=jax.tree.map(jax.numpy.copy, pipe.params))
-
-
-# What the slow ones run is run by dpo_sd15, tdpo_sdxl and spo_sdxl, too.
-SLOW = ("tdpo_sd15", "dpo_sdxl", "spo_sd15", "lrm_sdxl", "lpo_sdxl")
+# Of the others each part is run by one that is not slow: SDXL, a reference that moves, rollouts, each kind of export.
+SLOW = ("tdpo_sd15", "dpo_sd15", "dpo_sdxl", "spo_sd15", "spo_sdxl", "lrm_sdxl", "lpo_sdxl")
 MARKED = [pytest.param(name, marks=(pytest.mark.slow,) if name in SLOW else ()) for name in FULL_SIZE]
 
 
@@ -242,8 +205,9 @@ def test_lpo_trains_by_what_lrm_made_and_resumes_bit_by_bit(tmp_path):
     np.testing.assert_array_equal(resumed[name], array, err_msg=name)
 
 
-# Of grpo tests/numbers_test.py runs the same steps.
-@pytest.mark.parametrize("method", [pytest.param("grpo", marks=pytest.mark.slow), "ddpo"])
+# Of grpo tests/numbers_test.py runs the same steps; of DDPO objectives/policy_gradient_test.py has what differs.
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["grpo", "ddpo"])
 def test_a_policy_gradient_runs_end_to_end(method, tmp_path):
   """GRPO with a reference that moves, and DDPO, which has one sample a prompt and looks at no reference."""
   c = recipe("grpo_tiny")
@@ -392,7 +356,7 @@ def test_a_preference_model_asks_for_held_out_pairs_before_it_is_trained(pairs_f
 
 
 def test_another_unet_is_trained_and_exported(tmp_path):
-  pipe = random_pipeline("sd15-miniature")
+  pipe = drawn("sd15-miniature")
   halved = {**pipe.params, "unet": jax.tree.map(lambda x: x / 2, pipe.params["unet"])}
   folder = pipelines.save_pipeline(tmp_path / "model", dataclasses.replace(pipe, params=halved))
   c = settings(unet_model=str(folder / "unet"))
@@ -405,7 +369,7 @@ def test_another_unet_is_trained_and_exported(tmp_path):
 
 
 def test_another_vae_takes_the_place_of_the_models_own(tmp_path):
-  pipe = random_pipeline("sd15-miniature")
+  pipe = drawn("sd15-miniature")
   halved = {**pipe.params, "vae": jax.tree.map(lambda x: x / 2, pipe.params["vae"])}
   folder = pipelines.save_pipeline(tmp_path / "model", dataclasses.replace(pipe, params=halved))
   c = settings(vae_model=str(folder / "vae"))
@@ -430,7 +394,7 @@ def test_another_vae_takes_the_place_of_the_models_own(tmp_path):
 
 def test_a_vae_beside_single_file_copies_is_found(tmp_path):
   """As sdxl-vae-fp16-fix is published."""
-  pipe = random_pipeline("sdxl-miniature")
+  pipe = drawn("sdxl-miniature")
   pipelines.save_pipeline(tmp_path / "model", pipe)
   folder = tmp_path / "model" / "vae"
   safetensors.numpy.save_file({"first_stage_model.x": np.zeros(3)}, folder / "sdxl_vae.safetensors")

@@ -1,8 +1,10 @@
 """Eight virtual CPU devices, and no silent broadcasting between arrays of different rank."""
 
+import functools
 import gc
 import importlib.util
 import os
+import pathlib
 
 from tests import QUICK_FLAGS
 
@@ -25,6 +27,34 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(200_000, 20, 1000)
 
 
+# The files that take longest. They begin first, so that none runs when the other process has nothing left to do.
+LONGEST = (
+  "training/loop_test.py",
+  "text_to_image_test.py",
+  "evaluate_test.py",
+  "numbers_test.py",
+  "configs_test.py",
+  "planning/plan_test.py",
+  "mesh_test.py",
+  "training/step_test.py",
+  "files/adapters_test.py",
+  "training/inputs_test.py",
+  "files/single_file_test.py",
+  "rewards/published_test.py",
+  "precompute_test.py",
+  "files/pipelines_test.py",
+  "files/loading_test.py",
+  "training/build_test.py",
+  "extending_test.py",
+  "devices/distributed_test.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+  order = {pathlib.Path(__file__).parent / name: i for i, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
 def pytest_addoption(parser):
   parser.addoption(
     "--all-compilers",
@@ -42,6 +72,29 @@ def pytest_runtest_setup(item):
       missing = True
     if missing:
       (pytest.fail if item.config.getoption("--all-compilers") else pytest.skip)(f"needs {module}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def networks_are_traced_once():
+  """The shapes of a network's parameters, and those that start constant, which every loading asks for."""
+  from jaxpref.models import presets
+
+  shapes = functools.cache(presets.abstract_params)
+  compute, computed = presets._constant_params, {}
+
+  def constants(module):
+    """Copies, since training may donate them."""
+    if module not in computed:
+      found = compute(module)
+      if any(isinstance(x, jax.core.Tracer) for x in found):
+        return found
+      computed[module] = jax.device_get(found)
+    return [jax.numpy.array(x) for x in computed[module]]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(presets, "abstract_params", lambda module: jax.tree.map(lambda shape: shape, shapes(module)))
+    patch.setattr(presets, "_constant_params", constants)
+    yield
 
 
 @pytest.fixture(autouse=True, scope="module")

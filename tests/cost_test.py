@@ -136,53 +136,68 @@ def test_an_iteration_of_lpo_takes_a_call_a_step_whatever_the_pool(warmup_steps,
 
 
 @functools.cache
-def compiled(objective, rank):
-  """(program of a step on one device, its operations): networks of one level, shapes alone."""
+def traced(objective, rank):
+  """(a step on one device, updates of an iteration): networks of one level, shapes alone."""
   config = mesh_run.recipe(objective, (1, 1, 1))
   config.lora.rank = rank
   mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
   step_fn, state, frozen, batch = plan.abstract_inputs(plan.without_weights(config), mesh)
   shardings = jax.tree.map(lambda s: s.sharding, state)
-  traced = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None)).trace(state, frozen, batch)
-  trips = updates(config)
-  return traced.lower().compile(), flops.of_jaxpr(traced.jaxpr.jaxpr, while_trips=trips), trips
+  run = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
+  return run.trace(state, frozen, batch), updates(config)
+
+
+@functools.cache
+def compiled(objective, rank):
+  return traced(objective, rank)[0].lower().compile()
+
+
+def operations(objective, rank):
+  found, trips = traced(objective, rank)
+  return flops.of_jaxpr(found.jaxpr.jaxpr, while_trips=trips)
 
 
 def counts(objective, rank):
   """What tests/cost.json has of a program."""
-  program, operations, trips = compiled(objective, rank)
+  program, (_, trips) = compiled(objective, rank), traced(objective, rank)
   text = program.as_text()
   return {
-    "flop": operations,
+    "flop": operations(objective, rank),
     "compiled_flop": program.cost_analysis()["flops"],  # the bodies of loops once
     "memory_bytes": hlo.memory_bytes(text, while_trips=trips),
     "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
   }
 
 
-CASES = [("dpo", 0), ("spo", 4)]
+CASES = [("dpo", 0), pytest.param("spo", 4, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("objective", "rank"), [("dpo", 0), ("spo", 4)])
+def test_a_step_takes_the_operations_that_it_took(objective, rank):
+  """To the last one."""
+  assert operations(objective, rank) == json.loads(RECORDED.read_text())[f"{objective} rank {rank}"]["flop"]
 
 
 @pytest.mark.parametrize(("objective", "rank"), CASES)
 def test_a_program_is_no_larger_than_it_was(objective, rank):
-  """Operations to the last one; what depends on the compiler's version within a tenth."""
+  """What depends on the compiler's version within a tenth."""
   name, rows = f"{objective} rank {rank}", json.loads(RECORDED.read_text())
   found = counts(objective, rank)
   if os.environ.get("RECORD_COST"):
     RECORDED.write_text(json.dumps(rows | {"jax": jax.__version__, name: found}, indent=1) + "\n")
     return
   recorded = rows[name]
-  assert found["flop"] == recorded["flop"]
   for name in ("compiled_flop", "memory_bytes", "temporary_bytes"):
     assert found[name] <= 1.1 * recorded[name], f"{name}: {found[name]}, recorded {recorded[name]}"
 
 
 @pytest.mark.parametrize(
-  ("objective", "rank", "within", "calls"), [("dpo", 0, "while/body", 2), ("spo", 4, "jit(gradients)", 1)]
+  ("objective", "rank", "within", "calls"),
+  [("dpo", 0, "while/body", 2), pytest.param("spo", 4, "jit(gradients)", 1, marks=pytest.mark.slow)],
 )
 def test_policy_and_reference_compute_what_precedes_the_first_adapter_once(objective, rank, within, calls):
   """Up to there both are the base model on the same latents, and the compiler sees that; trained whole, they differ."""
-  text = compiled(objective, rank)[0].as_text()
+  text = compiled(objective, rank).as_text()
   names = re.findall(r'op_name="([^"]*UNet2DConditionModel[^"]*/conv_in/conv_general_dilated)"', text)
   forward = [name for name in names if within in name and "transpose" not in name]
   assert len(forward) == calls, names
@@ -190,7 +205,7 @@ def test_policy_and_reference_compute_what_precedes_the_first_adapter_once(objec
 
 @pytest.mark.parametrize(("objective", "rank"), CASES)
 def test_a_program_waits_for_no_host_and_donates_its_state(objective, rank):
-  program, _, _ = compiled(objective, rank)
+  program = compiled(objective, rank)
   text = program.as_text()
   for word in ("callback", "infeed", "outfeed", "send(", "recv("):
     assert word not in text, word

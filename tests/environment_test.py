@@ -11,6 +11,8 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests import conftest
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 VERSIONS = ("3.11", "3.12")
@@ -121,6 +123,10 @@ def test_an_environment_is_made_again_only_when_what_it_is_made_of_changes(insta
   assert len(install(requirement=".")[1]) == 1
   assert len(install("3.12", requirement=".")[1]) == 1
   assert len(install("3.12", requirement=".", NEWEST="1")[1]) == 1
+
+
+def test_the_files_of_tests_that_begin_first_are_there():
+  assert [name for name in conftest.LONGEST if not (ROOT / "tests" / name).is_file()] == []
 
 
 def test_a_named_python_that_does_not_exist_is_an_error(install):

@@ -25,7 +25,9 @@ from jaxpref.evaluation import folder as evaluation_folder
 from jaxpref.files import adapters, loading, pipelines
 from jaxpref.models import lora, presets
 from jaxpref.rewards import published
+from tests import QUICK_FLAGS
 from tests.occupied import occupied
+from tests.small_presets import with_one_attention
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 PROMPTS = ("red apple", "volcano", "grinning cat")
@@ -50,14 +52,11 @@ BRIGHTNESS, REDNESS = (f"tests.evaluate_test:{name}" for name in ("brightness", 
 def models(tmp_path_factory):
   """Folders of two models of random weights with a UNet of one level, of a larger one, and a LoRA of the first."""
   folder = tmp_path_factory.mktemp("models")
-  preset = presets.get_preset("sd15-miniature")
-  blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-  unet = dataclasses.replace(preset.unet, block_out_channels=(16,), **blocks)
-  preset = dataclasses.replace(preset, unet=unet)
+  preset = with_one_attention(presets.ONE_LEVEL)
   for seed, name in enumerate(("one", "two")):
     pipe = pipelines.random_pipeline(preset, seed=seed)
     pipelines.save_pipeline(folder / name, pipe)
-  large = dataclasses.replace(unet, sample_size=2 * unet.sample_size)
+  large = dataclasses.replace(preset.unet, sample_size=2 * preset.unet.sample_size)
   pipelines.save_pipeline(folder / "large", pipelines.random_pipeline(dataclasses.replace(preset, unet=large)))
   adapter = lora.init_lora(jax.random.key(1), pipe.params["unet"], rank=2)
   adapter = jax.tree.map(lambda x: 0.5 * jax.random.normal(jax.random.key(x.size), x.shape), adapter)
@@ -322,7 +321,10 @@ def test_two_processes_share_the_work(models, evaluated, tmp_path):
   command += ["--scorers", BRIGHTNESS, REDNESS, f"--out={folder}", "--num_processes=2"]
   command += [f"--coordinator_address=localhost:{port}"]
   options = dict(cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": f"{QUICK_FLAGS} --xla_force_host_platform_device_count=2",
+  }
   processes = [subprocess.Popen([*command, f"--process_id={i}"], env=environment, **options) for i in range(2)]
   said = [process.communicate(timeout=500) for process in processes]
   assert [process.returncode for process in processes] == [0, 0], said

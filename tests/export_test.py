@@ -21,7 +21,7 @@ CLASSES = {
 }
 
 
-@pytest.fixture(scope="module", params=list(CLASSES))
+@pytest.fixture(scope="module")
 def sampler(request):
   """(name, pipeline of random weights, compiled (parameters, ids, latents) -> u8 pictures)."""
   pipe = pipelines.random_pipeline(request.param, 3)
@@ -44,7 +44,18 @@ def sampler(request):
   return request.param, pipe, sample
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+# The others open what files/pipelines_test.py compares network by network, and draw as text_to_image_test.py does.
+@pytest.mark.parametrize(
+  ("sampler", "dtype"),
+  [
+    ("sd15-miniature", "float16"),
+    *(
+      pytest.param(name, dtype, marks=pytest.mark.slow)
+      for name, dtype in (("sd15-miniature", "float32"), ("sdxl-miniature", "float32"), ("sdxl-miniature", "float16"))
+    ),
+  ],
+  indirect=["sampler"],
+)
 def test_diffusers_draws_the_same_picture(sampler, tmp_path, dtype):
   """From a folder in single or half precision; computed in single precision on both sides."""
   name, pipe, sample = sampler

@@ -24,12 +24,15 @@ from jaxpref.config import Facts
 from jaxpref.devices import sharding
 from jaxpref.diffusion import samplers
 from jaxpref.files import adapters
+from jaxpref.models import presets
 from jaxpref.objectives import base, catalog, pairs
 from jaxpref.planning import plan
 from jaxpref.rewards import published
 from jaxpref.rewards.base import Weighted
 from jaxpref.rewards.python import PythonReward
 from jaxpref.training import build, inputs, loop, metrics
+from tests import QUICK_FLAGS
+from tests.small_presets import smaller, with_one_attention
 from tests.stub_model import draw
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -58,15 +61,21 @@ def mine(tmp_path_factory):
 
 def trained(config, folder):
   config.update_from_flattened_dict(TINY)
-  loop.run(config, str(folder))
+  small = with_one_attention(smaller(presets.ONE_LEVEL))
+  with mock.patch.dict(presets.PRESETS, {"one-level": small}):
+    loop.run(config, str(folder))
   return [row for row in metrics.read(folder / "metrics.jsonl") if "loss" in row]
 
 
-def test_a_loss_of_ones_own(mine, tmp_path):
+def test_a_loss_of_ones_own(mine):
   w, l = draw(0, 5), draw(1, 5)
   of_name = pairs.pair_loss("mine:squared_hinge", beta=2.0)
   np.testing.assert_allclose(of_name(w, l, None), np.maximum(0, 1 - 2.0 * (w - l)) ** 2, rtol=1e-6)
   np.testing.assert_allclose(of_name(w, l, 0.5 * np.ones(5)), np.maximum(0, 1 - (w - l)) ** 2, rtol=1e-6)
+
+
+@pytest.mark.slow  # a method of one's own is trained with below
+def test_a_loss_of_ones_own_is_trained_with(mine, tmp_path):
   config = config_lib.default()
   config.loss.name = "mine:squared_hinge"
   rows = trained(config, tmp_path / "run")
@@ -233,7 +242,7 @@ def processes(folder, port, *arguments):
   command = [sys.executable, "-m", "jaxpref.main", "--config=configs/grpo_tiny.py", *GRPO, *arguments]
   command += [f"--coordinator_address=localhost:{port}", "--num_processes=2"]
   environment = os.environ | {
-    "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": f"{folder}:{ROOT}",
+    "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_FLAGS, "PYTHONPATH": f"{folder}:{ROOT}",
   }  # fmt: skip
   options = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
   running = [subprocess.Popen([*command, f"--process_id={i}"], env=environment, **options) for i in (0, 1)]

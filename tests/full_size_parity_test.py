@@ -72,7 +72,7 @@ def run(tmp_path, monkeypatch):
   return run
 
 
-@pytest.mark.parametrize("name", ["sdxl-unet", "sd15-vae", "clip-h"])
+@pytest.mark.parametrize("name", [pytest.param("sdxl-unet", marks=pytest.mark.slow), "sd15-vae", "clip-h"])
 def test_miniatures_agree_with_their_torch_originals(run, name):
   """Forward only: the gradients of these networks are compared in tests/models."""
   (row,) = run("--models", name, "--dtypes", "float32", "--no-gradient")

@@ -43,6 +43,7 @@ def make_step(config, model):
   return step.make_step(spo.SPO(model, stub_reward(), loss, **config.spo.to_dict()), SGD, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("without", [measured.separate_passes, measured.one_candidate_at_a_time])
 def test_iterations_of_spo_are_the_same(without, config):
   params = {"unet": FROZEN["unet"]}

@@ -2,8 +2,8 @@
 
     python -m tests.mesh_run FOLDER DATA,FSDP,TENSOR OBJECTIVES [PORT NUM_PROCESSES PROCESS_ID]
 
-The networks are those of presets.ONE_LEVEL; arrays are split from 2,048 numbers on, so that half of the
-kernels are.
+The networks are those of presets.ONE_LEVEL with less of each (tests/small_presets.py); arrays are split from 2,048
+numbers on, so that half of the kernels are.
 """
 
 import pathlib
@@ -55,7 +55,9 @@ def recipe(objective, mesh):
 def run(folder, mesh, objectives):
   """Trains in FOLDER/OBJECTIVE_MESH, on the first devices that the mesh needs."""
   from jaxpref.devices import sharding
+  from jaxpref.models import presets
   from jaxpref.training import loop
+  from tests.small_presets import smaller, with_one_attention
 
   make_mesh = sharding.make_mesh
 
@@ -64,8 +66,9 @@ def run(folder, mesh, objectives):
     return make_mesh(**sizes, devices=jax.devices()[:count])
 
   split_all = mock.patch.object(sharding, "MIN_FSDP_SIZE", 2**11)
+  small = mock.patch.dict(presets.PRESETS, {"one-level": with_one_attention(smaller(presets.ONE_LEVEL))})
   for objective in objectives:
-    with split_all, mock.patch.object(sharding, "make_mesh", of_first_devices):
+    with small, split_all, mock.patch.object(sharding, "make_mesh", of_first_devices):
       loop.run(recipe(objective, mesh), str(workdir(folder, objective, mesh)))
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from jaxpref import precompute
@@ -92,6 +93,7 @@ def files(folder):
   return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow  # precompute_test.py kills one process and lets two share the work
 def test_two_processes_that_are_killed_and_continue_make_the_bytes_of_one(tmp_path):
   pairs, one, two = write_pairs(tmp_path), tmp_path / "one", tmp_path / "two"
   single, killed = start(pairs, one), start_two(pairs, two, dies_in=3)

@@ -21,10 +21,10 @@ from jaxpref.models.stable_diffusion import StableDiffusion
 from jaxpref.objectives import kto, pairs, pretraining
 from jaxpref.objectives.base import Weights
 from jaxpref.training import build, inputs, optim, programs
-from tests.configs_test import smaller
 from tests.data import bucket as buckets
 from tests.data.latents_test import largest_file
 from tests.occupied import occupied
+from tests.small_presets import drawn, smaller, with_one_attention
 from tests.stub_model import StubModel, init, pair_batch
 
 bucket, served = buckets.bucket, buckets.served  # fixtures
@@ -65,26 +65,12 @@ def quick(monkeypatch):
 make_mesh = sharding.make_mesh
 
 
-def with_one_attention(preset):
-  """Only the middle of the UNet sees the prompt, and its transformer is one block deep."""
-  blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-  return dataclasses.replace(preset, unet=dataclasses.replace(preset.unet, **blocks, transformer_layers_per_block=(1,)))
+def with_one_block(preset):
+  """Of the one transformer that is left."""
+  return dataclasses.replace(preset, unet=dataclasses.replace(preset.unet, transformer_layers_per_block=(1,)))
 
 
-MADE_SMALLER = {name: with_one_attention(smaller(presets.PRESETS[name])) for name in MINIATURES}
-random_pipeline = pipelines.random_pipeline
-
-
-@functools.cache
-def drawn_once(name, seed, dtype):
-  return random_pipeline(MADE_SMALLER[name], seed, dtype=dtype)
-
-
-def drawn(preset, seed=0, *, dtype="float32", **_):
-  """A random pipeline, of which each is drawn once; its arrays are copies, since training may donate them."""
-  name = preset if isinstance(preset, str) else next(n for n, p in MADE_SMALLER.items() if p == preset)
-  pipe = drawn_once(name, seed, jax.numpy.dtype(dtype))
-  return dataclasses.replace(pipe, params=jax.tree.map(jax.numpy.copy, pipe.params))
+MADE_SMALLER = {name: with_one_block(with_one_attention(smaller(presets.PRESETS[name]))) for name in MINIATURES}
 
 
 def recipe(model="sd15-miniature", **fields):
@@ -157,14 +143,24 @@ def test_training_takes_the_same_steps(folder):
   assert distance(found_last, last) < 0.05 * distance(first, last)
 
 
-def test_sdxl_takes_the_same_steps_at_each_images_size(tmp_path):
-  c = recipe("sdxl-miniature", objective="tdpo", data__ties="keep", data__flip=False, timesteps__reward_scale=True)
+def sdxl():
+  return recipe("sdxl-miniature", objective="tdpo", data__ties="keep", data__flip=False, timesteps__reward_scale=True)
+
+
+def test_batches_of_sdxl_have_the_size_of_each_image(tmp_path):
+  c = sdxl()
   assert precompute.run(c, tmp_path / "xl", **OPTIONS)
   batch, expected = next(build.build(trained_on(c, tmp_path / "xl")).batches()), next(build.build(c).batches())
   for name in ("sizes_0", "sizes_1", "label_0", "num_example_per_prompt"):
     np.testing.assert_array_equal(batch[name], expected[name], strict=True)
   assert len(np.unique(batch["sizes_0"], axis=0)) > 1
   assert {v.dtype for k, v in batch.items() if k.startswith(("moments", "enc", "text"))} == {np.dtype("float16")}
+
+
+@pytest.mark.slow
+def test_sdxl_takes_the_same_steps_at_each_images_size(tmp_path):
+  c = sdxl()
+  assert precompute.run(c, tmp_path / "xl", **OPTIONS)
   losses, first, last = steps(c, 3)
   found, _, found_last = steps(trained_on(c, tmp_path / "xl"), 3)
   assert abs(losses[-1] - np.log(2)) > 0.01
@@ -200,6 +196,11 @@ def test_a_latent_reward_model_takes_the_tokens_of_a_folder(folder):
   for name in ("input_ids", "label_0", "num_example_per_prompt"):
     np.testing.assert_array_equal(batch[name], expected[name], strict=True)
   assert set(of_folder.frozen) == {"empty_ids"} and not {"encoder_hidden_states", "pixels_0"} & set(batch)
+
+
+@pytest.mark.slow
+def test_a_latent_reward_model_takes_the_same_steps(folder):
+  c = recipe(objective="lrm")
   losses, first, last = steps(c, 2)
   found, _, found_last = steps(trained_on(c, folder), 2)
   np.testing.assert_allclose(found, losses, rtol=1e-2)

@@ -4,20 +4,30 @@ import numpy as np
 import pytest
 
 from jaxpref import config, replay
+from jaxpref.files import pipelines
+from jaxpref.models import presets
 from jaxpref.training import loop
+from tests.small_presets import drawn, smaller, with_one_attention
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
   """The folder of the step at which a run with an absurd learning rate stops."""
   folder = tmp_path_factory.mktemp("replay")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(presets.PRESETS, "one-level", with_one_attention(smaller(presets.ONE_LEVEL)))
+    patch.setattr(pipelines, "random_pipeline", drawn)
+    yield from stop_in(folder)
+
+
+def stop_in(folder):
   c = config.default()
   c.update(objective="dpo", model="random:one-level", num_steps=6, batch_size=16, max_bad_steps=1, accumulation=2)
   c.optimizer.update(name="sgd", learning_rate=1e25, clip_norm=0.0)
   c.mesh.update(data=4, fsdp=2)
   with pytest.raises(loop.NonFiniteError) as error:
     loop.run(c, str(folder / "run"))
-  return folder / "run", str(error.value)
+  yield folder / "run", str(error.value)
 
 
 def test_the_step_goes_wrong_again_on_one_device(stopped):

@@ -60,6 +60,7 @@ def test_scores_are_the_models(config, scored):
   module, params = load_scorer("tiny-spm", dtype="float32")
   tokenizer = tokenizers.tiny_tokenizer()
   some = [0, 7, len(source) - 1]
+  apply = jax.jit(module.apply)
   size = module.config.vision_config.image_size
   mean, std = np.asarray(module.config.image_mean), np.asarray(module.config.image_std)
   for i in some:
@@ -67,7 +68,7 @@ def test_scores_are_the_models(config, scored):
     ids = tokenizers.tokenize(tokenizer, [records.text(record["caption"])], length=16)
     for side, found in enumerate(index.scores()):
       pixels = (networks.clip_image(record[f"image_{side}"], size)[None] / 255 - mean) / std
-      expected = module.apply({"params": params}, ids, pixels.astype(np.float32), np.zeros(1, np.int32))
+      expected = apply({"params": params}, ids, pixels.astype(np.float32), np.zeros(1, np.int32))
       np.testing.assert_allclose(found[i], expected[0], rtol=1e-4)
   decided = index.label_0 != 0.5
   score_0, score_1 = index.scores()

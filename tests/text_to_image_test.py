@@ -65,6 +65,12 @@ def models(request, tmp_path_factory):
   return loading.text_to_image(pipe), params, pipe, theirs
 
 
+# Of drawing, export_test.py and a size below have a picture of Stable Diffusion 1.5.
+drawn = pytest.mark.parametrize(
+  "models", [pytest.param("sd15-miniature", marks=pytest.mark.slow), "sdxl-miniature"], indirect=True
+)
+
+
 def error(ours, theirs):
   ours, theirs = np.asarray(ours, np.float64), theirs.detach().numpy()
   assert ours.shape == theirs.shape
@@ -138,6 +144,7 @@ def test_a_guidance_scale_that_is_none_is_refused(scale):
     guided(lambda *args: args[0], {}, scale)
 
 
+@drawn
 def test_guidance_of_0_draws_diffusers_pictures(models):
   """Which follow the prompt."""
   expected = pictures(models[3], noise(models[0].latent_shape), guidance_scale=0.0)
@@ -181,6 +188,7 @@ def draw(models, **kwargs):
   return images[:, 0].astype(int)
 
 
+@drawn
 def test_all_options_together_draw_what_diffusers_draws(models):
   """And each of them matters: without it the picture is another."""
   model, _, pipe, theirs = models
@@ -211,6 +219,7 @@ def test_all_options_together_draw_what_diffusers_draws(models):
     assert np.abs(other - expected).mean() > 0.3, f"{name} shows nothing"
 
 
+@drawn
 def test_a_model_of_another_size_draws_what_diffusers_draws(models):
   """Which tells SDXL this size, height first."""
   model, params, pipe, theirs = models
@@ -238,6 +247,7 @@ def test_a_pair_in_sample_size_is_the_size_that_diffusers_draws(tmp_path):
   assert np.abs(found - expected).mean() <= 0.05
 
 
+@drawn
 def test_an_empty_negative_prompt_draws_what_diffusers_draws(models):
   model, params, _, theirs = models
   latents = noise(model.latent_shape)

@@ -369,12 +369,7 @@ def init_params(module: nn.Module, key: jax.Array) -> dict[str, Any]:
   shapes = abstract_params(module)
   paths = [tuple(k.key for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
   stds = [_random_std(module, path, leaf) for path, leaf in zip(paths, jax.tree.leaves(shapes), strict=True)]
-
-  def constants():  # what does not depend on the key; the rest is dead code to the compiler
-    params = module.init(jax.random.key(0), *example_inputs(module))["params"]
-    return [x for x, std in zip(jax.tree.leaves(params), stds, strict=True) if std is None]
-
-  fixed = iter(jax.jit(constants)())
+  fixed = iter(_constant_params(module))
   seed = np.asarray(jax.random.key_data(key)).ravel().tolist()
   leaves = []
   for path, std, leaf in zip(paths, stds, jax.tree.leaves(shapes), strict=True):
@@ -384,6 +379,17 @@ def init_params(module: nn.Module, key: jax.Array) -> dict[str, Any]:
     rng = np.random.default_rng([*seed, zlib.crc32(".".join(path).encode())])
     leaves.append(jnp.asarray(std * rng.standard_normal(leaf.shape, np.float32)))
   return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def _constant_params(module: nn.Module) -> list[jax.Array]:
+  """The parameters that start constant, in the order of the tree; what is drawn is dead code to the compiler."""
+
+  def constants():
+    params = module.init(jax.random.key(0), *example_inputs(module))["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [x for path, x in leaves if _random_std(module, tuple(k.key for k in path), x) is None]
+
+  return jax.jit(constants)()
 
 
 def zero_params(module: nn.Module, key: jax.Array) -> dict[str, Any]:

@@ -450,6 +450,7 @@ def test_a_slow_process_shows_and_a_broken_one_ends_all(tmp_path):
   assert (run.folder / "config.json").exists() and not (run.folder / "export").exists()
 
 
+@pytest.mark.slow  # training/loop_test.py and data/lease_test.py refuse it in one process
 def test_a_second_start_in_the_folder_of_a_run_is_refused_in_all_its_processes(tmp_path):
   """And once the first one is killed, the same command goes on at once."""
   first = Run(tmp_path / "run", 1, steps=4000, PACE=0.1)

@@ -37,7 +37,7 @@ SDXL_LAYOUT = dataclasses.replace(
   unet=dataclasses.replace(presets.SDXL_MINIATURE.unet, layers_per_block=2, transformer_layers_per_block=(1, 2, 3)),
 )
 MODELS = {
-  "sd15-miniature": (presets.SD15_MINIATURE, diffusers.StableDiffusionPipeline),
+  "sd15-miniature": (presets.ONE_LEVEL, diffusers.StableDiffusionPipeline),
   "sdxl-layout": (SDXL_LAYOUT, diffusers.StableDiffusionXLPipeline),
 }
 

@@ -71,6 +71,10 @@ def folder(tmp_path):
 # ---- against diffusers ---------------------------------------------------------------------------
 
 
+# Of Stable Diffusion 1.5, export_test.py compares the picture that they make together.
+@pytest.mark.parametrize(
+  "saved", [pytest.param("sd15-miniature", marks=pytest.mark.slow), "sdxl-miniature"], indirect=True
+)
 def test_diffusers_opens_what_is_written_and_agrees(saved, torch_pipe):
   name, pipe, _ = saved
   rng = np.random.default_rng(1)

@@ -310,10 +310,9 @@ def test_an_ordinary_preference_model_is_told_time_0_at_every_step():
   """As one that does not look at the time."""
   timeless = FROZEN | {"spm": FROZEN["spm"] | {"time": jnp.zeros_like(FROZEN["spm"]["time"])}}
   start = state_of(PARAMS, ADAMW)
+  run = {step_aware: jax.jit(spo_step(step_aware=step_aware)) for step_aware in (False, True)}
   cases = ((False, FROZEN), (True, timeless), (True, FROZEN))
-  of_images, without, aware = (
-    jax.jit(spo_step(step_aware=step_aware))(start, frozen, PROMPTS)[1] for step_aware, frozen in cases
-  )
+  of_images, without, aware = (run[step_aware](start, frozen, PROMPTS)[1] for step_aware, frozen in cases)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), of_images, without)
   assert not np.allclose(of_images["reward_group"], aware["reward_group"], rtol=1e-2)
 

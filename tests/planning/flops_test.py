@@ -78,16 +78,30 @@ def test_the_compiler_counts_the_same_in_a_network_without_loops(name):
   assert counted <= theirs <= 1.3 * counted
 
 
-def test_the_networks_at_full_size(monkeypatch):
-  """SDXL's UNet: 6.76 TFLOP at 1024 pixels; the gradient twice that again, whether or not stacks are scanned."""
-  monkeypatch.setattr(attention, "MAX_LOGITS", 2**62)
-  module = UNet2DConditionModel(presets.SDXL.unet)
-  params = presets.abstract_params(module)
+def unet_of(config, size, pooled):
+  """(function of a UNet, shapes of its arguments)."""
+  module = UNet2DConditionModel(config)
   shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
-  added = {"text_embeds": shape(1, 1280), "time_ids": shape(1, 6)}
-  args = (params, shape(1, 128, 128, 4), shape(1), shape(1, 77, 2048), added)
-  apply = lambda p, *a: module.apply({"params": p}, *a)
-  forward = flops.count(apply, *args)
-  np.testing.assert_allclose(forward, 6.76e12, rtol=1e-3)
+  added = {"text_embeds": shape(1, pooled), "time_ids": shape(1, 6)}
+  inputs = shape(1, size, size, 4), shape(1), shape(1, 77, config.cross_attention_dim), added
+  return lambda p, *a: module.apply({"params": p}, *a), (presets.abstract_params(module), *inputs)
+
+
+def test_the_network_at_full_size(monkeypatch):
+  """SDXL's UNet: 6.76 TFLOP at 1024 pixels."""
+  monkeypatch.setattr(attention, "MAX_LOGITS", 2**62)
+  apply, args = unet_of(presets.SDXL.unet, 128, 1280)
+  np.testing.assert_allclose(flops.count(apply, *args), 6.76e12, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+  ("config", "size", "pooled"),
+  [(presets.SDXL_MINIATURE.unet, 32, 16), pytest.param(presets.SDXL.unet, 128, 1280, marks=pytest.mark.slow)],
+  ids=["miniature", "full size"],
+)
+def test_a_gradient_takes_twice_the_operations_again(config, size, pooled, monkeypatch):
+  """Whether or not stacks are scanned."""
+  monkeypatch.setattr(attention, "MAX_LOGITS", 2**62)
+  apply, args = unet_of(config, size, pooled)
   gradient = flops.count(jax.grad(lambda *a: jnp.sum(apply(*a) ** 2)), *args)
-  np.testing.assert_allclose(gradient, 3 * forward, rtol=1e-2)
+  np.testing.assert_allclose(gradient, 3 * flops.count(apply, *args), rtol=1e-2)

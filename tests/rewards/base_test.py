@@ -79,7 +79,7 @@ class Both:
     return 2.0 * STUB.score(weights, images, t, prompts[0]) - 5.0 * Light().score(weights, images, t, prompts[1])
 
 
-@pytest.mark.parametrize("make", [spo_of, grpo_of])
+@pytest.mark.parametrize("make", [pytest.param(spo_of, marks=pytest.mark.slow), grpo_of])
 def test_a_weighted_sum_is_learnt_from_and_each_part_is_logged(make):
   """weight x scale x score: 2 x 1 and -0.1 x 50."""
   reward = Weighted(((STUB, 2.0), (Light(), -0.1)))

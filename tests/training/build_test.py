@@ -10,7 +10,15 @@ import pytest
 
 from jaxpref import config
 from jaxpref.files import loading, pipelines
+from jaxpref.models import presets
 from jaxpref.training import build, loop, programs, step
+from tests.small_presets import drawn, with_one_attention
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+  monkeypatch.setitem(presets.PRESETS, "one-level", with_one_attention(presets.ONE_LEVEL))
+  monkeypatch.setattr(pipelines, "random_pipeline", drawn)
 
 
 def recipe(**fields):

@@ -11,9 +11,10 @@ from jaxpref import config
 from jaxpref.data import emoji, emoji_pairs, records
 from jaxpref.data.pickapic import __main__ as pickapic
 from jaxpref.devices import sharding
+from jaxpref.files import pipelines
 from jaxpref.training import build, inputs, loop
-from tests.configs_test import smaller
 from tests.data import pickapic_test
+from tests.small_presets import drawn, smaller, with_one_attention
 
 presets = build.presets
 
@@ -58,7 +59,8 @@ def pickapic_folder(tmp_path_factory):
 def quick(monkeypatch, tmp_path_factory):
   monkeypatch.setenv("JAXPREF_DATA_DIR", str(tmp_path_factory.getbasetemp() / "datasets"))
   monkeypatch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
-  monkeypatch.setitem(presets.PRESETS, "one-level", smaller(presets.ONE_LEVEL))
+  monkeypatch.setitem(presets.PRESETS, "one-level", with_one_attention(smaller(presets.ONE_LEVEL)))
+  monkeypatch.setattr(pipelines, "random_pipeline", drawn)
 
 
 def settings(**fields):
@@ -81,42 +83,61 @@ def trained(tmp_path, **fields):
 SPM = {"objective": "spm", "preference_model": "random:one-level", "data__ties": "keep"}
 
 
-PAIR_SOURCES = ["tfds", "pairs_file", "rankings"]
+SPO = {"spo__num_inference_steps": 4, "spo__warmup_steps": 2, "spo__pool_size": 2, "spo__threshold": 0.0}
+SPO |= {"objective": "spo", "preference_model": "random:one-level", "batch_size": 2}
+KTO = {"objective": "kto", "loss__beta": 10.0}
 
 
 def fields_of(source, raw, pickapic_folder):
-  path = {"tfds": pickapic_folder, "pairs_file": raw / "pairs.jsonl", "rankings": raw / "test.json"}[source]
+  path = {
+    "tfds": pickapic_folder, "pairs_file": raw / "pairs.jsonl", "rankings": raw / "test.json",
+    "unpaired_file": raw / "images.csv", "prompts": raw / "prompts.json",
+  }[source]  # fmt: skip
   images = {"data__images": str(raw)} if source == "rankings" else {}
   return {"data__source": source, "data__path": str(path), **images}
 
 
-@pytest.mark.parametrize("source", PAIR_SOURCES)
-def test_batches_of_every_source_of_pairs_are_alike(raw, pickapic_folder, source):
+@pytest.mark.parametrize(
+  ("source", "method"),
+  [("tfds", {}), ("pairs_file", {}), ("rankings", {}), ("unpaired_file", KTO), ("pairs_file", KTO), ("prompts", SPO)],
+  ids=["tfds", "pairs_file", "rankings", "unpaired_file", "pairs_file-kto", "prompts"],
+)
+def test_batches_of_every_source_are_alike(raw, pickapic_folder, source, method):
   """In fields, shapes and types, so that a method that trains on one of them compiles to the same step on each."""
-  shapes = lambda **fields: jax.tree.map(lambda x: (x.shape, x.dtype), next(build.build(settings(**fields)).batches()))  # noqa: E731
+  shapes = lambda **fields: jax.tree.map(  # noqa: E731
+    lambda x: (x.shape, x.dtype), next(build.build(settings(**method, **fields)).batches())
+  )
   assert shapes(**fields_of(source, raw, pickapic_folder)) == shapes()
 
 
-# The batches of the slow ones are those of the other, see above.
-@pytest.mark.parametrize("source", ["tfds", *(pytest.param(s, marks=pytest.mark.slow) for s in PAIR_SOURCES[1:])])
-def test_pairs_of_every_source_are_trained_on(raw, pickapic_folder, tmp_path, source):
-  trained(tmp_path, **fields_of(source, raw, pickapic_folder), **(SPM if source == "rankings" else {}))
+# The batches of the slow ones are those that others train on, see above.
+@pytest.mark.parametrize(
+  ("source", "method"),
+  [
+    ("tfds", SPM),
+    pytest.param("tfds", {}, marks=pytest.mark.slow),
+    pytest.param("pairs_file", {}, marks=pytest.mark.slow),
+    pytest.param("rankings", SPM, marks=pytest.mark.slow),
+    pytest.param("prompts", SPO, marks=pytest.mark.slow),
+  ],
+  ids=["tfds-spm", "tfds", "pairs_file", "rankings-spm", "prompts"],
+)
+def test_every_source_is_trained_on(raw, pickapic_folder, tmp_path, source, method):
+  trained(tmp_path, **fields_of(source, raw, pickapic_folder), **method)
 
 
-@pytest.mark.parametrize("source", ["unpaired_file", pytest.param("pairs_file", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["unpaired_file", "pairs_file"])
 def test_liked_images_are_trained_on(raw, tmp_path, source):
-  path = raw / ("images.csv" if source == "unpaired_file" else "pairs.jsonl")
-  rows = trained(tmp_path, objective="kto", data__source=source, data__path=str(path), loss__beta=10.0)
+  rows = trained(tmp_path, **fields_of(source, raw, None), **KTO)
   np.testing.assert_allclose(rows[0]["loss"], 0.5, rtol=1e-3)  # policy and reference agree
-  source = inputs.unpaired_source(settings(objective="kto", data__source=source, data__path=str(path)))
-  assert len(source) == (48 if path.suffix == ".csv" else 2 * 20)  # 4 of 24 pairs are ties
-  assert source.index.label_0.mean() == 0.5
 
 
-def test_prompts_are_rolled_out(raw, tmp_path):
-  fields = {"spo__num_inference_steps": 4, "spo__warmup_steps": 2, "spo__pool_size": 2, "spo__threshold": 0.0}
-  fields |= {"objective": "spo", "preference_model": "random:one-level", "batch_size": 2}
-  trained(tmp_path, **fields, data__source="prompts", data__path=str(raw / "prompts.json"))
+@pytest.mark.parametrize(("source", "count"), [("unpaired_file", 48), ("pairs_file", 2 * 20)])
+def test_half_of_the_images_are_liked(raw, source, count):
+  """4 of 24 pairs are ties."""
+  found = inputs.unpaired_source(settings(**fields_of(source, raw, None), **KTO))
+  assert len(found) == count and found.index.label_0.mean() == 0.5
 
 
 def test_prompts_that_are_held_out_are_not_rolled_out(raw):

@@ -819,6 +819,7 @@ SPO = {
 }
 
 
+@pytest.mark.slow  # numbers_test.py makes a run of SPO in its process
 def test_spo_runs_from_the_command_line(shared):
   folder = shared / "spo"
   said = main(shared, "spo_tiny.py", folder, **SPO)

@@ -343,7 +343,7 @@ def test_the_order_is_shuffled_over_prompts_and_steps(counting):
 # Online, with a network
 
 
-@pytest.mark.parametrize("accumulation", [2, 4])
+@pytest.mark.parametrize("accumulation", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_micro_batches_make_the_same_updates(accumulation):
   """6 transitions in 2 and in 4 parts, of which the last is masked; the updates follow one another."""
   optimizer = sgd(clip_norm=1.0)
@@ -381,7 +381,7 @@ def test_updates_of_an_iteration_are_clipped():
 # ---------------------------------------------------------------------------------------------
 # The same on any mesh
 
-MESHES = [(1, 1, 1), (4, 1, 1), (1, 4, 1), (2, 2, 1)]
+ONE, BOTH, OTHERS = (1, 1, 1), (2, 2, 1), [(4, 1, 1), (1, 4, 1)]
 
 
 @pytest.fixture
@@ -428,21 +428,21 @@ def online_on(sizes):
 
 
 @pytest.mark.usefixtures("small_pieces")
-@pytest.mark.parametrize("sizes", MESHES[1:], ids=str)
+@pytest.mark.parametrize("sizes", [BOTH, *OTHERS], ids=str)
 def test_dpo_is_the_same_on_every_mesh(sizes):
   params, found = offline_on(sizes)
-  expected, expected_found = offline_on(MESHES[0])
+  expected, expected_found = offline_on(ONE)
   assert_close(params, expected, 1e-5)
   for name in ("loss", "grad_norm", "error_w", "valid_pairs"):
     np.testing.assert_allclose(found[name], expected_found[name], rtol=1e-4)
 
 
 @pytest.mark.usefixtures("small_pieces")
-@pytest.mark.parametrize("sizes", MESHES[1:], ids=str)
+@pytest.mark.parametrize("sizes", [BOTH, *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in OTHERS)], ids=str)
 def test_spo_is_the_same_on_every_mesh(sizes):
   """The same pairs, in minibatches that do not divide the devices."""
   params, found = online_on(sizes)
-  expected, expected_found = online_on(MESHES[0])
+  expected, expected_found = online_on(ONE)
   assert 0 < expected_found["valid_pairs"] < 1
   assert found["valid_pairs"] == expected_found["valid_pairs"]
   assert found["updates"] == expected_found["updates"]
@@ -469,8 +469,8 @@ def policy_gradient_on(sizes):
 @pytest.mark.usefixtures("small_pieces")
 def test_grpo_is_the_same_on_a_mesh():
   """Minibatches that do not divide the devices."""
-  params, found = policy_gradient_on((2, 2, 1))
-  expected, expected_found = policy_gradient_on(MESHES[0])
+  params, found = policy_gradient_on(BOTH)
+  expected, expected_found = policy_gradient_on(ONE)
   assert found["updates"] == expected_found["updates"] == 5
   for name in ("reward", "score_gap", "kl"):
     np.testing.assert_allclose(found[name], expected_found[name], rtol=1e-4, atol=1e-7)
