@@ -347,7 +347,10 @@ def of_run(name: str, given: str | None) -> str:
   folder = pathlib.Path(loading.split_config(name)[0])
   for place in (folder / "config.json", folder.parent / "config.json"):
     if place.is_file():
+      family = DEFAULT
       with contextlib.suppress(ValueError, AttributeError):  # of something else
-        return json.loads(place.read_text(encoding="utf-8")).get("family", DEFAULT)
-      return DEFAULT
+        family = json.loads(place.read_text(encoding="utf-8")).get("family", DEFAULT)
+      if own.is_own(str(family)):
+        own.refuse_module_in(place.parent, family, str(place))
+      return family
   return DEFAULT
