@@ -199,7 +199,7 @@ def main_command(config_file: str, fields: dict[str, Any], workdir: pathlib.Path
 
 
 def evaluations(config: Any, valid: float = 1.0) -> float:
-  """UNet evaluations of one sample in the training of a run, counted as in the README ("What it costs").
+  """UNet evaluations of one sample in the training of a run, counted as in docs/methods.md ("What a step costs").
 
   Guidance doubles a call, a backward pass is two more. Not counted: rows that only fill up a minibatch, the VAE, and
   the preference model. `valid` is the share of SPO's pairs above the threshold.

@@ -195,7 +195,7 @@ same runs. Then {n} seeds, judged on the test prompts by the judge, which no tra
 {conclusions}Numbers are means over seeds (lowest to highest). All have as many updates as Diffusion-DPO, or as many
 iterations as SPO (quarter and half: 1/4 and 1/2 of them); KTO sees as many images as there are in the pairs. Caption
 accuracy is the change against base. Minutes are those of training alone, by the median step, on one core of
-machines that had other work. UNet evaluations are those of one sample in training, as the README counts them.
+machines that had other work. UNet evaluations are those of one sample in training, as docs/methods.md counts them.
 
 Comparisons are by seed. Intervals are Student's t, of three seeds or more; d is the mean of the differences over their
 standard deviation, p is of the exact two-sided sign-flip test, a weak one: with {n} seeds it cannot be below {p:.3g}.
