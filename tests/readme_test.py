@@ -30,7 +30,7 @@ def test_the_first_block_has_the_two_commands():
 
 def test_files_exist():
   files = re.findall(r"(?:configs|docs|jaxpref|scripts|tests)/[\w/]*\w\.\w+", README)
-  assert {"configs/spo_tiny.py", "scripts/test.sh"} <= set(files)
+  assert {"configs/spo_sdxl.py", "scripts/test.sh"} <= set(files)
   assert not [file for file in files if not (ROOT / file).is_file()]
 
 

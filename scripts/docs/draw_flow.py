@@ -39,7 +39,7 @@ class Box:
 
 BOXES = {
   "recipe": Box(20, 20, "recipe", ("configs/NAME.py", "and the command line")),
-  "config": Box(360, 20, "Config", ("dataclasses, each with its check", "refused before anything loads"), width=220),
+  "config": Box(350, 20, "Config", ("dataclasses, each with its check", "refused before anything loads"), width=240),
   "model": Box(20, 130, "Model, Process", ("networks and their files", "noise: to x_t, and a step back"), "#eaf6ea"),
   "objective": Box(
     360, 130, "Objective", ("a method, whole, in one file", "loss; online also a rollout"), "#fdf3e1", 220
