@@ -8,7 +8,7 @@ import html
 import pathlib
 
 OUT = pathlib.Path(__file__).resolve().parents[2] / "docs" / "images" / "data_flow.svg"
-WIDTH, HEIGHT, LINE = 920, 400, 16  # pixels: of the drawing, and of a line of text
+WIDTH, HEIGHT, LINE = 920, 385, 16  # pixels: of the drawing, and of a line of text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +42,12 @@ BOXES = {
   "config": Box(350, 20, "Config", ("dataclasses, each with its check", "refused before anything loads"), width=240),
   "model": Box(20, 130, "Model, Process", ("networks and their files", "noise: to x_t, and a step back"), "#eaf6ea"),
   "objective": Box(
-    360, 130, "Objective", ("a method, whole, in one file", "loss; online also a rollout"), "#fdf3e1", 220
+    350, 130, "Objective", ("a method, whole, in one file", "loss; online also a rollout"), "#fdf3e1", 240
   ),
   "reward": Box(700, 130, "Reward", ("a network in the graph, or", "a Python function on the host"), "#eaf6ea"),
   "data": Box(20, 250, "data", ("pairs, likes or prompts", "B rows of a batch")),
   "step": Box(
-    360, 250, "make_step", ("rows -> loss -> gradient -> update", "then the reference moves"), "#fdf3e1", 220
+    350, 250, "make_step", ("rows -> loss -> gradient -> update", "then the reference moves"), "#fdf3e1", 240
   ),
   "result": Box(700, 250, "result", ("checkpoints, metrics", "export/, table, pictures")),
 }
