@@ -365,15 +365,25 @@ def look_for(
 
 def of_run(name: str, given: str | None) -> str:
   """Returns the family of --model: the one given, else that of the run that has this folder or export, else DEFAULT."""
-  return given if given is not None else field_of_run(name, "family") or DEFAULT
+  if given is not None:
+    return given
+  family = field_of_run(name, "family") or DEFAULT
+  if own.is_own(str(family)) and (place := _config_of_run(name)):
+    own.refuse_module_in(place.parent, family, str(place))
+  return family
 
 
 def field_of_run(name: str, field: str) -> Any:
   """Returns a field of the config of the run that has this folder or export; None if the model is no such thing."""
-  folder = pathlib.Path(loading.split_config(name)[0])
-  for place in (folder / "config.json", folder.parent / "config.json") if folder.is_dir() else ():
-    if place.is_file():
-      with contextlib.suppress(ValueError, AttributeError):  # files of something else
-        return json.loads(place.read_text(encoding="utf-8")).get(field)
-      return None
+  if place := _config_of_run(name):
+    with contextlib.suppress(ValueError, AttributeError):  # files of something else
+      return json.loads(place.read_text(encoding="utf-8")).get(field)
   return None
+
+
+def _config_of_run(name: str) -> pathlib.Path | None:
+  """Returns config.json of the run that has this folder or export, if it is one."""
+  folder = pathlib.Path(loading.split_config(name)[0])
+  if not folder.is_dir():
+    return None
+  return next((p for p in (folder / "config.json", folder.parent / "config.json") if p.is_file()), None)

@@ -181,12 +181,19 @@ def _modern_names(key: str) -> Iterator[str]:
 def _shards(index: pathlib.Path) -> list[str]:
   """Returns the names of the files that an index lists."""
   try:
-    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    outside = [shard for shard in shards if pathlib.PurePosixPath(shard).name != shard or not shard.strip(".")]
   except (ValueError, KeyError, TypeError, AttributeError) as e:
     raise ValueError(
       f"{index} is not an index of shards ({type(e).__name__}: {e}), expected JSON with a weight_map; "
       "download the folder again."
     ) from e
+  if outside:
+    raise ValueError(
+      f"{index} names shards outside of its folder ({listed(outside)}), expected names of files beside it; "
+      "do not use this folder."
+    )
+  return shards
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:

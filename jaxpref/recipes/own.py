@@ -85,6 +85,30 @@ def load_named(spec: str, field: str, what: str) -> Any:
   return getattr(module, name)
 
 
+def refuse_module_in(folder: pathlib.Path, spec: str, given: str) -> None:
+  """Refuses a module that Python would find in a folder, which may be a stranger's.
+
+  Args:
+    folder: that of a model.
+    spec: package.module:Name.
+    given: where the folder says so, for messages.
+
+  Raises:
+    OwnCodeError: it lies there.
+  """
+  home, parts = folder.resolve(), spec.partition(":")[0].split(".")
+  for entry in sys.path:
+    for count in range(1, len(parts) + 1):
+      place = pathlib.Path(entry, *parts[:count]).resolve()
+      found = [*place.parent.glob(f"{place.name}.*"), *place.glob("__init__.*")]
+      if count < len(parts) and place.is_dir():
+        found.append(place)
+      if any(file.is_relative_to(home) for file in found):
+        raise OwnCodeError(
+          f"{given} names {spec}, code in {home}; code in a model's folder is not run: if you trust it, move it out."
+        )
+
+
 def check_function(found: Any, given: str, expected: str, *arguments: Any, **named: Any) -> None:
   """Raises for an object that cannot be called with these arguments.
 

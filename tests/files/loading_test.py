@@ -288,3 +288,33 @@ def test_the_family_of_a_model_is_the_one_given_or_that_of_its_run_or_stable_dif
     for name in (tmp_path, tmp_path / "export"):
       assert families.of_run(str(name), None) == found
       assert families.of_run(str(name), "stable_diffusion") == "stable_diffusion"
+
+
+@pytest.mark.parametrize(
+  ("spec", "file"),
+  [
+    ("models.theirs.code:OWN", "code.py"),
+    ("models.theirs.inner.code:OWN", "inner/code.py"),
+    ("models.theirs:OWN", "__init__.py"),
+    ("theirs:OWN", "__init__.py"),
+  ],
+)
+def test_a_model_folder_cannot_name_code_that_it_brings(tmp_path, monkeypatch, spec, file):
+  folder = tmp_path / "models" / "theirs"
+  (folder / file).parent.mkdir(parents=True)
+  (folder / file).write_text("raise SystemExit('was run')\n")
+  (folder / "config.json").write_text(json.dumps({"family": spec}))
+  monkeypatch.chdir(tmp_path)
+  for entry in ("", str(tmp_path), str(tmp_path / "models")):
+    monkeypatch.syspath_prepend(entry)
+  with pytest.raises(ValueError, match=f"config.json names {spec}, code in .*; code in a model's folder is not run"):
+    families.of_run("models/theirs", None)
+  assert families.of_run("models/theirs", "mine:OWN") == "mine:OWN"
+
+
+def test_a_module_beside_the_folder_of_a_run_is_its_family(tmp_path, monkeypatch):
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run.py").write_text("")
+  (tmp_path / "run" / "config.json").write_text('{"family": "run:OWN"}')
+  monkeypatch.syspath_prepend(str(tmp_path))
+  assert families.of_run(str(tmp_path / "run"), None) == "run:OWN"

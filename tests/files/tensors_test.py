@@ -133,6 +133,13 @@ def test_an_index_may_name_the_wrong_shard(text, tmp_path):
   assert_same(load(tmp_path, shapes), params)
 
 
+@pytest.mark.parametrize("shard", ["../all.safetensors", "inner/all.safetensors", "/all.safetensors", "..", ""])
+def test_an_index_names_no_shard_outside_of_its_folder(tmp_path, shard):
+  (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"weight": shard}}))
+  with pytest.raises(ValueError, match="index.json names shards outside of its folder .*expected names of files"):
+    weight_files(tmp_path)
+
+
 def test_missing_and_incomplete_shards(text, tmp_path, monkeypatch):
   monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
   shapes, params = text
