@@ -226,7 +226,7 @@ def measure_command(folder: pathlib.Path, split: str, model: str | None = None) 
 
 
 def evaluations(config: Any, valid: float = 1.0) -> float:
-  """Returns UNet evaluations of one sample in the training of a run, counted as in docs/methods.md ("What a step costs").
+  """Returns UNet evaluations of one sample in training, as docs/methods.md counts them.
 
   Guidance doubles a call, a backward pass is two more. Rows that only fill up a minibatch, the VAE, and the preference
   model are not counted.
