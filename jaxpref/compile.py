@@ -24,7 +24,6 @@ import os
 import pathlib
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -52,7 +51,6 @@ AGAIN = "run the same command again"
 # convolution's tile. Small tiles (the default is 16 MiB and more) and less effort make it several times faster.
 # What a step sends is the same; operands are read more often, and temporaries in HBM may be larger.
 TILES = "xla_tpu_scoped_vmem_limit_kib"
-_OF_DRIVERS = re.compile(rb"Could not find cuda drivers|log messages before absl::InitializeLog")
 _OF_PROGRAM = ("arguments", "temporaries", "output", "peak")
 QUICK: dict[str, Any] = {TILES: "5120", "xla_optimization_level": "EFFORT_O1"}
 
@@ -317,8 +315,6 @@ def _main() -> None:
   chip = chips.CHIPS.get((topology or "").partition(":")[0])
   if out:
     _check_out(pathlib.Path(out))
-  if topology:
-    _load_plugins()
   config = plan.without_weights(flags.FLAGS.config)
   devices = topology_devices(topology) if topology else jax.devices()
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
@@ -351,24 +347,6 @@ def _main() -> None:
     arguments = [a for a in sys.argv[1:] if not a.startswith("--out")]
     report |= {"command": " ".join(["python -m jaxpref.compile", *arguments]), "jax": jax.__version__}
     pathlib.Path(out).write_text(json.dumps(report, indent=2) + "\n")
-
-
-def _load_plugins() -> None:
-  """Loads JAX's plug-ins, and leaves out of stderr what CUDA's says of drivers, which absent devices do not need.
-
-  It says so before a log level counts, from C++.
-  """
-  sys.stderr.flush()
-  stderr = os.dup(2)
-  with tempfile.TemporaryFile() as said:
-    os.dup2(said.fileno(), 2)
-    try:
-      jax.devices()
-    finally:
-      os.dup2(stderr, 2)
-      os.close(stderr)
-      said.seek(0)
-      os.write(2, b"".join(line for line in said if not _OF_DRIVERS.search(line)))
 
 
 def _check_out(file: pathlib.Path) -> None:

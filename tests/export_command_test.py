@@ -21,7 +21,7 @@ TARGETS = r"(to_q|to_v|proj_in)$"  # with a 1x1 convolution
 
 def recipe(**overrides):
   c = config.default()
-  c.update(objective="dpo", model="random:one-level", seed=SEED)
+  c.update(objective="dpo", model="random:sd15-miniature", seed=SEED)
   c.update_from_flattened_dict(overrides)
   return c
 
@@ -46,13 +46,13 @@ def make_run(folder, c, params, steps=(1, 2)):
 
 @pytest.fixture(scope="module")
 def base():
-  return pipelines.random_pipeline("one-level", SEED)
+  return pipelines.random_pipeline("sd15-miniature", SEED)
 
 
 @pytest.fixture(autouse=True)
 def loaded_once(base, monkeypatch):
   def load(name, *, seed, **options):
-    assert (name, seed) == ("random:one-level", SEED)
+    assert (name, seed) == ("random:sd15-miniature", SEED)
     return base
 
   monkeypatch.setattr(loading, "load_text_to_image", load)
@@ -123,7 +123,7 @@ def test_a_unet_that_has_moved_is_merged_from_where_it_is_now(base, tmp_path, mo
   with pytest.raises(SystemExit, match="where/it/was does not exist"):
     export.main(command)
   export.main([*command, f"--unet_model={place}"])
-  assert names == [f"random:one-level+unet={place}"]
+  assert names == [f"random:sd15-miniature+unet={place}"]
   adapter = trained(params, 1)["unet_lora"]
   equal(pipelines.load_pipeline(tmp_path / "out").params["unet"], lora.merge_lora(halved, adapter, ALPHA / RANK))
 

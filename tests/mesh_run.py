@@ -2,7 +2,7 @@
 
     python -m tests.mesh_run FOLDER DATA,FSDP,TENSOR OBJECTIVES [PORT NUM_PROCESSES PROCESS_ID]
 
-The networks are those of presets.ONE_LEVEL with less of each (tests/small_presets.py); arrays are split from 2,048
+The networks are those of presets.ONE_LEVEL, with attention in the middle of the UNet only; arrays are split from 2,048
 numbers on, so that half of the kernels are.
 """
 
@@ -57,7 +57,7 @@ def run(folder, mesh, objectives):
   from jaxpref.devices import sharding
   from jaxpref.models import presets
   from jaxpref.training import loop
-  from tests.small_presets import smaller, with_one_attention
+  from tests.small_presets import with_one_attention
 
   make_mesh = sharding.make_mesh
 
@@ -66,7 +66,7 @@ def run(folder, mesh, objectives):
     return make_mesh(**sizes, devices=jax.devices()[:count])
 
   split_all = mock.patch.object(sharding, "MIN_FSDP_SIZE", 2**11)
-  small = mock.patch.dict(presets.PRESETS, {"one-level": with_one_attention(smaller(presets.ONE_LEVEL))})
+  small = mock.patch.dict(presets.PRESETS, {"one-level": with_one_attention(presets.ONE_LEVEL)})
   for objective in objectives:
     with small, split_all, mock.patch.object(sharding, "make_mesh", of_first_devices):
       loop.run(recipe(objective, mesh), str(workdir(folder, objective, mesh)))

@@ -12,7 +12,6 @@ import pytest
 from jaxpref import diffusion, losses
 from jaxpref.files.loading import text_to_image
 from jaxpref.files.pipelines import random_pipeline
-from jaxpref.models import presets
 from jaxpref.models.stable_diffusion import StableDiffusion
 from jaxpref.objectives import pairs
 from jaxpref.objectives.base import Weights, named_key
@@ -35,7 +34,6 @@ from tests.objectives.stubs import (
   sized,
   sized_batch,
 )
-from tests.small_presets import smaller, with_one_attention
 from tests.stub_model import LATENT, StubModel, pair_batch
 
 DPO = compiled_loss(pairs.DiffusionDPO(MODEL, SIGMOID))
@@ -349,7 +347,7 @@ class PooledImages(StableDiffusion):
 
 def test_sdxl_loss_of_wide_and_tall_images_equals_a_computation_by_hand():
   """Of the real network: each image by itself, its own sizes given to the text encoding."""
-  pipe = random_pipeline(with_one_attention(smaller(presets.SDXL_MINIATURE)))
+  pipe = random_pipeline("sdxl-miniature")
   model = PooledImages(**vars(text_to_image(pipe)))
   frozen = dict(pipe.params)
   params = {"unet": jax.tree.map(lambda p: p * 1.01, frozen["unet"])}
