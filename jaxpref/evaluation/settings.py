@@ -129,7 +129,7 @@ def trained_size(name: str) -> tuple[int, int] | None:
     name: as of --model; a run is named by its work folder or its export.
   """
   size = families.field_of_run(name, "image_size") if families.field_of_run(name, "objective") else None
-  return sides(size) if is_size(size) else None
+  return sides(size) if size is not None and is_size(size) else None
 
 
 def at_trained_size(name: str, model: Model) -> Model:

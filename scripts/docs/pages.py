@@ -312,7 +312,8 @@ def _comments(source: str) -> dict[int, tuple[str, bool]]:
 
 def _meaning(node: ast.AnnAssign, comments: dict[int, tuple[str, bool]]) -> str:
   """Returns what the comments above and beside a field say of it."""
-  said, line = [], node.lineno - 1
+  said: list[str] = []
+  line = node.lineno - 1
   while line in comments and comments[line][1]:
     said.insert(0, comments[line][0])
     line -= 1
@@ -330,7 +331,8 @@ def _allowed(section: ast.ClassDef) -> dict[str, str]:
     for call in (node for node in ast.walk(method) if isinstance(node, ast.Call)):
       if not isinstance(call.func, ast.Attribute):
         continue
-      name, texts = call.func.attr, [a.value for a in call.args if isinstance(a, ast.Constant)]
+      name = call.func.attr
+      texts: list[Any] = [a.value for a in call.args if isinstance(a, ast.Constant)]
       if name == "one_of":
         choices = eval(ast.unparse(call.args[1]), vars(config_lib))  # noqa: S307
         found.setdefault(texts[0], []).append(", ".join(f"`{choice}`" for choice in choices))

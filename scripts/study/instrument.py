@@ -175,8 +175,8 @@ def train_ceiling(ground: pathlib.Path, width: int, *, most: int = 12, patience:
   ids = {n: np.asarray([e.class_id for e in ground_lib.split(n)]) for n in clean}
   judge, judge_params = load_judge("tiny-judge", style=ground_lib.STYLE, num_classes=emoji.num_classes("core"))
   assert judge is not None
-  styles, classes = judging.judge_images(judge, judge_params, clean["train"].reshape(-1, *clean["train"].shape[2:]))
-  styles, classes = jax.nn.softmax(styles), jax.nn.softmax(classes)
+  pictures = clean["train"].reshape(-1, *clean["train"].shape[2:])
+  styles, classes = map(jax.nn.softmax, judging.judge_images(judge, judge_params, pictures))
   module = Ceiling(judge, width)
   params = module.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros(1, jnp.int32))["params"]
   params = {**params, "judge": judge_params}
@@ -223,7 +223,9 @@ def train_ceiling(ground: pathlib.Path, width: int, *, most: int = 12, patience:
             found[h][b, part, side] = values
     return {h: by_bin(found[h], ground, h) for h in ground_lib.HIDDEN}
 
-  rng, key, best, history = np.random.default_rng(0), jax.random.key(1), {}, []
+  rng, key = np.random.default_rng(0), jax.random.key(1)
+  best: dict[str, tuple[float, int, list[float]]] = {}
+  history: list[dict[str, float]] = []
   for number in range(most):
     order, losses = rng.permutation(len(flat)), []
     for start in range(0, epoch * BATCH, BATCH):
@@ -272,20 +274,17 @@ def score_step_aware(ground: pathlib.Path, folder: str, *, told_time: bool = Tru
 def score_latent(ground: pathlib.Path, folder: str) -> np.ndarray:
   """Returns the scores f32[10, N, 2] that a latent reward model gives the validation pairs' noisy latents."""
   scorer, params = open_latent_reward(folder)
-  found, score = (
-    np.zeros((BINS, len(ground_lib.pair_numbers(len(ground_lib.split("validation")))), 2), np.float32),
-    None,
-  )
+  pairs = len(ground_lib.pair_numbers(len(ground_lib.split("validation"))))
+  found = np.zeros((BINS, pairs, 2), np.float32)
+
+  @jax.jit
+  def score(params, x_t, t, ids, empty_ids):
+    of_prompts = latent.embed_prompts(scorer, params, ids, empty_ids)
+    prompts = jax.tree.map(lambda v: jnp.concatenate([v, v]), of_prompts)
+    return latent.score_latents(scorer, params, x_t, jnp.concatenate([t, t]), prompts)
+
   for b in range(BINS):
     for rows, ids, x_t, t, _, weights in noisy_latents(ground, "validation", b):
-      if score is None:
-
-        @jax.jit
-        def score(params, x_t, t, ids, empty_ids):
-          of_prompts = latent.embed_prompts(scorer, params, ids, empty_ids)
-          prompts = jax.tree.map(lambda v: jnp.concatenate([v, v]), of_prompts)
-          return latent.score_latents(scorer, params, x_t, jnp.concatenate([t, t]), prompts)
-
       first, second = np.split(np.asarray(score(params, x_t, t, ids, weights["empty_ids"])), 2)
       found[b, rows] = np.stack([first, second], axis=1)[: len(rows)]
   return found

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -83,7 +84,12 @@ def trained(tmp_path, **fields):
 SPM = {"objective": "spm", "preference_model": "random:one-level", "data__ties": "keep"}
 
 
-SPO = {"spo__num_inference_steps": 4, "spo__warmup_steps": 2, "spo__pool_size": 2, "spo__threshold": 0.0}
+SPO: dict[str, Any] = {
+  "spo__num_inference_steps": 4,
+  "spo__warmup_steps": 2,
+  "spo__pool_size": 2,
+  "spo__threshold": 0.0,
+}
 SPO |= {"objective": "spo", "preference_model": "random:one-level", "batch_size": 2}
 KTO = {"objective": "kto", "loss__beta": 10.0}
 
