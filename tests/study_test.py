@@ -301,7 +301,7 @@ def test_runs_are_made_once_and_in_order(tmp_path, fake):
   (tmp_path / runs[-1] / "row.json").unlink()  # as if it had been interrupted
   study.main(study_of)
   assert fake() == [*expected, *expected[-2:]]
-  assert [r["seed"] for r in json.loads((tmp_path / "docs" / "study.json").read_text())["runs"]["sft"]] == [*range(8)]
+  assert [r["seed"] for r in json.loads((tmp_path / "docs" / "papers.json").read_text())["runs"]["sft"]] == [*range(8)]
 
 
 def test_two_runs_at_a_time_make_the_same_runs_once_each(tmp_path, fake, monkeypatch):
@@ -360,7 +360,7 @@ def test_sigterm_ends_the_runs_and_then_the_study(tmp_path):
   process.terminate()
   _, said = process.communicate(timeout=50)
   assert process.returncode == 0 and said.count("was stopped; it resumes with the next call") == 2
-  assert len(list(tmp_path.glob("sft/*.log"))) == 2 and (tmp_path / "study.md").is_file()
+  assert len(list(tmp_path.glob("sft/*.log"))) == 2 and (tmp_path / "papers.md").is_file()
 
 
 def scores(share, *, prompts=4, pictures=2):
@@ -457,7 +457,7 @@ def test_growth_is_the_difference_of_differences():
 
 
 def test_power_is_what_the_page_of_questions_says():
-  page = (study_plan.ROOT / "docs" / "results" / "study_questions.md").read_text()
+  page = (study_plan.ROOT / "docs" / "results" / "papers_questions.md").read_text()
   assert "1.15 s (n = 8) or 2.1 s (n = 4)" in " ".join(page.split())
   assert study_report.power(1.0, 8) == pytest.approx(1.15, abs=0.01)
   assert study_report.power(1.0, 4) == pytest.approx(2.1, abs=0.05)
@@ -467,7 +467,7 @@ def test_power_is_what_the_page_of_questions_says():
 
 def report(folder):
   study.main(["--report", "--runs", str(folder), "--docs", str(folder / "docs")])
-  return (folder / "docs" / "study.md").read_text()
+  return (folder / "docs" / "papers.md").read_text()
 
 
 def test_report_of_nothing_names_all_that_is_missing(tmp_path):
@@ -495,7 +495,7 @@ def test_report_says_what_the_numbers_say(tmp_path):
   assert "**4e-05, 500: 60.0% (+0.0)**" in text and "8e-05, 500: 70.0% (-10.0)" in text
   missing = text.partition("## Missing")[2]
   assert "- dpo/test_4e-05_500_seed3" in missing and "- dpo/test_4e-05_500_seed2" not in missing
-  assert {p.name for p in (tmp_path / "docs").iterdir()} == {"study.md", "study.json"}
+  assert {p.name for p in (tmp_path / "docs").iterdir()} == {"papers.md", "papers.json"}
 
 
 def test_a_report_is_gone_on_from(tmp_path):
@@ -503,7 +503,7 @@ def test_a_report_is_gone_on_from(tmp_path):
   tune(runs, DPO)
   write(runs, study_plan.test_runs(DPO, runs)[0], share=0.7)
   study.main(["--report", "--runs", str(runs), "--docs", str(tmp_path / "docs")])
-  file = tmp_path / "docs" / "study.json"
+  file = tmp_path / "docs" / "papers.json"
   assert study_plan.restore(file, other) == 6 and study_plan.restore(file, other) == 0
   assert study_plan.test_runs(DPO, other) == study_plan.test_runs(DPO, runs)
   first = study_plan.test_runs(DPO, runs)[0]

@@ -1,7 +1,7 @@
 """Makes what the study of methods stands on: prompts, pictures by tiny-sd, and two hidden preferences and their raters.
 
     python scripts/study/ground.py                # draws and labels into runs/study/ground; resumes where it stopped
-    python scripts/study/ground.py --report       # only docs/results/study_ground.json, from what is there
+    python scripts/study/ground.py --report       # only docs/results/papers_ground.json, from what is there
 
 The 1,021 core emoji are split by a hash of their code points: 256 test captions, 128 for validation, and the rest for
 training, all of which tiny-sd can draw. `python -m jaxpref.pairs` draws 16 pictures of each caption that is not a test
@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in DRAWN:
       draw(ground, name)
     write_labels(ground)
-  (args.docs / "study_ground.json").write_text(json.dumps(describe(ground), indent=2) + "\n")
+  (args.docs / "papers_ground.json").write_text(json.dumps(describe(ground), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compares the methods on tiny-sd over seeds; writes study.md, study.json and study_*.png into docs/results.
+"""Compares the methods on tiny-sd over seeds; writes papers.md and papers.json into docs/results.
 
     python scripts/study/study.py --list            # the plan: runs that are left, and hours
     python scripts/study/study.py                   # all runs that are left, then the report
@@ -7,7 +7,7 @@
     python scripts/study/study.py --only "B spo"    # only variants in whose part and name this is found
     python scripts/study/study.py --report          # only the report, of what is done; it names what is missing
     python scripts/study/study.py --models          # only the preference models
-    python scripts/study/study.py --restore docs/results/study.json  # goes on from a report: its runs count as done
+    python scripts/study/study.py --restore docs/results/papers.json  # goes on from a report: its runs count as done
 
 Needs the pictures and labels of scripts/study/ground.py. Each run is one `python -m jaxpref.main` in
 runs/study/VARIANT/, and one scripts/study/measure.py. Finished runs are reused, interrupted ones resume. SIGTERM stops
@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time (default: %(default)s)")
   parser.add_argument("--list", action="store_true", help="print the plan, run nothing")
   parser.add_argument("--report", action="store_true", help="run nothing, write the report")
-  parser.add_argument("--restore", type=pathlib.Path, help="study.json whose runs count as done, on a new machine")
+  parser.add_argument("--restore", type=pathlib.Path, help="papers.json whose runs count as done, on a new machine")
   parser.add_argument("--runs", type=pathlib.Path, default=ROOT / "runs" / "study", help="default: %(default)s")
   parser.add_argument("--docs", type=pathlib.Path, default=ROOT / "docs" / "results", help="default: %(default)s")
   args = parser.parse_args(arguments)

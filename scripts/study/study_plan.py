@@ -340,17 +340,17 @@ def cost(run: Run, metrics: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def restore(file: pathlib.Path, folder: pathlib.Path) -> int:
-  """Puts the rows of a study.json into `folder`, where they count as runs that are done; returns their number.
+  """Puts the rows of a papers.json into `folder`, where they count as runs that are done; returns their number.
 
   Raises:
-    ValueError: it is no study.json, or has a run of a variant that there is not.
+    ValueError: it is no papers.json, or has a run of a variant that there is not.
   """
   try:
     study = json.loads(file.read_text())
     rows = [*itertools.chain(*study["runs"].values(), *study["tuning"].values())]
     runs = [Run(BY_NAME[r["variant"]], r["learning_rate"], r["beta"], r["seed"], r["split"]) for r in rows]
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(f"{file} cannot be read ({error!r}); expected a study.json of scripts/study/study.py.") from error
+    raise ValueError(f"{file} cannot be read ({error!r}); expected a papers.json of scripts/study/study.py.") from error
   count = 0
   for run, row in zip(runs, rows, strict=True):
     if row["fields"] != changes(run.variant):

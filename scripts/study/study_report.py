@@ -1,4 +1,4 @@
-"""The report of scripts/study/study.py: study.md, study.json and its plots in docs/results, from the runs there are."""
+"""Writes the report of scripts/study/study.py: papers.md, papers.json and its plot in docs/results."""
 
 import json
 import pathlib
@@ -105,7 +105,7 @@ def _table(head: str, rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def markdown(study: Mapping[str, Any], findings: str = "") -> str:
-  """Returns docs/results/study.md; the findings are written by hand, in docs/results/study_findings.md."""
+  """Returns docs/results/papers.md; the findings are written by hand, in docs/results/papers_findings.md."""
   runs = {name: [r for r in rows if "failed" not in r] for name, rows in study["runs"].items()}
   done = [r for rows in runs.values() for r in rows]
   lines = [_HEAD, *([findings] if findings else []), "## Numbers", "", _NUMBERS]
@@ -182,7 +182,7 @@ def _tuning(study: Mapping[str, Any]) -> list[list[str]]:
 _HEAD = """# Study of methods on tiny-sd
 
 Made by `python scripts/study/study.py`; what it asks, and how it was to be answered, was written down before it ran:
-[study_questions.md](study_questions.md). All numbers are in study.json.
+[papers_questions.md](papers_questions.md). All numbers are in papers.json.
 """
 _NUMBERS = """Means over seeds (lowest to highest). Deviation: the standard deviation of share between seeds, in points.
 Captions: change of caption accuracy against base. Minutes are those of training alone, by the median step, on one core.
@@ -193,7 +193,7 @@ are not corrected for their number.
 
 def plot_budget(study: Mapping[str, Any], docs: pathlib.Path) -> None:
   """Draws share over UNet evaluations for Diffusion-DPO and SPO, once all of its runs are there."""
-  (docs / "study_budget.png").unlink(missing_ok=True)
+  (docs / "papers_budget.png").unlink(missing_ok=True)
   runs = {n: [r for r in study["runs"][n] if "failed" not in r] for names in study_plan.CURVES.values() for n in names}
   if not all(runs.values()):
     return
@@ -209,15 +209,15 @@ def plot_budget(study: Mapping[str, Any], docs: pathlib.Path) -> None:
     axis.plot(*np.concatenate(points).T, "o", color=line.get_color(), markersize=3)
   axis.set(xlabel="UNet evaluations of training", ylabel="share of the preferred style, %")
   axis.legend()
-  figure.savefig(docs / "study_budget.png", dpi=110)
+  figure.savefig(docs / "papers_budget.png", dpi=110)
   plt.close(figure)
 
 
 def write(folder: pathlib.Path, docs: pathlib.Path) -> None:
-  """Writes the report of the runs in `folder` into `docs`; findings come from study_findings.md there."""
+  """Writes the report of the runs in `folder` into `docs`; findings come from papers_findings.md there."""
   study = collect(folder)
   docs.mkdir(parents=True, exist_ok=True)
   plot_budget(study, docs)
-  findings = docs / "study_findings.md"
-  (docs / "study.md").write_text(markdown(study, findings.read_text() if findings.is_file() else ""))
-  (docs / "study.json").write_text(json.dumps(study, indent=1) + "\n")
+  findings = docs / "papers_findings.md"
+  (docs / "papers.md").write_text(markdown(study, findings.read_text() if findings.is_file() else ""))
+  (docs / "papers.json").write_text(json.dumps(study, indent=1) + "\n")
