@@ -320,7 +320,7 @@ def test_smaller_images_keep_their_shape():
 # ---- Training ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto", "denoise", "autoencode", "spm"])
+@pytest.mark.parametrize("objective", ["dpo", "kto", "denoise", "autoencode", "spm", "lrm"])
 def test_offline_methods_train_on_the_size(objective):
   c = recipe(objective, spm__decode_size=8 if objective == "spm" else 0)
   experiment = build.build(c)

@@ -439,7 +439,7 @@ def _latent_reward_model(
   pipe = _load(config, sharding, trained=trained, components=[n for n in of.networks if n in trained] + others)
   with families.opened(config.family):
     model = of.model(pipe, vae_slicing=vae_slicing)
-  tokenize = pipe.tokenize
+  model, tokenize = at_size(config, model), pipe.tokenize
   remat = tuple(level.strip() for level in config.remat.split(","))
   of_levels = remat[0] if len(remat) == 1 else remat
   if start and continued:
