@@ -76,7 +76,8 @@ def mean_std(
     x_s: [B,...] the current sample.
     s, next_s: f32[B] its noise level, and that to go to.
     eta: strength of the noise. 0 is Euler's step of the ODE, whichever the SDE; Flow-GRPO uses 0.7.
-    sde: "flow_grpo", "dance", or "cps", whose last step, to 0, is without noise.
+    sde: "flow_grpo", "dance", or "cps". The noise of "cps" does not shrink with the step, so it is for few steps; its
+      last step, to 0, has none.
   Returns:
     mean f32[B,...] and std f32[B]. The sample is mean + std * noise.
   Raises:

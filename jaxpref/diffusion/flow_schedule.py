@@ -40,7 +40,7 @@ class FlowSchedule:
     shift: the static shift; 1 with a dynamic one.
     use_dynamic_shifting: the shift depends on the image size, see `mu_of_tokens`.
     time_shift_type: the dynamic shift is exp(mu), "exponential", or mu, "linear".
-    base_shift, max_shift: mu at these numbers of tokens:
+    base_shift, max_shift: mu at base_image_seq_len and at max_image_seq_len.
     base_image_seq_len, max_image_seq_len: numbers of image tokens.
     shift_terminal: stretches the levels so that the last one before 0 has this value; None for none.
     sigma_type: "flow", or "karras", "exponential" or "beta" for levels spaced otherwise between the same ends.
@@ -271,7 +271,8 @@ def solver_steps(schedule: FlowSchedule, num_steps: int, *, mu: float | None = N
     has = "shift_terminal" if schedule.sigma_type == "flow" else f"{schedule.sigma_type} sigmas"
     raise ValueError(f"the schedule has {has}, with which DPM-Solver++ is not implemented; use Euler's steps.")
   total = schedule.num_train_timesteps
-  levels = shifted(1.0 - np.linspace(1.0 / total, 1.0, num_steps + 1)[:-1], schedule.shift_at(mu))
+  # In diffusers' order of operations: rounding down to integers sees the last bit.
+  levels = np.flip(shifted(1.0 - np.linspace(1.0, 1.0 / total, num_steps + 1), schedule.shift_at(mu)))[:-1]
   sigma = levels.astype(np.float32).astype(np.float64)
   alpha = 1.0 - sigma
   next_sigma, next_alpha = np.append(sigma[1:], 0.0), np.append(alpha[1:], 1.0)

@@ -96,7 +96,7 @@ def test_quantiles_of_the_beta_distribution_equal_scipys(a):
 # DPM-Solver++
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 20, 50])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 9, 10, 20, 45, 50])
 @pytest.mark.parametrize("shift", [1.0, 3.0, "dynamic"])
 def test_solver_times_and_levels_equal_diffusers(shift, num_steps):
   pytest.importorskip("torch")

@@ -12,9 +12,10 @@ from jaxpref import diffusion
 from jaxpref.diffusion import flow, samplers
 from jaxpref.evaluation import drawing
 from jaxpref.objectives import pools, spo
+from jaxpref.rewards.base import Scores
 
 SHAPE = (3, 6, 5, 4)
-STEP = 1e-5  # relative to the norm; measured: 2e-7 a step, 5e-7 a trajectory of Euler's steps, 3e-6 of the solver's
+STEP = 1e-5  # relative to the norm; measured: 6e-7 for a trajectory of Euler's steps, 6e-7 for one of the solver's
 SD3 = diffusion.flow_from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
 PROCESS = diffusion.RectifiedFlow(SD3)
 CONFIGS = {
@@ -51,6 +52,18 @@ def error(ours, theirs):
 def process_of(config):
   schedule = diffusion.flow_from_config(config)
   return diffusion.RectifiedFlow(schedule, MU if schedule.use_dynamic_shifting else None)
+
+
+def gaussian_velocity(x, s, mean, std):
+  """v at x of the flow from N(mean, std^2) to N(0, 1): E[noise - x0 | x]."""
+  var = (1 - s) ** 2 * std**2 + s**2
+  centred = (x - (1 - s) * mean) / var
+  return s * centred - (mean + (1 - s) * std**2 * centred)
+
+
+def of_gaussian(x, t):
+  """For the samplers: of data N(0.8, 0.5^2)."""
+  return gaussian_velocity(x, (t / 1000)[:, None, None, None], 0.8, 0.5)
 
 
 def by_diffusers(scheduler, num_steps, mu, x):
@@ -154,14 +167,14 @@ def test_each_single_step_equals_diffusers():
     assert error(mean, expected) <= STEP and not std.any()
 
 
-def test_dpm_solver_is_of_second_order():
-  """A fraction of Euler's error at 20 steps, and a quarter of its own at twice the steps."""
-  x = draw(4)
-  solve = lambda n: np.asarray(jax.jit(lambda x: samplers.solver_sample(predict, PROCESS.solver_steps(n), x))(x))
-  euler = jax.jit(lambda x: samplers.sample(predict, PROCESS, x, jax.random.key(0), num_steps=20, eta=0.0))(x)
-  exact, coarse, fine = solve(500), solve(20), solve(40)
-  assert error(coarse, exact) < 0.5 * error(euler, exact)
-  assert error(fine, exact) < 0.4 * error(coarse, exact)
+@pytest.mark.parametrize("num_steps", [20, 40])
+def test_dpm_solver_is_nearer_to_the_exact_samples_than_euler(num_steps):
+  """On Gaussian data, whose ODE is known: 0.014 and 0.005 of the norm against Euler's 0.071 and 0.036."""
+  x = jnp.asarray(draw(4))
+  solver = samplers.solver_sample(of_gaussian, PROCESS.solver_steps(num_steps), x)
+  euler = samplers.sample(of_gaussian, PROCESS, x, jax.random.key(0), num_steps=num_steps, eta=0.0)
+  exact = 0.8 + 0.5 * np.asarray(x)
+  assert error(solver, exact) < 0.25 * error(euler, exact) < 0.02
 
 
 def test_solvers_are_a_process_that_says_so():
@@ -243,13 +256,6 @@ def test_steps_with_noise_follow_their_papers(sde, eta):
     np.testing.assert_allclose(std[i], expected[1], rtol=1e-4, atol=1e-7)  # near s = 1 a rounding of 1 - s
 
 
-def gaussian_velocity(x, s, mean, std):
-  """v at x of the flow from N(mean, std^2) to N(0, 1): E[noise - x0 | x]."""
-  var = (1 - s) ** 2 * std**2 + s**2
-  centred = (x - (1 - s) * mean) / var
-  return s * centred - (mean + (1 - s) * std**2 * centred)
-
-
 def moments(process, num_steps, eta, mean, std):
   """Mean and variance at every level of the samples that `transition` makes of N(0, 1), exactly.
 
@@ -268,41 +274,57 @@ def moments(process, num_steps, eta, mean, std):
   return np.asarray(found[1:]), np.float64(prev_t) / 1000
 
 
-@sdes
 @pytest.mark.parametrize("eta", [0.0, 0.4, 0.7])
+@pytest.mark.parametrize("sde", ["flow_grpo", "dance"])
 def test_noise_keeps_the_marginals_of_the_ode(sde, eta):
-  """On N(0.8, 0.5^2) in 1000 steps: mean and deviation at every level are those of the path."""
+  """On N(0.8, 0.5^2) in 1000 steps: mean and deviation are those of the path.
+
+  Where Flow-GRPO's noise level has no bound, near s = 1, even these steps are too long: 0.046 off at eta 0.7.
+  """
   process = diffusion.RectifiedFlow(diffusion.FlowSchedule(), sde=sde)
   found, s = moments(process, 1000, eta, 0.8, 0.5)
-  np.testing.assert_allclose(found[:, 0], (1 - s) * 0.8, atol=4e-3)
-  np.testing.assert_allclose(np.sqrt(found[:, 1]), np.sqrt((1 - s) ** 2 * 0.25 + s**2), atol=4e-3)
+  wrong = np.abs(np.sqrt(found[:, 1]) - np.sqrt((1 - s) ** 2 * 0.25 + s**2))
+  np.testing.assert_allclose(found[:, 0], (1 - s) * 0.8, atol=1e-5)
+  assert wrong[s <= 0.5].max() < 3e-3
+  assert wrong.max() < (0.05 if sde == "flow_grpo" and eta else 1e-3)
+  fewer, at = moments(process, 100, eta, 0.8, 0.5)
+  of_fewer = np.abs(np.sqrt(fewer[:, 1]) - np.sqrt((1 - at) ** 2 * 0.25 + at**2))
+  assert wrong[s <= 0.9].max() < 0.7 * of_fewer[at <= 0.9].max()
 
 
-def test_few_steps_lose_variance_differently():
-  """Deviations at the end of 10 steps with shift 3, of data with 0.5: no sampler keeps them."""
-  end = lambda sde, eta: math.sqrt(moments(diffusion.RectifiedFlow(SD3, sde=sde), 10, eta, 0.0, 0.5)[0][-1, 1])
-  found = {"ode": end("flow_grpo", 0.0), **{sde: end(sde, 0.7) for sde in EQUATIONS}}
-  print(found)
-  assert abs(found["ode"] - 0.360) < 5e-4
+@pytest.mark.parametrize("eta", [0.0, 0.4, 0.9])
+def test_cps_keeps_the_marginals_of_a_point_exactly(eta):
+  """Sample and noise are then known, and their coefficients are those of the path in any number of steps."""
+  found, s = moments(diffusion.RectifiedFlow(SD3, sde="cps"), 5, eta, 0.8, 0.0)
+  np.testing.assert_allclose(found[:, 0], (1 - s) * 0.8, atol=1e-6)
+  np.testing.assert_allclose(np.sqrt(found[:, 1]), s, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("sde", "eta", "deviation"), [("dance", 0.0, 0.3592), ("flow_grpo", 0.7, 0.4210), ("cps", 0.7, 0.3198)]
+)
+def test_ten_steps_lose_variance(sde, eta, deviation):
+  """Deviation of the samples at the end, of data with 0.5, with shift 3."""
+  found = moments(diffusion.RectifiedFlow(SD3, sde=sde), 10, eta, 0.0, 0.5)[0][-1, 1]
+  assert abs(math.sqrt(found) - deviation) < 1e-4
 
 
 @sdes
 def test_trajectories_have_these_moments_and_densities(sde):
   stats = pytest.importorskip("scipy.stats")
   process, rows = diffusion.RectifiedFlow(SD3, sde=sde), 20_000
-  velocity = lambda x, t: gaussian_velocity(x, (t / 1000)[:, None, None, None], 0.8, 0.5)
   x = jax.random.normal(jax.random.key(0), (rows, 1, 1, 1))
   key = jax.random.key(1)
   expected, _ = moments(process, 10, 0.7, 0.8, 0.5)
   if sde == "cps":
-    end = samplers.sample(velocity, process, x, key, num_steps=10, eta=0.7)
+    end = samplers.sample(of_gaussian, process, x, key, num_steps=10, eta=0.7)
     with pytest.raises(ValueError, match="sde is 'cps', whose last step has no noise"):
-      samplers.trajectories(velocity, process, x, key, num_steps=10, eta=0.7)
+      samplers.trajectories(of_gaussian, process, x, key, num_steps=10, eta=0.7)
   else:
-    found = jax.jit(lambda x: samplers.trajectories(velocity, process, x, key, num_steps=10, eta=0.7))(x)
+    found = jax.jit(lambda x: samplers.trajectories(of_gaussian, process, x, key, num_steps=10, eta=0.7))(x)
     end = found.x[:, -1]
     mean, std = process.transition(
-      velocity(found.x[:, 4], jnp.full(rows, found.t[4])),
+      of_gaussian(found.x[:, 4], jnp.full(rows, found.t[4])),
       found.x[:, 4],
       jnp.full(rows, found.t[4]),
       jnp.full(rows, found.prev_t[4]),
@@ -362,10 +384,7 @@ def test_unknown_noise_is_refused():
 
 def test_rollout_of_spo_runs_on_flow():
   """Its groups, thresholds and scores, at times that are not integers."""
-  score = lambda x0, t: types.SimpleNamespace(total=jnp.mean(x0, axis=(1, 2, 3)) + 0 * t)
-  jax.tree_util.register_pytree_node(
-    types.SimpleNamespace, lambda v: ((v.total,), None), lambda _, leaves: types.SimpleNamespace(total=leaves[0])
-  )
+  score = lambda x0, t: Scores(jnp.mean(x0, axis=(1, 2, 3)) + 0 * t, {})
   found = spo.pool_rollout(
     predict,
     score,
@@ -510,12 +529,12 @@ def test_reward_scale_follows_the_noise_ratio_to_stable_diffusions_smallest_snr(
 
 
 def test_reward_scale_is_stable_diffusions_at_the_same_snr():
-  """But for the smallest ratio, 0.029, which is 0 here."""
+  """But for the ends of its schedule: the smallest ratio, 0.029, is 0 here, and the largest, 14.61, is 14.74."""
   settings = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
   schedule, t = diffusion.schedule_from_config(settings), jnp.arange(0, 1000, 37)
   alpha, sigma = diffusion.alpha_sigma(schedule, t)
   found = flow.reward_scale(sigma / (alpha + sigma))
-  np.testing.assert_allclose(found, diffusion.timestep_reward_scale(schedule, t), atol=3e-3)
+  np.testing.assert_allclose(found, diffusion.timestep_reward_scale(schedule, t), atol=1e-2)
 
 
 @pytest.mark.parametrize(
