@@ -141,7 +141,6 @@ class TrainingTimes:
       raise ValueError(f"mode_scale is {self.mode_scale!r}, expected between -1 and 2 / (pi - 2), about 1.752.")
 
 
-# Many parameters: the shift, and the settings of two papers.
 def sample_sigmas(
   key: jax.Array,
   batch: int,

@@ -203,7 +203,7 @@ def sigma_grid(
     ValueError: a number of steps, mu, or a level is out of range.
 
   >>> sigma_grid(FlowSchedule(shift=3.0), 4).round(4)
-  array([1.    , 0.8579, 0.6023, 0.0089, 0.    ], dtype=float32)
+  array([1.    , 0.8577, 0.6022, 0.0089, 0.    ], dtype=float32)
   """
   _check_steps(schedule, num_steps)
   shift, total = schedule.shift_at(mu), schedule.num_train_timesteps
