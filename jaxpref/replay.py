@@ -20,7 +20,7 @@ from jaxpref import config as config_lib
 from jaxpref.devices import chips, endings, sharding
 from jaxpref.training import build, checkpoint, metrics, monitor, programs
 
-TIMESTEPS = 1000  # in the schedules of all Stable Diffusion models
+TIMESTEPS = 1000  # of all models here: in Stable Diffusion's schedules, and the time of pure noise of flow models
 NOT_FINITE = ("nan", "inf", "-inf")  # as a report writes them
 
 
@@ -110,9 +110,10 @@ def describe(
       if len(wrong):
         lines.append(f"{name} is not finite in {len(wrong)} of {len(values)} rows: {'; '.join(map(row, wrong[:8]))}")
   bins = recorded["metrics"].get("loss_bin", [])
-  in_bad_bin = [i for i, t in enumerate(times or ()) if bins[t * len(bins) // TIMESTEPS] in NOT_FINITE]
+  places = [min(int(t * len(bins) // TIMESTEPS), len(bins) - 1) for t in times or ()]  # times of flow are floats
+  in_bad_bin = [i for i, place in enumerate(places) if bins[place] in NOT_FINITE]
   if in_bad_bin:  # bins without a row have no mean, which is NaN as well
-    spans = sorted({times[i] * len(bins) // TIMESTEPS for i in in_bad_bin})
+    spans = sorted({places[i] for i in in_bad_bin})
     at = [f"{TIMESTEPS * b // len(bins)}-{TIMESTEPS * (b + 1) // len(bins) - 1}" for b in spans]
     lines.append(f"the loss was not finite at t of {', '.join(at)}, where these rows were:")
     lines += [f"  {row(i)}" for i in in_bad_bin[:16]]

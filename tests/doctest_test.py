@@ -7,8 +7,10 @@ import pytest
 
 from jaxpref import diffusion
 
+NAMES = ["losses", "diffusion.flow_schedule", "diffusion.gaussian", "diffusion.transitions", "reference"]
 
-@pytest.mark.parametrize("name", ["losses", "diffusion.gaussian", "diffusion.transitions", "reference"])
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_docstrings_examples_hold(name):
   names = vars(diffusion) if name.startswith("diffusion.") else {}  # those of the folder, whichever file they are in
   found = doctest.testmod(importlib.import_module(f"jaxpref.{name}"), extraglobs=names)

@@ -649,5 +649,5 @@ def test_weights_are_exported_without_the_module(tmp_path, monkeypatch):
 
 def test_a_sampler_that_a_process_of_ones_own_does_not_have_is_refused():
   model = types.SimpleNamespace(process=types.SimpleNamespace())
-  with pytest.raises(ValueError, match="is for a variance-preserving process, and the model's is SimpleNames"):
+  with pytest.raises(ValueError, match="is for a process with solver_steps, which the model's SimpleNamespace has not"):
     drawing.make_sampler(model, num_inference_steps=2, guidance_scale=1.0, eta=0.0, seed=0, sampler="dpmpp_2m")

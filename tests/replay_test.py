@@ -81,3 +81,7 @@ def test_fields_records_and_times_are_named():
   )
   clean = replay.describe({}, recorded | {"timesteps": None}, {"loss": 0.5, "grad_norm": 1.0}, {})
   assert "the step is finite here" in clean and "not finite at" not in clean
+  of_flow = recorded | {"timesteps": [50.5, 120.25, 1000.0]}  # noise itself is in the last bin, whose loss is finite
+  assert "not finite at t of 100-199, where these rows were:\n  row 1, record 'b', t = 120.25" in replay.describe(
+    {}, of_flow, {"loss": np.nan, "grad_norm": np.nan}, {}
+  )

@@ -1,7 +1,7 @@
 """The interface `Process`, through which methods and samplers use a noise process, and Stable Diffusion's process."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -57,6 +57,19 @@ class Process(Protocol):
     ...
 
 
+@runtime_checkable
+class Solvable(Process, Protocol):
+  """A `Process` that DPM-Solver++ 2M can follow (`samplers.solver_sample`)."""
+
+  def solver_steps(self, num_steps: int, *, karras: bool = False) -> transitions.SolverSteps:
+    """Returns the solver's steps from noise to the sample, with Karras' noise levels (arXiv 2206.00364) if asked.
+
+    Raises:
+      ValueError: the process cannot take that many steps, or has no such levels.
+    """
+    ...
+
+
 @dataclasses.dataclass(frozen=True)
 class VariancePreserving:
   """The `Process` of `gaussian`: discrete-time Gaussian diffusion with DDIM's steps; times are i32 timesteps."""
@@ -93,3 +106,6 @@ class VariancePreserving:
     self, pred: jax.Array, x_t: jax.Array, t: jax.Array, prev_t: jax.Array, *, eta: float
   ) -> tuple[jax.Array, jax.Array]:
     return transitions.ddim_mean_std(self.schedule, pred, x_t, t, prev_t, eta=eta)
+
+  def solver_steps(self, num_steps: int, *, karras: bool = False) -> transitions.SolverSteps:
+    return transitions.dpm_solver_steps(self.schedule, num_steps, karras=karras)

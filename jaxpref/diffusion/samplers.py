@@ -68,6 +68,17 @@ def dpm_solver_sample(
   Returns:
     f32[B,h,w,C] clean latents.
   """
+  return solver_sample(predict, transitions.dpm_solver_steps(schedule, num_steps, karras=karras), x)
+
+
+def solver_sample(predict: Predict, steps: transitions.SolverSteps, x: jax.Array) -> jax.Array:
+  """Samples by the steps of a second-order multistep solver, `Solvable.solver_steps` of a process.
+
+  Args:
+    x: f32[B,h,w,C] standard normal latents.
+  Returns:
+    f32[B,h,w,C] clean latents.
+  """
   x = x.astype(jnp.float32)
 
   def step(carry, s):
@@ -76,8 +87,7 @@ def dpm_solver_sample(
     x0 = s.x0_of_x * x + s.x0_of_pred * pred
     return (s.keep * x + s.new * x0 + s.old * x0_before, x0), None
 
-  steps = jax.tree.map(jnp.asarray, transitions.dpm_solver_steps(schedule, num_steps, karras=karras))
-  (x, _), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), steps)
+  (x, _), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), jax.tree.map(jnp.asarray, steps))
   return x
 
 

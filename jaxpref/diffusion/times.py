@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxpref.diffusion.gaussian import MIN_COEFFICIENT, Schedule
 
 # 1/sqrt(SNR) of Stable Diffusion's scaled-linear schedule ends at an SNR just above this.
-_STABLE_DIFFUSION_MIN_SNR = 4.6e-3
+STABLE_DIFFUSION_MIN_SNR = 4.6e-3
 
 
 def sample_timesteps(
@@ -38,6 +38,13 @@ def sample_timesteps(
   Raises:
     ValueError: gamma or num_bins is out of range.
   """
+  from_noise = bins_from_noise(key, batch, num_train_timesteps=num_train_timesteps, gamma=gamma, num_bins=num_bins)
+  steps_from_noise = jnp.floor(from_noise * (num_train_timesteps / num_bins)).astype(jnp.int32)
+  return num_train_timesteps - 1 - jnp.clip(steps_from_noise, 0, num_train_timesteps - 1)
+
+
+def bins_from_noise(key: jax.Array, batch: int, *, num_train_timesteps: int, gamma: float, num_bins: int) -> jax.Array:
+  """Draws f32[batch] places in [0, num_bins] on an axis of bins from the noisy end; see `sample_timesteps`."""
   if gamma <= 0:
     raise ValueError(f"gamma is {gamma}, expected a positive decay, e.g. 0.9, or 1 for uniform.")
   if not 1 <= num_bins <= num_train_timesteps:
@@ -45,12 +52,10 @@ def sample_timesteps(
   key_bin, key_inside = jax.random.split(key)
   logits = jnp.arange(num_bins, dtype=jnp.float32) * math.log(gamma)
   i = jax.random.categorical(key_bin, logits, shape=(batch,)).astype(jnp.float32)
-  u = jax.random.uniform(key_inside, (batch,), jnp.float32)
-  steps_from_noise = jnp.floor((i + u) * (num_train_timesteps / num_bins)).astype(jnp.int32)
-  return num_train_timesteps - 1 - jnp.clip(steps_from_noise, 0, num_train_timesteps - 1)
+  return i + jax.random.uniform(key_inside, (batch,), jnp.float32)
 
 
-def timestep_reward_scale(schedule: Schedule, t: jax.Array, *, min_snr: float = _STABLE_DIFFUSION_MIN_SNR) -> jax.Array:
+def timestep_reward_scale(schedule: Schedule, t: jax.Array, *, min_snr: float = STABLE_DIFFUSION_MIN_SNR) -> jax.Array:
   """Returns lambda(t) = 1 + minmax_t(1 / sqrt(SNR(t))), the reward scale of arXiv 2505.18736.
 
   Minimum and maximum are those of the whole schedule, so lambda does not depend on the batch.

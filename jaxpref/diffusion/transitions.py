@@ -168,7 +168,7 @@ class SolverSteps(NamedTuple):
       x_next = keep x + new x0 + old x0_before
 
   Attributes:
-    t: i32, descending: the time condition of the network.
+    t: descending: the time condition of the network, i32 timesteps, or f32 times of rectified flow.
     x0_of_x, x0_of_pred: f32, from the network's output to the prediction of x_0.
     keep, new, old: f32; `old` is 0 in the first step and in each step of first order.
   """

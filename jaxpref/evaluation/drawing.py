@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jaxpref.devices import chips, sharding
 from jaxpref.devices.progress import tqdm
-from jaxpref.diffusion import VariancePreserving, samplers
+from jaxpref.diffusion import Solvable, samplers
 from jaxpref.models.base import Model, guided
 from jaxpref.models.vae import to_uint8
 from jaxpref.recipes import sections
@@ -64,12 +64,12 @@ def make_sampler(
   """Returns the jitted function that draws a batch; callers that draw more than once compile it once.
 
   Args:
-    eta: noise of DDIM: 0 is deterministic, 1 ancestral sampling.
+    eta: noise of the process's steps: 0 is deterministic; 1 is ancestral sampling of DDIM.
     seed: seed of the noise, which depends only on it and the number of the picture.
     negative_ids: i32[1, L] of a negative prompt; None for none.
     guidance_rescale: see `models.base.guided`.
-    sampler: "ddim", or "dpmpp_2m" for DPM-Solver++ 2M.
-    karras: noise levels of "dpmpp_2m", see `samplers.dpm_solver_sample`.
+    sampler: "ddim" for the process's own steps (Euler's of rectified flow), or "dpmpp_2m" for DPM-Solver++ 2M.
+    karras: noise levels of "dpmpp_2m", see `Solvable.solver_steps`.
     size: height and width in pixels; the model's own by default.
     share_noise: this many pictures in a row start from the same noise: that of number // share_noise.
     mesh: splits each batch over its devices, which have the weights.
@@ -81,11 +81,14 @@ def make_sampler(
   sections.check_count(num_inference_steps, "num_inference_steps", most=sections.MAX_STEPS)
   if sampler not in SAMPLERS:
     raise ValueError(f"sampler={sampler!r}, expected one of {', '.join(SAMPLERS)}.")
-  if sampler != "ddim" and not isinstance(model.process, VariancePreserving):
-    raise ValueError(
-      f"sampler={sampler!r} is for a variance-preserving process, and the model's is {type(model.process).__name__}; "
-      "expected ddim, which works with any process."
-    )
+  solver_steps = None
+  if sampler != "ddim":
+    if not isinstance(model.process, Solvable):
+      raise ValueError(
+        f"sampler={sampler!r} is for a process with solver_steps, which the model's {type(model.process).__name__} has "
+        "not; expected ddim, which works with any process."
+      )
+    solver_steps = model.process.solver_steps(num_inference_steps, karras=karras)
   latent_shape = model.latent_shape if size is None else model.latent_shape_for(*size)
   sizes = None if size is None else jnp.asarray([[*size, 0.0, 0.0, *size]], jnp.float32)  # the model gets them
   whole, split = (None, None) if mesh is None else (sharding.replicated(mesh), sharding.batch_sharding(mesh))
@@ -104,13 +107,11 @@ def make_sampler(
       lambda x, t, c: model.predict(weights, x, t, c), uncond, guidance_scale, guidance_rescale=guidance_rescale
     )
     predict = lambda x, t: eps(x, t, cond)
-    if sampler == "ddim":
+    if solver_steps is None:
       steps = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed + 1), i))(number)  # each row's own noise
       latents = samplers.sample(predict, model.process, noise, steps, num_steps=num_inference_steps, eta=eta)
     else:
-      assert isinstance(model.process, VariancePreserving)  # see above
-      schedule = model.process.schedule
-      latents = samplers.dpm_solver_sample(predict, schedule, noise, num_steps=num_inference_steps, karras=karras)
+      latents = samplers.solver_sample(predict, solver_steps, noise)
     return to_uint8(model.decode(weights, latents))
 
   on_devices = sample if mesh is None else sharding.on_mesh(mesh, sample)

@@ -242,7 +242,7 @@ def write_bad_step(
     batch: batch on the devices, as the step got it; `record` says which records its rows are.
     step: number of the step.
     metrics: metrics of the step, also those by bin of time.
-    timesteps: i32[B] drawn for the rows; None if none are drawn.
+    timesteps: [B] drawn for the rows; None if none are drawn.
     names: names of records, from their places.
     in_a_row: number, loss and gradient norm of this step and the non-finite ones before it.
   """

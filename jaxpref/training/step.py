@@ -137,7 +137,7 @@ def summed(fn: Callable[[Any], Any], inputs: Any) -> Any:
 
 
 def timesteps(objective: Objective, size: int, *, seed: int, step: int, accumulation: int = 1) -> jax.Array | None:
-  """Returns the timesteps i32[size] that the step drew for a batch's rows; None if the objective draws none for data.
+  """Returns the times [size] that the step drew for a batch's rows; None if the objective draws none for data.
 
   Args:
     step: steps completed before it.
