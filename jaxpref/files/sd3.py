@@ -298,7 +298,8 @@ def save_pipeline(folder: Path, pipe: SD3Pipeline, *, dtype: Any = jnp.float32) 
       "tokenizer_3": [None, None],
     }
     for name, module in pipe.modules.items():
-      library, class_name = index[name] = list(_CLASSES[name])
+      library, class_name = _CLASSES[name]
+      index[name] = [library, class_name]
       if library == "diffusers":
         config, stem = {"_diffusers_version": "0.32.0", **module.config.to_dict()}, "diffusion_pytorch_model"
       else:

@@ -21,8 +21,8 @@ from jaxpref.models.stacks import stack_name
 Dtype = Any
 
 _FEED_FORWARDS = ("relu", "gated-gelu")
-# Keys of a T5 config.json that mean something else than a size, with the values that are implemented.
-_FIXED = {"model_type": ("t5",), "is_decoder": (False,)}
+# Keys of a T5 config.json that are no sizes, with the value that is implemented.
+_FIXED: dict[str, Any] = {"model_type": "t5", "is_decoder": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +66,9 @@ class T5Config:
   @classmethod
   def from_dict(cls, config: Mapping[str, Any]) -> "T5Config":
     """Reads the dict of a config.json; raises ValueError for another network than a T5 encoder."""
-    for key, known in _FIXED.items():
-      if config.get(key) is not None and config[key] not in known:
-        raise ValueError(f"T5Config: {key}={config[key]!r} is not implemented, expected {known[0]!r}.")
+    for key, value in _FIXED.items():
+      if config.get(key) not in (None, value):
+        raise ValueError(f"T5Config: {key}={config[key]!r} is not implemented, expected {value!r}.")
     known = {field.name for field in dataclasses.fields(cls)}
     return cls(**{key: value for key, value in config.items() if key in known and value is not None})
 

@@ -100,7 +100,8 @@ def test_the_transformer_equals_diffusers(config, height, width):
 def test_the_transformer_equals_diffusers_at_full_width(preset):
   pytest.importorskip("diffusers")
   dual = preset.transformer.dual_attention_layers and (0,)
-  config = dataclasses.replace(preset.transformer, num_layers=2, dual_attention_layers=dual)
+  # The table of positions is not what is compared: a smaller one takes less memory.
+  config = dataclasses.replace(preset.transformer, num_layers=2, dual_attention_layers=dual, pos_embed_max_size=24)
   errors = compare_with_diffusers(config, 16, 24, batch=1, length=13)
   print(errors)
   assert max(errors.values()) <= TOLERANCE, errors
