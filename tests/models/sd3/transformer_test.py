@@ -169,9 +169,10 @@ def test_bfloat16_computes_close_to_float32_with_float32_parameters_and_output()
 
 @pytest.fixture(scope="module")
 def by_remat():
-  """Policy -> (gradient, bytes kept for the backward pass)."""
+  """Policy -> (gradient, bytes kept for the backward pass besides the parameters)."""
   inputs, constants = draw_inputs(SD35_M, 12, 12)
   params = presets.init_params(SD3Transformer2DModel(SD35_M), jax.random.key(0))
+  size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
   found = {}
   for remat in ("none", "attention", "block", "full"):
     apply = flax_apply(SD3Transformer2DModel(SD35_M, remat=remat))
@@ -181,7 +182,7 @@ def by_remat():
 
     gradient = jax.jit(jax.grad(loss))(params)
     backward = jax.eval_shape(lambda params, loss=loss: jax.vjp(loss, params)[1], params)
-    found[remat] = gradient, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
+    found[remat] = gradient, size(backward) - size(params)
   return found
 
 
@@ -194,7 +195,7 @@ def test_remat_changes_no_gradient(by_remat, remat):
 def test_remat_keeps_less(by_remat):
   none, attention, block, full = (size for _, size in by_remat.values())
   print(none, attention, block, full)
-  assert attention < 0.9 * none and block < 0.5 * attention and full < 0.9 * block
+  assert attention < 0.6 * none and block < 0.1 * attention and full < 0.8 * block
 
 
 def test_lora_adapts_the_joint_attention_under_the_names_of_diffusers_and_merges_to_the_same_function():
