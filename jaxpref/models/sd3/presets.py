@@ -36,8 +36,11 @@ class SD3Preset:
 # google/t5-v1_1-xxl, the encoder of 4.8 billion parameters of all published models.
 T5_XXL = T5Config(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
 
-_TEXT_ENCODER_2, _TINY_TEXT_ENCODER_2 = presets.SDXL.text_encoder_2, presets.SDXL_MINIATURE.text_encoder_2
-assert _TEXT_ENCODER_2 is not None and _TINY_TEXT_ENCODER_2 is not None
+
+def _second_text_encoder(preset: presets.Preset) -> CLIPTextConfig:
+  assert preset.text_encoder_2 is not None
+  return preset.text_encoder_2
+
 
 SD3_MEDIUM = SD3Preset(
   transformer=SD3TransformerConfig(
@@ -53,7 +56,7 @@ SD3_MEDIUM = SD3Preset(
     use_post_quant_conv=False,
   ),
   text_encoder=presets.SDXL.text_encoder,
-  text_encoder_2=_TEXT_ENCODER_2,
+  text_encoder_2=_second_text_encoder(presets.SDXL),
   text_encoder_3=T5_XXL,
 )
 SD35_MEDIUM = dataclasses.replace(
@@ -99,7 +102,7 @@ def _miniature(**fields: Any) -> SD3Preset:
       use_post_quant_conv=False,
     ),
     text_encoder=presets.SDXL_MINIATURE.text_encoder,
-    text_encoder_2=dataclasses.replace(_TINY_TEXT_ENCODER_2, projection_dim=24),
+    text_encoder_2=dataclasses.replace(_second_text_encoder(presets.SDXL_MINIATURE), projection_dim=24),
     text_encoder_3=T5Config(
       vocab_size=presets.TINY_VOCAB_SIZE,
       d_model=48,
