@@ -170,12 +170,12 @@ def test_bfloat16_computes_close_to_float32_with_float32_parameters_and_output()
 @pytest.fixture(scope="module")
 def by_remat():
   """Policy -> (gradient, bytes kept for the backward pass besides the parameters)."""
-  inputs, constants = draw_inputs(SD35_M, 12, 12)
-  params = presets.init_params(SD3Transformer2DModel(SD35_M), jax.random.key(0))
+  inputs, constants = draw_inputs(SD3, 12, 12)
+  params = presets.init_params(SD3Transformer2DModel(SD3), jax.random.key(0))
   size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
   found = {}
   for remat in ("none", "attention", "block", "full"):
-    apply = flax_apply(SD3Transformer2DModel(SD35_M, remat=remat))
+    apply = flax_apply(SD3Transformer2DModel(SD3, remat=remat))
 
     def loss(params, apply=apply):
       return jnp.sum(apply(params, **inputs, **constants) ** 2)
@@ -195,7 +195,7 @@ def test_remat_changes_no_gradient(by_remat, remat):
 def test_remat_keeps_less(by_remat):
   none, attention, block, full = (size for _, size in by_remat.values())
   print(none, attention, block, full)
-  assert attention < 0.6 * none and block < 0.1 * attention and full < 0.8 * block
+  assert attention < 0.6 * none and block < 0.1 * attention and full < 0.9 * block
 
 
 def test_lora_adapts_the_joint_attention_under_the_names_of_diffusers_and_merges_to_the_same_function():
@@ -217,11 +217,12 @@ def test_lora_adapts_the_joint_attention_under_the_names_of_diffusers_and_merges
   adapter = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), jnp.float32), again)
   inputs, constants = draw_inputs(SD35_M, 4, 6)
   arguments = (inputs["sample"], constants["timesteps"], inputs["text"], inputs["pooled"])
-  plain = jax.jit(model.apply)({"params": params}, *arguments)
-  for remat in ("none", "attention", "full"):
+  apply = jax.jit(model.apply)
+  plain = apply({"params": params}, *arguments)
+  merged = apply({"params": lora.merge_lora(params, adapter, 0.5)}, *arguments)
+  for remat in ("none", "full"):
     network = SD3Transformer2DModel(SD35_M, remat=remat)
     adapted = jax.jit(lambda a, network=network: lora.apply(network, params, a, *arguments, scale=0.5))(adapter)
-    merged = jax.jit(model.apply)({"params": lora.merge_lora(params, adapter, 0.5)}, *arguments)
     np.testing.assert_allclose(adapted, merged, rtol=1e-4, atol=1e-4)
     assert np.abs(np.asarray(adapted - plain)).max() > 1e-2
 
