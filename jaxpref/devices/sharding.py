@@ -21,6 +21,11 @@ AXES = ("data", "fsdp", "tensor")
 DEFAULT_RULES: tuple[tuple[str, Any], ...] = (
   (r"(to_q|to_k|to_v|q_proj|k_proj|v_proj|fc1|net\.0/proj)/kernel$", PartitionSpec("fsdp", "tensor")),
   (r"(to_out\.0|out_proj|fc2|net\.2)/kernel$", PartitionSpec("tensor", "fsdp")),
+  # The modulation and the text's output of the transformer of Stable Diffusion 3, and T5.
+  (r"norm1(_context)?/linear/kernel$", PartitionSpec("fsdp", "tensor")),
+  (r"to_add_out/kernel$", PartitionSpec("tensor", "fsdp")),
+  (r"(SelfAttention/[qkv]|DenseReluDense/wi(_[01])?)/kernel$", PartitionSpec("fsdp", "tensor")),
+  (r"(SelfAttention/o|DenseReluDense/wo)/kernel$", PartitionSpec("tensor", "fsdp")),
   (r".*", "fsdp"),
 )
 

@@ -5,10 +5,10 @@ The names in a file are the paths in the tree: `{"down_blocks.0": {"resnets.1": 
 in files, dense kernels [in, out] here and [out, in] there; `scale` of norms and `embedding` are
 `weight` there. A scanned stack of equal layers is one module here, whose arrays have a leading axis
 of layers: `{"transformer_blocks": {"norm1": {"scale": [depth, C]}}}` is
-`transformer_blocks.0.norm1.weight`, `transformer_blocks.1.norm1.weight`, ... Nothing else differs,
-so there are no tables. Tensors are read, converted, cast and placed one by one, in small pieces and
-without mapping files into memory: the host holds one array (of all layers of a stack), or the part
-of it that its devices take, never a whole model.
+`transformer_blocks.0.norm1.weight`, `transformer_blocks.1.norm1.weight`, ... (see `models.stacks`).
+Nothing else differs, so there are no tables. Tensors are read, converted, cast and placed one by
+one, in small pieces and without mapping files into memory: the host holds one array (of all layers
+of a stack), or the part of it that its devices take, never a whole model.
 """
 
 import contextlib
@@ -41,6 +41,8 @@ _STEMS = ("diffusion_pytorch_model", "model")
 # buffers of old transformers files that are not parameters.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _BUFFERS = re.compile(r"\.position_ids$")
+# A second name of the same tensor, which some files hold instead or as well (T5's embedding).
+_TIED = {"encoder.embed_tokens.weight": "shared.weight"}
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 _PIECE = 2**20  # bytes to read at once
 _SAMPLE = 256  # bytes of a fingerprint
@@ -173,6 +175,8 @@ def _modern_names(key: str) -> Iterator[str]:
   yield f"vision_model.{key}"
   # A step-aware preference model saved as an attribute of its trainer.
   yield key.removeprefix("model.")
+  if key in _TIED:
+    yield _TIED[key]
   *modules, name, leaf = f".{key}".split(".")
   if name in _OLD_ATTENTION:
     yield ".".join((*modules, _OLD_ATTENTION[name], leaf)).lstrip(".")
@@ -348,7 +352,7 @@ def _match(
   found = {key: tensor.shape for key, tensor in tensors.items()}
   names, unexpected = {key: key for key in found if key in entries}, []
   for key in found:
-    if key not in entries and not _BUFFERS.search(f".{key}"):
+    if key not in entries and not _BUFFERS.search(f".{key}") and _TIED.get(key) not in names:
       modern = next((k for k in _modern_names(key) if k in entries and k not in names), None)
       if modern is None:
         unexpected.append(key)

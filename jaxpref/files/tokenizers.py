@@ -1,18 +1,19 @@
 """Turns captions into token ids with the transformers tokenizers of model folders."""
 
 import importlib
+import json
 import os
 import pathlib
 import shutil
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxpref.files.tensors import Path
-from jaxpref.models.clip import CLIPTextConfig, CLIPTextModel
+from jaxpref.models.clip import CLIPTextConfig
 
 # A dataset may hold thousands of captions that are too long: this many cuts are shown.
 MAX_CUT_WARNINGS = 5
@@ -20,19 +21,20 @@ _cut_warnings: set[str] = set()
 _cut_warnings_lock = threading.Lock()
 
 
-def tokenize(tokenizer: Any, captions: Sequence[str], *, length: int | None = None) -> np.ndarray:
+def tokenize(tokenizer: Any, captions: Sequence[str], *, length: int | None = None, exact: bool = False) -> np.ndarray:
   """Returns token ids as Stable Diffusion makes them: padded and cut to the full context length.
 
   Args:
-    tokenizer: a transformers CLIPTokenizer.
+    tokenizer: a transformers CLIPTokenizer or T5Tokenizer.
     captions: prompts; "" is the empty one of classifier-free guidance.
     length: upper bound of the context length; a tokenizer_config.json without `model_max_length`
       sets none.
+    exact: `length` is the length, whatever the tokenizer's `model_max_length`.
 
   Returns:
     i32[n, L]. One warning per call shows what is cut, and at most MAX_CUT_WARNINGS per process.
   """
-  limit = min(tokenizer.model_max_length, length or tokenizer.model_max_length)
+  limit = length if exact and length else min(tokenizer.model_max_length, length or tokenizer.model_max_length)
   if limit > 10**6:
     raise ValueError(
       "tokenize: tokenizer_config.json has no model_max_length; pass length, the text encoder's "
@@ -86,13 +88,41 @@ def load_tokenizer(folder: Path) -> Any:
   return import_tokenizer("CLIPTokenizer").from_pretrained(str(folder))
 
 
-def load_tokenizer_of(folder: pathlib.Path, suffix: str, encoder: CLIPTextModel) -> Any:
+def load_t5_tokenizer(folder: Path) -> Any:
+  """Loads the T5 tokenizer of a folder, from its tokenizer.json.
+
+  Raises:
+    FileNotFoundError: there is no tokenizer.json.
+  """
+  folder = pathlib.Path(folder)
+  if not (folder / "tokenizer.json").is_file():
+    only = "only a spiece.model" if (folder / "spiece.model").is_file() else "no tokenizer"
+    raise FileNotFoundError(
+      f"{folder} has {only}, expected the tokenizer.json of a T5 tokenizer; download the folder again, or make the file"
+      " with transformers.T5Tokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER), which needs sentencepiece."
+    )
+  # The random miniatures tokenize with a CLIPTokenizer.
+  settings = folder / "tokenizer_config.json"
+  own = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") if settings.is_file() else None
+  kind = own if own == "CLIPTokenizer" else "T5Tokenizer"
+  return import_tokenizer(kind).from_pretrained(str(folder))
+
+
+def load_tokenizer_of(
+  folder: pathlib.Path, suffix: str, encoder: Any, load: Callable[[Path], Any] = load_tokenizer
+) -> Any:
   """Loads the tokenizer of a pipeline folder that belongs to a text encoder.
+
+  Args:
+    folder: the pipeline's folder.
+    suffix: of the tokenizer's and the text encoder's names.
+    encoder: the text encoder.
+    load: what opens the tokenizer's own folder.
 
   Raises:
     ValueError: the tokenizer gives ids that the encoder does not know.
   """
-  tokenizer = load_tokenizer(folder / f"tokenizer{suffix}")
+  tokenizer = load(folder / f"tokenizer{suffix}")
   largest, size = max(tokenizer.get_vocab().values()), encoder.config.vocab_size
   if largest >= size:
     raise ValueError(

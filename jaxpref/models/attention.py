@@ -24,7 +24,6 @@ def choose(length: int, keys: int, heads: int, width: int, dtype: Dtype, *, mask
 
   It depends on the size of an example's logits, whatever the batch: "xla" up to MAX_LOGITS. Beyond it and without a
   mask, "cudnn" on a GPU that can (half precision, heads of at most 128 and a multiple of 8), else "chunked".
-  on a GPU where that can (half precision, heads of at most 128 and a multiple of 8), or "chunked".
   """
   if masked or _logits(length, keys, heads) <= MAX_LOGITS:
     return "xla"
@@ -43,15 +42,19 @@ def attention(
   v: jax.Array,
   mask: jax.Array | None = None,
   *,
+  bias: jax.Array | None = None,
+  scale: float | None = None,
   implementation: Implementation | None = None,
 ) -> jax.Array:
-  """Returns softmax(q k^T / sqrt(D)) v. All attention of all networks passes here.
+  """Returns softmax(scale q k^T + bias) v. All attention of all networks passes here.
 
   Args:
     q: [B, L, H, D].
     k: [B, S, H, D].
     v: [B, S, H, D].
     mask: bool, broadcastable to [B, H, L, S]; True where a query may look. None: everywhere.
+    bias: added to the logits, broadcastable to [B, H, L, S]; None for 0.
+    scale: factor on the products; None for 1 / sqrt(D).
     implementation: "xla" and "cudnn" are those of `jax.nn.dot_product_attention`; "chunked" never holds the logits of
       more than a piece of the queries, not even in the backward pass. Logits and softmax are float32 in all of them.
       None uses what `choose` returns.
@@ -61,11 +64,11 @@ def attention(
   """
   _, length, heads, width = q.shape
   if implementation is None:
-    implementation = choose(length, k.shape[1], heads, width, q.dtype, masked=mask is not None)
+    implementation = choose(length, k.shape[1], heads, width, q.dtype, masked=mask is not None or bias is not None)
   if implementation == "chunked":
-    assert mask is None
+    assert mask is None and bias is None and scale is None
     return _chunked_attention(q, k, v, chunks=-(-_logits(length, k.shape[1], heads) // MAX_LOGITS))
-  return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+  return jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale, implementation=implementation)
 
 
 @functools.cache

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxpref.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from jaxpref.models.sd3.transformer import SD3TransformerConfig
+from jaxpref.models.t5 import T5Config
 from jaxpref.models.unet import UNetConfig
 from jaxpref.models.vae import VAEConfig
 
@@ -42,11 +44,27 @@ _VISION = {
   "intermediate_size": (r"vision_model\.encoder\.layers\.0\.mlp\.fc1\.weight", 0),
   "num_hidden_layers": (r"vision_model\.encoder\.layers\.(\d+)\.mlp\.fc1\.weight", None),
 }
+_SD3 = {
+  "patch_size": (r"pos_embed\.proj\.weight", 2),
+  "in_channels": (r"pos_embed\.proj\.weight", 1),
+  "num_layers": (r"transformer_blocks\.(\d+)\.attn\.to_q\.weight", None),
+  "caption_projection_dim": (r"context_embedder\.weight", 0),
+  "joint_attention_dim": (r"context_embedder\.weight", 1),
+  "pooled_projection_dim": (r"time_text_embed\.text_embedder\.linear_1\.weight", 1),
+}
+_T5 = {
+  "vocab_size": (r"shared\.weight", 0),
+  "d_model": (r"shared\.weight", 1),
+  "d_ff": (r"encoder\.block\.0\.layer\.1\.DenseReluDense\.wo\.weight", 1),
+  "num_layers": (r"encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.q\.weight", None),
+}
 _FIELDS: dict[type, dict[str, tuple[str, int | None]]] = {
   UNetConfig: _UNET,
   VAEConfig: _VAE,
   CLIPTextConfig: _TEXT,
   CLIPVisionConfig: _VISION,
+  SD3TransformerConfig: _SD3,
+  T5Config: _T5,
 }
 
 
@@ -83,7 +101,7 @@ def contradicted_fields(config: Any, shapes: Shapes, prefix: str = "") -> dict[s
   """Returns the fields that the tensors contradict.
 
   Args:
-    config: config of a UNet, an autoencoder, a text encoder or a CLIP; others have no known fields.
+    config: config of a denoiser, an autoencoder, a text encoder or a CLIP; others have no known fields.
     shapes: {name: shape} of the tensors in the files.
     prefix: prefix of the fields' names.
 

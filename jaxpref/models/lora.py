@@ -97,7 +97,7 @@ def init_lora(
     rank: r, at least 1.
     targets: regular expression searched in the dotted name of each linear layer, e.g.
       "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"; the layers of a stack share one name, without
-      number, and are adapted together.
+      number or with a range ("transformer_blocks.0-12.attn.to_q"), and are adapted together.
     init: how A starts: "kaiming", uniform in +-1/sqrt(in) (PEFT's default, kaiming with a = sqrt 5); or "gaussian",
       normal with standard deviation 1/rank (its init_lora_weights="gaussian"), about ten times as large at rank 4.
     dtype: dtype of the factors.

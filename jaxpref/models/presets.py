@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxpref.models import latent_reward
+from jaxpref.models import latent_reward, t5
 from jaxpref.models.clip import (
   CLIPConfig,
   CLIPModel,
@@ -21,6 +21,9 @@ from jaxpref.models.clip import (
 )
 from jaxpref.models.latent_reward import LatentRewardModel
 from jaxpref.models.preference import Judge, JudgeConfig, StepAwareCLIPConfig
+from jaxpref.models.sd3.transformer import SD3Transformer2DModel
+from jaxpref.models.stacks import is_stacked
+from jaxpref.models.t5 import T5EncoderModel
 from jaxpref.models.unet import UNet2DConditionModel, UNetConfig, UNetEncoder
 from jaxpref.models.vae import AutoencoderKL, VAEConfig
 from jaxpref.recipes.sizes import sides
@@ -325,6 +328,15 @@ def example_inputs(module: nn.Module) -> tuple[Any, ...]:
         jnp.zeros((1, 1, c.per_level("cross_attention_dim")[0])),
         added,
       )
+    case SD3Transformer2DModel():
+      return (
+        jnp.zeros((1, c.patch_size, c.patch_size, c.in_channels)),
+        jnp.zeros(1),
+        jnp.zeros((1, 1, c.joint_attention_dim)),
+        jnp.zeros((1, c.pooled_projection_dim)),
+      )
+    case T5EncoderModel():
+      return (jnp.zeros((1, 1), jnp.int32),)
     case AutoencoderKL():
       side = 2 * c.downscale  # the parameters do not depend on it
       return (jnp.zeros((1, side, side, c.in_channels)),)
@@ -452,6 +464,10 @@ def _random_std(module: nn.Module, path: tuple[str, ...], leaf: Any) -> float | 
       text = modules[0] in ("text_model", "text_projection")
       config = config.text_config if text else config.vision_config
     return init_std(config, name if name == "class_embedding" else modules[-1])
+  if isinstance(module, T5EncoderModel):
+    return t5.init_std(module.config, modules[-1].rpartition(".")[2])
+  if isinstance(module, SD3Transformer2DModel):
+    return float(np.prod(leaf.shape[is_stacked(path) : -1])) ** -0.5
   if isinstance(module, LatentRewardModel):
     if modules[0].startswith("text_encoder"):
       return init_std(getattr(module.config, modules[0]), modules[-1])

@@ -4,10 +4,7 @@ Their components are `unet`, `vae`, `text_encoder`, `text_encoder_2`, and `unet_
 """
 
 import dataclasses
-import functools
-import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +13,14 @@ from jaxpref.diffusion import Process
 from jaxpref.models import lora
 from jaxpref.models.base import Cond, Weights
 from jaxpref.models.clip import CLIPTextModel, layer_norm
+from jaxpref.models.latent_space import LatentSpace
 from jaxpref.models.unet import UNet2DConditionModel
-from jaxpref.models.vae import AutoencoderKL, scale_latents, to_float, unscale_latents
+from jaxpref.models.vae import AutoencoderKL
 from jaxpref.recipes.sizes import Size, of_sides, sides
 
 
 @dataclasses.dataclass(frozen=True)
-class StableDiffusion:
+class StableDiffusion(LatentSpace):
   """Stable Diffusion 1.x / 2.x or SDXL, as modules without parameters.
 
   Attributes:
@@ -181,42 +179,3 @@ class StableDiffusion:
     if "text_embeds" in batch:
       cond["added_cond_kwargs"] = {"text_embeds": batch["text_embeds"]}
     return cond
-
-  def encode_images(self, weights: Weights, images: jax.Array, key: jax.Array) -> jax.Array:
-    """Draws scaled latents f32[B,h,w,C] from the VAE's posterior of images [B,H,W,3], u8 or f32 in [-1, 1]."""
-    return self.draw_latents(*self.encode_moments(weights, images), key)
-
-  def encode_moments(self, weights: Weights, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns mean and log variance f32[B,h,w,C] of the VAE's posterior of images [B,H,W,3], u8 or f32 in [-1, 1]."""
-    return self._vae("encode", weights, to_float(images))
-
-  def draw_latents(self, mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.Array:
-    """Draws scaled latents f32[B,h,w,C] from the posterior with these moments; needs no weights."""
-    z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-    return scale_latents(self.vae.config, z)
-
-  def decode(self, weights: Weights, latents: jax.Array, *, size: int = 0) -> jax.Array:
-    """Decodes scaled latents f32[B,h,w,C] to images f32[B,H,W,3], about [-1, 1].
-
-    Args:
-      size: the shorter side of smaller images, in pixels: the latents are shrunk first (linear, antialiased), so that
-        the VAE computes (size / H)^2 as much. The result is close to the shrunk whole images, but not the same.
-        0: the latents' own size.
-    """
-    if size:
-      height, width = latents.shape[1:3]
-      smaller = (size * height // min(height, width), size * width // min(height, width))
-      shape = (latents.shape[0], *self.latent_shape_for(*smaller)[:2], latents.shape[3])
-      latents = jax.image.resize(latents, shape, "linear")
-    return self._vae("decode", weights, unscale_latents(self.vae.config, latents))
-
-  def _vae(self, method: str, weights: Weights, x: jax.Array) -> Any:
-    """Applies the VAE to x [B, ...], in equal slices of at most `vae_slicing` rows."""
-    apply = functools.partial(self.vae.apply, {"params": weights["vae"]}, method=method)
-    rows = x.shape[0] if self.vae_slicing is None else math.gcd(self.vae_slicing, x.shape[0])
-    if rows == x.shape[0]:
-      return apply(x)
-    # Rows are taken with a stride, so each slice stays spread over all devices.
-    slices = x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1)
-    back = lambda y: y.swapaxes(0, 1).reshape(x.shape[0], *y.shape[2:])
-    return jax.tree.map(back, jax.lax.map(apply, slices))

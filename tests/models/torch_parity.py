@@ -4,12 +4,16 @@ The conversion is independent of `jaxpref.files.pipelines`: it walks the Flax tr
 its name, so that a network whose names or shapes deviate cannot pass.
 """
 
+import pathlib
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import torch
+
+from jaxpref.files.tensors import load_tree
 
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
@@ -57,12 +61,27 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
   with torch.no_grad():
     for name, parameter in model.named_parameters():
       noise = torch.randn(parameter.shape, generator=generator)
-      if "norm" in name:
+      if "norm" in name and parameter.ndim == 1:
         parameter.add_(0.3 * noise)
         continue
       gain = 0.1 if any(part in name for part in writes_to_stream) else 1.0
       fan_in = parameter[0].numel() if parameter.ndim > 1 else 10
       parameter.copy_(gain * noise / fan_in**0.5)
+
+
+def through_files(tensors: Mapping[str, np.ndarray], shapes: Any) -> dict[str, Any]:
+  """The tree like `shapes` that `jaxpref.files` reads from a file of these torch tensors."""
+  import safetensors.numpy
+
+  with tempfile.TemporaryDirectory() as folder:
+    file = pathlib.Path(folder) / "model.safetensors"
+    safetensors.numpy.save_file({key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}, file)
+    return load_tree(file, shapes)
+
+
+def _squares(array: Any) -> float:
+  """The sum of squares, in float64."""
+  return float(np.sum(np.square(np.asarray(array), dtype=np.float64)))
 
 
 def relative_error(found: Any, expected: Any) -> float:
@@ -79,6 +98,7 @@ def compare(
   apply: Callable[..., jax.Array],
   inputs: Mapping[str, np.ndarray],
   constants: Mapping[str, np.ndarray],
+  carry: Callable[[Mapping[str, np.ndarray], Any], Any] = to_flax,
 ) -> dict[str, float]:
   """Runs both networks, NHWC, and the gradient of sum(output * random).
 
@@ -89,6 +109,7 @@ def compare(
     apply: (params, **inputs, **constants) -> output.
     inputs: float32 arrays, differentiated.
     constants: arrays that are not.
+    carry: (torch tensors, shapes) -> the tree like `shapes` made of them.
 
   Returns:
     relative errors: "output", "d <input>" for each input, "d params" of all parameters as one
@@ -105,8 +126,8 @@ def compare(
   (expected * torch.tensor(weight)).sum().backward()
   named = dict(torch_model.named_parameters())
   assert all(p.grad is not None for p in named.values()), "a parameter has no gradient in torch"
-  params = to_flax({key: p.detach().numpy() for key, p in named.items()}, shapes)
-  expected_grads = to_flax({key: p.grad.numpy() for key, p in named.items()}, shapes)
+  params = carry({key: p.detach().numpy() for key, p in named.items()}, shapes)
+  expected_grads = carry({key: p.grad.numpy() for key, p in named.items()}, shapes)
 
   def scalar(params, inputs):
     output = apply(params, **inputs, **constants)
@@ -120,8 +141,8 @@ def compare(
     errors[f"d {key}"] = relative_error(input_grads[key], tensor.grad)
   paths = [".".join(key.key for key in path) for path, _ in jax.tree.leaves_with_path(grads)]
   pairs = list(zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True))
-  flat = [np.concatenate([np.ravel(leaf) for leaf in side]) for side in zip(*pairs, strict=True)]
-  errors["d params"] = relative_error(*flat)
+  squares = [(_squares(found - expected), _squares(expected)) for found, expected in pairs]
+  errors["d params"] = float(np.sqrt(sum(error for error, _ in squares) / sum(norm for _, norm in squares)))
   norms = [float(np.linalg.norm(expected)) for _, expected in pairs]
   floor = 1e-2 * float(np.median(norms))
   by_path = {

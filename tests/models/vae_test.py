@@ -1,10 +1,14 @@
 """The VAE against diffusers', and what it refuses."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpref.models import presets
+from jaxpref.models.sd3.presets import SD3_MEDIUM
 from jaxpref.models.vae import AutoencoderKL, VAEConfig, scale_latents, to_float, unscale_latents
 
 TOLERANCE = 1e-4
@@ -27,9 +31,15 @@ BARE = VAEConfig(
   use_post_quant_conv=False,
   mid_block_add_attention=False,
 )
+# As in Stable Diffusion 3: 16 channels, scaled and shifted, without convolutions around the latents.
+SD3 = dataclasses.replace(
+  SD, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False
+)
 
 
-@pytest.mark.parametrize(("config", "height", "width"), [(SD, 9, 12), (BARE, 6, 4)], ids=["sd-odd-size", "bare"])
+@pytest.mark.parametrize(
+  ("config", "height", "width"), [(SD, 9, 12), (BARE, 6, 4), (SD3, 6, 8)], ids=["sd-odd-size", "bare", "sd3"]
+)
 def test_the_vae_equals_diffusers(config, height, width):
   diffusers = pytest.importorskip("diffusers")
   import torch
@@ -82,6 +92,10 @@ def test_scaling_of_latents():
   z = jnp.array([3.0, -1.0])
   np.testing.assert_allclose(scale_latents(config, z), [1.0, -1.0])  # (z - shift) * scale
   np.testing.assert_allclose(unscale_latents(config, scale_latents(config, z)), z)
+
+
+def test_the_vae_of_stable_diffusion_3_has_its_number_of_parameters():
+  assert presets.count_params(AutoencoderKL(SD3_MEDIUM.vae)) == 83_819_683
 
 
 def test_config_round_trip():
