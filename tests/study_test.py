@@ -110,11 +110,14 @@ def test_hidden_scores_know_style_and_caption_of_tiles():
 
 
 def test_accuracy_by_time_counts_pairs_that_are_ranked_as_the_score_ranks_them(tmp_path):
-  true = np.arange(128 * 16, dtype=np.float32).reshape(128, 16)  # the second picture of each pair is the better one
-  np.savez(tmp_path / "validation_scores.npz", style=true)
-  scores = np.zeros((10, 128 * 8, 2), np.float32)
-  scores[:, :, 1] = 1.0
-  scores[3, : 128 * 2] = [1.0, 0.0]
+  liked = np.zeros((128, 8, 2), np.float32)  # the second picture of six of eight pairs is outlined, in two both are
+  liked[:, :, 1], liked[:, :2, 0] = 1.0, 1.0
+  np.savez(tmp_path / "validation_scores.npz", style_share=liked.reshape(128, 16))
+  scores = np.zeros((10, 128, 8, 2), np.float32)
+  scores[:, :, 2:, 1] = 1.0
+  scores[:, :, :2, 0] = 1.0  # which does not count
+  scores[3, :32, :, :] = [1.0, 0.0]
+  scores = scores.reshape(10, 128 * 8, 2)
   assert instrument.by_bin(scores, tmp_path, "style").tolist() == [1.0] * 3 + [0.75] + [1.0] * 6
 
 

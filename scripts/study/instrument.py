@@ -8,8 +8,11 @@ A step-aware model sees a decoded guided prediction of the clean picture, made f
 What the noise has destroyed no model can know. `ceiling` trains the judge itself, with an embedding of t and a second,
 larger tower, to tell the true scores of clean pictures from their predictions: it has the hidden scores' own weights to
 start from, every true score to learn from (not one bit a pair, with noise), and trains until its accuracy on the
-validation pairs stands still. The better of the two sizes is the ceiling. The accuracy is the share of validation pairs
-that are ranked as the hidden score ranks them, in ten ranges of t.
+validation pairs stands still. The better of the two sizes is the ceiling.
+
+The accuracy is the share of validation pairs that are ranked as the hidden score ranks them, in ten ranges of t. Only
+pairs that matter count: those of which one picture is in the preferred style, or shows its caption, and the other does
+not. The rater tosses a coin on most others.
 """
 
 import argparse
@@ -124,10 +127,15 @@ def predictions(ground: pathlib.Path, name: str) -> tuple[np.ndarray, np.ndarray
 
 
 def by_bin(scores: np.ndarray, ground: pathlib.Path, hidden: str) -> np.ndarray:
-  """Returns f64[10]: the share of validation pairs in each range of t that scores f32[10, N, 2] rank rightly."""
-  true = ground_lib.scores(ground, "validation")[hidden].reshape(-1)
-  first, second = true[ground_lib.pair_numbers(len(ground_lib.split("validation")))].T
-  return np.mean((scores[..., 0] > scores[..., 1]) == (first > second), axis=1)
+  """Returns f64[10]: the share of pairs in each range of t that scores f32[10, N, 2] rank as the hidden score does.
+
+  Of the validation pairs those count of which one picture is in the preferred style, or shows its caption.
+  """
+  of_split = ground_lib.scores(ground, "validation")
+  numbers = ground_lib.pair_numbers(len(ground_lib.split("validation")))
+  first, second = of_split[f"{hidden}_share"].reshape(-1)[numbers].T
+  matter = first != second
+  return np.mean((scores[:, matter, 0] > scores[:, matter, 1]) == (first > second)[matter], axis=1)
 
 
 # ---- The ceiling --------------------------------------------------------------------------------------------------

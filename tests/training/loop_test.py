@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from jax._src import distributed as distributed_runtime
 
-from jaxpref import config
+from jaxpref import config, reference
 from jaxpref import main as main_lib
 from jaxpref.data import batching, lease
 from jaxpref.files import pipelines
@@ -586,7 +586,7 @@ def test_the_fields_of_the_reference_arrive(delta, monkeypatch):
   )
   given = []
   monkeypatch.setattr(step, "make_halves", lambda *args, **options: given.append(options["moving"]))
-  stats = loop.reference.ReferenceStats.zeros()
+  stats = reference.ReferenceStats.zeros()
 
   def move(step_number, policy, stats):
     given.clear()
@@ -597,7 +597,7 @@ def test_the_fields_of_the_reference_arrive(delta, monkeypatch):
 
   still, _ = move(2, params, stats)
   moved, after = move(3, params, stats)
-  proposed = loop.reference.propose(ref, params, init, alpha=0.25, rho=0.1)
+  proposed = reference.propose(ref, params, init, alpha=0.25, rho=0.1)
   np.testing.assert_array_equal(still["w"], ref["w"])
   np.testing.assert_allclose(seen[-1].reference["w"], proposed["w"])
   assert seen[-1].base is init
@@ -607,10 +607,10 @@ def test_the_fields_of_the_reference_arrive(delta, monkeypatch):
   high = {"w": jnp.full(2, 9.0)}
   for decay in (0.5, 0.0):
     c.reference.update(delta=1e9, decay=decay)
-    stats = loop.reference.ReferenceStats.zeros()
+    stats = reference.ReferenceStats.zeros()
     for policy in (params, high):
       _, stats = move(3, policy, stats)
-    proposals = [loop.reference.propose(ref, policy, init, alpha=0.25, rho=0.1) for policy in (params, high)]
+    proposals = [reference.propose(ref, policy, init, alpha=0.25, rho=0.1) for policy in (params, high)]
     first, last = (float(jnp.sum(p["w"])) for p in proposals)
     np.testing.assert_allclose(stats.divergence, (first * decay + last) / (1 + decay), rtol=1e-6)
 
