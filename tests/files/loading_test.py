@@ -283,6 +283,7 @@ def test_another_unet_takes_the_place_of_the_models_own(layout, folder, tmp_path
 
 def test_the_family_of_a_model_is_the_one_given_or_that_of_its_run_or_stable_diffusion(tmp_path):
   assert families.of_run("tiny-sd", None) == families.of_run(str(tmp_path), None) == "stable_diffusion"
+  (tmp_path / "export").mkdir()
   for text, found in (('{"family": "mine:OWN"}', "mine:OWN"), ("{}", "stable_diffusion"), ("{", "stable_diffusion")):
     (tmp_path / "config.json").write_text(text)
     for name in (tmp_path, tmp_path / "export"):
