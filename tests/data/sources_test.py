@@ -705,11 +705,12 @@ def test_sources_can_be_sent_to_worker_processes(images, dataset, cache):
 def test_the_page_on_data_names_what_exists():
   root = pathlib.Path(sources.__file__).parents[2]
   page = (root / "docs" / "data.md").read_text()
-  head, _ = page.split("## From raw")
+  head, _ = page.split("\n## ", 1)
+  _, table = page.split("## Which records are used", 1)
   assert set(re.findall(r"^\| `(\w+)`", head, re.M)) == set(config.SOURCES)
   assert set(sources.KINDS) < set(config.SOURCES)
   fields = set(re.findall(r"--config\.([\w.]+\w)", page))
-  fields |= {f"data.{name}" for name in re.findall(r"^\| `(\w+)[`=]", page.removeprefix(head), re.M)}
+  fields |= {f"data.{name}" for name in re.findall(r"^\| `(\w+)[`=]", table, re.M)}
   assert {"data.ties", "data.source"} < fields <= set(config.names())
   assert not [name for name in re.findall(r"configs/\w+\.py", page) if not (root / name).is_file()]
   assert all(hasattr(sources, name) for name in re.findall(r"`(open_\w+|read_prompts)`", head))
