@@ -392,7 +392,7 @@ def test_a_recipe_names_scorers(models, tmp_path, monkeypatch, capsys):
   main.run_and_evaluate(config, str(tmp_path / "run"))
   assert pictures(tmp_path / "run" / "evaluation_1", "aligned") == before
   assert pictures(tmp_path / "run" / "evaluation", "aligned") != before
-  assert "is " + str(tmp_path / "run" / "evaluation_1") + " now" in capsys.readouterr().err
+  assert f"they are in {tmp_path / 'run' / 'evaluation_1'} now" in capsys.readouterr().err
   config.objective = "denoise"
   with pytest.raises(ValueError, match="config.evaluation.scorers=.*expected nothing for this objective"):
     main.run_and_evaluate(config, str(tmp_path / "other"))

@@ -518,7 +518,7 @@ def test_a_report_is_gone_on_from(tmp_path):
   with pytest.raises(ValueError, match="with other fields than it has now"):
     study_plan.restore(file, tmp_path / "third")
   file.write_text("{}")
-  with pytest.raises(ValueError, match=r"expected a study\.json"):
+  with pytest.raises(ValueError, match=r"expected a papers\.json"):
     study_plan.restore(file, tmp_path / "third")
 
 
