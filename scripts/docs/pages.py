@@ -264,7 +264,11 @@ def result(key: str) -> str:
   bases |= {"the study": studied[0]["base_preferred_share"]} if studied else {}
   said = ", ".join(f"{share:.1%} in {where}" for where, share in bases.items())
   head = "| runs | share of the preferred style | win rate against base | change of caption accuracy |"
-  return "\n".join([head, "|---|---|---|---|", *lines, "", f"The base model's share is {said}."]) + "\n"
+  notes = [f"The base model's share is {said}."]
+  if "the study" in bases:
+    notes.append("The study prefers another style, one that is hard to tell apart, and its runs have other lengths.")
+    notes.append("So compare its numbers only with each other.")
+  return "\n".join([head, "|---|---|---|---|", *lines, "", *notes]) + "\n"
 
 
 # ---- Results -------------------------------------------------------------------------------------------------------
