@@ -18,7 +18,7 @@ find_python() {
       fi
     done
   done
-  echo "error: ${PYTHON:-none of python3, python3.11 to python3.14} is no Python of at least 3.11 with venv;" \
+  echo "error: found no Python of at least 3.11 with venv (tried ${PYTHON:-python3, python3.11 to python3.14});" \
     "install one (on Debian: python3 and python3-venv), or name it: PYTHON=/path/to/python bash $0" >&2
   return 1
 }
