@@ -1,5 +1,6 @@
 """Writes the report of scripts/study/study.py: papers.md, papers.json and its plot in docs/results."""
 
+import collections
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -131,8 +132,15 @@ def markdown(study: Mapping[str, Any], findings: str = "") -> str:
   failed = [
     f"{r['variant']} seed {r['seed']}: {r['failed']}" for rows in study["runs"].values() for r in rows if "failed" in r
   ]
-  lines += ["## Missing", "", *(f"- {line}" for line in [*failed, *study["missing"]] or ["nothing"])]
+  lines += ["## Missing", "", *(f"- {line}" for line in [*failed, *_missing(study)] or ["nothing"])]
   return "\n".join(lines) + "\n"
+
+
+def _missing(study: Mapping[str, Any]) -> list[str]:
+  """Returns a line for each variant that lacks runs."""
+  counts = collections.Counter(path.partition("/")[0] for path in study["missing"])
+  untuned = {path.partition("/")[0] for path in study["missing"] if path.endswith("not tuned yet")}
+  return [f"{name}: not tuned yet" if name in untuned else f"{name}: {n} runs" for name, n in counts.items()]
 
 
 def _row(v: study_plan.Variant, rows: Rows) -> list[str]:
@@ -179,7 +187,7 @@ def _tuning(study: Mapping[str, Any]) -> list[list[str]]:
   return rows
 
 
-_HEAD = """# Study of methods on tiny-sd
+_HEAD = """# What the papers claim, on tiny-sd
 
 Made by `python scripts/study/study.py`; what it asks, and how it was to be answered, was written down before it ran:
 [papers_questions.md](papers_questions.md). All numbers are in papers.json.
