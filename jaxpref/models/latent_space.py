@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxpref.models.base import Weights
 from jaxpref.models.vae import AutoencoderKL, scale_latents, to_float, unscale_latents
+from jaxpref.recipes.sizes import Size, of_sides
 
 
 class LatentSpace:
@@ -21,6 +22,22 @@ class LatentSpace:
 
   vae: AutoencoderKL
   vae_slicing: int | None
+
+  @property
+  def unit(self) -> int:
+    """Pixels in a side of one latent."""
+    return self.vae.config.downscale
+
+  @property
+  def image_size(self) -> Size:
+    """Size of the images in pixels: the side of squares, or (height, width)."""
+    height, width, _ = self.latent_shape
+    return of_sides(height * self.unit, width * self.unit)
+
+  @property
+  def latent_shape(self) -> tuple[int, int, int]:
+    """(h, w, C) of one sample's latents."""
+    raise NotImplementedError
 
   def latent_shape_for(self, height: int, width: int) -> tuple[int, int, int]:
     """Returns (h, w, C) of the latents of images of another size in pixels than the model's own."""

@@ -16,7 +16,7 @@ from jaxpref.models.clip import CLIPTextModel, layer_norm
 from jaxpref.models.latent_space import LatentSpace
 from jaxpref.models.unet import UNet2DConditionModel
 from jaxpref.models.vae import AutoencoderKL
-from jaxpref.recipes.sizes import Size, of_sides, sides
+from jaxpref.recipes.sizes import sides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +44,6 @@ class StableDiffusion(LatentSpace):
   vae_slicing: int | None = None
   size: tuple[int, int] | None = None
   denoiser = "unet"
-
-  @property
-  def unit(self) -> int:
-    """Pixels in a side of one latent."""
-    return self.vae.config.downscale
-
-  @property
-  def image_size(self) -> Size:
-    """Size of the images in pixels: the side of squares, or (height, width)."""
-    height, width, _ = self.latent_shape
-    return of_sides(height * self.unit, width * self.unit)
 
   @property
   def latent_shape(self) -> tuple[int, int, int]:

@@ -19,7 +19,6 @@ from jaxpref.models.latent_space import LatentSpace
 from jaxpref.models.sd3.transformer import SD3Transformer2DModel
 from jaxpref.models.t5 import T5EncoderModel
 from jaxpref.models.vae import AutoencoderKL
-from jaxpref.recipes.sizes import Size, of_sides
 
 # Fields of a batch: the prompt's tokens of both CLIPs side by side, those of T5, and the pooled text.
 CLIP_FIELD, T5_FIELD, POOLED_FIELD = "clip_hidden_states", "t5_hidden_states", "pooled_projections"
@@ -81,17 +80,6 @@ class StableDiffusion3(LatentSpace):
       )
     if self.max_sequence_length < 1:
       raise ValueError(f"max_sequence_length={self.max_sequence_length}, expected a positive number of T5's tokens.")
-
-  @property
-  def unit(self) -> int:
-    """Pixels in a side of one latent."""
-    return self.vae.config.downscale
-
-  @property
-  def image_size(self) -> Size:
-    """Size of the images in pixels: the side of squares, or (height, width)."""
-    height, width, _ = self.latent_shape
-    return of_sides(height * self.unit, width * self.unit)
 
   @property
   def latent_shape(self) -> tuple[int, int, int]:
