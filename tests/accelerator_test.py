@@ -99,6 +99,7 @@ def called_sizes(preset, monkeypatch):
   return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd15-miniature", "sdxl-miniature"])
 def test_attention_has_the_sizes_that_the_networks_call(name, monkeypatch):
   assert set(accelerator_proof.attention_sizes([name])) == called_sizes(presets.get_preset(name), monkeypatch)
@@ -214,6 +215,7 @@ def test_a_part_that_fails_or_hangs_leaves_the_others(tmp_path):
   assert calls[0].endswith("--size smoke --limit 2")
 
 
+@pytest.mark.slow
 def test_all_parts_together_have_a_limit(tmp_path):
   (tmp_path / "python").write_text(STUB)
   (tmp_path / "python").chmod(0o755)

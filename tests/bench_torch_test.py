@@ -74,11 +74,8 @@ def compared(outcome_of, case, **fields):
   return found, torch_check.disagreements(found)
 
 
-# A step of SPO takes half a minute to compile.
-SPO = pytest.param("spo-full", marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("case", ["dpo-lora", SPO])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["dpo-lora", "spo-full"])
 def test_both_compute_the_same_step(outcome_of, case):
   found, bad = compared(outcome_of, case)
   assert not bad
@@ -100,13 +97,14 @@ def test_the_published_topologies_compute_the_same_step(case, size):
   assert not torch_check.check(case, size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "case, field, value, seen",
   [
     ("dpo-lora", "loss.beta", 550.0, {"loss", "grad_norm"}),
     ("dpo-lora", "lora.alpha", 5.0, {"loss", "grad_norm"}),
-    pytest.param("spo-full", "loss.beta", 11.0, {"grad_norm"}, marks=pytest.mark.slow),
-    pytest.param("spo-full", "spo.guidance_scale", 6.5, {"scores", "update"}, marks=pytest.mark.slow),
+    ("spo-full", "loss.beta", 11.0, {"grad_norm"}),
+    ("spo-full", "spo.guidance_scale", 6.5, {"scores", "update"}),
   ],
 )
 def test_another_field_is_seen(outcome_of, case, field, value, seen):
@@ -114,6 +112,7 @@ def test_another_field_is_seen(outcome_of, case, field, value, seen):
   assert seen <= set(compared(outcome_of, case, **{field: value})[1])
 
 
+@pytest.mark.slow
 def test_a_swapped_winner_is_seen(outcome_of, monkeypatch):
   load = torch_steps.load_batch
 

@@ -69,6 +69,7 @@ def files(folder):
   return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow  # training/checkpoint_test.py has its kinds in one process
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before(alone, tmp_path):
   folder = tmp_path / "run"
   shutil.copytree(alone, folder)
@@ -91,6 +92,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(alone, tmp_path):
   assert files(folder) == before
 
 
+@pytest.mark.slow
 def test_a_full_disk(alone, tmp_path):
   """As if: no file may be larger than 200 kB, so that the numbers cannot be written and all else can."""
   folder = tmp_path / "run"

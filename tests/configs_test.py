@@ -144,7 +144,7 @@ def quick(monkeypatch, datasets):
 
 
 # Of the others each part is run by one that is not slow: SDXL, a reference that moves, rollouts, each kind of export.
-SLOW = ("tdpo_sd15", "dpo_sd15", "dpo_sdxl", "spo_sd15", "spo_sdxl", "lrm_sdxl", "lpo_sdxl")
+SLOW = ("tdpo_sd15", "dpo_sd15", "dpo_sdxl", "spo_sd15", "spo_sdxl", "spm_sd15", "lrm_sd15", "lrm_sdxl", "lpo_sdxl")
 MARKED = [pytest.param(name, marks=(pytest.mark.slow,) if name in SLOW else ()) for name in FULL_SIZE]
 
 

@@ -97,6 +97,22 @@ def networks_are_traced_once():
     yield
 
 
+@pytest.fixture(scope="module")
+def one_device():
+  """Commands and runs of a file use one device, for which a program takes less time to compile than for eight."""
+  from jaxpref.devices import sharding
+
+  make_mesh = sharding.make_mesh
+
+  def of_one(*args, devices=None, **kwargs):
+    of_all = devices is None or len(devices) == jax.device_count()
+    return make_mesh(*args, devices=jax.devices()[:1] if of_all else devices, **kwargs)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, "make_mesh", of_one)
+    yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def free_what_a_file_compiled():
   """A program stays in JAX's caches as long as the process does, and no file runs what another one compiled."""

@@ -29,6 +29,8 @@ from tests import QUICK_FLAGS
 from tests.occupied import occupied
 from tests.small_presets import with_one_attention
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 REPOSITORY = pathlib.Path(__file__).parents[1]
 PROMPTS = ("red apple", "volcano", "grinning cat")
 FEW = ("--steps=2", "--seeds=2", "--guidance_scale=2")
@@ -309,6 +311,7 @@ def test_a_folder_that_another_evaluation_writes_is_refused(models, evaluated, t
   assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(models, evaluated, tmp_path):
   with socket.socket() as free:
     free.bind(("localhost", 0))

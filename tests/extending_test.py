@@ -35,6 +35,8 @@ from tests import QUICK_FLAGS
 from tests.small_presets import smaller, with_one_attention
 from tests.stub_model import draw
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 TINY = {

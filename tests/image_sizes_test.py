@@ -28,6 +28,8 @@ from jaxpref.recipes import sizes
 from jaxpref.rewards import networks, published
 from jaxpref.training import build, checkpoint, loop, optim, programs
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 SIZE = HEIGHT, WIDTH = 16, 24
 LATENT = HEIGHT // 2, WIDTH // 2, 4
 MESH = sharding.make_mesh(devices=jax.devices()[:1])

@@ -80,7 +80,8 @@ def assert_same(found, expected, objective):
   assert worst[name] <= TOLERANCE, (name, worst[name])
 
 
-# In every run of the tests, step_test.py has meshes of stubs, and the test of processes below a mesh of several.
+# In every run of the tests, training/step_test.py has meshes of stubs, devices/sharding_test.py and models/ those of
+# networks, and the test below the rows of several processes.
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", mesh_run.OBJECTIVES)
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=lambda mesh: "x".join(map(str, mesh)))
@@ -126,12 +127,13 @@ def test_four_processes_hold_the_rows_of_one(sizes, tmp_path, monkeypatch):
     np.testing.assert_array_equal(records, rows[place : place + number])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("mesh", "objectives"),
   [
     ((1, 2, 1), ("spm",)),  # compiles fastest
-    pytest.param((1, 2, 1), ("dpo", "tdpo", "spo", "grpo"), marks=pytest.mark.slow),
-    pytest.param((2, 1, 2), mesh_run.OBJECTIVES, marks=pytest.mark.slow),
+    ((1, 2, 1), ("dpo", "tdpo", "spo", "grpo")),
+    ((2, 1, 2), mesh_run.OBJECTIVES),
   ],
   ids=lambda value: "x".join(map(str, value)),
 )

@@ -55,9 +55,9 @@ def assert_close(found, expected):
   assert not wrong, "\n".join(wrong)
 
 
-# The others differ from these in their loss or in what they sample, which tests of their own compare with numpy, or
-# train other networks, which the smoke variants of configs_test.py do.
-ALWAYS = ("dpo", "spo", "grpo")
+# The others differ from these in their loss or in what they sample, which tests of their own compare with numpy
+# (grpo: objectives/policy_gradient_test.py), or train other networks, which the smoke variants of configs_test.py do.
+ALWAYS = ("dpo", "spo")
 OBJECTIVES = [pytest.param(n, marks=[pytest.mark.slow] * (n not in ALWAYS)) for n in same_numbers.OBJECTIVES]
 
 

@@ -1,9 +1,14 @@
 """A step that went wrong is run again from what training left of it."""
 
+import functools
+from unittest import mock
+
+import jax
 import numpy as np
 import pytest
 
 from jaxpref import config, replay
+from jaxpref.devices import sharding
 from jaxpref.files import pipelines
 from jaxpref.models import presets
 from jaxpref.training import loop
@@ -24,8 +29,9 @@ def stop_in(folder):
   c = config.default()
   c.update(objective="dpo", model="random:one-level", num_steps=6, batch_size=16, max_bad_steps=1, accumulation=2)
   c.optimizer.update(name="sgd", learning_rate=1e25, clip_norm=0.0)
-  c.mesh.update(data=4, fsdp=2)
-  with pytest.raises(loop.NonFiniteError) as error:
+  c.mesh.update(data=1, fsdp=2)
+  make_mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:2])
+  with mock.patch.object(sharding, "make_mesh", make_mesh), pytest.raises(loop.NonFiniteError) as error:
     loop.run(c, str(folder / "run"))
   yield folder / "run", str(error.value)
 

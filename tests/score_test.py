@@ -22,6 +22,8 @@ from jaxpref.training import build, inputs
 from tests import decisions
 from tests.occupied import occupied
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.mark.parametrize("size", [(300, 200), (224, 224), (97, 411), (640, 481)])
 def test_images_are_prepared_as_transformers_does(size):

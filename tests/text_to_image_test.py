@@ -144,7 +144,8 @@ def test_a_guidance_scale_that_is_none_is_refused(scale):
     guided(lambda *args: args[0], {}, scale)
 
 
-@drawn
+@pytest.mark.slow
+@pytest.mark.parametrize("models", list(CLASSES), indirect=True)
 def test_guidance_of_0_draws_diffusers_pictures(models):
   """Which follow the prompt."""
   expected = pictures(models[3], noise(models[0].latent_shape), guidance_scale=0.0)
@@ -219,7 +220,8 @@ def test_all_options_together_draw_what_diffusers_draws(models):
     assert np.abs(other - expected).mean() > 0.3, f"{name} shows nothing"
 
 
-@drawn
+@pytest.mark.slow
+@pytest.mark.parametrize("models", list(CLASSES), indirect=True)
 def test_a_model_of_another_size_draws_what_diffusers_draws(models):
   """Which tells SDXL this size, height first."""
   model, params, pipe, theirs = models

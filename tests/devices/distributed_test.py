@@ -352,6 +352,7 @@ def test_without_a_checkpoint_no_step_is_named(tmp_path):
   assert distributed.advice(tmp_path) == "run the same command on all hosts again."
 
 
+@pytest.mark.slow
 def test_a_start_to_which_others_do_not_come():
   """JAX ends the process then."""
   program = """
@@ -430,6 +431,7 @@ def steps_of(folder):
   return sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdecimal())
 
 
+@pytest.mark.slow
 def test_a_slow_process_shows_and_a_broken_one_ends_all(tmp_path):
   """The data of process 1 are slow, and those of step 13 are broken."""
   run = Run(tmp_path / "run", 2, steps=50, save_every=6, SLOW="1 0.4", BROKEN="1 13")

@@ -210,6 +210,7 @@ def test_some_layers_of_a_stack(both, tmp_path):
   assert len(load_file(tmp_path / "kohya.safetensors")) == 3 * len(expected) // 2
 
 
+@pytest.mark.parametrize("both", ["sd15-miniature", pytest.param("sdxl-layout", marks=pytest.mark.slow)], indirect=True)
 def test_several_files_act_together_by_their_strengths(both, tmp_path):
   """As diffusers' set_adapters has them; of a UNet and of text encoders, of different ranks and layers."""
   pipe, unet, params = both.torch_pipe, both.pipe.unet.config, both.pipe.params
