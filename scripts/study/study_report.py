@@ -126,7 +126,7 @@ def markdown(study: Mapping[str, Any], findings: str = "") -> str:
     )
     lines += _table(head, [_row(v, runs[v.name]) for v in members])
     if found := [f for f in study["comparisons"] if f["part"] == part]:
-      head = "variant | against | seeds | share, points [95 %] | p | p by Holm | captions | win rate"
+      head = "variant | against | seeds | share, points [95 %] | finds | p | p by Holm | captions | win rate"
       lines += _table(head, [_comparison(f) for f in found])
   lines += ["## Tuning", "", *_table("variant | learning rate, beta: share (captions, points)", _tuning(study))]
   failed = [
@@ -163,11 +163,13 @@ def _comparison(f: Mapping[str, Any]) -> list[str]:
   share = f["share"]
   name = f"**{f['variant']}**" if f["main"] else f["variant"]
   p = [f"{share[key]:.2g}" if key in share else "" for key in ("p", "p_holm")]
+  n = len(share["values"])
   return [
     name,
     f["against"],
-    str(len(share["values"])),
+    str(n),
     _points(share),
+    f"{100 * power(float(np.std(share['values'], ddof=1)), n):.1f}" if n > 2 else "",
     *p,
     _points(f["captions"]),
     _points(f["win_rate"]),
@@ -195,7 +197,8 @@ Made by `python scripts/study/study.py`; what it asks, and how it was to be answ
 _NUMBERS = """Means over seeds (lowest to highest). Deviation: the standard deviation of share between seeds, in points.
 Captions: change of caption accuracy against base. Minutes are those of training alone, by the median step, on one core.
 UNet evaluations are those of one sample in training. Comparisons are by seed; those in bold are the main ones, which
-are not corrected for their number.
+are not corrected for their number. Finds: the difference in points that a comparison of so many seeds, with the spread
+that they have, would find with 80 % probability.
 """
 
 
