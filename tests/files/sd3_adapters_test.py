@@ -36,7 +36,9 @@ def random_adapter(params, rank=RANK, targets="", seed=2):
   """Of every linear layer, with a B that is not zero."""
   adapter = lora.init_lora(jax.random.key(1), params, rank=rank, targets=targets)
   rng = np.random.default_rng(seed)
-  return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32) / x.shape[-2] ** 0.5, adapter)
+  return jax.tree.map(
+    lambda x: np.float32(0.5 / x.shape[-2] ** 0.5) * rng.standard_normal(x.shape, np.float32), adapter
+  )
 
 
 @dataclasses.dataclass
@@ -229,7 +231,7 @@ def with_kohya(weights, file):
     key = "lora_unet_" + name.replace(".", "_")
     if f"{key}.lora_up.weight" in tensors:
       up, down, alpha = (tensors.pop(f"{key}.{part}") for part in ("lora_up.weight", "lora_down.weight", "alpha"))
-      weights[name] = weight + float(alpha) / len(down) * up @ down
+      weights[name] = weight + float(alpha) / len(down) * up.astype(np.float32) @ down.astype(np.float32)
   assert not tensors, list(tensors)
   return weights
 
