@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from jaxpref.diffusion import flow_from_config
+from jaxpref.diffusion import RectifiedFlow, flow_from_config
 from jaxpref.evaluation import drawing, settings
 from jaxpref.files import sd3
 from jaxpref.models.sd3.model import StableDiffusion3
@@ -25,7 +25,7 @@ def pipe():
 
 
 def draw(pipe, latents, **options):
-  process = flow_from_config(pipe.scheduler_config)
+  process = RectifiedFlow(flow_from_config(pipe.scheduler_config))
   model = StableDiffusion3(**pipe.modules, process=process, max_sequence_length=pipe.max_sequence_length)
   weights = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
   usual = {"num_inference_steps": 3, "guidance_scale": 4.0, "eta": 0.0, "seed": 0, "batch_size": 2}
@@ -65,5 +65,5 @@ def test_the_length_of_t5_is_a_pipeline_s_own(pipe):
   assert settings.at_length(pipe, None) is pipe
   assert settings.at_length(pipe, LENGTH).max_sequence_length == LENGTH
   whole = sd3.random_pipeline("sd3-miniature", components=())
-  shapes = [settings.at_length(whole, n).tokenize(PROMPTS).shape[1] for n in (3, LENGTH)]
-  assert shapes[1] - shapes[0] == LENGTH - 3
+  shapes = [settings.at_length(whole, n).tokenize(PROMPTS).shape[1] for n in (LENGTH, 12)]
+  assert shapes[1] - shapes[0] == 12 - LENGTH
