@@ -153,19 +153,14 @@ def _joined(layers: Mapping[str, tuple[Any, Any]], target: Target) -> tuple[Any,
   found = {layer: layers[layer] for layer in target.layers if layer in layers}
   a, b = next(iter(found.values()))
   if len(target.layers) > 1:
-    factors = [(np.asarray(a), np.asarray(b)) for a, b in found.values()]
-    a, width = factors[0][0], factors[0][1].shape[1]
-    if all(np.array_equal(a, other) for other, _ in factors):
-      blocks = {layer: b for layer, (_, b) in zip(found, factors, strict=True)}
-    else:
-      starts = np.cumsum([0, *(a.shape[1] for a, _ in factors)])
-      rows = {layer: slice(*starts[i : i + 2]) for i, layer in enumerate(found)}
-      a = np.concatenate([a for a, _ in factors], axis=1)
-      blocks = {layer: np.zeros((a.shape[1], width), b.dtype) for layer in found}
-      for (layer, block), (_, b) in zip(blocks.items(), factors, strict=True):
-        block[rows[layer]] = b
-    nothing = np.zeros((a.shape[1], width), factors[0][1].dtype)
-    b = np.concatenate([blocks.get(layer, nothing) for layer in target.layers], axis=1)
+    rank, width = b.shape
+    shared = all(np.array_equal(a, other) for other, _ in found.values())
+    if not shared:
+      a = np.concatenate([each for each, _ in found.values()], axis=1)
+    b = np.zeros((a.shape[1], len(target.layers) * width), b.dtype)
+    for number, (layer, (_, own)) in enumerate(found.items()):
+      row, column = 0 if shared else number * rank, target.layers.index(layer) * width
+      b[row : row + rank, column : column + width] = own
   return (a, np.roll(b, b.shape[1] // 2, axis=1)) if target.swapped else (a, b)
 
 
