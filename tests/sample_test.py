@@ -186,6 +186,11 @@ def saved_as(array, **kwargs):
   return lambda file: np.save(file, array, **kwargs)
 
 
+def save_cut(file):
+  np.save(file, LATENTS)
+  os.truncate(file, 500)
+
+
 BAD_LATENTS = {
   "rank": (saved_as(LATENTS[0]), r"has the shape [4, 8, 8], expected [N, C, h, w] = [4, 4, 8, 8]; save one array for"),
   "channels": (saved_as(np.tile(LATENTS, (1, 2, 1, 1))), "= [4, 4, 8, 8]: the model's latents have 4 channels, which"),
@@ -215,7 +220,7 @@ BAD_LATENTS = {
     lambda file: np.savez(file.open("wb"), LATENTS),
     "is not an array that numpy.save wrote, the only support",
   ),
-  "cut": (lambda file: (np.save(file, LATENTS), os.truncate(file, 500)), "cannot be read (mmap length is greater than"),
+  "cut": (save_cut, "cannot be read (mmap length is greater than"),
   "empty": (lambda file: file.write_bytes(b""), "is not an array that numpy.save wrote"),
   "missing": (lambda file: None, "there is no such file; give one that --save_latents or numpy.save has written"),
 }
