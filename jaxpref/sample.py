@@ -6,6 +6,7 @@ comparable. All devices take part.
 """
 
 import argparse
+import io
 import json
 import pathlib
 import re
@@ -19,6 +20,7 @@ from jaxpref.devices import endings, sharding
 from jaxpref.evaluation import drawing, pictures, settings
 from jaxpref.files import adapters, loading
 from jaxpref.files import family as families
+from jaxpref.models.base import Model
 
 TABLE_ROWS = 24  # prompts in a folder's grid.png
 
@@ -57,6 +59,13 @@ def main(argv: list[str] | None = None) -> None:
     "--out", type=arguments.path, default=pathlib.Path("samples"), help="a new folder, or NAME.png for a single table"
   )
   add("--overwrite", action="store_true", help="write into a folder that is not empty")
+  add(
+    "--latents",
+    type=arguments.path,
+    metavar="FILE.npy",
+    help="noise to start from, [N, C, h, w] as diffusers takes it, N = prompts x seeds (default: drawn from --seed)",
+  )
+  add("--save_latents", type=arguments.path, metavar="FILE.npy", help="writes the noise that the pictures start from")
   args = parser.parse_args(argv)
   with endings.one_sentence(ValueError, OSError, doing=f"drawing into {args.out}", again="run the same command again"):
     draw(args)
@@ -74,7 +83,7 @@ def draw(args: argparse.Namespace) -> None:
   drawing.check_count(len(prompts), args.seeds)
   mesh = sharding.make_mesh()
   name = loading.with_unet(loading.with_config(args.model, args.model_config), args.unet_model)
-  settings.check_size(name, args)
+  latents = latents_of(args, settings.without_weights(name, args), len(prompts) * args.seeds)
   model, weights, tokenize = settings.load(name, loras, args, mesh)
   names = [f"{p:04d}_{i}{slug(prompt)}.png" for p, prompt in enumerate(prompts) for i in range(args.seeds)]
   batches = drawing.draw(
@@ -84,13 +93,17 @@ def draw(args: argparse.Namespace) -> None:
     batch_size=min(args.batch_size, len(names)),
     progress=f"{len(prompts)} prompts x {args.seeds} seeds",
     mesh=mesh,
+    latents=latents,
     **settings.of_draw(args, model, tokenize),
   )
   shown = prompts if only_table else prompts[:TABLE_ROWS]
   table: list[np.ndarray] = []
   for numbers, images in batches:
-    if not only_table and numbers[0] == 0:  # the settings have proved to work
-      start_folder(args, prompts, names)
+    if numbers[0] == 0:  # the settings have proved to work
+      if not only_table:
+        start_folder(args, prompts, names)
+      if args.save_latents is not None:
+        save_latents(args.save_latents, latents)
     for number, image in zip(numbers, images, strict=True):
       if not only_table:
         pictures.save_image(args.out / names[number], image)
@@ -115,6 +128,40 @@ def check(args: argparse.Namespace) -> None:
   elif args.out.is_dir() and any(args.out.iterdir()) and not args.overwrite:
     raise ValueError(f"--out={args.out} exists and is not empty; choose another folder, or pass --overwrite.")
   paths.check_writable(args.out, "--out")
+  if args.latents is not None:
+    drawing.read_latents(args.latents, f"--latents={args.latents}")
+  if (file := args.save_latents) is not None:
+    if file.suffix != ".npy" or file.is_dir():
+      raise ValueError(f"--save_latents={file}; expected a file that ends in .npy.")
+    if file.exists() and not args.overwrite:
+      raise ValueError(f"--save_latents={file} exists; choose another name, or pass --overwrite.")
+    paths.check_writable(file, "--save_latents")
+
+
+def latents_of(args: argparse.Namespace, model: Model, count: int) -> np.ndarray | None:
+  """Returns f32[count, C, h, w] that --latents gives or --save_latents will write; None without both.
+
+  Args:
+    model: draws the pictures, whose weights are not needed.
+    count: pictures.
+  Raises:
+    ValueError: the model cannot draw pictures of this size, or the latents do not fit.
+  """
+  size = settings.size_of(args, model)
+  shape = model.latent_shape_for(*size) if args.height or args.width else model.latent_shape
+  if args.latents is not None:
+    given = f"--latents={args.latents}"
+    return drawing.check_latents(drawing.read_latents(args.latents, given), count, shape, given)
+  return None if args.save_latents is None else drawing.initial_latents(args.seed, count, shape)
+
+
+def save_latents(file: pathlib.Path, latents: np.ndarray | None) -> None:
+  """Writes latents as numpy.save does."""
+  assert latents is not None
+  stream = io.BytesIO()
+  np.save(stream, latents, allow_pickle=False)
+  file.parent.mkdir(parents=True, exist_ok=True)
+  paths.write(file, stream.getvalue())
 
 
 def slug(prompt: str) -> str:
@@ -133,7 +180,8 @@ def start_folder(args: argparse.Namespace, prompts: list[str], names: list[str])
       earlier = []
     for name in earlier:
       (args.out / name).unlink(missing_ok=True)
-  found: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in ("prompt", "prompts", "out", "overwrite")}
+  not_settings = ("prompt", "prompts", "out", "overwrite", "save_latents")
+  found: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in not_settings}
   found |= {"lora": args.lora or None, "family": families.of_run(args.model, args.family)}
   found["images"] = [
     {"file": name, "prompt": prompts[i // args.seeds], "index": i % args.seeds} for i, name in enumerate(names)

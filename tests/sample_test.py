@@ -3,13 +3,16 @@
 import json
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -133,6 +136,114 @@ def test_a_table_alone_with_a_lora_file_and_another_seed(drawn, few, pipe, tmp_p
   assert found.shape == other.shape and np.abs(found - other).max() > 10
 
 
+LATENTS = np.random.default_rng(0).standard_normal((4, 4, 8, 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpmpp_2m"])
+def test_the_same_latents_give_the_pictures_of_diffusers(few, scheduler, tmp_path):
+  np.save(tmp_path / "latents.npy", LATENTS.astype(np.float64))
+  options = [f"--scheduler={scheduler}", f"--latents={tmp_path / 'latents.npy'}", f"--out={tmp_path / 'out'}"]
+  sample.main([*few, "--prompts", *PROMPTS, *options])
+  folder = pathlib.Path(few[0].removeprefix("--model=")) / "export"
+  theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+  kind = {"ddim": diffusers.DDIMScheduler, "dpmpp_2m": diffusers.DPMSolverMultistepScheduler}[scheduler]
+  theirs.scheduler = kind.from_config(theirs.scheduler.config)
+  latents = torch.from_numpy(LATENTS)
+  settings = {"num_inference_steps": 2, "guidance_scale": 5.0, "num_images_per_prompt": 2, "output_type": "np"}
+  expected = theirs(PROMPTS, latents=latents, **settings).images * 255
+  assert np.abs(pictures(tmp_path / "out") - expected).max() <= 1
+  assert np.abs(expected[:2] - expected[2:]).max() > 10 and expected.std() > 10
+
+
+def test_saved_latents_give_the_same_pictures(drawn, few, tmp_path):
+  """Whatever the seed; and the saved ones are those that the seed draws."""
+  command = [*few, "--prompts", *PROMPTS]
+  first, second = tmp_path / "new" / "first.npy", tmp_path / "second.npy"
+  sample.main([*command, f"--save_latents={first}", f"--out={tmp_path / 'a'}"])
+  sample.main([*command, "--seed=7", f"--latents={first}", f"--save_latents={second}", f"--out={tmp_path / 'b'}"])
+  a, b = pictures(tmp_path / "a"), pictures(tmp_path / "b")
+  np.testing.assert_array_equal(a, b)
+  assert np.abs(a - pictures(drawn)).max() <= 1
+  assert first.read_bytes() == second.read_bytes()
+  saved = np.load(first, allow_pickle=False)
+  assert saved.shape == (4, 4, 8, 8) and saved.dtype == np.float32
+  found = json.loads((tmp_path / "b" / "samples.json").read_text())
+  assert found["latents"] == str(first) and "save_latents" not in found
+  assert json.loads((tmp_path / "a" / "samples.json").read_text())["latents"] is None
+
+
+def test_latents_have_the_size_of_the_pictures(few, tmp_path):
+  file = tmp_path / "latents.npy"
+  command = [*few, "--prompt=cat", "--height=8", f"--out={tmp_path / 'x.png'}"]
+  sample.main([*command, f"--save_latents={file}"])
+  assert np.load(file).shape == (2, 4, 4, 8)
+  with pytest.raises(SystemExit, match="save_latents=.* exists; choose another name, or pass --overwrite"):
+    sample.main([*command, f"--save_latents={file}"])
+  sample.main([*command, f"--latents={file}", f"--save_latents={file}", "--overwrite"])
+
+
+def saved_as(array, **kwargs):
+  return lambda file: np.save(file, array, **kwargs)
+
+
+def save_cut(file):
+  np.save(file, LATENTS)
+  os.truncate(file, 500)
+
+
+BAD_LATENTS = {
+  "rank": (saved_as(LATENTS[0]), r"has the shape [4, 8, 8], expected [N, C, h, w] = [4, 4, 8, 8]; save one array for"),
+  "channels": (saved_as(np.tile(LATENTS, (1, 2, 1, 1))), "= [4, 4, 8, 8]: the model's latents have 4 channels, which"),
+  "channels last": (saved_as(LATENTS.transpose(0, 2, 3, 1)), "has the shape [4, 8, 8, 4], expected [N, C, h, w] = [4,"),
+  "size": (
+    saved_as(LATENTS[..., :4]),
+    "has the shape [4, 4, 8, 4], expected [N, C, h, w] = [4, 4, 8, 8]; choose the h",
+  ),
+  "count": (
+    saved_as(LATENTS[:3]),
+    "one for each picture of each prompt, prompt by prompt; choose prompts and pictures",
+  ),
+  "NaN": (saved_as(LATENTS * np.nan), "holds NaN, infinity or numbers too large for float32; make the latents again"),
+  "large": (saved_as(LATENTS.astype(np.float64) * 1e300), "holds NaN, infinity or numbers too large for float32"),
+  "integers": (saved_as(LATENTS.astype(np.int64)), "holds int64, expected float32, float16 or float64; save it as"),
+  "bfloat16": (saved_as(np.asarray(jnp.asarray(LATENTS, jnp.bfloat16))), "holds |V2, expected float32"),
+  "complex": (saved_as(LATENTS.astype(np.complex64)), "holds complex64, expected float32"),
+  "objects": (
+    saved_as(np.array([{}], object), allow_pickle=True),
+    "cannot be read (Array can't be memory-mapped: Pyth",
+  ),
+  "pickle": (
+    lambda file: file.write_bytes(pickle.dumps(LATENTS)),
+    "is not an array that numpy.save wrote, the only sup",
+  ),
+  "archive": (
+    lambda file: np.savez(file.open("wb"), LATENTS),
+    "is not an array that numpy.save wrote, the only support",
+  ),
+  "cut": (save_cut, "cannot be read (mmap length is greater than"),
+  "empty": (lambda file: file.write_bytes(b""), "is not an array that numpy.save wrote"),
+  "missing": (lambda file: None, "there is no such file; give one that --save_latents or numpy.save has written"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_LATENTS)
+def test_latents_that_do_not_fit_are_refused_before_the_weights_are_read(few, what, tmp_path, monkeypatch):
+  monkeypatch.setattr(settings, "load", None)
+  file = tmp_path / "x.npy"
+  save, message = BAD_LATENTS[what]
+  save(file)
+  with pytest.raises(SystemExit) as stopped:
+    sample.main([*few, "--prompts", *PROMPTS, f"--latents={file}", f"--out={tmp_path / 'out'}"])
+  assert str(stopped.value).startswith(f"error: --latents={file}") and message in str(stopped.value)
+  assert "\n" not in str(stopped.value) and not (tmp_path / "out").exists()
+
+
+def test_a_length_of_t5_is_refused_for_a_model_without_it(few, tmp_path, monkeypatch):
+  monkeypatch.setattr(settings, "load", None)
+  with pytest.raises(SystemExit, match="--max_sequence_length=9 is for models with T5, which this one does not have"):
+    sample.main([*few, "--prompt=cat", "--max_sequence_length=9", f"--out={tmp_path / 'x.png'}"])
+
+
 def test_a_run_stands_for_its_export(tmp_path):
   assert settings.model_folder("organisation/model") == "organisation/model"
   assert settings.model_folder(str(tmp_path)) == str(tmp_path)
@@ -167,6 +278,9 @@ def test_names_of_pictures(prompt, expected):
     (["--prompts", "cat", "pyproject.toml"], "--prompts has 2 prompts, and 'pyproject.toml' is the name of a file"),
     (["--prompts", "nowhere.jsonl"], "there is no file of prompts nowhere.jsonl"),
     (["--negative_prompt=README.md"], "--negative_prompt='README.md' names a file or a folder"),
+    (["--save_latents=x.npz"], "--save_latents=x.npz; expected a file that ends in .npy"),
+    (["--save_latents=/proc/x.npy"], "--save_latents=/proc/x.npy cannot be written"),
+    (["--max_sequence_length=513"], "--max_sequence_length=513; expected at most 512"),
     (["--karras"], "--karras is for --scheduler=dpmpp_2m"),
     (["--scheduler=dpmpp_2m", "--eta=1"], "--eta=1.0 is for --scheduler=ddim"),
   ],

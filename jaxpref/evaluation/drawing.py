@@ -1,5 +1,6 @@
 """Draws prompts with a text-to-image model: the same pictures whatever the batch size and the devices."""
 
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,8 +42,78 @@ def prior_noise(seed: int, numbers: np.ndarray | jax.Array, latent_shape: tuple[
   return jax.vmap(lambda k: jax.random.normal(k, latent_shape))(keys)
 
 
-# (parameters by component, prompts i32[n, L], numbers of the pictures i32[n]) -> u8[n, H, W, 3]
-Sample = Callable[[Any, np.ndarray, np.ndarray], jax.Array]
+def initial_latents(seed: int, count: int, latent_shape: tuple[int, ...]) -> np.ndarray:
+  """Returns `prior_noise` of the pictures 0 to count - 1 as diffusers takes it, f32[count, C, h, w]."""
+  return np.moveaxis(np.asarray(prior_noise(seed, np.arange(count), latent_shape)), -1, 1)
+
+
+def check_latents(latents: Any, count: int, latent_shape: tuple[int, ...], given: str = "latents") -> np.ndarray:
+  """Returns latents to start pictures from as f32[N, C, h, w].
+
+  Args:
+    latents: standard normal noise [N, C, h, w] as diffusers takes it, of any floating dtype.
+    count: pictures to draw.
+    latent_shape: (h, w, C) of one picture's latents.
+    given: what messages call the latents.
+  Raises:
+    ValueError: the latents do not fit the pictures, or are not finite.
+  """
+  height, width, channels = latent_shape
+  shape = tuple(latents.shape)
+  expected = f"expected [N, C, h, w] = [{count}, {channels}, {height}, {width}]"
+  if len(shape) != 4:
+    raise ValueError(f"{given} has the shape {list(shape)}, {expected}; save one array for all pictures.")
+  if shape[1] != channels:
+    raise ValueError(
+      f"{given} has the shape {list(shape)}, {expected}: the model's latents have {channels} channels, which come "
+      "second; take latents for this model."
+    )
+  if shape[2:] != (height, width):
+    raise ValueError(
+      f"{given} has the shape {list(shape)}, {expected}; choose the height and width of the pictures to fit, or other "
+      "latents."
+    )
+  if shape[0] != count:
+    raise ValueError(
+      f"{given} has the shape {list(shape)}, {expected}: one for each picture of each prompt, prompt by prompt; choose "
+      "prompts and pictures of each to fit, or other latents."
+    )
+  if not np.issubdtype(latents.dtype, np.floating):
+    raise ValueError(f"{given} holds {latents.dtype}, expected float32, float16 or float64; save it as float32.")
+  with np.errstate(over="ignore"):
+    found = np.array(latents, np.float32)
+  if not np.isfinite(found).all():
+    raise ValueError(f"{given} holds NaN, infinity or numbers too large for float32; make the latents again.")
+  return found
+
+
+def read_latents(file: pathlib.Path, given: str) -> np.ndarray:
+  """Returns the array of a .npy file, not yet read from the disk; see `check_latents`.
+
+  Args:
+    file: path.
+    given: what messages call the file.
+  Raises:
+    FileNotFoundError, ValueError: there is no such file, or it is not one array of numbers.
+  """
+  if not file.is_file():
+    raise FileNotFoundError(f"{given}: there is no such file; give one that --save_latents or numpy.save has written.")
+  try:
+    with open(file, "rb") as stream:
+      is_array = stream.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX
+    if is_array:
+      return np.load(file, mmap_mode="r", allow_pickle=False)
+  except (ValueError, EOFError, SyntaxError) as error:
+    raise ValueError(f"{given} cannot be read ({error}); save the array again with numpy.save.") from error
+  raise ValueError(
+    f"{given} is not an array that numpy.save wrote, the only supported format (pickles can run code, archives hold "
+    "several arrays); save one array of numbers as NAME.npy."
+  )
+
+
+# (parameters by component, prompts i32[n, L], numbers of the pictures i32[n], and maybe the noise f32[n, h, w, C] that
+# they start from) -> u8[n, H, W, 3]
+Sample = Callable[..., jax.Array]
 
 
 # Many parameters: everything a picture depends on besides its weights, prompt and number; and the devices.
@@ -93,10 +164,11 @@ def make_sampler(
   sizes = None if size is None else jnp.asarray([[*size, 0.0, 0.0, *size]], jnp.float32)  # the model gets them
   whole, split = (None, None) if mesh is None else (sharding.replicated(mesh), sharding.batch_sharding(mesh))
 
-  def sample(weights, ids, number):
+  def sample(weights, ids, number, noise=None):
     if split is not None:
-      ids, number = jax.lax.with_sharding_constraint((ids, number), split)
-    noise = prior_noise(seed, number if share_noise == 1 else number // share_noise, latent_shape)
+      ids, number, noise = jax.lax.with_sharding_constraint((ids, number, noise), split)
+    if noise is None:
+      noise = prior_noise(seed, number if share_noise == 1 else number // share_noise, latent_shape)
     cond = model.sized(model.encode_text(weights, ids), sizes)
     if negative_ids is None:
       uncond = model.encode_empty(weights, 1)
@@ -128,6 +200,7 @@ def draw_by(
   progress: str | None = None,
   mesh: Mesh | None = None,
   numbers: np.ndarray | None = None,
+  latents: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Draws every prompt from the same seeds, for any weights, batch size and devices.
 
@@ -140,6 +213,8 @@ def draw_by(
     batch_size: pictures in one call; rounded to a multiple of the devices that split it.
     progress: label of a progress bar; None for none.
     numbers: i64[N], the pictures to draw; all by default.
+    latents: f32[P * S, C, h, w] of `check_latents`, which the pictures start from; by default the noise of their seed
+      and number. No sampler scales them.
   Yields:
     Numbers i64[n] of pictures, in order, and the pictures u8[n, H, W, 3]; n is at most the batch size. With guidance
     2 * P * S * num_inference_steps UNet evaluations in all, S = seeds_per_prompt.
@@ -157,19 +232,29 @@ def draw_by(
     for start in range(0, numbers.size, batch_size):
       rows = numbers[start : start + batch_size]
       padded = np.resize(rows, batch_size)  # one shape, so one compilation
-      images = np.asarray(sample(weights, input_ids[padded // seeds_per_prompt], padded.astype(np.int32)))
+      noise = () if latents is None else (np.moveaxis(latents[padded], 1, -1),)
+      images = np.asarray(sample(weights, input_ids[padded // seeds_per_prompt], padded.astype(np.int32), *noise))
       bar.update(rows.size)
       yield rows, images[: rows.size]
 
 
-_BY_BATCH = ("seeds_per_prompt", "batch_size", "progress", "numbers")
+_BY_BATCH = ("seeds_per_prompt", "batch_size", "progress", "numbers", "latents")
 
 
 def draw(
   model: Model, weights: Any, input_ids: np.ndarray, *, mesh: Mesh | None = None, **arguments: Any
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields what `draw_by` does with a sampler of the model; takes the arguments of both functions."""
+  """Yields what `draw_by` does with a sampler of the model; takes the arguments of both functions.
+
+  Raises:
+    ValueError: see both functions, and `check_latents`.
+  """
   by_batch = {name: arguments.pop(name) for name in _BY_BATCH if name in arguments}
+  if by_batch.get("latents") is not None:
+    size = arguments.get("size")
+    shape = model.latent_shape if size is None else model.latent_shape_for(*size)
+    count = input_ids.shape[0] * by_batch["seeds_per_prompt"]
+    by_batch["latents"] = check_latents(by_batch["latents"], count, shape)
   sample = make_sampler(model, mesh=mesh, **arguments)
   return draw_by(sample, weights, input_ids, mesh=mesh, **by_batch)
 

@@ -25,7 +25,7 @@ PACKAGES = ("jax", "flax", "numpy", "transformers", "pillow")
 # The arguments that decide the pictures, and so must stay the same in a folder.
 OF_PICTURES = (
   "seeds", "seed", "scheduler", "steps", "karras", "eta", "guidance_scale", "guidance_rescale", "negative_prompt",
-  "clip_skip", "height", "width", "vae_model", "dtype",
+  "clip_skip", "max_sequence_length", "height", "width", "vae_model", "dtype",
 )  # fmt: skip
 
 

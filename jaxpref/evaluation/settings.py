@@ -1,6 +1,7 @@
 """The drawing settings on the command line of `sample` and `evaluate`: arguments, checks, and loading the model."""
 
 import argparse
+import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from jaxpref import arguments
 from jaxpref.data import prompt_sets
 from jaxpref.devices import sharding
 from jaxpref.evaluation import drawing
-from jaxpref.files import adapters, loading
+from jaxpref.files import adapters, loading, sd3
 from jaxpref.files import family as families
 from jaxpref.models.base import Model
 from jaxpref.recipes.sections import MAX_STEPS
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--guidance_scale", type=float, default=5.0, help="0 to 1 switches guidance off (default: %(default)s)")
   add("--guidance_rescale", type=float, default=0.0, help="0 to 1, against overexposure (default: %(default)s)")
   add("--clip_skip", type=int, help="layers of the text encoder to leave out, as diffusers counts (default: none)")
+  add("--max_sequence_length", type=int, help="tokens of T5, for models that have it (default: the model's)")
   add("--height", type=int, help="in pixels (default: the model's size)")
   add("--width", type=int, help="in pixels (default: the model's size)")
   add("--batch_size", type=int, default=8, help="pictures that each process draws at a time (default: %(default)s)")
@@ -62,6 +64,7 @@ def load(
   families.look_for(of, folder, vae_model=args.vae_model, loras=[file for file, _ in loras])
   with families.opened(family, "--family"):
     pipe = of.load(folder, dtype=args.dtype, param_dtype=args.dtype, sharding=everywhere, vae_model=args.vae_model)
+  pipe = at_length(pipe, args.max_sequence_length)
   weights = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
   scale = 1.0
   if loras:
@@ -115,11 +118,40 @@ def check_size(name: str, args: argparse.Namespace) -> tuple[int, int]:
     ValueError: see `size_of`.
     FileNotFoundError: the model does not exist.
   """
+  return size_of(args, without_weights(name, args))
+
+
+def without_weights(name: str, args: argparse.Namespace) -> Model:
+  """Returns a model that draws `trained_size`, from its configs alone.
+
+  Args:
+    name: value of --model.
+  Raises:
+    FileNotFoundError, ValueError: the model does not exist, or does not take --max_sequence_length.
+  """
   family = families.of_run(name, args.family)
   of = families.get(family, "--family")
   with families.opened(family, "--family"):
-    model = of.model(of.load(model_folder(name), dtype="float32", components=()))
-  return size_of(args, at_trained_size(name, model))
+    pipe = of.load(model_folder(name), dtype="float32", components=())
+  pipe = at_length(pipe, args.max_sequence_length)
+  with families.opened(family, "--family"):
+    model = of.model(pipe)
+  return at_trained_size(name, model)
+
+
+def at_length(pipe: Any, length: int | None) -> Any:
+  """Returns a pipeline that reads at most so many tokens of T5; None: as it is.
+
+  Raises:
+    ValueError: the pipeline has no `max_sequence_length`.
+  """
+  if length is None:
+    return pipe
+  if not hasattr(pipe, "max_sequence_length"):
+    raise ValueError(
+      f"--max_sequence_length={length} is for models with T5, which this one does not have; leave it out."
+    )
+  return dataclasses.replace(pipe, max_sequence_length=length)
 
 
 def trained_size(name: str) -> tuple[int, int] | None:
@@ -146,6 +178,7 @@ def check(args: argparse.Namespace) -> None:
   arguments.check_numbers(args, "batch_size", most=arguments.MAX_AT_A_TIME)
   arguments.check_numbers(args, "height", "width", most=MAX_PIXELS)
   arguments.check_numbers(args, "clip_skip", least=0)
+  arguments.check_numbers(args, "max_sequence_length", most=sd3.MAX_SEQUENCE_LENGTH)
   for name in ("eta", "guidance_rescale"):
     if not 0.0 <= getattr(args, name) <= 1.0:
       raise ValueError(f"--{name}={getattr(args, name)}; expected 0 to 1.")

@@ -6,7 +6,10 @@ Writes two forms, and reads both from any tool:
   metadata: `pipe.load_lora_weights` opens these;
 - kohya, `lora_unet_<layer>.lora_down.weight` [r, in], `.lora_up.weight` [out, r] and `.alpha`, with underscores for
   the dots of a layer's name: ComfyUI and AUTOMATIC1111 open these. As in kohya's own files, layers have their diffusers
-  names for SD1 and SD2, and those of the original implementation (`ldm_name`) for SDXL.
+  names for SD1 and SD2, and those of the original implementation for SDXL and Stable Diffusion 3.
+
+What differs between families of models is in `adapter_names`. The functions without a `Naming` are for Stable Diffusion
+1.x, 2.x and XL; `sd3_adapters` has those for Stable Diffusion 3.
 
 The tensors of a 1x1 convolution are [r, in, 1, 1] and [out, r, 1, 1] in both. A layer whose factors are zero is not
 written. Other tools' files may also adapt text encoders (`text_encoder.`, `lora_te1_`, OneTrainer's `clip_l.`,
@@ -30,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpref.files.adapter_names import Naming, Target, UNetNaming, made_for
 from jaxpref.files.tensors import save_tree
 from jaxpref.models import lora
 from jaxpref.models.unet import UNetConfig
@@ -41,16 +45,6 @@ Path = str | os.PathLike[str]
 # The name that diffusers looks for in a folder.
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
-# How the keys of a component begin; the first match wins.
-_PREFIXES = {
-  "text_encoder": re.compile(
-    r"lora_te1?_|text_encoder\.(base_model\.model\.)?|clip_l\.|text_encoders\.clip_[lh]\.(transformer\.)?"
-  ),
-  "text_encoder_2": re.compile(
-    r"lora_te2_|text_encoder_2\.(base_model\.model\.)?|clip_g\.|text_encoders\.clip_g\.(transformer\.)?"
-  ),
-  "unet": re.compile(r"lora_unet_|diffusion_model\.|(unet\.)?(base_model\.model\.)?"),
-}
 # What follows a layer's name: in diffusers before PEFT; in PEFT (with or without the adapter's name) and kohya; alpha.
 _PART = re.compile(
   r"((_lora|\.lora|\.lora_linear_layer)\.(?P<old>down|up)\.weight"
@@ -87,65 +81,6 @@ def rescale(adapter: lora.Tree, scale: float, new_scale: float) -> lora.Tree:
   return jax.tree_util.tree_map_with_path(lambda path, x: x * factors[path[-1].key], adapter)
 
 
-# ---- Names -----------------------------------------------------------------------------------------------------------
-
-
-def ldm_name(layer: str, config: UNetConfig) -> str:
-  """Returns the name of a UNet's linear layer in the original implementation of Stable Diffusion.
-
-  That implementation numbers the layers of all levels consecutively: `input_blocks` are the first convolution, then for
-  each level its layers and its downsampler; each `output_blocks` is one layer of the way up, and the last one of each
-  level includes the upsampler. In each block 0 is the resnet and 1 the transformer.
-
-  Args:
-    layer: dotted diffusers name, such as "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q".
-    config: config of the UNet.
-
-  >>> from jaxpref.models.presets import SDXL
-  >>> ldm_name("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", SDXL.unet)
-  'input_blocks.4.1.transformer_blocks.0.attn1.to_q'
-  """
-  layers = config.per_level("layers_per_block")
-  inner = {"resnets": 0, "attentions": 1}
-  layer = layer.replace(".time_emb_proj", ".emb_layers.1").replace(".conv_shortcut", ".skip_connection")
-  if match := re.fullmatch(r"(time_embedding|add_embedding)\.linear_([12])", layer):
-    name = {"time_embedding": "time_embed", "add_embedding": "label_emb.0"}[match[1]]
-    return f"{name}.{2 * int(match[2]) - 2}"
-  if match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", layer):
-    return f"middle_block.{2 * int(match[2]) + inner[match[1]]}.{match[3]}"
-  if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.+)", layer):
-    down, level, index = match[1] == "down", int(match[2]), int(match[4])
-    before = sum(n + 1 for n in (layers if down else layers[::-1])[:level])
-    block = f"input_blocks.{1 + before + index}" if down else f"output_blocks.{before + index}"
-    return f"{block}.{inner[match[3]]}.{match[5]}"
-  return layer
-
-
-def _is_sdxl(config: UNetConfig) -> bool:
-  return config.addition_embed_type == "text_time"
-
-
-def _kohya_name(layer: str, config: UNetConfig) -> str:
-  return "lora_unet_" + (ldm_name(layer, config) if _is_sdxl(config) else layer).replace(".", "_")
-
-
-def _layers_by_any_name(component: str, config: UNetConfig, params: lora.Tree) -> dict[str, str]:
-  """Returns all linear layers of a component by each name that files have for them (underscores for dots)."""
-
-  def one_of_each() -> Any:
-    return lora.to_layers(lora.init_lora(jax.random.key(0), params, rank=1, targets=""))
-
-  names = {}
-  for layer in jax.eval_shape(one_of_each):
-    if component == "unet":  # "to_out" predates PEFT
-      others = [ldm_name(layer, config), layer.removesuffix(".0")]
-    else:  # the first predates PEFT, the second is transformers 5's
-      others = [re.sub(r"(q|k|v|out)_proj$", r"to_\1", layer), layer.removeprefix("text_model.")]
-    for name in (layer, *others):
-      names[name.replace(".", "_")] = layer
-  return names
-
-
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -155,14 +90,17 @@ def _layers_to_write(adapter: lora.Tree) -> dict[str, tuple[Any, Any]]:
   return {name: (a, b) for name, (a, b) in layers.items() if np.any(a) or np.any(b)} or layers
 
 
-def save_diffusers(file: Path, adapter: lora.Tree, scale: float, *, dtype: Any = jnp.float32) -> None:
+def save_diffusers(
+  file: Path, adapter: lora.Tree, scale: float, *, dtype: Any = jnp.float32, denoiser: str = "unet"
+) -> None:
   """Writes the file that `load_lora_weights` of diffusers opens (by its name, or by its folder's: DIFFUSERS_FILE).
 
   Args:
     file: path to write.
-    adapter: adapter of a UNet, as `lora.init_lora` returns it.
+    adapter: adapter of the denoiser, as `lora.init_lora` returns it.
     scale: alpha / rank.
     dtype: dtype of the file: float32, float16 or bfloat16.
+    denoiser: component that the adapter is for.
 
   Raises:
     ValueError: a factor is not finite or does not fit `dtype`.
@@ -170,9 +108,10 @@ def save_diffusers(file: Path, adapter: lora.Tree, scale: float, *, dtype: Any =
   layers, rank = _layers_to_write(adapter), adapter_rank(adapter)
   tree: dict[str, Any] = {}
   for layer, (a, b) in layers.items():
-    tree |= {f"unet.{layer}.lora_A": {"kernel": a}, f"unet.{layer}.lora_B": {"kernel": b}}
+    tree |= {f"{denoiser}.{layer}.lora_A": {"kernel": a}, f"{denoiser}.{layer}.lora_B": {"kernel": b}}
   # Arguments of peft.LoraConfig; without them diffusers assumes that alpha is the rank.
-  config = {"unet.r": rank, "unet.lora_alpha": scale * rank, "unet.target_modules": sorted(layers)}
+  arguments = {"r": rank, "lora_alpha": scale * rank, "target_modules": sorted(layers)}
+  config = {f"{denoiser}.{name}": value for name, value in arguments.items()}
   metadata = {"lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
   save_tree(file, tree, dtype=dtype, metadata=metadata)
 
@@ -183,22 +122,68 @@ def save_kohya(file: Path, adapter: lora.Tree, scale: float, config: UNetConfig,
   Args:
     config: config of the UNet, which determines the names.
   """
-  rank = adapter_rank(adapter)
-  alpha = float(np.asarray(scale * rank, dtype))  # as precise as the file holds it; the factors take the rest
+  save_kohya_as(UNetNaming(config), file, adapter, scale, dtype=dtype)
+
+
+def save_kohya_as(naming: Naming, file: Path, adapter: lora.Tree, scale: float, *, dtype: Any = jnp.float32) -> None:
+  """Writes a file of kohya's in the names of a family; see `save_diffusers` for the other arguments.
+
+  Where a layer of the file has several of the network's side by side, its rank is the sum of theirs, which is exact.
+  """
+  layers, rank = _layers_to_write(adapter), adapter_rank(adapter)
+  # Alpha is as precise as the file holds it; the factors take the rest.
+  held = lambda alpha: float(np.asarray(alpha, dtype))
   tree: dict[str, Any] = {}
-  for layer, (a, b) in _layers_to_write(rescale(adapter, scale, alpha / rank)).items():
-    name = _kohya_name(layer, config)
+  for name, target in naming.kohya(layers).items():
+    a, b = _joined(layers, target)
+    alpha = held(scale * a.shape[-1])
+    if scale != alpha / a.shape[-1]:
+      b = b * (scale / (alpha / a.shape[-1]))
     tree |= {f"{name}.lora_down": {"kernel": a}, f"{name}.lora_up": {"kernel": b}, name: {"alpha": np.float32(alpha)}}
-  # AUTOMATIC1111 reads from the metadata which base model a file is for.
-  sd2 = not _is_sdxl(config) and config.per_level("cross_attention_dim")[0] == 1024
   metadata = {
-    "ss_base_model_version": "sdxl_base_v1-0" if _is_sdxl(config) else "sd_v2" if sd2 else "sd_v1",
-    "ss_v2": str(sd2),
-    "ss_network_module": "networks.lora",
+    **naming.kohya_metadata(),
     "ss_network_dim": str(rank),
-    "ss_network_alpha": str(alpha),
+    "ss_network_alpha": str(held(scale * rank)),
   }
   save_tree(file, tree, dtype=dtype, metadata=metadata)
+
+
+def _joined(layers: Mapping[str, tuple[Any, Any]], target: Target) -> tuple[Any, Any]:
+  """Returns the factors [in, r] and [r, out] of a layer of a file: those of the network's layers that it has in it."""
+  found = {layer: layers[layer] for layer in target.layers if layer in layers}
+  a, b = next(iter(found.values()))
+  if len(target.layers) > 1:
+    rank, width = b.shape
+    shared = all(np.array_equal(a, other) for other, _ in found.values())
+    if not shared:
+      a = np.concatenate([each for each, _ in found.values()], axis=1)
+    b = np.zeros((a.shape[1], len(target.layers) * width), b.dtype)
+    for number, (layer, (_, own)) in enumerate(found.items()):
+      row, column = 0 if shared else number * rank, target.layers.index(layer) * width
+      b[row : row + rank, column : column + width] = own
+  return (a, np.roll(b, b.shape[1] // 2, axis=1)) if target.swapped else (a, b)
+
+
+def _parted(a: np.ndarray, b: np.ndarray, target: Target) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """Returns the factors of each of the network's layers in a layer of a file, the inverse of `_joined`.
+
+  Layers that share the file's rank get all of it, and those that have each its own part of it get that. A layer that
+  the file leaves as it is gets none.
+  """
+  if target.swapped:
+    b = np.roll(b, b.shape[1] // 2, axis=1)
+  if len(target.layers) == 1:
+    return {target.layers[0]: (a, b)}
+  blocks = np.split(b, len(target.layers), axis=1)
+  used = np.stack([block.any(axis=1) for block in blocks])  # [layers, r]
+  if not used.any():
+    return {layer: (a, block) for layer, block in zip(target.layers, blocks, strict=True)}
+  separate = used.sum(axis=0).max() == 1
+  return {
+    layer: (a[:, own], block[own]) if separate else (a, block)
+    for layer, block, own in zip(target.layers, blocks, used, strict=True)
+    if own.any()
+  }
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
@@ -222,17 +207,23 @@ def load_lora(file: Path, config: UNetConfig, params: lora.Tree) -> tuple[dict[s
     FileNotFoundError, ValueError: one sentence on what is missing or does not fit. A file that also adapts text
       encoders raises: only the UNet's adapter is trained and written.
   """
+  return load_lora_as(UNetNaming(config), file, params)
+
+
+def load_lora_as(naming: Naming, file: Path, params: lora.Tree) -> tuple[dict[str, Any], float]:
+  """Reads a LoRA of a denoiser in the names of a family; see `load_lora` for the rest."""
   file = pathlib.Path(places.expand(os.fspath(file)))
-  found, peft = _read(file)
-  text = sorted(found.keys() - {"unet"})
+  found, peft = _read(file, naming)
+  text = sorted(found.keys() - {naming.denoiser})
+  network = "UNet" if naming.denoiser == "unet" else naming.denoiser
   if text:
     raise ValueError(
-      f"{file} adapts {' and '.join(text)}, and training can continue adapters of a UNet only; merge it into the base "
-      "model (load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained of diffusers) and train on that."
+      f"{file} adapts {' and '.join(text)}, and training can continue adapters of a {network} only; merge it into the "
+      "base model (load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained of diffusers) and train on that."
     )
   if not found:
-    raise ValueError(f"{file} holds no adapter of a UNet; give the path of a LoRA file for Stable Diffusion.")
-  return _adapter(file, "unet", found["unet"], config, params, peft)
+    raise ValueError(f"{file} holds no adapter of a {network}; give the path of a LoRA file for Stable Diffusion.")
+  return _adapter(file, naming.denoiser, found[naming.denoiser], naming, params, peft)
 
 
 def load_pipeline_lora(
@@ -252,19 +243,25 @@ def load_pipeline_lora(
   Raises:
     FileNotFoundError, ValueError: one sentence on what is missing or does not fit.
   """
+  return _load_pipeline_lora(UNetNaming(config), file, params)
+
+
+def _load_pipeline_lora(
+  naming: Naming, file: Path, params: Mapping[str, lora.Tree]
+) -> tuple[dict[str, Any], float, dict[str, Any]]:
   file = pathlib.Path(places.expand(os.fspath(file)))
-  found, peft = _read(file)
+  found, peft = _read(file, naming)
   if not found:
     raise ValueError(f"{file} holds no adapter; give the path of a LoRA file for Stable Diffusion.")
   if foreign := sorted(found.keys() - params.keys()):
     raise ValueError(f"{file} adapts {foreign[0]}, which the model does not have; use it with the one it was made for.")
   adapters = {
-    name: _adapter(file, name, kept, config, params[name], peft)
+    name: _adapter(file, name, kept, naming, params[name], peft)
     for name, layers in found.items()
-    if (kept := _without_projection(file, name, layers, params[name]))
+    if (kept := _without_projection(file, name, layers, params[name], naming))
   }
-  unet, scale = adapters.pop("unet", ({}, 1.0))
-  return unet, scale, {name: rescale(adapter, own_scale, 1.0) for name, (adapter, own_scale) in adapters.items()}
+  denoiser, scale = adapters.pop(naming.denoiser, ({}, 1.0))
+  return denoiser, scale, {name: rescale(adapter, own_scale, 1.0) for name, (adapter, own_scale) in adapters.items()}
 
 
 class LoraFile(NamedTuple):
@@ -308,17 +305,24 @@ def load_pipeline_loras(
   Raises:
     FileNotFoundError, ValueError: see `load_pipeline_lora`.
   """
-  unets: list[tuple[dict[str, Any], float]] = []
+  return load_pipeline_loras_as(UNetNaming(config), files, params)
+
+
+def load_pipeline_loras_as(
+  naming: Naming, files: Sequence[LoraFile], params: Mapping[str, lora.Tree]
+) -> tuple[dict[str, Any], float, dict[str, Any]]:
+  """Reads several LoRAs in the names of a family; see `load_pipeline_loras` for the rest."""
+  denoisers: list[tuple[dict[str, Any], float]] = []
   text_encoders: dict[str, list[tuple[dict[str, Any], float]]] = {}
   for file, strength in files:
-    unet, scale, of_text = load_pipeline_lora(file, config, params)
-    unets.append((unet, strength * scale))
+    denoiser, scale, of_text = _load_pipeline_lora(naming, file, params)
+    denoisers.append((denoiser, strength * scale))
     for name, adapter in of_text.items():
       text_encoders.setdefault(name, []).append((adapter, strength))
   texts = {name: lora.combine(adapters, params[name]) for name, adapters in text_encoders.items()}
-  if len(unets) == 1:
-    return *unets[0], texts
-  return lora.combine(unets, params["unet"]), 1.0, texts
+  if len(denoisers) == 1:
+    return *denoisers[0], texts
+  return lora.combine(denoisers, params[naming.denoiser]), 1.0, texts
 
 
 def merge_text_encoders(params: Mapping[str, Any], text_encoders: Mapping[str, lora.Tree]) -> dict[str, Any]:
@@ -331,7 +335,7 @@ def merge_text_encoders(params: Mapping[str, Any], text_encoders: Mapping[str, l
 _Layers = dict[str, dict[str, np.ndarray]]
 
 
-def _read(file: pathlib.Path) -> tuple[dict[str, _Layers], Mapping[str, Any]]:
+def _read(file: pathlib.Path, naming: Naming) -> tuple[dict[str, _Layers], Mapping[str, Any]]:
   """Returns the factors in a file and arguments of peft.LoraConfig ({} if it has none), both by component."""
   tensors, metadata = _read_tensors(file)
   words = dict.fromkeys(match["word"] for key in tensors if (match := _EMBEDDING.match(key)))
@@ -355,7 +359,7 @@ def _read(file: pathlib.Path) -> tuple[dict[str, _Layers], Mapping[str, Any]]:
     if match is None:
       unexpected.append(key)
       continue
-    prefixes = ((component, pattern.match(key)) for component, pattern in _PREFIXES.items())
+    prefixes = ((component, pattern.match(key)) for component, pattern in naming.prefixes.items())
     component, prefix = next((name, prefix[0]) for name, prefix in prefixes if prefix)
     layer = key[len(prefix) : match.start()].replace(".processor.", ".")
     part = match["old"] or match["new"] or match["alpha"]
@@ -378,26 +382,35 @@ def _read(file: pathlib.Path) -> tuple[dict[str, _Layers], Mapping[str, Any]]:
       "conv_dim), expected dense layers and 1x1 convolutions; merge it into the base model first (load_lora_weights, "
       "fuse_lora, unload_lora_weights, save_pretrained of diffusers)."
     )
-  return _without_emptied(file, found), _peft_arguments(file, tensors, metadata)
+  return _without_emptied(file, found), _peft_arguments(file, tensors, metadata, naming.denoiser)
 
 
 def _adapter(
   file: pathlib.Path,
   component: str,
   found: _Layers,
-  config: UNetConfig,
+  naming: Naming,
   params: lora.Tree,
   peft: Mapping[str, Any],
 ) -> tuple[dict[str, Any], float]:
   """Returns the f32 adapter of one component, with one rank, and its scale alpha / rank."""
-  by_any_name = _layers_by_any_name(component, config, params)
+  by_any_name = naming.targets(component, params)
+  targets = {name: by_any_name.get(name.replace(".", "_"), Target((name,))) for name in sorted(found)}
+  _check_one_form(file, targets)
   layers, scales = {}, []
-  for name in sorted(found):
-    layer = by_any_name.get(name.replace(".", "_"), name)
-    if layer in layers:
-      raise ValueError(f"{file} holds {layer} twice, once as {name}; write the file again.")
-    a, b = layers[layer] = _pair(file, name, found[name])
-    scales.append(_scale(file, name, a.shape[1], found[name].get("alpha"), peft.get(component, {})))
+  for name, target in targets.items():
+    a, b = _pair(file, name, found[name])
+    own_scale = _scale(file, name, a.shape[1], found[name].get("alpha"), peft.get(component, {}))
+    if b.shape[1] % (2 if target.swapped else len(target.layers)):
+      raise ValueError(
+        f"{file}: {name} has {b.shape[1]} outputs, expected those of {' and '.join(target.layers)} side by side; use "
+        "the LoRA with the model it was made for."
+      )
+    for layer, factors in _parted(a, b, target).items():
+      if layer in layers:
+        raise ValueError(f"{file} holds {layer} twice, once as {name}; write the file again.")
+      layers[layer] = factors
+      scales.append(own_scale)
   scale, rank = statistics.mode(scales), max(a.shape[1] for a, _ in layers.values())
   for (layer, (a, b)), own_scale in zip(layers.items(), scales, strict=True):
     extra = rank - a.shape[1]
@@ -406,25 +419,19 @@ def _adapter(
   try:
     adapter = lora.from_layers(layers, params)
   except ValueError as error:
-    made_for = _made_for(layers) if component == "unet" else None
-    own = _FAMILIES.get(config.per_level("cross_attention_dim")[0])
-    cause = f"it was made for {made_for}, and the model is {own or 'another'}: " if made_for not in (None, own) else ""
+    other = made_for(layers, naming.denoiser) if component == naming.denoiser else None
+    own = naming.family
+    cause = f"it was made for {other}, and the model is {own or 'another'}: " if other not in (None, own) else ""
     raise ValueError(f"{file}: {component}: {cause}{error}") from error
   return jax.tree.map(jnp.asarray, adapter), scale
 
 
-# By the width of the text embeddings that a UNet attends to.
-_FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
-
-
-def _made_for(layers: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str | None:
-  """Returns the family of models that an adapter's layers belong to; None if they do not tell."""
-  if any(re.search(r"(single|double)_blocks|single_transformer_blocks", name) for name in layers):
-    return "Flux"
-  if any(re.search(r"joint_blocks|attn[._]add_[qkv]_proj", name) for name in layers):
-    return "Stable Diffusion 3"
-  widths = {a.shape[0] for name, (a, _) in layers.items() if re.search(r"attn2[._]to_[kv]$", name)}
-  return _FAMILIES.get(min(widths, default=0))
+def _check_one_form(file: pathlib.Path, targets: Mapping[str, Target]) -> None:
+  """Raises ValueError for a file with names of diffusers and names of the original implementation."""
+  examples = {target.form: name for name, target in targets.items() if target.form}
+  if len(examples) > 1:
+    names = " and ".join(f"{name} as {form} has it" for form, name in sorted(examples.items()))
+    raise ValueError(f"{file} mixes the names of two layouts ({names}), expected one of them; write the file again.")
 
 
 def look_for(file: Path) -> None:
@@ -463,7 +470,7 @@ def _read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], Mapping[st
 
 
 def _peft_arguments(
-  file: pathlib.Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]
+  file: pathlib.Path, tensors: Mapping[str, Any], metadata: Mapping[str, str], denoiser: str
 ) -> dict[str, dict[str, Any]]:
   """Returns arguments of peft.LoraConfig by component; {} if the file has none."""
   if "lora_adapter_metadata" in metadata:
@@ -476,7 +483,7 @@ def _peft_arguments(
     beside = file.with_name("adapter_config.json")
     if not beside.is_file():
       raise FileNotFoundError(f"{file} has no adapter_config.json beside it, which says its alpha; copy that file too.")
-    return {"unet": _parse(str(beside), beside.read_text(encoding="utf-8"))}
+    return {denoiser: _parse(str(beside), beside.read_text(encoding="utf-8"))}
   return {}
 
 
@@ -487,9 +494,11 @@ def _parse(where: str, text: str) -> dict[str, Any]:
     raise ValueError(f"{where} is not a JSON object ({e}); download or write it again.") from e
 
 
-def _without_projection(file: pathlib.Path, component: str, found: _Layers, params: lora.Tree) -> _Layers:
+def _without_projection(
+  file: pathlib.Path, component: str, found: _Layers, params: lora.Tree, naming: Naming
+) -> _Layers:
   """Leaves out a text encoder's projection that the model does not have, and warns."""
-  if component == "unet" or "text_projection" not in found or "text_projection" in params:
+  if component == naming.denoiser or "text_projection" not in found or "text_projection" in params:
     return found
   warnings.warn(f"{file}: text_projection was left out: the model's {component} has none.", stacklevel=4)
   return {name: parts for name, parts in found.items() if name != "text_projection"}

@@ -12,7 +12,7 @@ import pytest
 import safetensors
 from safetensors.numpy import load_file, save_file
 
-from jaxpref.files import adapters, loading, pipelines
+from jaxpref.files import adapter_names, adapters, loading, pipelines
 from jaxpref.files import family as families
 from jaxpref.files.tensors import save_tree
 from jaxpref.models import lora, presets
@@ -249,7 +249,7 @@ def kohya_name(key, config):
   component, _, layer = key.partition(".")
   sdxl = config.addition_embed_type is not None
   if component == "unet":
-    return "lora_unet_" + (adapters.ldm_name(layer, config) if sdxl else layer).replace(".", "_")
+    return "lora_unet_" + (adapter_names.ldm_name(layer, config) if sdxl else layer).replace(".", "_")
   te = {"text_encoder": "lora_te1" if sdxl else "lora_te", "text_encoder_2": "lora_te2"}[component]
   return f"{te}_text_model_{layer.removeprefix('text_model.').replace('.', '_')}"
 
@@ -295,7 +295,7 @@ def test_sdxl_has_the_names_of_the_original_implementation():
   """As files of kohya's sd-scripts have them."""
 
   def block(layer):
-    name = adapters.ldm_name(f"{layer}.transformer_blocks.1.attn2.to_out.0", presets.SDXL.unet)
+    name = adapter_names.ldm_name(f"{layer}.transformer_blocks.1.attn2.to_out.0", presets.SDXL.unet)
     return name.removesuffix(".transformer_blocks.1.attn2.to_out.0")
 
   names = {
@@ -320,7 +320,7 @@ def test_sdxl_has_the_names_of_the_original_implementation():
     "up_blocks.2.resnets.0.time_emb_proj": "output_blocks.6.0.emb_layers.1",
     "down_blocks.1.resnets.0.conv_shortcut": "input_blocks.4.0.skip_connection",
   }
-  assert {layer: adapters.ldm_name(layer, presets.SDXL.unet) for layer in others} == others
+  assert {layer: adapter_names.ldm_name(layer, presets.SDXL.unet) for layer in others} == others
 
 
 def test_keys_and_metadata_of_the_files(tmp_path):
@@ -394,7 +394,7 @@ def test_every_form_is_recognised(form, tmp_path):
     if style == "processor":
       name = layer.replace(".to_", ".processor.to_").removesuffix(".0")
     elif style != ".":
-      name = (adapters.ldm_name(layer, UNET) if style == "ldm" else layer).replace(".", "_")
+      name = (adapter_names.ldm_name(layer, UNET) if style == "ldm" else layer).replace(".", "_")
     tensors |= {down.format(name): a, up.format(name): b}
   save_file(tensors, tmp_path / "x.safetensors")
   factor = 1.0
