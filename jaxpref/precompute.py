@@ -167,7 +167,7 @@ def _run(
       param_dtype=config.dtype,
       sharding=everywhere,
       vae_model=config.vae_model,
-      components=[name for name in of.networks if name != of.denoiser],
+      components=[name for name in of.networks if name not in families.of_denoiser(of)],
     )
     model = of.model(pipe, vae_slicing=config.vae_slicing * mesh.size or None)
   model = build.at_size(config, model)
@@ -411,7 +411,9 @@ def _prompt_records(
     for i, key in enumerate(keys[part]):
       record = {name: values[i] for name, values in fields.items()}
       if not all(np.isfinite(value).all() for value in record.values()):
-        raise ValueError(f"the text encoders make no finite float16 of the prompt with ids {input_ids[start + i]}.")
+        bad = next(name for name, value in record.items() if not np.isfinite(value).all())
+        kind = np.dtype(record[bad].dtype).name
+        raise ValueError(f"the text encoders make no finite {kind} of the prompt with ids {input_ids[start + i]}.")
       yield record | {"prompt": np.asarray(key)}
 
 
