@@ -256,8 +256,8 @@ FLOW_WEIGHTS = ("none", "sigma_sqrt", "cosmap")
 class Timesteps(Section):
   """Times to train at, and their weights: for dpo and tdpo, which are one method (arXiv 2505.18736); and for flows.
 
-  The fields from density on are for models of rectified flow (arXiv 2403.03206, Section 3.1), and for methods that learn
-  from data. The names are those of diffusers' training scripts.
+  The fields from density on are for models of rectified flow (arXiv 2403.03206, Section 3.1) and for methods that learn
+  from data. Their names are those of diffusers' training scripts.
   """
 
   gamma: float = 1.0

@@ -37,7 +37,7 @@ def error(model: Model, pred: jax.Array, target: jax.Array, t: jax.Array) -> jax
 
 
 def training_times(model: Model, key: jax.Array, size: int) -> jax.Array:
-  """Returns [size] training times of the model's process, drawn with the step's key; uniform unless it says otherwise."""
+  """Returns [size] times of the model's process, drawn with the step's key; uniform unless it says otherwise."""
   return model.process.sample_times(named_key(key, "t"), size)
 
 
