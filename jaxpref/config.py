@@ -552,7 +552,8 @@ class Config(Section):
   batch_size: int = 32  # global: pairs, images, or prompts of one rollout
   accumulation: int = 1  # number of micro-batches in an update
   dtype: str = "float32"  # for computation and frozen weights: float32 or bfloat16; trained weights are float32
-  remat: str = "none"  # what the UNet's backward pass recomputes: none, attention, block or full; or "none,block,..."
+  # What the denoiser's backward pass recomputes: none, attention, block or full; for a UNet also "none,block,...".
+  remat: str = "none"
   vae_slicing: int = 0  # images the VAE takes at a time on each device; 0: the whole batch
   # stable_diffusion (1.x, 2.x, XL), stable_diffusion_3 (3 and 3.5), or your own as package.module:NAME
   family: str = "stable_diffusion"
@@ -571,7 +572,7 @@ class Config(Section):
   reward: str = ""
   reward_timeout: float = 600.0  # seconds such a function may take for the images of an iteration
   judge: Place | None = None  # for evaluation only
-  # Pixels of the images to train on and draw: a side, or (height, width); None: from the UNet's sample_size.
+  # Pixels of the images to train on and draw: a side, or (height, width); None: from the denoiser's sample_size.
   image_size: int | tuple[int, int] | None = None
   mesh: Mesh = Mesh()
   max_bad_steps: int = 5  # steps in a row with a non-finite loss or gradient to skip before stopping

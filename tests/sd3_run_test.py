@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from configs import dpo_sd35_tiny, dpo_sd35m
-from jaxpref import compile, config, export, precompute, sample
+from jaxpref import compile, config, evaluate, export, pairs, precompute, sample
 from jaxpref.data import sources
 from jaxpref.devices import sharding
 from jaxpref.diffusion import TrainingTimes, flow
@@ -82,8 +82,9 @@ FULL = {"lora.rank": 0, "lora.alpha": None}
       math.log(2),
     ),
     (FULL | {"loss.name": "sft", "timesteps.density": "mode", "timesteps.weight": "cosmap", "remat": "block"}, None),
+    ({"objective": "kto", "lora.targets": r"attn2\.to_q$"}, 0.5),
   ],
-  ids=["tdpo", "sft"],
+  ids=["tdpo", "sft", "kto"],
 )  # fmt: skip
 def test_methods_train(fields, first_loss, tmp_path):
   loop.run(recipe(**fields), str(tmp_path / "run"))
@@ -92,7 +93,7 @@ def test_methods_train(fields, first_loss, tmp_path):
   assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
   if first_loss is not None:
     np.testing.assert_allclose(rows[0]["loss"], first_loss, rtol=1e-4)
-    assert np.isfinite(rows[-1]["divergence"])
+    assert np.isfinite(rows[-1].get("divergence", 0.0))
   written = json.loads((tmp_path / "run" / "export" / "model_index.json").read_text())
   assert (written["text_encoder_3"] == [None, None]) == bool(fields.get("drop_t5"))
 
@@ -144,6 +145,20 @@ def test_the_run_its_export_and_base_with_adapter_draw_the_same(trained, tmp_pat
   assert np.abs(pictures(tmp_path / "dpm") - merged).max() > 2
   with pytest.raises(SystemExit):
     export.main([str(run), "--format=kohya", f"--out={tmp_path / 'k.safetensors'}"])
+
+
+def test_a_run_is_evaluated_and_makes_pairs(trained, tmp_path):
+  run, _ = trained
+  (tmp_path / "prompts.txt").write_text("red apple\nvolcano\ngrinning cat")
+  few = [f"--prompts={tmp_path / 'prompts.txt'}", "--steps=2", "--seeds=2", "--guidance_scale=1"]
+  models = ["--models", "base=random:sd35-miniature+t5=9", f"aligned={run}"]
+  scorer = "tests.evaluate_test:brightness"
+  evaluate.main([*models, *few, "--scorers", scorer, f"--out={tmp_path / 'evaluation'}"])
+  manifest = json.loads((tmp_path / "evaluation" / "manifest.json").read_text())["models"]
+  assert manifest["base"]["weights"] == "random:sd35-miniature+t5=9"
+  assert manifest["aligned"]["weights"].endswith("+t5=9")  # other pictures than with another length
+  pairs.main([f"--model={run}", *few, f"--label={scorer}", f"--out={tmp_path / 'pairs'}"])
+  assert (tmp_path / "pairs" / "pairs.jsonl").read_text().count("\n") == 3
 
 
 def test_positions_of_a_folder_travel_through_a_run(trained, tmp_path):

@@ -16,7 +16,9 @@ Each record is a safetensors file in memory, that is arrays by name:
           before any draw and unscaled; prompt i64[], the key of its prompt; the fields of the data's batches unchanged,
           such as label_0 f32[], and sizes_0 f32[6] as time_ids_0; and, if the plan says flip, all of them again for the
           mirrored images, as flipped/moments_0 and so on
-  prompt  encoder_hidden_states f16[L, D] of the text encoders, text_embeds f16[E] (SDXL), and its key, prompt i64[]
+  prompt  what the model stores of it (`Model.stored_text`), and its key, prompt i64[]: encoder_hidden_states f16[L, D]
+          of the text encoders and text_embeds f16[E] (SDXL); or clip_hidden_states f16[L, D], t5_hidden_states
+          bf16[L, D] and pooled_projections f16[P] (Stable Diffusion 3)
 
 The last record of a file of rows is not a row: it has input_ids i32[n, L], the different prompts of the file.
 
@@ -45,7 +47,7 @@ from jaxpref.recipes import places
 
 FORMAT = 1
 PLAN, MANIFEST, PROMPTS = "plan.json", "manifest.json", "prompts.safetensors"
-DTYPE = np.float16  # dtype of moments and encoded prompts
+DTYPE = np.float16  # dtype of moments and encoded prompts; T5's overflow in it
 FLIPPED = "flipped/"
 SIZES = ("sizes", "time_ids")  # a field of batches, and its name in the files
 # ArrayRecord files that a process keeps open. Opening one again takes 0.05 ms, reading a row of SDXL's 0.12 ms.
@@ -469,8 +471,8 @@ def batches(
     tokens: keeps input_ids i32[B, L], for methods that encode prompts themselves.
 
   Returns:
-    The batches of the pipeline with `moments` f16[B, h, w, 2C] (or moments_0 and moments_1) instead of pixels, and
-    `encoder_hidden_states` f16[B, L, D] and, for SDXL, `text_embeds` f16[B, E] instead of input_ids.
+    The batches of the pipeline with `moments` f16[B, h, w, 2C] (or moments_0 and moments_1) instead of pixels, and the
+    fields of the encoded prompt instead of input_ids.
 
   Raises:
     ValueError: there are too few rows for a batch.
