@@ -143,8 +143,6 @@ def test_the_run_its_export_and_base_with_adapter_draw_the_same(trained, tmp_pat
   export.main([str(run), "--format=pipeline", "--dtype=float32", f"--out={tmp_path / 'whole'}"])
   sample.main([f"--model={tmp_path / 'whole'}+t5=9", "--scheduler=dpmpp_2m", *few, f"--out={tmp_path / 'dpm'}"])
   assert np.abs(pictures(tmp_path / "dpm") - merged).max() > 2
-  with pytest.raises(SystemExit):
-    export.main([str(run), "--format=kohya", f"--out={tmp_path / 'k.safetensors'}"])
 
 
 def test_a_run_is_evaluated_and_makes_pairs(trained, tmp_path):
@@ -204,18 +202,22 @@ def test_the_loss_falls_along_its_gradient():
 
 
 def test_precomputed_data_give_the_same_gradient_without_text_encoders_and_vae(tmp_path):
-  c = recipe(**{"dtype": "bfloat16", "data.caption_dropout": 0.3})
+  c = recipe(**{"loss.beta": 20.0, "data.caption_dropout": 0.3})
   precompute.run(c, tmp_path / "data")
-  stored = recipe(**{"dtype": "bfloat16", "data.caption_dropout": 0.3})
+  stored = c.copy_and_resolve_references()
   stored.data.update(source="precomputed", path=str(tmp_path / "data"))
   from_data = next(build.build(stored).batches())
   assert from_data[T5].dtype == jnp.bfloat16 and from_data[T5].shape == (4, 16, 48)
   assert from_data["clip_hidden_states"].dtype == np.float16 and from_data["clip_hidden_states"].shape[1] == 16
   assert set(build.build(stored).frozen) == {"transformer", "empty_ids"}
-  one, other = (loss(params) for loss, params in map(loss_and_gradient, (c, stored)))
-  flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for _, g in (one, other)]
-  np.testing.assert_allclose(one[0], other[0], rtol=2e-2)
-  assert np.abs(flat[0] - flat[1]).max() <= 0.05 * np.abs(flat[0]).max()
+  without_t5 = config.replace(c, {"drop_t5": True})
+  found = [loss(params) for loss, params in map(loss_and_gradient, (c, stored, without_t5))]
+  one, other, another = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(grads)]) for _, grads in found)
+  np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-3)
+  assert np.linalg.norm(one - other) <= 0.02 * np.linalg.norm(one)  # float16 and bfloat16
+  assert np.linalg.norm(one - another) > 0.1 * np.linalg.norm(one)
+  by_workers = next(build.build(config.replace(stored, {"data.num_workers": 1})).batches())
+  np.testing.assert_array_equal(by_workers[T5], from_data[T5])
   # What a folder was made with must be what training asks for.
   for field, value in (("drop_t5", True), ("max_sequence_length", 9)):
     with pytest.raises(
@@ -273,6 +275,7 @@ def test_the_full_size_recipe_is_planned_on_shapes_alone():
   config.check(c)
   assert c.lora.targets == LORA_TARGETS
   c.update(model="random:sd35-miniature", image_size=None, batch_size=4, accumulation=1)
+  c.lora.rank = 8
   c.data.update(source="precomputed")
   planned = plan.without_weights(c)
   assert planned.model == "zeros:sd35-miniature"

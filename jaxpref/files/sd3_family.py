@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxpref.diffusion import flow_from_config
-from jaxpref.files import adapters, folders, loading, pipelines, sd3, tensors
-from jaxpref.models import lora, presets
+from jaxpref.files import adapters, folders, loading, pipelines, sd3, sd3_adapters, tensors
+from jaxpref.models import presets
 from jaxpref.models.sd3.model import StableDiffusion3, flow_of
 from jaxpref.models.sd3.presets import PRESETS, SD3Preset
 from jaxpref.models.sd3.transformer import REMAT, constant_shapes
@@ -112,19 +112,16 @@ class StableDiffusion3Family:
     sd3.save_pipeline(folder, pipe, dtype=dtype)
 
   def load_adapter(self, file: str, pipe: sd3.SD3Pipeline) -> tuple[Tree, float]:
-    return load_adapter(pathlib.Path(file), pipe.params["transformer"])
+    return sd3_adapters.load_lora(file, pipe.params["transformer"])
 
   def save_adapter(
     self, file: pathlib.Path, adapter: Tree, scale: float, *, name: str, form: str = "lora", dtype: Any = jnp.float32
   ) -> None:
     del name
-    if form != "lora":
-      raise ValueError(f"--format={form}; expected lora or pipeline for Stable Diffusion 3.")
-    save_adapter(file, adapter, scale, dtype=dtype)
+    sd3_adapters.save_lora(file, adapter, scale, form=form, dtype=dtype)
 
   def with_adapters(self, pipe: sd3.SD3Pipeline, loras: Sequence[adapters.LoraFile]) -> tuple[dict[str, Tree], float]:
-    adapter, scale = load_adapters(loras, pipe.params["transformer"])
-    return dict(pipe.params) | {"transformer_lora": adapter}, scale
+    return sd3_adapters.with_adapters(pipe.params, loras)
 
   def without_values(self, name: str) -> str:
     base, drop, length = loading.split_t5(name)
@@ -253,59 +250,3 @@ def _length(pipe: sd3.SD3Pipeline, given: int | None) -> int:
     raise ValueError(f"max_sequence_length={given}; expected 1 to {sd3.MAX_SEQUENCE_LENGTH} tokens of T5.")
   of_clip = pipe.text_encoder.config.max_position_embeddings
   return given or (LENGTH if of_clip == 77 else of_clip)
-
-
-# ---- Adapters ----------------------------------------------------------------------------------------------------
-
-PREFIX = "transformer."
-
-
-def save_adapter(file: pathlib.Path, adapter: Tree, scale: float, *, dtype: Any) -> None:
-  """Writes `transformer.LAYER.lora_A.weight` and `.lora_B.weight`, and alpha in the metadata, as diffusers does."""
-  layers, rank = lora.to_layers(adapter), adapters.adapter_rank(adapter)
-  tree: dict[str, Any] = {}
-  for layer, (a, b) in layers.items():
-    tree |= {f"{PREFIX}{layer}.lora_A": {"kernel": a}, f"{PREFIX}{layer}.lora_B": {"kernel": b}}
-  config = {f"{PREFIX}r": rank, f"{PREFIX}lora_alpha": scale * rank, f"{PREFIX}target_modules": sorted(layers)}
-  metadata = {"lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
-  tensors.save_tree(file, tree, dtype=dtype, metadata=metadata)
-
-
-def load_adapter(file: pathlib.Path, params: Tree) -> tuple[Tree, float]:
-  """Returns the f32 adapter in a file that `save_adapter` or diffusers wrote, and its scale alpha / rank.
-
-  Raises:
-    FileNotFoundError, ValueError: it does not exist, or is for another network.
-  """
-  import safetensors
-
-  adapters.look_for(file)
-  with safetensors.safe_open(file, framework="numpy") as handle:
-    found = {key: handle.get_tensor(key) for key in handle.keys()}
-    metadata = handle.metadata() or {}
-  foreign = [
-    key for key in found if not key.startswith(PREFIX) or not key.endswith((".lora_A.weight", ".lora_B.weight"))
-  ]
-  if foreign or not found:
-    raise ValueError(
-      f"{file} holds {min(foreign, default='nothing')}, expected an adapter of Stable Diffusion 3 with names such as "
-      f"{PREFIX}transformer_blocks.0.attn.to_q.lora_A.weight; use it with the family of models it was made for."
-    )
-  names = sorted({key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in found})
-  layers = {
-    name: tuple(jnp.asarray(found[f"{PREFIX}{name}.lora_{part}.weight"].T, jnp.float32) for part in "AB")
-    for name in names
-  }
-  adapter = lora.from_layers(layers, params)
-  rank = adapters.adapter_rank(adapter)
-  alpha = json.loads(metadata.get("lora_adapter_metadata", "{}")).get(f"{PREFIX}lora_alpha", rank)
-  return adapter, alpha / rank
-
-
-def load_adapters(loras: Sequence[adapters.LoraFile], params: Tree) -> tuple[Tree, float]:
-  """Returns the sum of adapters, each with its strength, and its scale."""
-  found = [(load_adapter(file, params), strength) for file, strength in loras]
-  if len(found) == 1:
-    (adapter, scale), strength = found[0]
-    return adapter, scale * strength
-  return lora.combine([(adapter, scale * strength) for (adapter, scale), strength in found], params), 1.0
