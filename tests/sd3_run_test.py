@@ -13,7 +13,7 @@ from PIL import Image
 
 from configs import dpo_sd35_tiny, dpo_sd35m
 from jaxpref import compile, config, evaluate, export, pairs, precompute, sample
-from jaxpref.data import sources
+from jaxpref.data import latents, sources
 from jaxpref.devices import sharding
 from jaxpref.diffusion import TrainingTimes, flow
 from jaxpref.files import family as families
@@ -224,6 +224,21 @@ def test_precomputed_data_give_the_same_gradient_without_text_encoders_and_vae(t
       ValueError, match=f"was precomputed with config.{field}=.*, expected {value!r} as in this config"
     ):
       build.build(config.replace(stored, {field: value}))
+
+
+def test_precomputing_on_split_networks_makes_the_same_files(tmp_path, monkeypatch):
+  monkeypatch.setattr(sharding, "make_mesh", lambda fsdp=1, **_: make_mesh(-1, fsdp, devices=jax.devices()[:2]))
+  monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+  found = []
+  for fsdp in (1, 2):
+    c = recipe(**{"mesh.fsdp": fsdp})
+    precompute.run(c, tmp_path / str(fsdp))
+    data = latents.open_folder(tmp_path / str(fsdp))
+    found.append([data.row(i) for i in range(4)])
+  for one, other in zip(*found, strict=True):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+      np.testing.assert_allclose(np.float32(value), np.float32(other[name]), atol=2e-2, err_msg=name)
 
 
 def test_t5_is_stored_exactly_where_it_is_computed_in_bfloat16():

@@ -160,6 +160,9 @@ def _preset_of(base: str, *, drop: bool = False) -> SD3Preset | None:
   Raises:
     ValueError: it is a name of Stable Diffusion 1.x, 2.x or XL.
   """
+  for mark, field in ((loading.UNET, "unet_model"), (loading.CONFIG, "model_config")):
+    if mark in base:
+      raise ValueError(f"{base}: {field} is for Stable Diffusion with a UNet, not for {NAME}; leave it out.")
   kind, colon, preset = base.partition(":")
   if base in loading.SHIPPED or (colon and kind in loading.KINDS and preset in presets.PRESETS):
     raise ValueError(

@@ -264,8 +264,8 @@ def estimates(config: ConfigDict, devices: Sequence[Any], report: Mapping[str, A
   """Yields for each of `changes` the peak of bytes on a device, without compiling.
 
   Changes that a family of one's own refuses are left out. The arguments are exact. Of the temporaries, gradients have
-  the size of the trained parameters. The rest is assumed to grow with the denoiser's rows of a micro-batch, less what its
-  backward pass no longer keeps under another `remat`.
+  the size of the trained parameters. The rest is assumed to grow with the denoiser's rows of a micro-batch, less what
+  its backward pass no longer keeps under another `remat`.
 
   Args:
     config: config `without_weights` that was compiled.

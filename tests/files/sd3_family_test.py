@@ -123,6 +123,13 @@ def test_a_static_shift_beside_a_dynamic_one_is_refused_with_the_file(saved, tmp
     FAMILY.look_for(folder)
 
 
+def test_a_sigma_outside_its_range_is_refused_with_the_file(saved, tmp_path):
+  file = "scheduler/scheduler_config.json"
+  folder = edited(saved[1], tmp_path / "high", file, shift_terminal=1.5)
+  with pytest.raises(ValueError, match=rf"high/{file}: .*shift_terminal is 1.5, expected a sigma between 0 and 1"):
+    FAMILY.load(folder, dtype="float32", components=())
+
+
 def test_models_of_the_other_family_are_refused(saved, tmp_path):
   folder = str(saved[1])
   unet_folder = str(pipelines.save_pipeline(tmp_path / "sd", pipelines.random_pipeline(presets.ONE_LEVEL)))
@@ -145,6 +152,9 @@ def test_models_of_the_other_family_are_refused(saved, tmp_path):
     with pytest.raises(
       ValueError, match=f"{name} is a model of the family stable_diffusion, expected one of stable_dif"
     ):
+      families.look_for(FAMILY, name)
+  for name, field in ((f"{RANDOM}+unet=x", "unet_model"), (f"{RANDOM}+config=x", "model_config")):
+    with pytest.raises(ValueError, match=f"{field} is for Stable Diffusion with a UNet, not for stable_diffusion_3"):
       families.look_for(FAMILY, name)
   with pytest.raises(ValueError, match="random:sd4: the preset is unknown, expected one of sd3-medium"):
     FAMILY.load("random:sd4", dtype="float32")
