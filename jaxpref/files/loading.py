@@ -155,7 +155,7 @@ def is_random(name: str) -> bool:
 
 def without_values(name: str) -> str:
   """Returns zeros:PRESET for random:PRESET and drawn:PRESET, and any other name unchanged."""
-  return name if preset_of(name) is None else f"zeros:{name.partition(':')[2]}"
+  return f"zeros:{name.partition(':')[2]}" if is_random(name) else name
 
 
 def initialiser(name: str) -> Callable[[Any, jax.Array], Any]:
