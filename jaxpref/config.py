@@ -265,7 +265,7 @@ class Timesteps(Section):
   reward_scale: bool = False
   density: str = "uniform"  # of the times of a flow, before its shift: uniform, logit_normal or mode
   logit_mean: float = 0.0  # for logit_normal; above 0 favours noise (below 0 in diffusers' scripts)
-  logit_std: float = 1.0
+  logit_std: float = 1.0  # for logit_normal
   mode_scale: float = 1.29  # for mode; above 0 favours the middle
   weight: str = "none"  # of a flow's errors at sigma: none; sigma_sqrt, sigma^-2; or cosmap
 
