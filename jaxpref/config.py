@@ -247,19 +247,56 @@ class Kto(Section):
     self.not_negative("weight_desirable", "weight_undesirable")
 
 
+FLOW_TIMES = ("density", "logit_mean", "logit_std", "mode_scale", "weight")  # fields of `Timesteps` for a flow
+FLOW_DENSITIES = ("uniform", "logit_normal", "mode")
+FLOW_WEIGHTS = ("none", "sigma_sqrt", "cosmap")
+
+
 @dataclasses.dataclass(frozen=True)
 class Timesteps(Section):
-  """Sampling and weights of timesteps for dpo and tdpo, which are one method (arXiv 2505.18736)."""
+  """Times to train at, and their weights: for dpo and tdpo, which are one method (arXiv 2505.18736); and for flows.
+
+  The fields from density on are for models of rectified flow (arXiv 2403.03206, Section 3.1) and for methods that learn
+  from data. Their names are those of diffusers' training scripts.
+  """
 
   gamma: float = 1.0
   num_bins: int = 20
   reward_scale: bool = False
+  density: str = "uniform"  # of the times of a flow, before its shift: uniform, logit_normal or mode
+  logit_mean: float = 0.0  # for logit_normal; above 0 favours noise (below 0 in diffusers' scripts)
+  logit_std: float = 1.0  # for logit_normal
+  mode_scale: float = 1.29  # for mode; above 0 favours the middle
+  weight: str = "none"  # of a flow's errors at sigma: none; sigma_sqrt, sigma^-2; or cosmap
+
+  def of_flow(self) -> dict[str, Any] | None:
+    """Returns the arguments of `diffusion.TrainingTimes`; None if they are the defaults."""
+    found = {name: getattr(self, name) for name in FLOW_TIMES}
+    return None if found == {name: getattr(Timesteps(), name) for name in FLOW_TIMES} else found
 
   def check(self) -> None:
     self.require(0.0 < self.gamma <= 1.0, "gamma", "a number in (0, 1]")
     self.integers(1, "num_bins")
+    self.one_of("density", FLOW_DENSITIES)
+    self.one_of("weight", FLOW_WEIGHTS)
+    self.require(math.isfinite(self.logit_mean), "logit_mean", "a number")
+    self.positive("logit_std")
+    most = 2.0 / (math.pi - 2.0)
+    self.require(-1.0 <= self.mode_scale <= most, "mode_scale", f"a number from -1 to 2 / (pi - 2) = {most:.3f}")
+    both = self.density != "uniform" and self.gamma != 1.0
+    self.require(not both, "gamma", f"1 with timesteps.density={self.density}: both choose the times")
 
   def check_with(self, config: "Config", of: Facts) -> None:
+    learns = of.trains == "denoiser" and not of.online
+    usual = Timesteps()
+    for field in FLOW_TIMES:
+      same = getattr(self, field) == getattr(usual, field)
+      expected = f"{getattr(usual, field)!r} for {config.objective}: it is for methods that learn from data"
+      self.require(learns or same, field, expected)
+      expected = f"{getattr(usual, field)!r} for config.family={config.family}: it is for models of rectified flow"
+      self.require(config.family != "stable_diffusion" or same, field, expected)
+    expected = "none for the loss dspo, which looks at predictions instead of errors"
+    self.require(config.loss.name != "dspo" or self.weight == "none", "weight", expected)
     offline = of.losses == "denoised"
     self.require(offline or self.gamma == 1.0, "gamma", f"1 for {config.objective}: it is for dpo, tdpo")
     expected = f"False for {config.objective}: it is for dpo and tdpo"
@@ -515,15 +552,19 @@ class Config(Section):
   batch_size: int = 32  # global: pairs, images, or prompts of one rollout
   accumulation: int = 1  # number of micro-batches in an update
   dtype: str = "float32"  # for computation and frozen weights: float32 or bfloat16; trained weights are float32
-  remat: str = "none"  # what the UNet's backward pass recomputes: none, attention, block or full; or "none,block,..."
+  # What the denoiser's backward pass recomputes: none, attention, block or full; for a UNet also "none,block,...".
+  remat: str = "none"
   vae_slicing: int = 0  # images the VAE takes at a time on each device; 0: the whole batch
-  family: str = "stable_diffusion"  # Stable Diffusion 1.x, 2.x, SDXL; or your own as package.module:NAME
+  # stable_diffusion (1.x, 2.x, XL), stable_diffusion_3 (3 and 3.5), or your own as package.module:NAME
+  family: str = "stable_diffusion"
   # What to load. Each is a folder, a hub name, "tiny-sd" (shipped), "random:PRESET" or "drawn:PRESET" (also random:
   # see jaxpref/files/loading.py). The model may also be a checkpoint in one .safetensors file.
   model: Place = "tiny-sd"
   model_config: Place | None = None  # for such a file: a folder of config.json files with its topology
   vae_model: Place | None = None  # a VAE's folder, hub name or file, instead of the model's own
   unet_model: Place | None = None  # a UNet's folder, hub name or file, instead of the model's own
+  max_sequence_length: int | None = None  # for stable_diffusion_3: tokens of T5, 1 to 512; None: 256
+  drop_t5: bool = False  # for stable_diffusion_3: trains, draws and exports without T5, whose tokens are then zeros
   preference_model: Place | None = None  # for spo, grpo: a reward; for spm, lrm: what to start from
   # The reward of spo and grpo: "" is preference_model; or a weighted sum of it and names of docs/evaluation.md, such as
   # "pickscore:1,aesthetic:0.1". grpo also takes a function of your own, package.module:function. "latent" takes
@@ -531,7 +572,7 @@ class Config(Section):
   reward: str = ""
   reward_timeout: float = 600.0  # seconds such a function may take for the images of an iteration
   judge: Place | None = None  # for evaluation only
-  # Pixels of the images to train on and draw: a side, or (height, width); None: from the UNet's sample_size.
+  # Pixels of the images to train on and draw: a side, or (height, width); None: from the denoiser's sample_size.
   image_size: int | tuple[int, int] | None = None
   mesh: Mesh = Mesh()
   max_bad_steps: int = 5  # steps in a row with a non-finite loss or gradient to skip before stopping
@@ -594,6 +635,7 @@ class Config(Section):
     own = of.trains == "denoiser" and self.family == "stable_diffusion"
     expected = "nothing for this objective or family: it trains no UNet of Stable Diffusion"
     self.require(not self.unet_model or own, "unet_model", expected)
+    self._check_text(of)
     self.require(of.online or not self.reward, "reward", f"nothing for {self.objective}: it is for spo and grpo")
     terms = of_preference_model(reward_terms(self)) if of.online else [PREFERENCE_MODEL]
     self.require(len(terms) < 2, "reward", f"one network for config.preference_model, and the other as {LATENT}=FOLDER")
@@ -601,6 +643,17 @@ class Config(Section):
     kind = "step-aware preference model" if of.section == "spo" else "preference model"
     kind = "latent reward model" if LATENT in terms else kind
     self.require(given or not (of.scorer and terms), "preference_model", f"the folder of a {kind}")
+
+  def _check_text(self, of: Facts) -> None:
+    """Checks the fields of models with T5, and which methods have no use for such models."""
+    with_t5 = self.family == "stable_diffusion_3"
+    self.require(with_t5 or not self.drop_t5, "drop_t5", "False: it is for config.family=stable_diffusion_3")
+    length = self.max_sequence_length
+    self.require(with_t5 or length is None, "max_sequence_length", "None: it is for config.family=stable_diffusion_3")
+    self.require(length is None or 1 <= length <= 512, "max_sequence_length", "None, or 1 to 512 tokens of T5")
+    needs_unet = of.trains in ("vae", "latent_scorer")
+    expected = f"stable_diffusion for {self.objective}, which is made of parts of its models"
+    self.require(not (with_t5 and needs_unet), "family", expected)
 
   def sections(self) -> list[Section]:
     values = (getattr(self, field.name) for field in dataclasses.fields(self))
@@ -773,10 +826,10 @@ def smoke(config: ml_collections.ConfigDict, preset: str) -> None:
 
   Args:
     config: changed in place.
-    preset: a name of `jaxpref.models.presets`: "sd15-miniature" or "sdxl-miniature".
+    preset: a name of the family's presets: "sd15-miniature", "sdxl-miniature", or "sd35-miniature".
   """
   config.model = f"random:{preset}"
-  config.model_config = config.vae_model = config.unet_model = config.image_size = None
+  config.model_config = config.vae_model = config.unet_model = config.image_size = config.max_sequence_length = None
   of = facts(config)
   if of.scorer:
     config.preference_model = f"random:{preset}"

@@ -5,8 +5,9 @@
 
 Training then takes the same steps as without: it still draws from the VAE's posterior, drops captions and mirrors
 images itself. The same command continues after any interruption; it fails while the first one still runs. All devices
-of a host take part. Several hosts, started as for training (docs/operations.md), share the files among them if they get
-the same FOLDER, on a disk that all of them see or in a bucket (gs://); each waits at the end until all have finished.
+of a host take part; with --config.mesh.fsdp=N, large networks such as T5 are split over N of them. Several hosts,
+started as for training (docs/operations.md), share the files among them if they get the same FOLDER, on a disk that all
+of them see or in a bucket (gs://); each waits at the end until all have finished.
 
     python -m jaxpref.precompute --verify --out=FOLDER    # reads all files and names the damaged ones
 
@@ -18,6 +19,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import itertools
+import math
 import os
 import sys
 import time
@@ -137,7 +139,7 @@ class _Share:
 
 @dataclasses.dataclass(frozen=True)
 class _Networks:
-  """A model, its parameters on every device of the mesh, and the mesh."""
+  """A model, its parameters on every device of the mesh or split over its axis `fsdp`, and the mesh."""
 
   model: Model
   params: Any
@@ -156,8 +158,9 @@ def _run(
 ) -> bool:
   """Does the work of `run` in a folder, or a share of one, that only this run writes."""
   # ---- Networks and data -------------------------------------------------------------------------------------
-  mesh = sharding.make_mesh(devices=jax.local_devices())
-  everywhere = sharding.replicated(mesh)
+  mesh = sharding.make_mesh(fsdp=math.gcd(config.mesh.fsdp, jax.local_device_count()), devices=jax.local_devices())
+  split = mesh.shape["fsdp"] > 1
+  where = functools.partial(sharding.tree_shardings, mesh) if split else sharding.replicated(mesh)
   of = families.get(config.family)
   with families.opened(config.family):
     pipe = of.load(
@@ -165,9 +168,9 @@ def _run(
       dtype=config.dtype,
       seed=config.seed,
       param_dtype=config.dtype,
-      sharding=everywhere,
+      sharding=where,
       vae_model=config.vae_model,
-      components=[name for name in of.networks if name != of.denoiser],
+      components=[name for name in of.networks if name not in families.of_denoiser(of)],
     )
     model = of.model(pipe, vae_slicing=config.vae_slicing * mesh.size or None)
   model = build.at_size(config, model)
@@ -182,7 +185,7 @@ def _run(
 
   # ---- Rows, prompts, and the end ----------------------------------------------------------------------------
   share = _Share(folder, held, plan["rows_per_file"], index, count, together=jax.process_count() > 1)
-  networks = _Networks(model, jax.device_put(pipe.params, everywhere), mesh)
+  networks = _Networks(model, pipe.params if split else jax.device_put(pipe.params, where), mesh)
   rows = _write_rows(share, networks, data, empty, config, batch_size=batch_size)
   if missing := _unfinished(folder, rows, wait=share.together):
     _say(f"{len(missing)} files of other processes are not finished; the last process completes {folder}.")
@@ -331,7 +334,10 @@ def _encoder(networks: _Networks, stored: Callable[..., Any], rows: int) -> Enco
   """Returns a function of at most `rows` rows x that calls (model, params, x) on all devices, as a single program."""
   mesh = networks.mesh
   rows = -(-rows // mesh.size) * mesh.size
-  compiled = jax.jit(functools.partial(stored, networks.model), compiler_options=chips.compiler_options())
+  function = functools.partial(stored, networks.model)
+  if mesh.shape["fsdp"] > 1:
+    function = sharding.on_mesh(mesh, function)
+  compiled = jax.jit(function, compiler_options=chips.compiler_options())
 
   def encode(x: np.ndarray) -> Any:
     padded = np.concatenate([x, np.broadcast_to(x[-1:], (rows - len(x), *x.shape[1:]))])
@@ -411,7 +417,9 @@ def _prompt_records(
     for i, key in enumerate(keys[part]):
       record = {name: values[i] for name, values in fields.items()}
       if not all(np.isfinite(value).all() for value in record.values()):
-        raise ValueError(f"the text encoders make no finite float16 of the prompt with ids {input_ids[start + i]}.")
+        bad = next(name for name, value in record.items() if not np.isfinite(value).all())
+        kind = np.dtype(record[bad].dtype).name
+        raise ValueError(f"the text encoders make no finite {kind} of the prompt with ids {input_ids[start + i]}.")
       yield record | {"prompt": np.asarray(key)}
 
 

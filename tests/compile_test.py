@@ -122,9 +122,10 @@ def without_drivers(text):
 
 
 @pytest.mark.compiler("libtpu")
-def test_the_command_compiles_for_chips_that_are_not_there(tmp_path):
+@pytest.mark.parametrize("recipe", ["dpo_sd15.py:smoke", "dpo_sd35_tiny.py"])
+def test_the_command_compiles_for_chips_that_are_not_there(recipe, tmp_path):
   out = tmp_path / "report.json"
-  command = [sys.executable, "-m", "jaxpref.compile", "--config=configs/dpo_sd15.py:smoke", "--topology=v5e:2x2"]
+  command = [sys.executable, "-m", "jaxpref.compile", f"--config=configs/{recipe}", "--topology=v5e:2x2"]
   done = subprocess.run(
     [*command, "--config.batch_size=8", "--config.mesh.fsdp=4", f"--out={out}"],
     cwd=pathlib.Path(__file__).parents[1],

@@ -435,7 +435,10 @@ def test_planning_leaves_out_what_a_family_of_ones_own_refuses(pixels):
 @pytest.mark.parametrize(
   ("family", "sentence"),
   [
-    ("sd3", "config.family='sd3'; expected one of stable_diffusion, or your own as package.module:NAME"),
+    (
+      "sd3",
+      "config.family='sd3'; expected one of stable_diffusion, stable_diffusion_3, or your own as package.module:NAME",
+    ),
     ("pixels:PIXEL", "config.family=pixels:PIXEL: the module pixels has no PIXEL .did you mean PIXELS"),
     (
       "mine:WINNERS",

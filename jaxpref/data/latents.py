@@ -16,7 +16,9 @@ Each record is a safetensors file in memory, that is arrays by name:
           before any draw and unscaled; prompt i64[], the key of its prompt; the fields of the data's batches unchanged,
           such as label_0 f32[], and sizes_0 f32[6] as time_ids_0; and, if the plan says flip, all of them again for the
           mirrored images, as flipped/moments_0 and so on
-  prompt  encoder_hidden_states f16[L, D] of the text encoders, text_embeds f16[E] (SDXL), and its key, prompt i64[]
+  prompt  what the model stores of it (`Model.stored_text`), and its key, prompt i64[]: encoder_hidden_states f16[L, D]
+          of the text encoders and text_embeds f16[E] (SDXL); or clip_hidden_states f16[L, D], t5_hidden_states
+          bf16[L, D] and pooled_projections f16[P] (Stable Diffusion 3)
 
 The last record of a file of rows is not a row: it has input_ids i32[n, L], the different prompts of the file.
 
@@ -36,6 +38,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -45,7 +48,7 @@ from jaxpref.recipes import places
 
 FORMAT = 1
 PLAN, MANIFEST, PROMPTS = "plan.json", "manifest.json", "prompts.safetensors"
-DTYPE = np.float16  # dtype of moments and encoded prompts
+DTYPE = np.float16  # dtype of moments and encoded prompts; T5's overflow in it
 FLIPPED = "flipped/"
 SIZES = ("sizes", "time_ids")  # a field of batches, and its name in the files
 # ArrayRecord files that a process keeps open. Opening one again takes 0.05 ms, reading a row of SDXL's 0.12 ms.
@@ -261,11 +264,17 @@ def _read_json(path: Any, *fields: str, remedy: str = "") -> dict[str, Any]:
   return value
 
 
+# The names of types in safetensors; its own reader for numpy knows no bfloat16.
+_TYPES: dict[str, Any] = {f"{kind}{8 * n}": f"{kind.lower()}{n}" for kind in "IU" for n in (1, 2, 4, 8)}
+_TYPES |= {"F16": np.float16, "F32": np.float32, "F64": np.float64, "BOOL": np.bool_, "BF16": ml_dtypes.bfloat16}
+
+
 def _decode(file: Path, record: bytes) -> dict[str, np.ndarray]:
   try:
-    return safetensors.numpy.load(record)
+    views = safetensors.deserialize(record)
   except safetensors.SafetensorError as error:
     raise DamagedFile(file, str(error)) from error
+  return {name: np.frombuffer(view["data"], _TYPES[view["dtype"]]).reshape(view["shape"]) for name, view in views}
 
 
 class _Reader:
@@ -469,8 +478,8 @@ def batches(
     tokens: keeps input_ids i32[B, L], for methods that encode prompts themselves.
 
   Returns:
-    The batches of the pipeline with `moments` f16[B, h, w, 2C] (or moments_0 and moments_1) instead of pixels, and
-    `encoder_hidden_states` f16[B, L, D] and, for SDXL, `text_embeds` f16[B, E] instead of input_ids.
+    The batches of the pipeline with `moments` f16[B, h, w, 2C] (or moments_0 and moments_1) instead of pixels, and the
+    fields of the encoded prompt instead of input_ids.
 
   Raises:
     ValueError: there are too few rows for a batch.

@@ -38,6 +38,7 @@ from jaxpref.diffusion.process import (
   Process,
   Solvable,
   VariancePreserving,
+  Weighing,
 )
 from jaxpref.diffusion.times import (
   sample_timesteps,
@@ -65,6 +66,7 @@ __all__ = [
   "TIMESTEP_SPACINGS",
   "TrainingTimes",
   "VariancePreserving",
+  "Weighing",
   "add_noise",
   "alpha_sigma",
   "convert_prediction",

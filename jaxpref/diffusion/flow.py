@@ -263,9 +263,9 @@ class RectifiedFlow:
     )
     return s * self.num_train_timesteps
 
-  def loss_weight(self, t: jax.Array) -> jax.Array:
-    """Returns the factor f32[B] on the loss at t [B]; `Process` does not ask for it."""
-    return loss_weight(self.sigma(t), self.training.weight)
+  def loss_weight(self, t: jax.Array) -> jax.Array | None:
+    """Returns the factor f32[B] on squared errors at t [B]; None: all are 1."""
+    return None if self.training.weight == "none" else loss_weight(self.sigma(t), self.training.weight)
 
   def reward_scale(self, t: jax.Array) -> jax.Array:
     return reward_scale(self.sigma(t))

@@ -70,6 +70,15 @@ class Solvable(Process, Protocol):
     ...
 
 
+@runtime_checkable
+class Weighing(Process, Protocol):
+  """A `Process` that weighs the errors of a network by their times."""
+
+  def loss_weight(self, t: jax.Array) -> jax.Array | None:
+    """Returns the factor f32[B] on squared errors at these times; None: all are 1."""
+    ...
+
+
 @dataclasses.dataclass(frozen=True)
 class VariancePreserving:
   """The `Process` of `gaussian`: discrete-time Gaussian diffusion with DDIM's steps; times are i32 timesteps."""

@@ -152,14 +152,16 @@ def make_sampler(
   sections.check_count(num_inference_steps, "num_inference_steps", most=sections.MAX_STEPS)
   if sampler not in SAMPLERS:
     raise ValueError(f"sampler={sampler!r}, expected one of {', '.join(SAMPLERS)}.")
-  solver_steps = None
+  solver_steps, process = None, model.process
+  if size is not None and hasattr(model, "at_size"):
+    process = model.at_size(*size).process  # a flow's shift may depend on the size
   if sampler != "ddim":
-    if not isinstance(model.process, Solvable):
+    if not isinstance(process, Solvable):
       raise ValueError(
-        f"sampler={sampler!r} is for a process with solver_steps, which the model's {type(model.process).__name__} has "
+        f"sampler={sampler!r} is for a process with solver_steps, which the model's {type(process).__name__} has "
         "not; expected ddim, which works with any process."
       )
-    solver_steps = model.process.solver_steps(num_inference_steps, karras=karras)
+    solver_steps = process.solver_steps(num_inference_steps, karras=karras)
   latent_shape = model.latent_shape if size is None else model.latent_shape_for(*size)
   sizes = None if size is None else jnp.asarray([[*size, 0.0, 0.0, *size]], jnp.float32)  # the model gets them
   whole, split = (None, None) if mesh is None else (sharding.replicated(mesh), sharding.batch_sharding(mesh))
@@ -181,7 +183,7 @@ def make_sampler(
     predict = lambda x, t: eps(x, t, cond)
     if solver_steps is None:
       steps = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed + 1), i))(number)  # each row's own noise
-      latents = samplers.sample(predict, model.process, noise, steps, num_steps=num_inference_steps, eta=eta)
+      latents = samplers.sample(predict, process, noise, steps, num_steps=num_inference_steps, eta=eta)
     else:
       latents = samplers.solver_sample(predict, solver_steps, noise)
     return to_uint8(model.decode(weights, latents))

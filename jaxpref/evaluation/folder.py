@@ -185,7 +185,9 @@ def fingerprint(source: str, loras: Sequence[adapters.LoraFile], family: str | N
   if source.partition(":")[0] in ("random", "zeros") and not loading.split_unet(source)[1]:
     return source + "".join(f"+{_fingerprint([file])}" for file, _ in loras) + strengths
   of = families.get(families.of_run(source, family), "--family")
-  files = [f for of_part in of.weight_files(model_folder(source)).values() for f in of_part]
+  opened = model_folder(source)
+  files = [f for of_part in of.weight_files(opened).values() for f in of_part]
+  strengths += opened[len(loading.split_t5(opened)[0]) :]  # the same weights, used otherwise
   drawn = loading.split_unet(source)[0] + "+" if source.partition(":")[0] in ("random", "zeros") else ""
   return drawn + _fingerprint([*files, *(file for file, _ in loras)]) + strengths
 

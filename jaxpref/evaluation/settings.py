@@ -43,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--batch_size", type=int, default=8, help="pictures that each process draws at a time (default: %(default)s)")
   add(
     "--family",
-    help=f"model family: {families.DEFAULT}, or your own package.module:NAME (default: a run's own, else the first)",
+    help=f"model family: {', '.join(families.FAMILIES)}, or your own package.module:NAME (default: what the run or the "
+    "folder says, else the first)",
   )
   add("--vae_model", type=arguments.place, help="a VAE's folder, hub name or file, instead of the model's own")
   add("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of computation and stored weights")
@@ -193,18 +194,24 @@ def check(args: argparse.Namespace) -> None:
 
 
 def model_folder(name: str) -> str:
-  """Returns the model's name, or a run's exported model if the name is that of a work folder."""
+  """Returns the model's name, or a run's exported model if the name is that of a work folder.
+
+  A run or its export is told to use T5 as the run did, unless the name says otherwise.
+  """
   model, other = loading.split_unet(name)
   if other:
     return loading.with_unet(model_folder(model), other)
-  folder = pathlib.Path(name)
-  if (folder / "model_index.json").is_file() or not (folder / "config.json").is_file():
-    return name
-  if (folder / "export").is_dir():
-    return str(folder / "export")
-  if (folder / "checkpoints").is_dir():
-    raise ValueError(
-      f"--model={name} is a run without export/, which is written at its end; for its last checkpoint run "
-      f"python -m jaxpref.export {name} --format=pipeline --out=NEW, and give that folder."
-    )
-  return name
+  base, drop, length = loading.split_t5(name)
+  folder = pathlib.Path(base)
+  if not (folder / "model_index.json").is_file() and (folder / "config.json").is_file():
+    if (folder / "export").is_dir():
+      folder = folder / "export"
+    elif (folder / "checkpoints").is_dir():
+      raise ValueError(
+        f"--model={name} is a run without export/, which is written at its end; for its last checkpoint run "
+        f"python -m jaxpref.export {name} --format=pipeline --out=NEW, and give that folder."
+      )
+  drop = drop or families.field_of_run(base, "drop_t5") is True
+  of_run = families.field_of_run(base, "max_sequence_length")
+  length = of_run if length is None and isinstance(of_run, int) else length
+  return loading.with_t5(base if folder == pathlib.Path(base) else str(folder), drop=drop, length=length)

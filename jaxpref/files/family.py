@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpref.diffusion import VariancePreserving
-from jaxpref.files import adapters, folders, loading, pipelines, tensors
+from jaxpref.files import adapters, folders, loading, pipelines, sd3_family, tensors
 from jaxpref.models import lora, presets
 from jaxpref.models.base import Model
 from jaxpref.models.stable_diffusion import StableDiffusion
@@ -47,7 +47,8 @@ class Family(Protocol):
   """What a family knows that others do not.
 
   Attributes:
-    networks: components that have parameters.
+    networks: components that have parameters. What the denoiser needs besides its own, such as constants, has a name
+      that begins with the denoiser's.
     denoiser: the component that is trained; an adapter of it is the component `DENOISER_lora`.
   """
 
@@ -236,9 +237,21 @@ class StableDiffusionFamily:
   def weight_files(self, name: str) -> Mapping[str, Sequence[tensors.Source]]:
     return loading.weight_files(name)
 
+  def look_for(self, name: str, vae_model: str | None = None) -> None:
+    """Checks what `load` would open, without reading weights; see `look_for` below."""
+    if not sd3_family.recognises(name):
+      return loading.look_for(name, vae_model)
+    raise ValueError(
+      f"{name} is a model of Stable Diffusion 3, expected one of {DEFAULT}; set config.family (--family) to "
+      f"{sd3_family.NAME}, or choose another model."
+    )
+
 
 DEFAULT = "stable_diffusion"
-FAMILIES: dict[str, Family] = {DEFAULT: StableDiffusionFamily()}
+FAMILIES: dict[str, Family] = {
+  DEFAULT: StableDiffusionFamily(),
+  sd3_family.NAME: sd3_family.StableDiffusion3Family(),
+}
 
 
 def get(name: str, field: str = "config.family") -> Family:
@@ -347,7 +360,7 @@ def look_for(
 ) -> None:
   """Checks that what a model is loaded from exists, without reading weights; a hub's model is fetched.
 
-  Only a user's own family knows what its names mean, so it checks them itself.
+  Only a user's own family knows what its names mean, so its `load` checks them.
 
   Args:
     name: see `Family.load`.
@@ -357,17 +370,26 @@ def look_for(
   Raises:
     FileNotFoundError, ValueError: as those functions do.
   """
-  if isinstance(family, StableDiffusionFamily):
-    loading.look_for(name, vae_model)
+  if isinstance(family, StableDiffusionFamily | sd3_family.StableDiffusion3Family):
+    family.look_for(name, vae_model)
     for file in loras:
       adapters.look_for(file)
 
 
+def of_denoiser(family: Family) -> tuple[str, ...]:
+  """Returns the components that belong to the denoiser."""
+  return tuple(name for name in family.networks if name.startswith(family.denoiser))
+
+
 def of_run(name: str, given: str | None) -> str:
-  """Returns the family of --model: the one given, else that of the run that has this folder or export, else DEFAULT."""
+  """Returns the family of --model: the one given, else that of the run that has this folder or export.
+
+  Other models are of DEFAULT, unless their names or folders say that they are of another family.
+  """
   if given is not None:
     return given
-  family = field_of_run(name, "family") or DEFAULT
+  usual = sd3_family.NAME if sd3_family.recognises(name) else DEFAULT
+  family = field_of_run(name, "family") or usual
   if own.is_own(str(family)) and (place := _config_of_run(name)):
     own.refuse_module_in(place.parent, family, str(place))
   return family

@@ -1,6 +1,7 @@
 """Opens models by name: a folder, a hub name, a shipped model, `random:PRESET`, or a checkpoint in one file.
 
-Each may be NAME+unet=UNET, with another UNet; a file may be FILE+config=FOLDER, where FOLDER gives its topology.
+Each may be NAME+unet=UNET, with another UNet; a file may be FILE+config=FOLDER, where FOLDER gives its topology. Models
+with T5 may be NAME+t5=LENGTH, NAME+t5=none or NAME+t5=none,LENGTH, see `with_t5`.
 
 `random:PRESET` has the same numbers on every device, drawn by numpy. `drawn:PRESET` is for measurements at full size:
 the device draws the weights in seconds, each in its final precision.
@@ -22,16 +23,19 @@ from jaxpref.config import AnyConfig
 from jaxpref.diffusion import VariancePreserving
 from jaxpref.files import folders, pipelines, single_file, tensors, tokenizers
 from jaxpref.models import presets
+from jaxpref.models.sd3 import presets as sd3_presets
 from jaxpref.models.stable_diffusion import StableDiffusion
 from jaxpref.models.unet import UNetConfig
 from jaxpref.recipes.sections import check_seed
 
 _ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 SHIPPED = ("tiny-sd", "tiny-clip", "tiny-spm", "tiny-judge")
+KINDS = ("random", "drawn", "zeros")  # before the colon and a preset
 
 
 UNET = "+unet="  # in a model's name, before the folder or hub name of a UNet that replaces its own
 CONFIG = "+config="  # in a checkpoint file's name, before the folder with its topology
+T5 = "+t5="  # at the end of a model's name, see `with_t5`
 
 
 def with_unet(model: str, unet: str | None) -> str:
@@ -45,9 +49,45 @@ def with_config(model: str, folder: str | None) -> str:
   return with_unet(f"{base}{CONFIG}{folder}", unet) if folder else model
 
 
+def with_t5(model: str, *, drop: bool = False, length: int | None = None) -> str:
+  """Returns the name of a model that has been told how to use T5, if anything is to tell.
+
+  Args:
+    model: a name without this.
+    drop: leaves T5 out; its tokens are then zeros.
+    length: number of its tokens; None: the family's own.
+
+  >>> with_t5("folder", drop=True, length=128), with_t5("folder", length=128), with_t5("folder")
+  ('folder+t5=none,128', 'folder+t5=128', 'folder')
+  """
+  told = (["none"] if drop else []) + ([] if length is None else [str(length)])
+  return f"{model}{T5}{','.join(told)}" if told else model
+
+
+def split_t5(name: str) -> tuple[str, bool, int | None]:
+  """Returns the arguments of `with_t5` that give a name.
+
+  Raises:
+    ValueError: the end of the name is something else.
+
+  >>> split_t5("folder+t5=none,128"), split_t5("folder")
+  (('folder', True, 128), ('folder', False, None))
+  """
+  model, separator, told = str(name).rpartition(T5)
+  if not separator:
+    return name, False, None
+  parts = told.split(",")
+  drop = parts[0] == "none"
+  numbers = parts[1:] if drop else parts
+  if len(numbers) > 1 or not all(number.isdecimal() for number in numbers):
+    raise ValueError(f"{name}: {T5}{told}; expected {T5}LENGTH, {T5}none or {T5}none,LENGTH.")
+  return model, drop, int(numbers[0]) if numbers else None
+
+
 def model_name(config: AnyConfig) -> str:
-  """Returns the name of config.model with its model_config and unet_model: MODEL[+config=FOLDER][+unet=UNET]."""
-  return with_unet(with_config(config.model, config.model_config), config.unet_model)
+  """Returns the name of config.model with what other fields say of it: MODEL[+config=FOLDER][+unet=UNET][+t5=...]."""
+  name = with_unet(with_config(config.model, config.model_config), config.unet_model)
+  return with_t5(name, drop=config.drop_t5, length=config.max_sequence_length)
 
 
 def split_unet(name: str) -> tuple[str, str | None]:
@@ -57,8 +97,8 @@ def split_unet(name: str) -> tuple[str, str | None]:
 
 
 def split_config(name: str) -> tuple[str, str | None]:
-  """Returns FILE and FOLDER of FILE+config=FOLDER, else the name and None; leaves out the UNet of a name."""
-  model, separator, folder = str(split_unet(name)[0]).partition(CONFIG)
+  """Returns FILE and FOLDER of FILE+config=FOLDER, else the name and None; leaves out UNet and T5 of a name."""
+  model, separator, folder = str(split_unet(split_t5(name)[0])[0]).partition(CONFIG)
   return model, (str(folder_of(folder)) if separator else None)
 
 
@@ -97,12 +137,25 @@ def preset_of(name: str) -> presets.Preset | None:
     return single_file.read_preset(*checkpoint)
   if kind == "zeros" and preset not in presets.PRESETS and (pathlib.Path(preset) / "model_index.json").is_file():
     return pipelines.read_preset(preset)
-  return presets.get_preset(preset) if colon and kind in ("random", "drawn", "zeros") else None
+  if not colon or kind not in KINDS:
+    return None
+  if preset in sd3_presets.PRESETS:
+    raise ValueError(
+      f"{name} is a preset of the family stable_diffusion_3; set config.family (--family) to that, or choose one of "
+      f"{', '.join(presets.PRESETS)}."
+    )
+  return presets.get_preset(preset)
+
+
+def is_random(name: str) -> bool:
+  """Returns whether a name is that of a preset of any family, whose weights are not read; raises as `preset_of`."""
+  kind, colon, preset = split_t5(name)[0].partition(":")
+  return bool(colon and kind in KINDS and preset in sd3_presets.PRESETS) or preset_of(name) is not None
 
 
 def without_values(name: str) -> str:
   """Returns zeros:PRESET for random:PRESET and drawn:PRESET, and any other name unchanged."""
-  return name if preset_of(name) is None else f"zeros:{name.partition(':')[2]}"
+  return f"zeros:{name.partition(':')[2]}" if is_random(name) else name
 
 
 def initialiser(name: str) -> Callable[[Any, jax.Array], Any]:
@@ -110,23 +163,36 @@ def initialiser(name: str) -> Callable[[Any, jax.Array], Any]:
   return presets.zero_params if name.startswith("zeros:") else presets.init_params
 
 
-def _draw_text_to_image(
-  name: str, *, dtype: Any, seed: int, param_dtypes: Mapping[str, str], sharding: Any, components: Sequence[str]
-) -> pipelines.Pipeline:
-  """Returns a pipeline by drawn:PRESET; see `load_text_to_image` for the arguments."""
-  pipe = pipelines.random_pipeline(name.partition(":")[2], dtype=dtype, components=())
+def draw_params(
+  pipe: Any, *, seed: int, param_dtypes: Mapping[str, str], sharding: pipelines.Sharding, components: Sequence[str]
+) -> Any:
+  """Returns a pipeline with weights that the device draws, as for drawn:PRESET.
+
+  Args:
+    pipe: a pipeline without parameters.
+    seed, param_dtypes, sharding, components: see `load_text_to_image`; components without a network are left out.
+  """
   params = {}
   for component in components:
-    if (module := getattr(pipe, component)) is not None:
+    if (module := getattr(pipe, component, None)) is not None:
       of_it = (lambda shapes, c=component: sharding({c: shapes})[c]) if callable(sharding) else sharding
       own = zlib.crc32(f"{component} {seed}".encode())
       params[component] = presets.draw_params(module, own, dtype=jnp.dtype(param_dtypes[component]), sharding=of_it)
   return dataclasses.replace(pipe, params=params)
 
 
-def _replace_vae(
-  pipe: pipelines.Pipeline, vae_model: str, *, of: str, param_dtype: Any, sharding: pipelines.Sharding
-) -> pipelines.Pipeline:
+def place_params(
+  pipe: Any, *, param_dtypes: Mapping[str, str], sharding: pipelines.Sharding, components: Sequence[str]
+) -> Any:
+  """Returns a pipeline of random weights that has some components' parameters, cast, where they belong."""
+  chosen = {k: v for k, v in pipe.params.items() if k in components}
+  params = {k: jax.tree.map(lambda x, k=k: x.astype(param_dtypes[k]), v) for k, v in chosen.items()}
+  if sharding is not None:
+    params = jax.device_put(params, sharding(params) if callable(sharding) else sharding)
+  return dataclasses.replace(pipe, params=params)
+
+
+def replace_vae(pipe: Any, vae_model: str, *, of: str, param_dtype: Any, sharding: pipelines.Sharding) -> Any:
   """Returns a pipeline, named `of`, with another VAE; raises ValueError if that was made for another model."""
   if (file := single_file.find(vae_model)) is not None:
     params = single_file.load_alone(file, "vae", pipe.vae, param_dtype=param_dtype, sharding=sharding)
@@ -181,7 +247,7 @@ def load_text_to_image(
       name, dtype=dtype, seed=seed, param_dtype=param_dtype, sharding=sharding, components=others
     )
     of_vae = (lambda shapes: sharding({"vae": shapes})["vae"]) if callable(sharding) else sharding
-    return _replace_vae(pipe, vae_model, of=name, param_dtype=param_dtypes["vae"], sharding=of_vae)
+    return replace_vae(pipe, vae_model, of=name, param_dtype=param_dtypes["vae"], sharding=of_vae)
   base, unet = split_unet(name)
   if unet:
     of_unet = (lambda shapes: sharding({"unet": shapes})["unet"]) if callable(sharding) else sharding
@@ -196,11 +262,11 @@ def load_text_to_image(
       *checkpoint, dtype=jnp.dtype(dtype), param_dtype=param_dtypes, sharding=sharding, components=components
     )
   if (preset := preset_of(name)) is not None:
-    if name.startswith("drawn:"):
-      return _draw_text_to_image(
-        name, dtype=jnp.dtype(dtype), seed=seed, param_dtypes=param_dtypes, sharding=sharding, components=components
-      )
+    made: dict[str, Any] = {"param_dtypes": param_dtypes, "sharding": sharding, "components": components}
     known = name.partition(":")[2]
+    if name.startswith("drawn:"):
+      pipe = pipelines.random_pipeline(known, dtype=jnp.dtype(dtype), components=())
+      return draw_params(pipe, seed=seed, **made)
     pipe = pipelines.random_pipeline(
       known if known in presets.PRESETS else preset,
       seed,
@@ -208,11 +274,7 @@ def load_text_to_image(
       init=initialiser(name),
       components=tuple(components),
     )
-    chosen = {k: v for k, v in pipe.params.items() if k in components}
-    params = {k: jax.tree.map(lambda x, k=k: x.astype(param_dtypes[k]), v) for k, v in chosen.items()}
-    if sharding is not None:
-      params = jax.device_put(params, sharding(params) if callable(sharding) else sharding)
-    return dataclasses.replace(pipe, params=params)
+    return place_params(pipe, **made)
   return pipelines.load_pipeline(
     folder_of(name), dtype=jnp.dtype(dtype), param_dtype=param_dtypes, sharding=sharding, components=components
   )
@@ -311,7 +373,8 @@ def load_tokenizer(*models: str) -> Any:
     FileNotFoundError: no model has one.
   """
   for name in models:
-    if preset_of(name) is not None:
+    name = split_t5(name)[0]
+    if is_random(name):
       return tokenizers.tiny_tokenizer()
     if (checkpoint := checkpoint_of(name)) is not None:
       return single_file.tokenizer(*checkpoint)

@@ -205,6 +205,11 @@ def read_preset(folder: Path) -> presets.Preset:
 def read_modules(folder: pathlib.Path, dtype: Any = jnp.float32) -> dict[str, Any]:
   """Returns the networks of a folder without parameters, by component; raises as `load_pipeline` for these files."""
   index = read_json(folder / "model_index.json")
+  if index.get("_class_name") == "StableDiffusion3Pipeline":
+    raise ValueError(
+      f"{folder / 'model_index.json'} is of a StableDiffusion3Pipeline, expected Stable Diffusion 1, 2 or XL; set "
+      "config.family (--family) to stable_diffusion_3, or take another folder."
+    )
   modules: dict[str, Any] = {}
   for name in NETWORKS:
     class_name = _component_class(index, name, folder)

@@ -19,7 +19,7 @@ from jaxpref.files.folders import (
   save_network,
   write_json,
 )
-from jaxpref.files.tensors import Path, Sharding, Tree, weight_files
+from jaxpref.files.tensors import Part, Path, Piece, Sharding, Source, Tree, read_shapes, weight_files
 from jaxpref.files.tokenizers import (
   load_t5_tokenizer,
   load_tokenizer_of,
@@ -52,6 +52,9 @@ _CLASSES = {
   "text_encoder_2": _CLIP,
   "text_encoder_3": ("transformers", "T5EncoderModel"),
 }
+# What a transformer's files hold beside its parameters, a component of its own in `SD3Pipeline.params`.
+CONSTANTS = "transformer_constants"
+T5 = "text_encoder_3"
 # Tokens of T5 that the published models read at most.
 MAX_SEQUENCE_LENGTH = 512
 
@@ -62,8 +65,8 @@ class SD3Pipeline:
 
   Attributes:
     transformer, vae, text_encoder, text_encoder_2, text_encoder_3: networks without parameters; the last is T5 or None.
-    params: parameters by component, of the components that were asked for. With the transformer's come
-      "transformer_constants", its table of positions; without it the computed table is used.
+    params: parameters by component, of the components that were asked for. With the transformer's come CONSTANTS, its
+      table of positions; without it the computed table is used.
     scheduler_config: the dict of scheduler_config.json.
     tokenizer, tokenizer_2, tokenizer_3: transformers tokenizers, one for each text encoder.
     max_sequence_length: tokens that T5 reads.
@@ -102,7 +105,7 @@ class SD3Pipeline:
 
 def without_t5(pipe: SD3Pipeline) -> SD3Pipeline:
   """Returns the pipeline without T5, whose tokens are then zeros."""
-  params = {name: tree for name, tree in pipe.params.items() if name != "text_encoder_3"}
+  params = {name: tree for name, tree in pipe.params.items() if name != T5}
   return dataclasses.replace(pipe, text_encoder_3=None, tokenizer_3=None, params=params)
 
 
@@ -114,6 +117,7 @@ def load_pipeline(
   sharding: Sharding = None,
   components: Sequence[str] = NETWORKS,
   max_sequence_length: int = 256,
+  t5: bool = True,
 ) -> SD3Pipeline:
   """Opens a Stable Diffusion 3 or 3.5 folder in the layout of diffusers.
 
@@ -123,8 +127,10 @@ def load_pipeline(
     param_dtype: dtype of the parameters, or a dict with one for each of NETWORKS.
     sharding: where arrays go as they are read: None (default device), one Sharding, or a function from the tree of
       ShapeDtypeStructs {"transformer": ..., ...} to one of Shardings.
-    components: networks whose parameters are read. The others need only their config.json.
+    components: networks whose parameters are read. The others need only their config.json. CONSTANTS alone is read
+      without the transformer.
     max_sequence_length: tokens that T5 reads, at most 512.
+    t5: False leaves out T5, whose files may then be missing.
 
   Returns:
     The pipeline; its params have only the components asked for.
@@ -135,7 +141,7 @@ def load_pipeline(
       implemented.
   """
   folder = resolve_folder(folder, "*/*.safetensors")
-  pipe = open_pipeline(folder, dtype=dtype, max_sequence_length=max_sequence_length)
+  pipe = open_pipeline(folder, dtype=dtype, max_sequence_length=max_sequence_length, t5=t5)
   modules = {name: module for name, module in pipe.modules.items() if name in components}
   files = {name: weight_files(folder / name) for name in modules}
   shapes = {name: file_shapes(module) for name, module in modules.items()}
@@ -147,9 +153,24 @@ def load_pipeline(
   for name, module in modules.items():
     tree = load_network(module, files[name], shapes[name], dtypes[name], shardings[name])
     if name == "transformer":
-      tree, params["transformer_constants"] = split_constants(tree)
+      tree, params[CONSTANTS] = split_constants(tree)
     params[name] = tree
+  if CONSTANTS in components and "transformer" not in components:
+    kind = dtypes.get("transformer", jnp.float32) if isinstance(param_dtype, Mapping) else param_dtype
+    params[CONSTANTS] = _load_constants(folder, pipe.transformer, kind, sharding)
   return dataclasses.replace(pipe, params=params)
+
+
+def _load_constants(folder: pathlib.Path, module: SD3Transformer2DModel, dtype: Any, sharding: Sharding) -> Tree:
+  """Returns the constants of a transformer whose parameters are not read."""
+  shapes, key = constant_shapes(module.config), "pos_embed.pos_embed"
+  files: list[Source] = [*weight_files(folder / "transformer")]
+  holder = next((file for file in weight_files(folder / "transformer") if key in read_shapes(file)), None)
+  if holder is not None:
+    described = str(folder / "transformer" / "config.json")
+    files = [Part(holder, "its positions", described, "take both from the same model", {key: Piece(key)})]
+  placed = sharding({CONSTANTS: shapes})[CONSTANTS] if callable(sharding) else sharding
+  return load_network(module, files, shapes, dtype, placed)
 
 
 def file_shapes(module: nn.Module) -> Tree:
@@ -160,7 +181,9 @@ def file_shapes(module: nn.Module) -> Tree:
   return shapes
 
 
-def open_pipeline(folder: pathlib.Path, *, dtype: Any = jnp.float32, max_sequence_length: int = 256) -> SD3Pipeline:
+def open_pipeline(
+  folder: pathlib.Path, *, dtype: Any = jnp.float32, max_sequence_length: int = 256, t5: bool = True
+) -> SD3Pipeline:
   """Returns the pipeline of a folder without parameters, from its JSON files and tokenizers.
 
   Raises:
@@ -168,34 +191,34 @@ def open_pipeline(folder: pathlib.Path, *, dtype: Any = jnp.float32, max_sequenc
   """
   if not 1 <= max_sequence_length <= MAX_SEQUENCE_LENGTH:
     raise ValueError(f"max_sequence_length={max_sequence_length}, expected 1 to {MAX_SEQUENCE_LENGTH} tokens of T5.")
-  modules = read_modules(folder, dtype)
+  modules = read_modules(folder, dtype, t5=t5)
   return SD3Pipeline(
     **modules,
     params={},
     scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
     tokenizer=load_tokenizer_of(folder, "", modules["text_encoder"]),
     tokenizer_2=load_tokenizer_of(folder, "_2", modules["text_encoder_2"]),
-    tokenizer_3=load_tokenizer_of(folder, "_3", modules["text_encoder_3"], load_t5_tokenizer)
-    if "text_encoder_3" in modules
-    else None,
+    tokenizer_3=load_tokenizer_of(folder, "_3", modules[T5], load_t5_tokenizer) if T5 in modules else None,
     max_sequence_length=max_sequence_length,
   )
 
 
-def read_modules(folder: pathlib.Path, dtype: Any = jnp.float32) -> dict[str, Any]:
-  """Returns the networks of a folder without parameters, by component; raises as `load_pipeline` for these files."""
+def read_modules(folder: pathlib.Path, dtype: Any = jnp.float32, *, t5: bool = True) -> dict[str, Any]:
+  """Returns the networks of a folder without parameters, by component; see `load_pipeline` for t5 and for errors."""
   index = read_json(folder / "model_index.json")
   found = index.get("_class_name")
   if found is not None and found != "StableDiffusion3Pipeline":
     raise ValueError(
       f"{folder / 'model_index.json'} is of a {found}, expected StableDiffusion3Pipeline; choose a folder of Stable"
-      " Diffusion 3 or 3.5, or another family."
+      " Diffusion 3 or 3.5, or another family (config.family, --family)."
     )
   modules: dict[str, Any] = {}
   for name, (_, expected) in _CLASSES.items():
+    if name == T5 and not t5:
+      continue
     class_name = (index.get(name) or [None, None])[-1]
     if class_name is None:
-      if name == "text_encoder_3":
+      if name == T5:
         continue
       raise ValueError(
         f"{folder / 'model_index.json'} has no {name}, expected the components of Stable Diffusion 3 (transformer,"
@@ -306,7 +329,7 @@ def save_pipeline(folder: Path, pipe: SD3Pipeline, *, dtype: Any = jnp.float32) 
         config, stem = {"architectures": [class_name], **module.config.to_dict()}, "model"
       params = pipe.params[name]
       if name == "transformer":
-        params = join_constants(params, pipe.params.get("transformer_constants") or _computed(module.config))
+        params = join_constants(params, pipe.params.get(CONSTANTS) or computed_constants(module.config))
       save_network(target / name, stem, config, params, dtype)
     for suffix in ("", "_2", "_3"):
       tokenizer = getattr(pipe, f"tokenizer{suffix}")
@@ -320,7 +343,19 @@ def save_pipeline(folder: Path, pipe: SD3Pipeline, *, dtype: Any = jnp.float32) 
   return pathlib.Path(folder)
 
 
-def _computed(config: SD3TransformerConfig) -> Tree:
+def read_preset(folder: Path, *, t5: bool = True) -> SD3Preset:
+  """Returns the architectures of a model folder, from its JSON files alone; see `load_pipeline` for t5.
+
+  Raises:
+    FileNotFoundError, ValueError: as `load_pipeline`, for these files.
+  """
+  folder = pathlib.Path(folder)
+  modules = read_modules(folder, t5=t5)
+  scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+  return SD3Preset(**{name: module.config for name, module in modules.items()}, scheduler=scheduler)
+
+
+def computed_constants(config: SD3TransformerConfig) -> Tree:
   """Returns the constants of a transformer that was not read from files."""
   table = position_table(config)
   size = len(table)

@@ -149,7 +149,7 @@ class Objective(Protocol):
     ...
 
   def timesteps(self, key: jax.Array, size: int) -> jax.Array | None:
-    """Returns i32[size], the times that `loss` draws with this key for a batch of this size; None: it draws none."""
+    """Returns [size], the times that `loss` draws with this key for a batch of this size; None: it draws none."""
     ...
 
 

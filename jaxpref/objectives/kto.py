@@ -31,7 +31,7 @@ class DiffusionKTO(Offline):
   weight_undesirable: float = 1.0
 
   def timesteps(self, key: jax.Array, size: int) -> jax.Array:
-    return noising.uniform_timesteps(self.model, key, size)
+    return noising.training_times(self.model, key, size)
 
   def _rewards(self, w: Weights, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns implicit rewards f32[B], and their timesteps."""

@@ -24,14 +24,24 @@ def text(model: Model, weights: Any, batch: Batch) -> Cond:
   return model.encode_text(weights, batch["input_ids"]) if stored is None else stored
 
 
-def errors(model: Model, weights: Any, x_t: jax.Array, t: jax.Array, cond: Cond, target: jax.Array):
-  return diffusion.squared_error(model.predict(weights, x_t, t, cond), target)
+def errors(model: Model, weights: Any, x_t: jax.Array, t: jax.Array, cond: Cond, target: jax.Array) -> jax.Array:
+  """Returns `error` f32[B] of the network at x_t f32[B,h,w,C] and t [B]."""
+  return error(model, model.predict(weights, x_t, t, cond), target, t)
 
 
-def uniform_timesteps(model: Model, key: jax.Array, size: int) -> jax.Array:
-  """Returns [size] uniform times of the model's process, drawn with the step's key."""
+def error(model: Model, pred: jax.Array, target: jax.Array, t: jax.Array) -> jax.Array:
+  """Returns f32[B], squared errors of predictions [B,h,w,C] at t [B]: means over h, w, C, weighed by the process."""
+  found, process = diffusion.squared_error(pred, target), model.process
+  weight = process.loss_weight(t) if isinstance(process, diffusion.Weighing) else None
+  return found if weight is None else weight * found
+
+
+def training_times(model: Model, key: jax.Array, size: int) -> jax.Array:
+  """Returns [size] times of the model's process, drawn with the step's key; uniform unless it says otherwise."""
   return model.process.sample_times(named_key(key, "t"), size)
 
+
+uniform_timesteps = training_times  # what methods of one's own may still call it
 
 MAX_SAMPLES = 8  # samples on which a step measures the divergence of a moving reference
 
@@ -56,7 +66,7 @@ def first_samples(batch: Batch) -> dict[str, jax.Array]:
 
 
 def divergence(model: Model, w: Weights, preferred: Preferred, key: jax.Array) -> jax.Array:
-  """Returns D = E[err_ref(x_t) - err_base(x_t)] over preferred samples, uniform t and noise (2505.18736, Section 4).
+  """Returns D = E[err_ref(x_t) - err_base(x_t)] over preferred samples, times and noise (2505.18736, Section 4).
 
   It is positive if the reference denoises preferred samples worse than the pre-trained model. Means are over H, W, C
   and samples. It takes two UNet forward passes per sample.
@@ -65,7 +75,7 @@ def divergence(model: Model, w: Weights, preferred: Preferred, key: jax.Array) -
     f32[]; NaN if no sample counts.
   """
   x0 = preferred.x0
-  t = uniform_timesteps(model, key, x0.shape[0])
+  t = training_times(model, key, x0.shape[0])
   noise = jax.random.normal(named_key(key, "noise"), x0.shape)
   x_t = model.process.add_noise(x0, noise, t)
   target = model.process.target(x0, noise, t)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpref import diffusion, losses
+from jaxpref import losses
 from jaxpref.config import OWN_LOSS, own_loss
 from jaxpref.models.base import Model
 from jaxpref.objectives import noising
@@ -88,7 +88,7 @@ class DenoisedPair(NamedTuple):
     pred_w, pred_l, ref_pred_w, ref_pred_l: [B,h,w,C] predictions of policy and reference; the reference's are None for
       losses without one.
     target_w, target_l: f32[B,h,w,C] their targets.
-    err_w, err_l: f32[B] the policy's squared errors, means over h, w, C.
+    err_w, err_l: f32[B] the policy's squared errors, means over h, w, C, weighed by the process if it does so.
     reward_w, reward_l: f32[B] `losses.implicit_reward`; without a reference, -err / 2.
     weight: f32[B] factor on the margin.
   """
@@ -179,7 +179,8 @@ class DiffusionDPO(Offline):
   Attributes:
     loss_fn: a loss on denoised pairs, see `denoised_loss`.
     reference_free: for losses without a reference; the rewards are then -err / 2.
-    gamma: t is drawn from Cat(gamma^i) over `num_bins` bins of time, i = 0 the noisiest; 1 is uniform.
+    gamma: t is drawn from Cat(gamma^i) over `num_bins` bins of time, i = 0 the noisiest; 1 is the process's own times,
+      uniform unless it says otherwise.
     reward_scale: multiplies the margin by lambda(t) in [1, 2].
   """
 
@@ -209,13 +210,13 @@ class DiffusionDPO(Offline):
     cond = model.sized(jax.tree.map(twice, noising.text(model, w.base, e)), pair.get("sizes"))
 
     pred = model.predict(w.policy, x_t, twice(t), cond)
-    err = diffusion.squared_error(pred, target)
+    err = noising.error(model, pred, target, twice(t))
     ref_pred_w = ref_pred_l = None
     ref_err = jnp.zeros_like(err)
     if not self.reference_free:
       ref_pred = jax.lax.stop_gradient(model.predict(w.reference, x_t, twice(t), cond))
       ref_pred_w, ref_pred_l = jnp.split(ref_pred, 2)
-      ref_err = diffusion.squared_error(ref_pred, target)
+      ref_err = noising.error(model, ref_pred, target, twice(t))
     reward_w, reward_l = jnp.split(losses.implicit_reward(err, ref_err), 2)
     pred_w, pred_l = jnp.split(pred, 2)
     target_w, target_l = jnp.split(target, 2)

@@ -61,7 +61,7 @@ class PreferenceModel(Offline):
   decode_size: int = 0
 
   def timesteps(self, key: jax.Array, size: int) -> jax.Array:
-    return noising.uniform_timesteps(self.model, key, size) if self.step_aware else jnp.zeros((size,), jnp.int32)
+    return noising.training_times(self.model, key, size) if self.step_aware else jnp.zeros((size,), jnp.int32)
 
   def _scored_images(self, w: Weights, batch: Batch, pixels: jax.Array, t2: jax.Array, key: jax.Array) -> jax.Array:
     """Returns images f32[2B,H,W,3], first all of image_0: decoded predictions at times t2 i32[2B]."""

@@ -61,7 +61,7 @@ class Denoising(Offline):
   model: Model
 
   def timesteps(self, key: jax.Array, size: int) -> jax.Array:
-    return noising.uniform_timesteps(self.model, key, size)
+    return noising.training_times(self.model, key, size)
 
   def loss(
     self, w: Weights, e: Batch, key: jax.Array, statistics: Pairs | None = None

@@ -185,7 +185,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def denoiser_rows(config: Config, devices: int) -> int:
-  """Returns the rows that the UNet has on one device in a micro-batch of an update.
+  """Returns the rows that the denoiser has on one device in a micro-batch of an update.
 
   Args:
     devices: number of devices that the batch is spread over.
@@ -208,7 +208,7 @@ class Change:
   Attributes:
     accumulation: number of micro-batches in an update.
     fsdp: number of devices that parameters are split over.
-    remat: what the UNet's backward pass recomputes.
+    remat: what the denoiser's backward pass recomputes.
     rank: rank of an adapter that is trained instead of the network; 0: none.
   """
 
@@ -264,8 +264,8 @@ def estimates(config: ConfigDict, devices: Sequence[Any], report: Mapping[str, A
   """Yields for each of `changes` the peak of bytes on a device, without compiling.
 
   Changes that a family of one's own refuses are left out. The arguments are exact. Of the temporaries, gradients have
-  the size of the trained parameters. The rest is assumed to grow with the UNet's rows of a micro-batch, less what its
-  backward pass no longer keeps under another `remat`.
+  the size of the trained parameters. The rest is assumed to grow with the denoiser's rows of a micro-batch, less what
+  its backward pass no longer keeps under another `remat`.
 
   Args:
     config: config `without_weights` that was compiled.
@@ -311,8 +311,10 @@ def estimates(config: ConfigDict, devices: Sequence[Any], report: Mapping[str, A
 
 
 def kept_bytes(config: ConfigDict, rows: int) -> int:
-  """Returns the bytes that the UNet's backward pass keeps of a forward pass on some rows, with needed parameters."""
-  experiment, params, frozen = _build(config, 1)
+  """Returns the bytes that a backward pass of the denoiser keeps of a forward pass on some rows, and parameters."""
+  whole = config.copy_and_resolve_references()
+  whole.data.source = "emoji"  # with text encoders, which give the shapes of the conditioning
+  experiment, params, frozen = _build(whole, 1)
   model = experiment.model
   assert model is not None
 

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpref import config as config_lib
-from jaxpref.config import AnyConfig, Config
+from jaxpref.config import FLOW_TIMES, AnyConfig, Config, Timesteps
 from jaxpref.data import emoji, pipeline
+from jaxpref.diffusion import RectifiedFlow, TrainingTimes
 from jaxpref.evaluation import judging
 from jaxpref.files import adapters, latent_rewards, loading, pipelines
 from jaxpref.files import family as families
@@ -157,6 +158,25 @@ def at_size(config: Config, model: Model) -> Model:
   return model.at_size(height, width)
 
 
+def with_times(config: Config, model: Model) -> Model:
+  """Returns the model whose process has the training times of `config.timesteps`, if they are those of a flow.
+
+  Raises:
+    ValueError: the model is no flow.
+  """
+  training = config.timesteps.of_flow()
+  if training is None:
+    return model
+  flow: Any = model
+  process = model.process
+  if not isinstance(process, RectifiedFlow):
+    usual = Timesteps()
+    field = next(name for name in FLOW_TIMES if training[name] != getattr(usual, name))
+    expected = f"{getattr(usual, field)!r}, as the models of config.family={config.family!r} are no rectified flow"
+    raise ValueError(f"config.timesteps.{field}={training[field]!r}; expected {expected}.")
+  return dataclasses.replace(flow, process=dataclasses.replace(process, training=TrainingTimes(**training)))
+
+
 def check_image_size(config: Config) -> None:
   """Raises what `at_size` would raise, before any weights are read."""
   if config.image_size is not None:
@@ -237,7 +257,7 @@ def networks(config: Config) -> tuple[str, ...]:
   """Returns the networks that `_text_to_image` needs: with precomputed data only the denoiser, unless it draws."""
   draws = config.sample.every or (config.judge and config.evaluation.num_prompts)
   of = families.get(config.family)
-  return of.networks if config.data.source != "precomputed" or draws else (of.denoiser,)
+  return of.networks if config.data.source != "precomputed" or draws else families.of_denoiser(of)
 
 
 def trained_components(config: Config) -> tuple[str, ...]:
@@ -267,7 +287,7 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
   pipe = dataclasses.replace(pipe, params={k: v for k, v in pipe.params.items() if k not in components})
   with families.opened(config.family):
     model = of.model(pipe, remat=config.remat, lora_scale=scale, vae_slicing=vae_slicing)
-  model = at_size(config, model)
+  model = with_times(config, at_size(config, model))
   _check_steps(config, model)
   _check_decode_size(config, model)
   num_classes = max(emoji.num_classes(config.data.subset), config.evaluation.candidates)

@@ -251,9 +251,20 @@ def look_for(config: Config, *, scores: bool = True) -> None:
     paths.open_path(d.scores).stat()
 
 
-def precomputed_fields(config: Config) -> dict[str, Any]:
-  """Returns the fields that decide the frozen networks' output, as JSON values by dotted name."""
+# Fields of the frozen networks that folders leave out where they have their defaults, as older folders do.
+_LATER = ("family", "max_sequence_length", "drop_t5")
+
+
+def precomputed_fields(config: Config, *, all_fields: bool = False) -> dict[str, Any]:
+  """Returns the fields that decide the frozen networks' output, as JSON values by dotted name.
+
+  Args:
+    all_fields: also those that a folder leaves out.
+  """
   fields = {name: getattr(config, name) for name in ("model", "model_config", "vae_model", "dtype", "seed")}
+  usual = Config()
+  later = {name: getattr(config, name) for name in _LATER}
+  fields |= {name: value for name, value in later.items() if all_fields or value != getattr(usual, name)}
   fields |= {f"data.{k}": v for k, v in config.data.to_dict().items() if k not in _OF_TRAINING}
   return json.loads(json.dumps(fields))
 
@@ -270,7 +281,8 @@ def encoder_fingerprints(config: Config) -> dict[str, str]:
   """Returns fingerprints of the precomputing networks' weights, by component; none for random weights."""
   of = families.get(config.family)
   with families.opened(config.family):
-    files = dict(of.weight_files(loading.with_config(config.model, config.model_config)))
+    name = loading.with_config(config.model, config.model_config)
+    files = dict(of.weight_files(loading.with_t5(name, drop=config.drop_t5)))
   files.pop(of.denoiser, None)
   if config.vae_model:
     files["vae"] = loading.vae_files(config.vae_model)
@@ -291,12 +303,13 @@ def open_precomputed(config: Config) -> latents.Precomputed:
       f"{data.folder} holds {data.manifest['kind']}, expected {kind} for config.objective={config.objective!r}; give a "
       "folder that was precomputed for it."
     )
-  made, now = data.manifest["config"], precomputed_fields(config)
-  defaults = precomputed_fields(config_lib.default())  # defaults of fields that are newer than the folder
+  made, now = data.manifest["config"], precomputed_fields(config, all_fields=True)
+  defaults = precomputed_fields(Config(), all_fields=True)  # defaults of fields that are newer than the folder
   # Float32 and bfloat16 only differ by rounding. A published model does not depend on the seed, nor does the choice of
   # all pairs with their own labels. A folder that was made with flip has the images and the mirrored ones.
   ignored = ["data.source", "data.path", "data.images", "data.scores", "dtype"]
-  drawn = loading.preset_of(config.model) is not None or config.data.flip_labels or config.data.max_per_prompt
+  random = any(config.model.startswith(f"{kind}:") for kind in loading.KINDS)
+  drawn = random or config.data.flip_labels or config.data.max_per_prompt
   ignored += [] if drawn else ["seed"]
   ignored += ["data.flip"] if made["data.flip"] else []
   for field, value in now.items():
@@ -341,6 +354,10 @@ def stored_moments(model: Model, params: Any, images: jax.Array) -> jax.Array:
 
 
 def stored_text(model: Model, params: Any, input_ids: jax.Array) -> dict[str, jax.Array]:
-  """Returns `Model.stored_text` of prompts i32[B, L], f16[B, ...] as they are stored."""
+  """Returns `Model.stored_text` of prompts i32[B, L] as they are stored.
+
+  Fields are f16[B, ...], unless the model has `stored_dtypes`, other types by field: T5's tokens are bf16.
+  """
   fields = model.stored_text(model.encode_text(params, input_ids))
-  return jax.tree.map(lambda x: x.astype(latents.DTYPE), fields)
+  dtypes = getattr(model, "stored_dtypes", {})
+  return {name: x.astype(dtypes.get(name, latents.DTYPE)) for name, x in fields.items()}

@@ -361,7 +361,7 @@ def build_on_shapes(config: Any, batch_devices: int = 1) -> Any:
   from jaxpref.files import loading
   from jaxpref.training import build
 
-  if loading.preset_of(config.model) is None:
+  if not loading.is_random(config.model):
     return build.build(config, batch_devices=batch_devices)
   built: list[Any] = []
 

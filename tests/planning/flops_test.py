@@ -7,6 +7,8 @@ import pytest
 
 from jaxpref.models import attention, presets
 from jaxpref.models.resnet import _conv
+from jaxpref.models.sd3.presets import PRESETS as SD3_PRESETS
+from jaxpref.models.sd3.transformer import SD3Transformer2DModel
 from jaxpref.models.unet import UNet2DConditionModel
 from jaxpref.models.vae import AutoencoderKL
 from jaxpref.planning import flops
@@ -105,3 +107,43 @@ def test_a_gradient_takes_twice_the_operations_again(config, size, pooled, monke
   apply, args = unet_of(config, size, pooled)
   gradient = flops.count(jax.grad(lambda *a: jnp.sum(apply(*a) ** 2)), *args)
   np.testing.assert_allclose(gradient, 3 * flops.count(apply, *args), rtol=1e-2)
+
+
+def products_of_mmdit(c, size, text):
+  """Operations of a forward pass on one sample of size x size latents and `text` tokens, by hand."""
+  image, d = (size // c.patch_size) ** 2, c.width
+  total = 0
+  for i in range(c.num_layers):
+    dual, last = i in c.dual_attention_layers, i == c.num_layers - 1
+    total += image * (4 * d * d + 8 * d * d)  # queries, keys, values, output; feed-forward
+    total += text * (3 * d * d if last else 4 * d * d + 8 * d * d)
+    total += 2 * (image + text) ** 2 * d  # logits and weighted values
+    total += (9 if dual else 6) * d * d + (2 if last else 6) * d * d  # modulations
+    total += image * 4 * d * d + 2 * image**2 * d if dual else 0
+  patch = c.patch_size**2 * c.in_channels
+  total += image * (patch * d + d * patch) + text * c.joint_attention_dim * d
+  total += (256 + c.pooled_projection_dim) * d + 2 * d * d + 2 * d * d  # time and pooled text; the last modulation
+  return 2 * total
+
+
+@pytest.mark.parametrize(
+  ("name", "size", "text", "tflop"),
+  [
+    ("sd35-medium", 32, 333, 0.91),
+    ("sd35-medium", 64, 333, 2.44),
+    ("sd35-medium", 128, 333, 11.25),
+    ("sd35-large", 128, 333, 31.1),
+    ("sd35-miniature", 8, 32, None),
+  ],
+)
+def test_the_transformer_of_stable_diffusion_3_is_counted_as_by_hand(name, size, text, tflop, monkeypatch):
+  monkeypatch.setattr(attention, "MAX_LOGITS", 2**62)
+  c = SD3_PRESETS[name].transformer
+  module = SD3Transformer2DModel(c)
+  shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+  inputs = shape(1, size, size, c.in_channels), shape(1), shape(1, text, c.joint_attention_dim)
+  args = (presets.abstract_params(module), *inputs, shape(1, c.pooled_projection_dim))
+  counted = flops.count(lambda p, *a: module.apply({"params": p}, *a), *args)
+  assert counted == products_of_mmdit(c, size, text)
+  if tflop is not None:
+    np.testing.assert_allclose(counted, tflop * 1e12, rtol=6e-3)

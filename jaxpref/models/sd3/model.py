@@ -6,12 +6,12 @@ an adapter is trained. `transformer_constants` may hold the table of positions o
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxpref.diffusion import Process
+from jaxpref.diffusion import FlowSchedule, Process, RectifiedFlow, mu_of_tokens
 from jaxpref.models import lora
 from jaxpref.models.base import Cond, Weights
 from jaxpref.models.clip import CLIPTextModel
@@ -22,6 +22,11 @@ from jaxpref.models.vae import AutoencoderKL
 
 # Fields of a batch: the prompt's tokens of both CLIPs side by side, those of T5, and the pooled text.
 CLIP_FIELD, T5_FIELD, POOLED_FIELD = "clip_hidden_states", "t5_hidden_states", "pooled_projections"
+
+
+def flow_of(schedule: FlowSchedule, tokens: int) -> RectifiedFlow:
+  """Returns the process of a schedule, for images of so many tokens if its shift is dynamic."""
+  return RectifiedFlow(schedule, mu=mu_of_tokens(schedule, tokens) if schedule.use_dynamic_shifting else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +55,8 @@ class StableDiffusion3(LatentSpace):
   vae_slicing: int | None = None
   size: tuple[int, int] | None = None
   denoiser = "transformer"
+  # Published T5 weights overflow in float16; all other precomputed fields are stored in it.
+  stored_dtypes: ClassVar[Mapping[str, Any]] = {T5_FIELD: jnp.bfloat16}
 
   def __post_init__(self):
     c = self.transformer.config
@@ -91,8 +98,12 @@ class StableDiffusion3(LatentSpace):
 
   def at_size(self, height: int, width: int) -> "StableDiffusion3":
     """Returns the model with images of another size in pixels; raises ValueError as `latent_shape_for`."""
-    self.latent_shape_for(height, width)
-    return dataclasses.replace(self, size=(height, width))
+    rows, columns, _ = self.latent_shape_for(height, width)
+    process, patch = self.process, self.transformer.config.patch_size
+    if isinstance(process, RectifiedFlow) and process.schedule.use_dynamic_shifting:
+      mu = mu_of_tokens(process.schedule, rows * columns // patch**2)
+      process = dataclasses.replace(process, mu=mu)
+    return dataclasses.replace(self, size=(height, width), process=process)
 
   def latent_shape_for(self, height: int, width: int) -> tuple[int, int, int]:
     """Returns (h, w, C) of the latents of images of another size in pixels than the model's own.
@@ -202,14 +213,18 @@ class StableDiffusion3(LatentSpace):
     return fields
 
   def _assembled(self, fields: Mapping[str, jax.Array]) -> Cond:
-    """Returns the conditioning: the CLIPs' tokens padded with zeros to T5's width, then T5's or zeros."""
+    """Returns the conditioning: the CLIPs' tokens padded with zeros to T5's width, then T5's or zeros.
+
+    All of it has the dtype of the computation: stored fields do not agree in theirs.
+    """
+    fields = {name: value.astype(self.transformer.dtype) for name, value in fields.items()}
     clip = fields[CLIP_FIELD]
     width = self.transformer.config.joint_attention_dim
     clip = jnp.pad(clip, ((0, 0), (0, 0), (0, width - clip.shape[-1])))
     t5 = fields.get(T5_FIELD)
     if t5 is None:
       t5 = jnp.zeros((clip.shape[0], self.max_sequence_length, width), clip.dtype)
-    hidden = jnp.concatenate([clip, t5.astype(clip.dtype)], axis=1)
+    hidden = jnp.concatenate([clip, t5], axis=1)
     return {"encoder_hidden_states": hidden, "pooled_projections": fields[POOLED_FIELD]}
 
 
