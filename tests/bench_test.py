@@ -22,6 +22,20 @@ def test_cases_are_the_recipes_on_random_weights(case, size):
     assert config.model == f"drawn:{size}" and config.dtype == "bfloat16"
 
 
+def test_stable_diffusion_3_has_its_own_adapter_and_no_t5():
+  assert bench.cases_of("sd35m") == ["dpo-lora", "dpo-full"] and bench.cases_of("smoke") == list(bench.CASES)
+  config = bench.recipe("dpo-lora", "sd35m", None)
+  assert config.family == "stable_diffusion_3" and config.model == "drawn:sd35-medium" and config.drop_t5
+  assert (config.lora.rank, config.image_size, config.batch_size) == (32, 512, 4 * jax.device_count())
+  assert bench.recipe("dpo-lora", "smoke-sd35m", None).model == "random:sd35-miniature"
+
+
+def test_a_case_without_recipe_is_refused(capsys):
+  with pytest.raises(SystemExit):
+    bench.main(["--size=sd35m", "--cases", "spo-lora"])
+  assert "spo-lora has no recipe at --size=sd35m; expected dpo-lora, dpo-full." in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_case_is_timed_and_reported(tmp_path, monkeypatch):
   monkeypatch.setattr(bench, "matrix_peak", lambda dtype: (1e11, dtype))

@@ -36,6 +36,7 @@ TIMINGS = {
   "dpo-lora-sdxl": ("dpo-lora", "sdxl"),
   "spo-lora-sdxl": ("spo-lora", "sdxl"),
   "dpo-full-sd15": ("dpo-full", "sd15"),
+  "dpo-lora-sd35m": ("dpo-lora", "sd35m"),
 }
 PARTS = ("proof", *TIMINGS, "torch")
 
@@ -48,7 +49,8 @@ TIMED_STEPS = 10
 def timing(results: Results, deadline: float) -> list[str]:
   """Runs a part of TIMINGS; what was timed when the part is stopped is kept."""
   case, size = TIMINGS[results.part]
-  size = size if results.size == "full" else "smoke"
+  smoke = "smoke-sd35m" if size == "sd35m" else "smoke"
+  size = size if results.size == "full" else smoke
   watch = functools.partial(keep_partial, results, "steps")
   with results.attempt("steps"):
     row = bench.measure(case, size, None, TIMED_STEPS, "bfloat16", drawn=True, watch=watch, deadline=deadline)

@@ -7,6 +7,7 @@
 #   dpo-lora-sdxl   ten steps of DPO with LoRA on SDXL: seconds, TFLOP/s, memory, time to compile
 #   spo-lora-sdxl   the same for SPO
 #   dpo-full-sd15   the same for full training on SD1.5
+#   dpo-lora-sd35m  the same for DPO with LoRA on SD3.5 medium at 512 pixels, without T5
 #   torch           the step of dpo-lora-sdxl in PyTorch, eager and then compiled, and the ratios
 #
 # Each part has its own limit in seconds, or LIMIT; if all of them share TOTAL seconds, a part gets at most what
@@ -18,12 +19,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-declare -A limits=([proof]=180 [dpo-lora-sdxl]=180 [spo-lora-sdxl]=270 [dpo-full-sd15]=120 [torch]=150)
+declare -A limits=([proof]=180 [dpo-lora-sdxl]=180 [spo-lora-sdxl]=270 [dpo-full-sd15]=120 [dpo-lora-sd35m]=150 [torch]=150)
 parts=("$@")
-if (($# == 0)); then parts=(proof dpo-lora-sdxl spo-lora-sdxl dpo-full-sd15 torch); fi
+if (($# == 0)); then parts=(proof dpo-lora-sdxl spo-lora-sdxl dpo-full-sd15 dpo-lora-sd35m torch); fi
 for part in "${parts[@]}"; do
   if [ -z "${limits[$part]:-}" ]; then
-    echo "error: there is no part $part; expected some of proof, dpo-lora-sdxl, spo-lora-sdxl, dpo-full-sd15, torch." >&2
+    echo "error: there is no part $part; expected some of ${!limits[*]}." >&2
     exit 2
   fi
 done

@@ -47,8 +47,16 @@ DEFAULT_CASES = ["dpo-lora", "dpo-full", "spo-lora", "spm", "sample"]
 BATCH = {
   "sdxl": {"dpo": 4, "tdpo": 4, "spo": 2, "spm": 4, "sample": 4},
   "sd15": {"dpo": 16, "tdpo": 16, "spo": 10, "spm": 16, "sample": 16},
+  "sd35m": {"dpo": 4},
   "tiny": {"dpo": 32, "tdpo": 32, "spo": 8, "spm": 32, "sample": 32},
 }
+PRESETS = {"sd35m": "sd35-medium"}  # of sizes with another name
+
+
+def cases_of(size: str) -> list[str]:
+  """Returns the cases that a size has recipes for."""
+  of_case = lambda case: case if case == "sample" else CASES[case][0]
+  return [case for case in CASES if size == "smoke" or of_case(case) in BATCH[size]]
 
 
 def recipe_module(file: pathlib.Path) -> Any:
@@ -79,13 +87,14 @@ def recipe(
   import jax
 
   name, rank = CASES[case]
-  real = "sdxl" if size == "smoke" else size
-  miniature = size == "smoke" or (miniature and size != "tiny")
+  real = {"smoke": "sdxl", "smoke-sd35m": "sd35m"}.get(size, size)
+  miniature = size in ("smoke", "smoke-sd35m") or (miniature and size != "tiny")
   module = recipe_module(ROOT / "configs" / f"{name}_{real}.py")
   config = module.get_config("smoke") if miniature else module.get_config()
   if not miniature:
     if size != "tiny":
-      config.model, config.vae_model = f"random:{size}", None
+      config.model, config.vae_model = f"random:{PRESETS.get(size, size)}", None
+      config.drop_t5 = size == "sd35m"  # as with precomputed prompts, its time is not the step's
       if name in ("spo", "spm"):
         config.preference_model = f"random:{size}"
     config.data.update(source="emoji", folder=None, prompts=None)
@@ -96,6 +105,7 @@ def recipe(
   elif batch:
     config.batch_size = batch * jax.device_count()
   if rank is not None:
+    rank = rank and (config.lora.rank or rank)  # a recipe of LoRA has its own
     config.lora.rank = min(rank, 4) if miniature else rank
     if rank and name in ("dpo", "tdpo"):
       config.optimizer.name = "adamw"
@@ -466,7 +476,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--size", choices=("smoke", *BATCH), default="smoke", help="default: %(default)s")
-  parser.add_argument("--cases", nargs="+", choices=CASES, default=DEFAULT_CASES)
+  of_default = ", ".join(DEFAULT_CASES)
+  parser.add_argument("--cases", nargs="+", choices=CASES, help=f"default: those of {of_default} that it has")
   parser.add_argument("--steps", type=int, default=20, help="timed steps (default: %(default)s)")
   parser.add_argument("--batch", type=int, help="pairs, prompts or images a device")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the recipe's")
@@ -474,6 +485,10 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument("--table", nargs="+", type=pathlib.Path, metavar="FILE", help="OUT.json files: one table")
   parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
   args = parser.parse_args(arguments)
+  known = cases_of(args.size)
+  args.cases = args.cases or [case for case in DEFAULT_CASES if case in known]
+  if missing := [case for case in args.cases if case not in known]:
+    parser.error(f"--cases: {missing[0]} has no recipe at --size={args.size}; expected {', '.join(known)}.")
   if args.table:
     if missing := [str(file) for file in args.table if not file.is_file()]:
       parser.error(f"--table: there is no {', '.join(missing)}; expected OUT.json files of this script.")
