@@ -23,7 +23,7 @@ def get_config():
   targets = r"\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)$"
   config.lora.update(rank=4, alpha=8.0, targets=targets, init="gaussian")
   config.data.caption_dropout = 0.1
-  config.optimizer.update(learning_rate=1e-3, warmup_steps=2, weight_decay=1e-4)
+  config.optimizer.update(learning_rate=1e-4, warmup_steps=2, weight_decay=1e-4)
   config.logging.every = 1
   config.checkpoint.every = 10
   config.evaluation.num_prompts = 0

@@ -223,8 +223,9 @@ def test_an_adapter_is_written_and_read(saved, adapter, tmp_path):
 
 def test_an_adapter_of_another_family_is_refused(saved, adapter, tmp_path):
   file = tmp_path / "unet.safetensors"
-  save_file({"unet.mid_block.attentions.0.proj_in.lora_A.weight": np.ones((2, 8), np.float32)}, file)
-  with pytest.raises(ValueError, match=f"^{file}.*Stable Diffusion"):
+  factors = {"lora_A": np.ones((2, 8), np.float32), "lora_B": np.ones((8, 2), np.float32)}
+  save_file({f"unet.mid_block.attentions.0.proj_in.{name}.weight": x for name, x in factors.items()}, file)
+  with pytest.raises(ValueError, match=f"^{file}.*(Stable Diffusion|other network)"):
     FAMILY.load_adapter(str(file), saved[0])
   sd3_file = tmp_path / "sd3.safetensors"
   FAMILY.save_adapter(sd3_file, adapter, 1.0, name="x")
