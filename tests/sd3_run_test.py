@@ -74,15 +74,16 @@ FULL = {"lora.rank": 0, "lora.alpha": None}
   ("fields", "first_loss"),
   [
     # A moving reference, the sampler and the weights of timestep-aware DPO, all weights trained, no T5.
-    (
+    pytest.param(
       FULL
       | {"objective": "tdpo", "model": "random:sd3-miniature", "timesteps.density": "uniform", "timesteps.gamma": 0.9,
          "timesteps.reward_scale": True, "reference.mode": "update", "reference.tau": 2, "drop_t5": True,
          "max_sequence_length": 9},
       math.log(2),
+      marks=pytest.mark.slow,
     ),
     (FULL | {"loss.name": "sft", "timesteps.density": "mode", "timesteps.weight": "cosmap", "remat": "block"}, None),
-    ({"objective": "kto", "lora.targets": r"attn2\.to_q$"}, 0.5),
+    pytest.param({"objective": "kto", "lora.targets": r"attn2\.to_q$"}, 0.5, marks=pytest.mark.slow),
   ],
   ids=["tdpo", "sft", "kto"],
 )  # fmt: skip
@@ -255,6 +256,7 @@ def test_t5_is_stored_exactly_where_it_is_computed_in_bfloat16():
   assert np.isfinite(np.asarray(model.restored_text(huge)["encoder_hidden_states"], np.float32)).all()
 
 
+@pytest.mark.slow  # models/sd3/sharding_test.py has the network on each mesh
 @pytest.mark.parametrize("mesh", [(2, 1, 1), (1, 2, 1), (1, 1, 2)], ids=["data", "fsdp", "tensor"])
 def test_a_mesh_changes_nothing(mesh, tmp_path, monkeypatch, on_one_device):
   monkeypatch.setattr(sharding, "MIN_FSDP_SIZE", 2**8)
