@@ -22,7 +22,7 @@ HEADERS = {
   "Cross-Origin-Resource-Policy": "same-origin",
   "Cache-Control": "no-store",
 }
-PUBLIC = ("/", "/page.js", "/style.css", "/favicon.ico")  # the same for everybody; everything else needs the token
+PUBLIC = ("/", "/page.js", "/style.css", "/icon.svg")  # the same for everybody; everything else needs the token
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

@@ -1,6 +1,7 @@
 """The page's server: a small ASGI app over a `Ballot`, and how it listens.
 
-  GET  /, /style.css, /page.js       the page, the same for everybody
+  GET  /, /style.css, /page.js, /icon.svg
+                                     the page, the same for everybody
   GET  /picture/ASK/a, .../b         a picture of a pair that is open
   GET  /api/summary                  what everybody may see
   POST /api/next                     {voter}: the voter's open pairs, and progress
@@ -146,7 +147,7 @@ def make_app(ballot: Ballot, *, title: str, token: str, host: str, summary: Summ
 
   api = Api(ballot, summary or ballot.summary)
   page = render(title)
-  files = {name: (TEMPLATES / name).read_bytes() for name in ("page.js", "style.css")}
+  files = {name: (TEMPLATES / name).read_bytes() for name in ("page.js", "style.css", "icon.svg")}
 
   async def answered(work: Callable[[], Any]) -> Response:
     try:
@@ -182,6 +183,7 @@ def make_app(ballot: Ballot, *, title: str, token: str, host: str, summary: Summ
     Route("/", fixed(page.encode(), "text/html; charset=utf-8")),
     Route("/page.js", fixed(files["page.js"], "text/javascript; charset=utf-8")),
     Route("/style.css", fixed(files["style.css"], "text/css; charset=utf-8")),
+    Route("/icon.svg", fixed(files["icon.svg"], "image/svg+xml")),
     Route("/picture/{ask}/{side}", picture),
     Route("/api/summary", summary_of),
     *(Route(f"/api/{name}", posted(getattr(api, name)), methods=["POST"]) for name in ("next", "vote", "undo")),

@@ -196,6 +196,7 @@ function closely(side) {
   if (!at("closely").open) {
     zoom = 0;
     at("closely").showModal();
+    at("closely").focus();
   }
   flip(side === "b");
   size();
