@@ -101,10 +101,6 @@ def length_problem(headers: Mapping[str, str]) -> Problem | None:
   return None
 
 
-class TooLarge(Exception):
-  """Raised inside an app that reads a body larger than MAX_BODY, whose length was not stated."""
-
-
 class Guard:
   """An ASGI app that passes on the requests that all checks let through, and adds HEADERS to all answers."""
 
@@ -132,20 +128,21 @@ class Guard:
       self._log(f"refused {scope['method']} {scope['path'][:100]!r}: {problem[1]}")
       await _answer(send, *problem)
       return
-    began = False
+    body = await _body(receive)
+    if body is None:
+      await _answer(send, 413, f"the request is larger than {MAX_BODY} bytes.")
+      return
+    replay = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def received() -> MutableMapping[str, Any]:
+      return next(replay, None) or await receive()
 
     async def guarded(message: MutableMapping[str, Any]) -> None:
-      nonlocal began
       if message["type"] == "http.response.start":
-        began = True
         message = {**message, "headers": [*message.get("headers", ()), *_encoded(HEADERS)]}
       await send(message)
 
-    try:
-      await self._app(scope, _bounded(receive), guarded)
-    except TooLarge:
-      if not began:
-        await _answer(send, 413, f"the request is larger than {MAX_BODY} bytes.")
+    await self._app(scope, received, guarded)
 
   def _problem(self, scope: Scope) -> Problem | None:
     names = [name for name, _ in scope["headers"]]
@@ -163,18 +160,16 @@ class Guard:
     )
 
 
-def _bounded(receive: Receive) -> Receive:
-  total = 0
-
-  async def bounded() -> MutableMapping[str, Any]:
-    nonlocal total
+async def _body(receive: Receive) -> bytes | None:
+  """Returns the body of a request; None if it is larger than MAX_BODY, of which no more is read then."""
+  body = b""
+  while True:
     message = await receive()
-    total += len(message.get("body", b""))
-    if total > MAX_BODY:
-      raise TooLarge
-    return message
-
-  return bounded
+    body += message.get("body", b"")
+    if len(body) > MAX_BODY:
+      return None
+    if not message.get("more_body"):
+      return body
 
 
 def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
