@@ -123,7 +123,8 @@ def folder_of(args: argparse.Namespace) -> pathlib.Path:
   """Returns the folder of the votes.
 
   Raises:
-    ValueError: the pairs lie in a bucket or are no folder with a place for them, and --out is not given.
+    ValueError: the pairs lie in a bucket, and --out is not given.
+    FileNotFoundError: there are no pairs.
   """
   if args.out is not None:
     return args.out
@@ -132,6 +133,8 @@ def folder_of(args: argparse.Namespace) -> pathlib.Path:
   place = pathlib.Path(args.pairs)
   if paths.is_remote(args.pairs):
     raise ValueError(f"--out is missing; name a folder of this machine for the votes on {args.pairs}.")
+  if not place.exists():
+    raise FileNotFoundError(f"there is no file or folder {place}.")
   return place if place.is_dir() else place.with_name(f"{place.name}.votes")
 
 

@@ -298,5 +298,5 @@ def check_file(folder: pathlib.Path) -> pathlib.Path:
   """
   file = folder / NAME
   if not os.path.isfile(file):
-    raise FileNotFoundError(f"{folder} has no {NAME}, so nobody has voted there yet; python -m jaxpref.vote {folder}")
+    raise FileNotFoundError(f"{folder} has no {NAME}, so nobody has voted there yet; vote first.")
   return file
