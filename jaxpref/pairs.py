@@ -119,8 +119,13 @@ def make_parser() -> argparse.ArgumentParser:
     "not complete, else a new one. --model may then be a folder of runs, for the newest finished one (default: one "
     "round, in OUT itself)",
   )
-  of_labels = parser.add_argument_group("labels by a reward")
-  add = of_labels.add_argument
+  _add_label_arguments(parser)
+  distributed.add_arguments(parser)
+  return parser
+
+
+def _add_label_arguments(parser: argparse.ArgumentParser) -> None:
+  add = parser.add_argument_group("labels by a reward").add_argument
   add(
     "--label",
     metavar="REWARD",
@@ -143,8 +148,6 @@ def make_parser() -> argparse.ArgumentParser:
   )
   add("--preferred_style", default="openmoji", help="style that the judge looks for (default: %(default)s)")
   add("--score_batch_size", type=int, default=32, help="pictures to score at a time (default: %(default)s)")
-  distributed.add_arguments(parser)
-  return parser
 
 
 @dataclasses.dataclass(frozen=True)

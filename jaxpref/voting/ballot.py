@@ -116,8 +116,10 @@ class Ballot:
 
   def _choose(self, voter: int) -> schedule.Showing | None:
     """Returns what to show a voter after the open pairs; None if there is nothing left."""
-    mine, judged, repeated, asks = np.zeros(len(self._numbers), bool), [], [], 0
-    others = np.zeros(len(self._numbers), bool)
+    mine, others = np.zeros(len(self._numbers), bool), np.zeros(len(self._numbers), bool)
+    judged: list[int] = []
+    repeated: list[int] = []
+    asks = 0
     for vote in self._votes.values():
       number = self._of_store.get(vote.ask.pair)
       asks += vote.ask.voter == voter

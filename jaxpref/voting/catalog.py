@@ -31,15 +31,17 @@ class Pair:
 
 
 class Catalog(Protocol):
-  """Pairs by number.
+  """Pairs by number."""
 
-  Attributes:
-    keys: of the N pairs; the same ones in every run, whatever other pairs there are.
-    group: i64[N], equal for pairs that ask the same, such as those of a prompt: one of each is asked first.
-  """
+  @property
+  def keys(self) -> Sequence[str]:
+    """The keys of the N pairs, the same ones in every run, whatever other pairs there are."""
+    ...
 
-  keys: Sequence[str]
-  group: np.ndarray
+  @property
+  def group(self) -> np.ndarray:
+    """i64[N], equal for pairs that ask the same, such as those of a prompt: one of each is asked first."""
+    ...
 
   def read(self, number: int) -> Pair:
     """Reads a pair; raises OSError if a picture is missing."""

@@ -75,7 +75,7 @@ def test_a_tfds_dataset_takes_no_shares(found, tmp_path):
     export.write_tfds(tmp_path / "taste", found, {0: 0.75})
 
 
-@pytest.mark.parametrize("write", [lambda *a: export.write_folder(*a, []), export.write_tfds])
+@pytest.mark.parametrize("write", [lambda *a: export.write_folder(*a, found=[]), export.write_tfds])
 def test_bad_pairs_alone_are_nothing_to_train_on(found, tmp_path, write):
   with pytest.raises(ValueError, match="so there is nothing to train on; vote on more pairs"):
     write(tmp_path / "taste", found, {3: None})
