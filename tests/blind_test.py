@@ -1,8 +1,14 @@
 """The command that compares models blindly: the rule, what is shown before the end, results, and the scorer."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 import types
+import urllib.request
 
 import numpy as np
 import pytest
@@ -11,6 +17,7 @@ from PIL import Image
 from jaxpref import blind, evaluate
 from jaxpref.data import prompt_sets
 from jaxpref.voting import blind_folder, server, store, trial
+from tests import QUICK_FLAGS
 from tests.voting import made
 
 pytest.importorskip("starlette", reason="needs the packages of the extra [web]")
@@ -241,3 +248,75 @@ def test_votes_without_a_rule_are_no_comparison(folder):
   store.Store(folder / store.NAME).close()
   with pytest.raises(SystemExit, match="holds no blind comparison; vote with python -m jaxpref.blind"):
     blind.main([str(folder), "--results"])
+
+
+# ---- For real ----------------------------------------------------------------------------------------------------
+
+
+class Running:
+  """A command that serves the page, as a user starts it; `ask` sends it a request."""
+
+  def __init__(self, *command, cwd):
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p), JAX_PLATFORMS="cpu")
+    environment["XLA_FLAGS"] = QUICK_FLAGS
+    usual = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a script
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    self.process = subprocess.Popen(
+      [sys.executable, "-m", *command], cwd=cwd, env=environment, preexec_fn=usual, **pipes
+    )
+    link = self.process.stdout.readline().strip()
+    assert "/#" in link, self.process.stderr.read()
+    self.address, _, self.token = link.partition("/#")
+
+  def ask(self, path, body=None):
+    headers = {"Authorization": f"Bearer {self.token}", "Origin": self.address, "Content-Type": "application/json"}
+    content = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(self.address + path, content, headers), timeout=60) as answer:
+      return json.loads(answer.read())
+
+  def vote(self, count, choice="left"):
+    """Votes as Ada, waiting for pictures that are still drawn; returns the last answer."""
+    voted, deadline = 0, time.monotonic() + 300
+    while time.monotonic() < deadline:
+      found = self.ask("/api/next", {"voter": "Ada"})
+      if voted == count or found["progress"]["state"] in ("done", "ended"):
+        return found
+      if found["pairs"]:
+        self.ask("/api/vote", {"voter": "Ada", "ask": found["pairs"][0]["ask"], "choice": choice})
+        voted += 1
+      else:
+        time.sleep(0.2)
+    raise AssertionError("no more pairs came")
+
+  def interrupt(self):
+    """Exit code and stderr after Ctrl-C."""
+    self.process.send_signal(signal.SIGINT)
+    said = self.process.communicate(timeout=60)[1]
+    return self.process.returncode, said
+
+
+@pytest.mark.slow
+def test_two_models_draw_while_people_vote_and_evaluate_shows_the_votes(tmp_path):
+  models = ["--models", "one=tiny-sd", "two=tiny-sd", "--prompts=emoji", "--num_prompts=6", "--steps=2", "--seeds=1"]
+  running = Running("jaxpref.blind", *models, "--out=o", "--votes=5", f"--port={free_port()}", cwd=tmp_path)
+  assert running.vote(3)["progress"]["pairs"] == 6
+  assert running.interrupt()[0] == 130
+  running = Running("jaxpref.blind", *models, "--out=o", "--votes=5", f"--port={free_port()}", cwd=tmp_path)
+  assert running.vote(9)["progress"]["state"] == "ended"
+  code, said = running.interrupt()
+  assert code == 130 and "all votes are kept" in said
+  found = json.loads((tmp_path / "o" / "blind_results.json").read_text())
+  assert found["ended"] and found["pairs"] == 5 and (tmp_path / "o" / "blind.html").is_file()
+  evaluate.main([*models, f"--out={tmp_path / 'o'}", "--scorers", f"votes={tmp_path / 'o'}", "judge"])
+  results = json.loads((tmp_path / "o" / "results.json").read_text())
+  assert [scorer["name"] for scorer in results["scorers"]] == ["votes", "judge"]
+
+
+@pytest.mark.slow
+def test_a_new_user_gets_to_voting_in_one_command(tmp_path):
+  started = time.monotonic()
+  running = Running("jaxpref", "vote", "--demo", f"--port={free_port()}", cwd=tmp_path)
+  found = running.vote(3, "tie")
+  print(json.dumps({"seconds_from_nothing_to_three_votes": round(time.monotonic() - started, 1)}))
+  assert found["progress"]["votes"] == 3 and found["progress"]["pairs"] == 24 and found["pairs"][0]["a"] == [32, 32]
+  assert running.interrupt()[0] == 130
