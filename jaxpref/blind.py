@@ -15,6 +15,7 @@ import contextlib
 import io
 import json
 import pathlib
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
   add = parser.add_argument
   add("folder", nargs="?", type=arguments.path, metavar="FOLDER", help="of a finished jaxpref.evaluate, or of blind")
   add("--out", type=arguments.path, help="folder for pictures, votes and results, with --models")
-  add("--votes", type=int, help="judged pairs after which voting ends (default: all pairs)")
+  add("--votes", type=int, help="pairs after which voting ends (default: all pairs)")
   add(
     "--stop",
     choices=trial.STOPS,
@@ -134,13 +135,13 @@ def compare(args: argparse.Namespace) -> None:
     return
   server.check_library()
   drawn = drawn_while_voting(args, folder) if args.models else contextlib.nullcontext()
-  with drawn as drawing_now:
+  with server.listen(args.host, args.port) as listening, drawn as drawing_now:
     found = drawing_now.catalog if drawing_now is not None else blind_folder.catalog_of(folder)
     with _opened(folder, found, args, drawing_now) as (ballot, rule):
       print(rule.in_words(), file=sys.stderr)
       summary = lambda: _summary(ballot, found, rule)
       try:
-        show(ballot, folder, args, title=TITLE, summary=summary)
+        show(ballot, folder, args.host, listening, summary=summary)
       finally:
         if ballot.has_ended():
           blind_folder.write(folder, trial.results(rule, found.cells, found.models, ballot.judgements()))
@@ -150,13 +151,14 @@ def compare(args: argparse.Namespace) -> None:
 def _opened(
   folder: pathlib.Path, found: OfModels, args: argparse.Namespace, now: "Drawing | None"
 ) -> Iterator[tuple[Ballot, trial.Rule]]:
-  with lease.hold(folder, name=blind_folder.LOCK):
+  with lease.hold(folder, name=blind_folder.LOCK) as held:
     votes = store.Store(folder / store.NAME)
     try:
       rule = blind_folder.state_rule(votes, trial.Rule(min(args.votes or len(found.keys), len(found.keys)), args.stop))
       rules = schedule.Rules(seed=args.order_seed, overlap=args.overlap)
       ended = lambda said: trial.has_ended(rule, found.cells, said)
-      yield Ballot(found, votes, rules, ended=ended, drawing=None if now is None else now.status), rule
+      drawing_now = None if now is None else now.status
+      yield Ballot(found, votes, rules, ended=ended, drawing=drawing_now, check=held.check), rule
     finally:
       votes.close()
 
@@ -198,7 +200,7 @@ class Drawing:
       self._draw()
       self._status = None
     except Exception as error:  # whatever it is, voting on what is there goes on
-      self._status = f"Drawing has stopped: {error}"
+      self._status = "Drawing has stopped; the terminal says why."  # it may name the model
       print(f"error: drawing has stopped: {error}", file=sys.stderr, flush=True)
 
   def _draw(self) -> None:
@@ -275,21 +277,28 @@ def drawn_while_voting(args: argparse.Namespace, folder: pathlib.Path) -> Iterat
 def show(
   ballot: Ballot,
   folder: pathlib.Path,
-  args: argparse.Namespace,
+  host: str,
+  listening: socket.socket,
   *,
-  title: str,
   summary: Callable[[], dict[str, Any]] | None = None,
 ) -> None:
-  """Serves the page of a ballot until Ctrl-C; prints its link."""
+  """Serves the page of a ballot until Ctrl-C; prints its link.
+
+  Args:
+    ballot: what to vote on.
+    folder: of the votes, and of the token.
+    host, listening: see `server.listen`.
+    summary: what everybody may see; `Ballot.summary` by default.
+  """
   token = server.token_of(folder)
-  app = server.make_app(ballot, title=title, token=token, host=args.host, summary=summary)
-  with server.listen(args.host, args.port) as listening:
-    if not guard.is_loopback(args.host):
-      print(
-        "warning: the page is open to the network, without encryption; whoever sees the link can vote.", file=sys.stderr
-      )
-    print(f"{server.link(args.host, args.port, token)}\nvotes go to {folder / store.NAME}; Ctrl-C ends", flush=True)
-    server.run(app, listening)
+  app = server.make_app(ballot, title=TITLE, token=token, host=host, summary=summary)
+  if not guard.is_loopback(host):
+    print(
+      "warning: the page is open to the network, without encryption; whoever sees the link can vote.", file=sys.stderr
+    )
+  address = server.link(host, listening.getsockname()[1], token)
+  print(f"{address}\nvotes go to {folder / store.NAME}; Ctrl-C ends", flush=True)
+  server.run(app, listening)
 
 
 def _summary(ballot: Ballot, found: OfModels, rule: trial.Rule) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from jaxpref import arguments, blind, pairs
 from jaxpref.data import lease, paths, sources
@@ -29,7 +28,6 @@ from jaxpref.voting.catalog import Catalog
 
 DEMO = "jaxpref_demo"
 DEMO_PAIRS = ["--model=tiny-sd", "--prompts=emoji", "--num_prompts=24", "--seeds=2", "--guidance_scale=3"]
-TITLE = "Which picture is better?"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -147,19 +145,20 @@ def vote(args: argparse.Namespace) -> None:
     _read_only(args, folder)
     return
   server.check_library()
-  if args.demo:
-    _draw_demo(folder)
-    args.pairs = str(folder)
-  with blind.drawn_while_voting(args, folder) if args.models else contextlib.nullcontext() as drawing:
-    found = _catalog(args) if drawing is None else drawing.catalog
-    rules = schedule.Rules(seed=args.order_seed, overlap=args.overlap)
-    with opened(folder, found, rules, drawing=None if drawing is None else drawing.status) as ballot:
-      learner = None if args.active is None else active.Learner(ballot, _embedder(args.active))
-      try:
-        blind.show(ballot, folder, args, title=TITLE)
-      finally:
-        if learner is not None:
-          learner.stop()
+  with server.listen(args.host, args.port) as listening:
+    if args.demo:
+      _draw_demo(folder)
+      args.pairs = str(folder)
+    with blind.drawn_while_voting(args, folder) if args.models else contextlib.nullcontext() as drawing:
+      found = _catalog(args) if drawing is None else drawing.catalog
+      rules = schedule.Rules(seed=args.order_seed, overlap=args.overlap)
+      with opened(folder, found, rules, drawing=None if drawing is None else drawing.status) as ballot:
+        learner = None if args.active is None else active.Learner(ballot, _embedder(args.active))
+        try:
+          blind.show(ballot, folder, args.host, listening)
+        finally:
+          if learner is not None:
+            learner.stop()
 
 
 def _catalog(args: argparse.Namespace) -> Catalog:
@@ -178,7 +177,6 @@ def opened(
   found: Catalog,
   rules: schedule.Rules,
   *,
-  ended: Any = None,
   drawing: Callable[[], str | None] | None = None,
 ) -> Iterator[Ballot]:
   """Gives the ballot of a folder, which this process alone has.
@@ -187,10 +185,10 @@ def opened(
     lease.Occupied: another server has it.
     ValueError, OSError: see `Store`.
   """
-  with lease.hold(folder, name=blind_folder.LOCK):
+  with lease.hold(folder, name=blind_folder.LOCK) as held:
     votes = store.Store(folder / store.NAME)
     try:
-      yield Ballot(found, votes, rules, ended=ended, drawing=drawing)
+      yield Ballot(found, votes, rules, drawing=drawing, check=held.check)
     finally:
       votes.close()
 

@@ -95,7 +95,7 @@ def test_results_are_hidden_until_the_end_and_written_then(folder, monkeypatch, 
   assert one["win_rate"] == 1.0 and one["prompts_won"] == 4 and one["p"] == 0.125 and one["verdict"] == "undecided"
   page = (folder / "blind.html").read_text()
   assert "100.0%" in page and "undecided" in page and "has not ended" not in page
-  assert "Voting ends after 8 judged pairs" in capsys.readouterr().err
+  assert "Voting ends after 8 pairs" in capsys.readouterr().err
 
 
 def test_the_rule_cannot_be_changed_after_the_first_vote(folder, monkeypatch):
@@ -207,7 +207,7 @@ def test_drawing_that_fails_is_said_on_the_page(tmp_path, monkeypatch, capsys):
   now.thread.start()
   now.thread.join(60)
   assert (
-    now.status() == "Drawing has stopped: the weights are gone" and "the weights are gone" in capsys.readouterr().err
+    now.status() == "Drawing has stopped; the terminal says why." and "the weights are gone" in capsys.readouterr().err
   )
 
 

@@ -51,18 +51,21 @@ class Ballot:
     *,
     ended: Callable[[list[Judgement]], bool] | None = None,
     drawing: Callable[[], str | None] | None = None,
+    check: Callable[[], object] = lambda: None,
   ):
     """Reads the votes.
 
     Args:
       ended: of the judgements so far, numbers of pairs being those of the catalog: whether voting is over; None: never.
       drawing: what the page says while pairs are still drawn, None once they are all there.
+      check: called before anything is written; raises OSError if another process has taken over the file.
     """
     self.catalog, self.store, self.rules = catalog, store, rules
     self.left_out: dict[int, str] = {}
     self.probability: np.ndarray | None = None  # see `schedule.choose`; whoever has a model sets it
     self._ended = ended
     self._drawing = drawing or (lambda: None)
+    self._check = check
     self._lock = threading.RLock()
     self._of_store = {number: i for i, number in enumerate(store.numbers_of(catalog.keys))}
     self._numbers = list(self._of_store)
@@ -99,6 +102,7 @@ class Ballot:
       with self._lock:
         asks = self._open_of(voter)
         while len(asks) < QUEUE and not self.has_ended() and (showing := self._choose(voter)) is not None:
+          self._check()
           pair = self._numbers[showing.pair]
           ask = self.store.ask(voter, pair, swapped=showing.swapped, repeat=showing.repeat)
           self._open[ask.ask] = ask
@@ -197,6 +201,7 @@ class Ballot:
 
   def vote(self, voter: int, ask: str, choice: str, *, seconds: float = 0.0) -> None:
     """Writes a vote; it is on the disk when this returns. See `Store.vote`."""
+    self._check()
     vote = self.store.vote(voter, ask, choice, seconds=seconds)
     with self._lock:
       if self._open.pop(ask, None) is not None:
@@ -204,6 +209,7 @@ class Ballot:
 
   def undo(self, voter: int) -> bool:
     """Takes back the voter's last vote and shows its pair again; returns False if there is none."""
+    self._check()
     with self._lock:
       done = self.store.undo(voter)
       if done is None:

@@ -1,6 +1,6 @@
 """A blind comparison of models by votes: the rule by which it ends, and what the votes say. Pure functions.
 
-The rule is stated before the first vote. "fixed" ends after a number of judged pairs, and everything is computed once,
+The rule is stated before the first vote. "fixed" ends after a number of pairs, and everything is computed once,
 as for a scorer (docs/evaluation.md). "early" may end sooner: after each vote it weighs the evidence by a test that
 stays valid however often one looks, the mixture of Robbins (Statistical Methods Related to the Law of the Iterated
 Logarithm, 1970) for a coin: with w wins and l losses, e = 2^(w + l) B(w + 1, l + 1). If both models are equally good, e
@@ -31,7 +31,7 @@ class Rule:
   """When a comparison ends.
 
   Attributes:
-    votes: judged pairs after which it ends.
+    votes: pairs after which it ends, skipped ones included.
     stop: one of STOPS; "early" ends as soon as each model is shown to differ from the baseline.
   """
 
@@ -41,10 +41,10 @@ class Rule:
   def in_words(self) -> str:
     """Returns the rule as a sentence."""
     if self.stop == "fixed":
-      return f"Voting ends after {self.votes} judged pairs, and the results are computed once."
+      return f"Voting ends after {self.votes} pairs, and the results are computed once."
     return (
       f"Voting ends as soon as the evidence reaches its limit (a test that may be looked at after each vote, at "
-      f"{LEVEL:.0%} for all comparisons together), and after {self.votes} judged pairs at the latest."
+      f"{LEVEL:.0%} for all comparisons together), and after {self.votes} pairs at the latest."
     )
 
 
@@ -89,14 +89,14 @@ def sequence_interval(wins: int, losses: int, level: float = LEVEL) -> tuple[flo
 # ---- Which votes count -------------------------------------------------------------------------------------------
 
 
-def judged_pairs(found: Iterable[Judgement]) -> int:
-  """Returns how many different pairs are judged."""
-  return len({j.pair for j in found if j.said is not None and not j.repeat})
+def answered_pairs(found: Iterable[Judgement]) -> int:
+  """Returns how many different pairs somebody has answered, be it by skipping."""
+  return len({j.pair for j in found if not j.repeat})
 
 
 def has_ended(rule: Rule, cells: Sequence[Cell], found: Sequence[Judgement]) -> bool:
   """Returns whether a comparison is over."""
-  if judged_pairs(found) >= rule.votes:
+  if answered_pairs(found) >= rule.votes:
     return True
   models = sorted({m for m, _, _ in cells})
   return rule.stop == "early" and min(highest_evidence(cells, found, m) for m in models) >= limit(len(models))

@@ -4,7 +4,8 @@ import threading
 
 import pytest
 
-from jaxpref.voting import schedule
+from jaxpref.voting import catalog, schedule, store
+from jaxpref.voting.ballot import Ballot
 from jaxpref.voting.store import Refused
 from tests.voting.made import ballot, make_pairs, png, vote
 
@@ -173,6 +174,25 @@ def test_while_pictures_are_drawn_the_page_waits(folder):
   assert progress["state"] == "drawing" and progress["drawing"] == saying[0]
   saying[0] = None
   assert made.progress(made.join("Ada"))["state"] == "done"
+
+
+def test_a_server_that_was_taken_over_writes_nothing_more(folder):
+  taken = []
+
+  def check():
+    if taken:
+      raise OSError("was taken over by another process")
+
+  found = catalog.open_catalog(folder)
+  made = Ballot(found, store.Store(folder / store.NAME), schedule.Rules(), check=check)
+  ada = made.join("Ada")
+  shown = made.queue(ada)
+  made.vote(ada, shown[0].ask, "left")
+  taken.append(True)
+  for work in (lambda: made.vote(ada, shown[1].ask, "left"), lambda: made.undo(ada), lambda: made.queue(ada)):
+    with pytest.raises(OSError, match="was taken over"):
+      work()
+  assert [vote.choice for vote in made.store.votes()] == ["left"]
 
 
 def test_two_voters_at_once(folder):

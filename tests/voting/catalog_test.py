@@ -29,6 +29,14 @@ def test_a_wrong_label_is_still_an_error(tmp_path):
     catalog.open_catalog(folder)
 
 
+def test_a_pair_without_a_prompt_is_named(tmp_path):
+  folder = make_pairs(tmp_path / "pairs", 1)
+  row = json.loads((folder / "pairs.jsonl").read_text()) | {"caption": " "}
+  (folder / "pairs.jsonl").write_text(json.dumps(row))
+  with pytest.raises(ValueError, match="line 1: caption = ' '; expected a text that is not empty"):
+    catalog.open_catalog(folder)
+
+
 def test_noise_goes_with_the_pair(tmp_path):
   folder = make_pairs(tmp_path / "pairs", 1)
   row = json.loads((folder / "pairs.jsonl").read_text()) | {"noise_0": [0, 4], "noise_1": [0, 5]}

@@ -91,6 +91,7 @@ def test_a_fixed_comparison_ends_after_so_many_pairs_and_not_before():
   assert not trial.has_ended(
     Rule(3), cells, [said(0, "tie", 1), said(0, "tie", 2), said(1, None), said(0, "tie", repeat=True)]
   )
+  assert trial.has_ended(Rule(2), cells, [said(0, "tie"), said(1, None)])  # a skipped pair is answered
 
 
 def test_an_early_comparison_ends_with_the_evidence_of_all_models():
@@ -190,5 +191,5 @@ def test_scores_of_pictures_are_shares_of_their_votes():
 
 
 def test_the_rule_is_said_in_words():
-  assert Rule(7).in_words() == "Voting ends after 7 judged pairs, and the results are computed once."
-  assert "after 7 judged pairs at the latest" in Rule(7, "early").in_words()
+  assert Rule(7).in_words() == "Voting ends after 7 pairs, and the results are computed once."
+  assert "after 7 pairs at the latest" in Rule(7, "early").in_words()
