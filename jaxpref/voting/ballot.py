@@ -21,7 +21,7 @@ from jaxpref.voting.store import Ask, Refused, Store, Vote
 
 QUEUE = 2  # pairs that a voter's page holds: the one that is shown, and the next one
 ABSENT_SECONDS = 600.0  # after which a voter's open pairs may be given to others
-CACHED = 64  # pairs whose pictures are kept in memory
+CACHED = 32  # pairs whose pictures are kept in memory
 MAX_VOTERS = 1000
 MAX_GAP = 60.0  # seconds between two votes that still count as voting, for the votes a minute
 MAX_CAPTION = 2000  # characters shown

@@ -264,8 +264,18 @@ def _bind(host: str, port: int) -> socket.socket:
 
 def link(host: str, port: int, token: str) -> str:
   """Returns the address to open; what follows # stays in the browser, and is in no log."""
-  shown = socket.gethostname() if host in ("0.0.0.0", "::", "") else host
+  shown = _own_address() if host in ("0.0.0.0", "::", "") else host
   return f"http://{f'[{shown}]' if ':' in shown else shown}:{port}/#{token}"
+
+
+def _own_address() -> str:
+  """Returns the address by which others of the network reach this machine, as far as it knows; else its name."""
+  with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    try:
+      probe.connect(("10.255.255.255", 1))  # sends nothing: chooses the way that a packet would take
+      return str(probe.getsockname()[0])
+    except OSError:
+      return socket.gethostname()
 
 
 def run(app: guard.Guard, listening: socket.socket) -> None:
