@@ -320,3 +320,20 @@ def test_a_new_user_gets_to_voting_in_one_command(tmp_path):
   print(json.dumps({"seconds_from_nothing_to_three_votes": round(time.monotonic() - started, 1)}))
   assert found["progress"]["votes"] == 3 and found["progress"]["pairs"] == 24 and found["pairs"][0]["a"] == [32, 32]
   assert running.interrupt()[0] == 130
+
+
+@pytest.mark.slow
+def test_of_two_servers_on_one_folder_the_second_is_refused_and_a_killed_one_is_followed(tmp_path):
+  made.make_pairs(tmp_path / "pairs", 5)
+  first = Running("jaxpref.vote", "pairs", f"--port={free_port()}", cwd=tmp_path)
+  assert first.vote(2)["progress"]["votes"] == 2
+  second = [sys.executable, "-m", "jaxpref.vote", str(tmp_path / "pairs"), f"--port={free_port()}"]
+  environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p), JAX_PLATFORMS="cpu")
+  done = subprocess.run(second, capture_output=True, text=True, env=environment, check=False)
+  assert done.returncode == 1 and f"is being written by process {first.process.pid}" in done.stderr
+  first.process.kill()
+  first.process.wait()
+  after = Running("jaxpref.vote", "pairs", f"--port={first.address.rpartition(':')[2]}", cwd=tmp_path)
+  assert after.address == first.address and after.token == first.token
+  assert after.ask("/api/next", {"voter": "Ada"})["progress"]["votes"] == 2
+  after.interrupt()
