@@ -262,7 +262,7 @@ def drawn_while_voting(args: argparse.Namespace, folder: pathlib.Path) -> Iterat
       "prompts": [{"text": p.text, "category": p.category, "id": p.id} for p in prompts],
       "seeds_per_prompt": args.seeds,
     }
-    paths.write(folder / blind_folder.STATEMENT, (json.dumps(statement, indent=1, ensure_ascii=False) + "\n").encode())
+    paths.write(folder / blind_folder.STATEMENT, (json.dumps(statement, indent=1) + "\n").encode())
     found = Drawing(folder, models, prompts, args)
     found.thread.start()
     try:

@@ -170,7 +170,8 @@ class Ballot:
         self.left_out[number] = str(error)
         print(f"left out pair {number}: {error}", file=sys.stderr)
       return None
-    return Shown(ask.ask, caption[:MAX_CAPTION], images[::-1] if ask.swapped else images)
+    text = caption[:MAX_CAPTION].encode(errors="replace").decode()  # JSON can hold halves of characters, UTF-8 cannot
+    return Shown(ask.ask, text, images[::-1] if ask.swapped else images)
 
   def _pictures(self, number: int) -> tuple[str, tuple[pictures.Picture, pictures.Picture]]:
     with self._cache_lock:

@@ -81,7 +81,13 @@ def _write_image(folder: pathlib.Path, image: bytes) -> str:
 
 
 def _write_rows(file: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-  paths.write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+  paths.write(file, "".join(_line(row) + "\n" for row in rows).encode())
+
+
+def _line(row: dict[str, Any]) -> str:
+  """Returns a row as JSON that is readable, unless it has halves of characters, which UTF-8 cannot hold."""
+  text = json.dumps(row, ensure_ascii=False)
+  return json.dumps(row) if any("\ud800" <= c <= "\udfff" for c in text) else text
 
 
 # ---- tfds ----------------------------------------------------------------------------------------------------------

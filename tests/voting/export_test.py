@@ -51,6 +51,18 @@ def test_soft_labels_and_noise_are_kept(tmp_path):
   assert row["label_0"] == 0.75 and row["noise_0"] == [0, 1]
 
 
+def test_prompts_in_any_script_and_halves_of_characters(tmp_path):
+  folder = make_pairs(tmp_path / "pairs", 2)
+  rows = [json.loads(line) for line in (folder / "pairs.jsonl").open()]
+  rows[0]["caption"], rows[1]["caption"] = "ein Fuchs — 狐", "half \ud83e"
+  (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  found = catalog.open_catalog(folder)
+  export.write_folder(tmp_path / "taste", found, {0: 1.0, 1: 0.0}, [])
+  assert "狐" in (tmp_path / "taste" / "pairs.jsonl").read_text(encoding="utf-8")
+  source = sources.open_pairs_file(tmp_path / "taste")
+  assert [source[i]["caption"] for i in range(2)] == ["ein Fuchs — 狐", "half \ud83e"]
+
+
 def test_an_image_of_several_pairs_is_one_file(found, tmp_path):
   class Twice:
     keys, read = ["a", "b"], lambda self, number: found.read(0)

@@ -301,6 +301,14 @@ def test_markup_in_prompts_and_names_is_text(tmp_path):
   assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Function\(", script)
 
 
+def test_half_a_character_in_a_prompt_is_shown_as_a_question_mark(tmp_path):
+  folder = make_pairs(tmp_path / "pairs", 1)
+  row = json.loads((folder / "pairs.jsonl").read_text()) | {"caption": "half \ud83e"}
+  (folder / "pairs.jsonl").write_text(json.dumps(row))
+  app = server.make_app(ballot(folder), title="t", token=TOKEN, host="127.0.0.1")
+  assert post(app, "/api/next", {"voter": "Ada"})[1]["pairs"][0]["caption"] == "half ?"
+
+
 def test_every_answer_has_the_headers_that_bind_a_browser(app):
   for path, headers in (
     ("/", [HOST]),
