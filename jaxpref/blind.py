@@ -192,8 +192,11 @@ class Drawing:
     return self._status
 
   def stop(self) -> None:
-    """Ends after the batch that is being drawn."""
+    """Ends after what is being loaded or drawn: a thread that computes must not outlive the interpreter."""
     self._stopped.set()
+    if self.thread.is_alive():
+      print("finishing what is being drawn; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+      self.thread.join()
 
   def _run(self) -> None:
     try:
@@ -221,6 +224,8 @@ class Drawing:
       of_draw.pop("seeds_per_prompt")
       drawers[name] = drawing.make_sampler(module, mesh=mesh, **of_draw), params, tokenize(texts)
       (self._folder / "images" / name).mkdir(parents=True, exist_ok=True)
+      if self._stopped.is_set():
+        return
     for start in range(0, count, PROMPTS_AT_A_TIME * seeds):
       self._status = f"{start // seeds} of {len(self._prompts)} prompts are drawn."
       for name, (sample, params, ids) in drawers.items():

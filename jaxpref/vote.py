@@ -153,7 +153,7 @@ def vote(args: argparse.Namespace) -> None:
       found = _catalog(args) if drawing is None else drawing.catalog
       rules = schedule.Rules(seed=args.order_seed, overlap=args.overlap)
       with opened(folder, found, rules, drawing=None if drawing is None else drawing.status) as ballot:
-        learner = None if args.active is None else active.Learner(ballot, _embedder(args.active))
+        learner = None if args.active is None else active.Learner(ballot, published.image_embedder(args.active))
         try:
           blind.show(ballot, folder, args.host, listening)
         finally:
@@ -165,10 +165,6 @@ def _catalog(args: argparse.Namespace) -> Catalog:
   if not paths.is_remote(args.pairs) and (pathlib.Path(args.pairs) / blind_folder.STATEMENT).is_file():
     return blind_folder.catalog_of(pathlib.Path(args.pairs))
   return catalog.open_catalog(args.pairs, kind=args.kind, split=args.split, only=args.round)
-
-
-def _embedder(spec: str) -> Callable[[], active.Embed]:
-  return lambda: published.image_embedder(spec)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -204,16 +205,20 @@ def test_active_learns_from_embeddings(folder, monkeypatch):
   embed = lambda images: np.asarray([[image.mean() / 255, 1.0] for image in images])
   asked = []
   monkeypatch.setattr(vote.published, "image_embedder", lambda spec: asked.append(spec) or embed)
-  seen = []
+  learners = []
+  made_by = vote.active.Learner
+
+  def learner(ballot, embed):
+    learners.append((ballot, made_by(ballot, embed)))
+    return learners[-1][1]
 
   def run(app, listening):
-    import time
-
     deadline = time.monotonic() + 20
-    while not asked and time.monotonic() < deadline:
+    while learners[0][0].probability is None and time.monotonic() < deadline:
       time.sleep(0.05)
-    seen.append(asked)
 
+  monkeypatch.setattr(vote.active, "Learner", learner)
   monkeypatch.setattr(server, "run", run)
   vote.main([str(folder), "--active=tiny-clip", f"--port={free_port()}"])
-  assert seen == [["tiny-clip"]]
+  ((ballot, learnt),) = learners
+  assert asked == ["tiny-clip"] and np.isfinite(ballot.probability).all() and not learnt.thread.is_alive()

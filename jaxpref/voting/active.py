@@ -5,8 +5,8 @@ sigmoid(w . (e_0 - e_1)), with a normal prior on w. It has as many weights as th
 it in milliseconds, again after every few votes.
 """
 
+import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -19,6 +19,7 @@ from jaxpref.voting.catalog import Catalog
 LEAST_VOTES = 20  # before which the order is random
 EVERY = 5  # votes between two fits
 PRIOR = 1.0  # of the weights, for differences scaled to a mean square of 1
+POLL_SECONDS = 0.2
 Embed = Callable[[list[np.ndarray]], np.ndarray]
 
 
@@ -74,15 +75,20 @@ def predict(differences: np.ndarray, labels: Mapping[int, float]) -> np.ndarray 
   return 1.0 / (1.0 + np.exp(-(differences @ w)))
 
 
-def differences_of(catalog: Catalog, embed: Embed, *, at_a_time: int = 32) -> np.ndarray:
+def differences_of(
+  catalog: Catalog, embed: Embed, *, at_a_time: int = 32, stopped: Callable[[], bool] = lambda: False
+) -> np.ndarray:
   """Returns f32[N, D], e_0 - e_1 of all pairs, NaN where a picture cannot be read.
 
   Args:
     embed: images u8[H, W, 3] -> f32[n, D].
     at_a_time: pairs to embed at a time.
+    stopped: whether to leave out the rest.
   """
   found: np.ndarray | None = None
   for start in range(0, len(catalog.keys), at_a_time):
+    if stopped():
+      break
     numbers, images = [], []
     for number in range(start, min(start + at_a_time, len(catalog.keys))):
       try:
@@ -103,30 +109,39 @@ def differences_of(catalog: Catalog, embed: Embed, *, at_a_time: int = 32) -> np
 class Learner:
   """Fits the model again and again while people vote, in a thread of its own."""
 
-  def __init__(self, ballot: Ballot, embedder: Callable[[], Embed]):
+  def __init__(self, ballot: Ballot, embed: Embed):
     """Starts at once.
 
     Args:
       ballot: whose `probability` it sets.
-      embedder: loads what embeds images.
+      embed: images u8[H, W, 3] -> f32[n, D].
     """
     self._ballot = ballot
-    self._embedder = embedder
+    self._embed = embed
     self._ended = threading.Event()
-    self.thread = threading.Thread(target=self._learn, name="active", daemon=True)
+    self.thread = threading.Thread(target=self._run, name="active", daemon=True)
     self.thread.start()
 
   def stop(self) -> None:
-    """Ends the thread at its next step."""
+    """Ends after the pictures that are being embedded: a thread that computes must not outlive the interpreter."""
     self._ended.set()
+    self.thread.join()
+
+  def _run(self) -> None:
+    try:
+      self._learn()
+    except Exception as error:  # whatever it is, voting goes on, at random
+      print(f"error: --active has stopped, and pairs come at random: {error}", file=sys.stderr, flush=True)
 
   def _learn(self) -> None:
-    differences = reduced(differences_of(self._ballot.catalog, self._embedder()))
+    differences = differences_of(self._ballot.catalog, self._embed, stopped=self._ended.is_set)
+    if self._ended.is_set():
+      return
+    differences = reduced(differences)
     known = -EVERY
-    while not self._ended.is_set():
+    while not self._ended.wait(POLL_SECONDS):
       found = self._ballot.judgements()
       if len(found) >= known + EVERY:
         known = len(found)
         labels = judgements.labels(found, "soft")
         self._ballot.probability = predict(differences, {n: v for n, v in labels.items() if v is not None})
-      time.sleep(0.2)

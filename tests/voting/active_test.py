@@ -56,11 +56,31 @@ def test_pictures_that_cannot_be_read_are_unknown(tmp_path):
 def test_the_ballot_asks_what_the_model_is_unsure_of(tmp_path):
   made = ballot(make_pairs(tmp_path / "pairs", 60), repeats=False)
   embed = lambda images: np.asarray([[image.mean() / 255, 1.0] for image in images])
-  learner = active.Learner(made, lambda: embed)
+  learner = active.Learner(made, embed)
   vote(made, "Ada", count=25)
   deadline = time.monotonic() + 20
   while made.probability is None and time.monotonic() < deadline:
     time.sleep(0.05)
   learner.stop()
-  learner.thread.join()
+  assert not learner.thread.is_alive()
   assert made.probability is not None and made.probability.shape == (60,) and np.isfinite(made.probability).all()
+
+
+def test_a_model_that_fails_leaves_the_order_at_random(tmp_path, capsys):
+  def broken(images):
+    raise RuntimeError("out of memory")
+
+  made = ballot(make_pairs(tmp_path / "pairs", 5))
+  learner = active.Learner(made, broken)
+  learner.thread.join(20)
+  learner.stop()
+  assert made.probability is None and vote(made, "Ada")
+  assert "--active has stopped, and pairs come at random: out of memory" in capsys.readouterr().err
+
+
+def test_embedding_stops_when_voting_ends(tmp_path):
+  made = ballot(make_pairs(tmp_path / "pairs", 5))
+  calls = []
+  embed = lambda images: calls.append(1) or np.zeros((len(images), 2))
+  active.differences_of(made.catalog, embed, at_a_time=1, stopped=lambda: len(calls) == 2)
+  assert len(calls) == 2
