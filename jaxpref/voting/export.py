@@ -1,6 +1,7 @@
 """Writes labelled pairs as data to train on: a folder with pairs.jsonl and its images, or a tfds dataset."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -106,7 +107,8 @@ def write_tfds(folder: pathlib.Path, catalog: Catalog, labels: Mapping[int, floa
     raise ValueError("no judged pair has a better image, so there is nothing to train on; vote on more pairs.")
   import tensorflow_datasets as tfds
 
-  builder = _builder(catalog, {number: float(labels[number] or 0.0) for number in numbers})(data_dir=folder)
+  builder = _builder()(data_dir=folder)
+  builder.catalog, builder.labels = catalog, {number: float(labels[number] or 0.0) for number in numbers}
   tfds.display_progress_bar(False)
   try:
     with contextlib.redirect_stdout(io.StringIO()), paths.cannot_be_written(folder):
@@ -116,8 +118,9 @@ def write_tfds(folder: pathlib.Path, catalog: Catalog, labels: Mapping[int, floa
   return counts(labels)
 
 
-def _builder(catalog: Catalog, labels: Mapping[int, float]) -> Any:
-  """Returns the class of the dataset's builder."""
+@functools.cache  # tfds takes each name once
+def _builder() -> Any:
+  """Returns the class of the dataset's builder, whose instances need `catalog`, and `labels` by number of the pair."""
   import tensorflow_datasets as tfds
 
   class Taste(tfds.core.GeneratorBasedBuilder):
@@ -126,6 +129,8 @@ def _builder(catalog: Catalog, labels: Mapping[int, float]) -> Any:
     VERSION = tfds.core.Version("1.0.0")
     name = "taste"
     pkg_dir_path = pathlib.Path(__file__).parent
+    catalog: Catalog
+    labels: Mapping[int, float]
 
     def _info(self) -> Any:
       image = {"shape": (None, None, 3), "encoding_format": "png"}
@@ -149,8 +154,8 @@ def _builder(catalog: Catalog, labels: Mapping[int, float]) -> Any:
       return {"train": self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-      for key, (number, label) in enumerate(labels.items()):
-        yield key, {"id": catalog.keys[number], "label_0": label} | _images(catalog.read(number))
+      for key, (number, label) in enumerate(self.labels.items()):
+        yield key, {"id": self.catalog.keys[number], "label_0": label} | _images(self.catalog.read(number))
 
   return Taste
 
