@@ -82,8 +82,8 @@ def test_a_skipped_pair_goes_to_another_voter(folder):
 
 
 def test_repeats_are_mirrored_and_counted_for_the_voter_alone(tmp_path):
-  made = ballot(make_pairs(tmp_path / "pairs", 250))
-  done = vote(made, "Ada", "left", count=400)
+  made = ballot(make_pairs(tmp_path / "pairs", 150))
+  done = vote(made, "Ada", "left", count=250)
   first, repeated = {}, []
   for place, (pair, swapped) in enumerate(done):
     if pair in first:
@@ -91,10 +91,10 @@ def test_repeats_are_mirrored_and_counted_for_the_voter_alone(tmp_path):
       assert swapped != first[pair][1] and place - first[pair][0] > schedule.REPEAT_GAP
     else:
       first[pair] = place, swapped
-  assert len(first) == 250 and 4 <= len(repeated) <= 25 and len(repeated) == len(set(repeated))
+  assert len(first) == 150 and 2 <= len(repeated) <= 18 and len(repeated) == len(set(repeated))
   progress = made.progress(made.join("Ada"))
   assert progress["repeats"] == {"same": 0, "of": len(repeated)}  # always left: never the same image
-  assert progress["votes"] == len(done) and progress["judged"] == 250
+  assert progress["votes"] == len(done) and progress["judged"] == 150
   assert "repeats" not in str(made.summary())
   assert made.summary()["left"] == {"count": len(done), "of": len(done)}
 
