@@ -109,6 +109,17 @@ def test_the_rule_cannot_be_changed_after_the_first_vote(folder, monkeypatch):
   assert json.loads((folder / "blind_results.json").read_text())["pairs"] == 4
 
 
+def test_votes_without_a_rule_get_none_afterwards(folder, monkeypatch):
+  file = folder / store.NAME
+  votes = store.Store(file)
+  votes.numbers_of(["a"])
+  ada = votes.voter("Ada")
+  votes.vote(ada, votes.ask(ada, 1, swapped=False).ask, "left")
+  votes.close()
+  with pytest.raises(SystemExit, match="has votes without a rule; compare in a new folder"):
+    serve(monkeypatch, folder, lambda app: None)
+
+
 def test_results_before_the_end_say_so(folder, monkeypatch, capsys):
   serve(monkeypatch, folder, lambda app: prefer(app, folder, "base", 2))
   assert not (folder / "blind_results.json").exists()

@@ -34,10 +34,12 @@ def state_rule(votes: store.Store, asked: trial.Rule) -> trial.Rule:
   """Writes the rule before the first vote, and returns it.
 
   Raises:
-    ValueError: there are votes, and another rule was stated for them: choosing the rule by the votes would make the
-      intervals and p mean nothing.
+    ValueError: there are votes, and another rule was stated for them, or none: choosing the rule by the votes would
+      make the intervals and p mean nothing.
   """
   stated = votes.meta(RULE)
+  if stated is None and votes.votes():
+    raise ValueError(f"{votes.file} has votes without a rule; compare in a new folder.")
   if stated is None or not votes.votes():
     votes.set_meta(RULE, json.dumps(dataclasses.asdict(asked)))
     return asked
