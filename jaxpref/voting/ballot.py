@@ -209,7 +209,13 @@ class Ballot:
         self._votes[ask] = vote
 
   def undo(self, voter: int) -> bool:
-    """Takes back the voter's last vote and shows its pair again; returns False if there is none."""
+    """Takes back the voter's last vote and shows its pair again; returns False if there is none.
+
+    Raises:
+      Refused: voting is over by its rule, and everybody may have seen the results.
+    """
+    if self.has_ended():
+      raise Refused("voting is over, and its votes stay as they are.")
     self._check()
     with self._lock:
       done = self.store.undo(voter)

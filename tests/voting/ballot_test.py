@@ -164,6 +164,8 @@ def test_a_rule_ends_voting(folder):
   made = ballot(folder, ended=lambda found: len(found) >= 3)
   assert len(vote(made, "Ada", count=10)) == 3
   assert made.progress(made.join("Ada"))["state"] == "ended" and made.summary()["ended"]
+  with pytest.raises(Refused, match="voting is over, and its votes stay as they are"):
+    made.undo(made.join("Ada"))
 
 
 def test_while_pictures_are_drawn_the_page_waits(folder):
