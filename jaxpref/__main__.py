@@ -6,6 +6,8 @@
   export       writes a run's model as a pipeline or a LoRA file
   score        scores the pairs of a recipe's data with a preference model
   pairs        draws pairs of pictures for prompts and labels them with a reward
+  vote         shows pairs in a browser, where people choose the better picture
+  blind        compares models by people who do not know which one drew what
   precompute   runs the frozen networks over a recipe's data once
   describe     says what preference data holds
   compile      compiles a training step for devices that this machine need not have
@@ -22,7 +24,8 @@ import sys
 from jaxpref.devices import endings
 
 COMMANDS = (
-  "train", "sample", "evaluate", "export", "score", "pairs", "precompute", "describe", "compile", "replay", "show",
+  "train", "sample", "evaluate", "export", "score", "pairs", "vote", "blind", "precompute", "describe", "compile",
+  "replay", "show",
 )  # fmt: skip
 
 

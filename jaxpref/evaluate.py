@@ -37,6 +37,7 @@ from jaxpref.recipes import places
 from jaxpref.recipes.messages import listed
 from jaxpref.recipes.sizes import sides
 from jaxpref.rewards import published
+from jaxpref.voting import blind_folder
 
 Model = tuple[str, tuple[adapters.LoraFile, ...]]  # like --model and --lora of jaxpref.sample
 IMAGES_AT_A_TIME = 256  # pictures read for scoring
@@ -99,8 +100,8 @@ def make_parser() -> argparse.ArgumentParser:
     "--scorers",
     nargs="+",
     default=["pickscore"],
-    help=f"{', '.join(published.PUBLISHED)}; NAME=FOLDER for weights elsewhere; or your own MODULE:FUNCTION; separated "
-    "by spaces or commas (default: %(default)s)",
+    help=f"{', '.join(published.PUBLISHED)}; NAME=FOLDER for weights elsewhere; votes=FOLDER for the votes of "
+    "jaxpref.blind; or your own MODULE:FUNCTION; separated by spaces or commas (default: %(default)s)",
   )
   add("--diversity", default=None, help="CLIP that measures how a prompt's pictures differ (default: one of --scorers)")
   add("--preferred_style", default="openmoji", help="style that the judge looks for (default: %(default)s)")
@@ -164,7 +165,10 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Model], list[prompt_sets.
   if args.diversity is not None and args.diversity.partition("=")[0] not in published.CLIPS:
     raise ValueError(f"--diversity={args.diversity}; expected one of {', '.join(published.CLIPS)}, or NAME=FOLDER.")
   for spec in (*args.scorers, *filter(None, [args.diversity])):
-    published.check(spec, preferred_style=args.preferred_style)
+    if blind_folder.is_scorer(spec):
+      blind_folder.check_scorer(spec)
+    else:
+      published.check(spec, preferred_style=args.preferred_style)
   return models, prompts
 
 
@@ -458,7 +462,10 @@ def score_missing(
   found: dict[str, dict[str, Any]] = {name: {} for name in models}
   for spec in args.scorers:
     # In float32, whatever dtype the pictures were drawn in: bfloat16 gives other scores.
-    scorer = published.load(spec, batch_size=args.score_batch_size, mesh=mesh, preferred_style=args.preferred_style)
+    if blind_folder.is_scorer(spec):
+      scorer = blind_folder.load_scorer(spec)
+    else:
+      scorer = published.load(spec, batch_size=args.score_batch_size, mesh=mesh, preferred_style=args.preferred_style)
     described.append({"name": scorer.name, "version": scorer.version, "scale": scorer.scale})
     known = {"version": scorer.version, "scale": scorer.scale}
     for name in models:

@@ -3,6 +3,9 @@
     python -m jaxpref.pairs --model=tiny-sd --prompts=emoji:train --seeds=4 --out=pairs --label=tiny-clip
     python -m jaxpref.main --config=configs/dpo_tiny.py --config.data.source=pairs_file --config.data.path=pairs
 
+With --round=next the pictures of a newer model become a further round, in a folder of its own inside --out, and
+jaxpref.vote shows people all rounds.
+
 With --other_model a pair has one picture of each model, such as the base model and the aligned one. --label may also
 come later, and again with another reward: --out and --label alone draw nothing. The same command continues an
 interrupted run and gives the same files; it fails while the first one still runs. All devices take part. Several
@@ -39,13 +42,25 @@ from jaxpref.evaluation import folder as evaluation_folder
 from jaxpref.files import adapters, loading
 from jaxpref.recipes.sections import MAX_COUNT
 from jaxpref.rewards import published, scorers
+from jaxpref.voting import rounds
 
 SETTINGS, PICTURES, SCORES, LABELS = "settings.json", "pictures.jsonl", "scores.jsonl", "labels.json"
 NOISES = ("different", "same")
 OF_LABELS = ("label_kind", "min_gap", "pairing", "preferred_style", "score_batch_size")
-LABELS_ALONE = ("label", "out", *OF_LABELS, "distributed", "coordinator_address", "num_processes", "process_id")
+LABELS_ALONE = (
+  "label",
+  "out",
+  "round",
+  *OF_LABELS,
+  "distributed",
+  "coordinator_address",
+  "num_processes",
+  "process_id",
+)
 IMAGES_AT_A_TIME = 256  # pictures each process reads for scoring
 SAVE_SECONDS = 60.0  # between two writes of the scores so far
+MAX_ROUNDS = 10_000
+ROUND_SEED = 100_003  # between the seeds of two rounds, so that rounds of one --seed share no noise
 
 
 # ---- Command -----------------------------------------------------------------------------------------------------
@@ -97,8 +112,20 @@ def make_parser() -> argparse.ArgumentParser:
   )
   settings.add_arguments(parser)
   add("--out", type=arguments.path, required=True, help="a new folder, or one to continue or label")
-  of_labels = parser.add_argument_group("labels by a reward")
-  add = of_labels.add_argument
+  add(
+    "--round",
+    metavar="N",
+    help="keep rounds apart: draw or label round N in OUT/round_N, from its own noise; next: the last round if it is "
+    "not complete, else a new one. --model may then be a folder of runs, for the newest finished one (default: one "
+    "round, in OUT itself)",
+  )
+  _add_label_arguments(parser)
+  distributed.add_arguments(parser)
+  return parser
+
+
+def _add_label_arguments(parser: argparse.ArgumentParser) -> None:
+  add = parser.add_argument_group("labels by a reward").add_argument
   add(
     "--label",
     metavar="REWARD",
@@ -121,8 +148,6 @@ def make_parser() -> argparse.ArgumentParser:
   )
   add("--preferred_style", default="openmoji", help="style that the judge looks for (default: %(default)s)")
   add("--score_batch_size", type=int, default=32, help="pictures to score at a time (default: %(default)s)")
-  distributed.add_arguments(parser)
-  return parser
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,8 +230,15 @@ def _model(name: str, topology: str | None, denoiser: str | None, loras: Sequenc
   return loading.with_unet(loading.with_config(name, topology), denoiser), tuple(map(adapters.parse_lora_file, loras))
 
 
-def make_pairs(args: argparse.Namespace) -> None:
-  """Draws pictures, and labels them if a reward is given. JAX processes share the work."""
+def make_pairs(args: argparse.Namespace, *, quiet: bool = False) -> None:
+  """Draws pictures, and labels them if a reward is given. JAX processes share the work.
+
+  Args:
+    args: of `make_parser`, and `changed`, the names of those that were given.
+    quiet: whether not to say at the end what was made.
+  """
+  if args.round is not None:
+    _enter_round(args)
   asked = check(args)
   with lease.hold(args.out) as held:
     mesh = sharding.make_mesh(devices=jax.local_devices())
@@ -214,9 +246,40 @@ def make_pairs(args: argparse.Namespace) -> None:
       draw(args, asked, mesh, held)
     if args.label is not None:
       label(args, mesh, held)
-  if jax.process_index() == 0:
+  if jax.process_index() == 0 and not quiet:
     print(_ending(args))
   distributed.barrier("pairs: the end")
+
+
+def _enter_round(args: argparse.Namespace) -> None:
+  """Makes --out the folder of the round, --seed one of its own, and --model the newest run of a folder of runs.
+
+  Raises:
+    ValueError, FileNotFoundError: there is no such round to draw, or no finished run.
+  """
+  given = str(args.round)
+  if given == "next" and jax.process_count() > 1:
+    raise ValueError("--round=next is for one process; name the number of the round, the same for all processes.")
+  if given != "next" and not (given.isascii() and given.isdigit() and int(given) < MAX_ROUNDS):
+    raise ValueError(f"--round={given}; expected next, or a number from 0 to {MAX_ROUNDS - 1}.")
+  if (args.out / SETTINGS).is_file():
+    raise ValueError(f"--out={args.out} holds pairs that are no round; keep rounds in another folder.")
+  number = rounds.next_number(args.out) if given == "next" else int(given)
+  if (begun := len(rounds.numbers(args.out))) < number:
+    raise ValueError(f"--round={number}: {args.out} has {begun} rounds; the next one is {begun}.")
+  args.out = rounds.folder_of(args.out, number)
+  args.seed = args.seed + ROUND_SEED * number
+  if args.prompts is not None:
+    args.model = _newest(args.model)
+
+
+def _newest(model: str) -> str:
+  """Returns the newest finished run of a folder of runs; any other model as it is."""
+  folder = pathlib.Path(model)
+  if folder.is_dir() and not any((folder / name).exists() for name in ("model_index.json", "config.json")):
+    model = str(rounds.newest_run(folder))
+    print(f"--model is {model}, the newest run", file=sys.stderr)
+  return model
 
 
 def _ending(args: argparse.Namespace) -> str:

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from jaxpref import __main__ as commands
+from jaxpref import blind, describe, evaluate, export, pairs, replay, sample, vote
 from jaxpref import config as config_lib
-from jaxpref import describe, evaluate, export, pairs, replay, sample
 from jaxpref.data import emoji, paths
 from jaxpref.data.pickapic import __main__ as pickapic_command
 from jaxpref.devices import endings
@@ -107,6 +107,8 @@ def test_the_choices_of_the_config_are_those_of_the_code():
     (sample, "draw", ["--prompt=x"]),
     (evaluate, "evaluate", ["--models=a=b", "--prompts=emoji"]),
     (pairs, "make_pairs", ["--prompts=emoji", "--out=o"]),
+    (vote, "vote", ["pairs"]),
+    (blind, "compare", ["evaluation"]),
     (export, "export", ["run", "--format=lora", "--out=o"]),
     (describe, "describe", ["source"]),
     (replay, "replay", ["folder"]),

@@ -20,11 +20,11 @@ FLOORS = [
   ["models"],
   ["files"],
   ["rewards", "evaluation"],
-  ["objectives"],
+  ["objectives", "voting"],
   ["training"],
   ["planning"],
-  ["__main__", "main", "evaluate", "sample", "export", "score", "pairs", "precompute", "compile", "replay", "describe",
-   "show"],
+  ["__main__", "main", "evaluate", "sample", "export", "score", "pairs", "vote", "blind", "precompute", "compile",
+   "replay", "describe", "show"],
 ]  # fmt: skip
 COMMANDS = FLOORS[-1]
 PURE = ["losses", "diffusion", "reference"]
@@ -34,7 +34,18 @@ PLUMBING = [
   "training.monitor", "training.run_page", "planning.flops", "planning.hlo", "evaluation.statistics",
   "evaluation.comparison", "evaluation.page", "evaluation.pictures",
 ]  # fmt: skip
-SLOW = {"torch", "transformers", "diffusers", "tensorflow_datasets", "matplotlib", "tensorflow", "scipy", "jinja2"}
+SLOW = {
+  "torch",
+  "transformers",
+  "diffusers",
+  "tensorflow_datasets",
+  "matplotlib",
+  "tensorflow",
+  "scipy",
+  "jinja2",
+  "starlette",
+  "uvicorn",
+}
 # Of a function. A larger one says why, in "# Long: ..." or "# Many parameters: ..." directly above it.
 MAX_LINES, MAX_PARAMETERS = 60, 10
 

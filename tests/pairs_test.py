@@ -192,6 +192,50 @@ def test_a_folder_that_another_process_writes_is_refused(by_hand):
   assert tree(by_hand) == before
 
 
+def test_rounds_are_kept_apart(prompts, tmp_path, monkeypatch, capsys):
+  """Without models: which folder, seed and model each round gets."""
+  asked = []
+
+  def draw(args, found, mesh, held):
+    asked.append((args.out, args.seed, args.model))
+    args.out.mkdir(parents=True, exist_ok=True)
+    if len(asked) != 2:  # the second one is interrupted
+      (args.out / "pairs.jsonl").write_text("")
+
+  monkeypatch.setattr(pairs, "draw", draw)
+  monkeypatch.setattr(pairs, "check", lambda args: args.prompts)
+  taste, runs = tmp_path / "taste", tmp_path / "runs"
+  for age, name in enumerate(("new", "old")):
+    (runs / name / "export").mkdir(parents=True)
+    (runs / name / "export" / "model_index.json").write_text("{}")
+    (runs / name / "config.json").write_text("{}")
+    os.utime(runs / name / "export" / "model_index.json", (1000 - age, 1000 - age))
+  for model in ("tiny-sd", str(runs), str(runs), str(runs / "old")):
+    pairs.main([prompts, f"--out={taste}", "--round=next", "--seed=5", f"--model={model}"])
+  step = pairs.ROUND_SEED
+  assert asked == [
+    (taste / "round_0", 5, "tiny-sd"),
+    (taste / "round_1", 5 + step, str(runs / "new")),
+    (taste / "round_1", 5 + step, str(runs / "new")),
+    (taste / "round_2", 5 + 2 * step, str(runs / "old")),
+  ]
+  assert f"--model is {runs / 'new'}, the newest run" in capsys.readouterr().err
+  with pytest.raises(SystemExit, match="--round=4: .* has 3 rounds; the next one is 3"):
+    pairs.main([prompts, f"--out={taste}", "--round=4"])
+
+
+def test_a_folder_of_pairs_is_no_folder_of_rounds(by_hand, prompts):
+  with pytest.raises(SystemExit, match="holds pairs that are no round; keep rounds in another folder"):
+    pairs.main([prompts, f"--out={by_hand}", "--round=next"])
+
+
+def test_a_round_is_labelled_like_any_folder(by_hand, tmp_path):
+  (tmp_path / "taste").mkdir()
+  by_hand.rename(tmp_path / "taste" / "round_0")
+  pairs.main([f"--out={tmp_path / 'taste'}", "--round=0", f"--label={TENTH}"])
+  assert rows(tmp_path / "taste" / "round_0")[0]["label_0"] in (0.0, 1.0)
+
+
 @pytest.mark.slow
 def test_two_models_draw_a_picture_each_from_the_same_noise(models, prompts, tmp_path):
   """The pairs, and that a second model that is the first one draws the same pictures."""

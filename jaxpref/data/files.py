@@ -101,6 +101,11 @@ class FilePairs:
     }
     return record | {name: values[i] for name, values in self._optional.items() if i in values}
 
+  def names(self, i: int) -> tuple[str, str, str]:
+    """Returns the caption and the paths of image_0 and image_1, relative to the folder; reads no image."""
+    first, second = (self._files[of_side[i]] for of_side in self._images)
+    return self._captions[i], first, second
+
 
 class FileImages:
   """Single images, liked or disliked, that are files."""
@@ -142,7 +147,7 @@ PAIRS_NAME = "pairs.jsonl"  # in a folder of pairs
 UNPAIRED_COLUMNS = ("caption", "image", "label", "id")
 
 
-def open_pairs_file(file: Path) -> FilePairs:
+def open_pairs_file(file: Path, *, labelled: bool = True) -> FilePairs:
   """Opens pairs listed in a .jsonl or .csv file, or in pairs.jsonl of a folder.
 
   Columns: caption; image_0 and image_1, paths relative to the file; and the winner: label_0 (1, 0, 0.5, or between them
@@ -151,6 +156,10 @@ def open_pairs_file(file: Path) -> FilePairs:
   original_size_1 ([height, width] or HEIGHTxWIDTH), and for drawn images noise_0 and noise_1 ([seed, number] or
   SEED:NUMBER), whose noise is `evaluation.drawing.prior_noise(seed, [number], ...)`. Fields may be empty in some rows,
   except the scores, which all rows have or none.
+
+  Args:
+    file: the file, or its folder.
+    labelled: whether a row must say which image is better; without it, a row that does not say so is a tie.
 
   Raises:
     FileNotFoundError: the file or an image is missing.
@@ -169,7 +178,8 @@ def open_pairs_file(file: Path) -> FilePairs:
     score = [row.number(name) for name in ("score_0", "score_1")]
     if (score[0] is None) != (score[1] is None) or (i and (score[0] is None) != (not scores[0])):
       row.refuse("score_0 and score_1 are given in a part of the rows or columns", "give both in all rows, or none")
-    labels.append(_pair_label(row, score))
+    says = labelled or score[0] is not None or "label_0" in row or "preferred" in row
+    labels.append(_pair_label(row, score) if says else 0.5)
     for side, name in enumerate(("image_0", "image_1")):
       images[side].append(table.file_number(row, name))
       if score[side] is not None:

@@ -249,16 +249,16 @@ def page(results: Mapping[str, Any], summary: Mapping[str, Any], image_path: Ima
   )
 
 
-def template(name: str) -> Any:
-  """Returns a template of this folder, with the style of the report and its functions of numbers."""
+def template(name: str, folder: pathlib.Path | None = None) -> Any:
+  """Returns a template of a folder, by default this one, with the style of the report and its functions of numbers."""
   import jinja2
   import markupsafe
 
-  folder = pathlib.Path(__file__).parent
+  here = pathlib.Path(__file__).parent
   environment = jinja2.Environment(
     autoescape=True,
     keep_trailing_newline=True,
-    loader=jinja2.FileSystemLoader(folder),
+    loader=jinja2.FileSystemLoader(folder or here),
     lstrip_blocks=True,
     trim_blocks=True,
     undefined=jinja2.StrictUndefined,
@@ -271,7 +271,7 @@ def template(name: str) -> Any:
     share_text=share_text,
     side_of=side_of,
     small=SMALL,
-    style=markupsafe.Markup((folder / "report.css").read_text(encoding="utf-8")),
+    style=markupsafe.Markup((here / "report.css").read_text(encoding="utf-8")),
   )
   return environment.get_template(name)
 

@@ -95,7 +95,14 @@ def win_rate(new: Any, old: Any, *, samples: int = SAMPLES, seed: int = 0) -> di
     all lost, resampling shows no spread, and the interval is Clopper and Pearson's.
   """
   new, old = _pair(new, old)
-  wins = ((new > old) + 0.5 * (new == old)).mean(axis=1)
+  return share(((new > old) + 0.5 * (new == old)).mean(axis=1), samples=samples, seed=seed)
+
+
+def share(wins: np.ndarray, *, samples: int = SAMPLES, seed: int = 0) -> dict[str, Any]:
+  """Returns the `win_rate` and `win_rate_interval` of f[P], the share of its pairs that each prompt won.
+
+  See `win_rate` for the interval.
+  """
   bounds = interval(wins, samples=samples, seed=seed)
   least = 0.025 ** (1 / len(wins))
   if bounds == (1.0, 1.0):
