@@ -173,11 +173,11 @@ def follow(plan: Plan) -> None:
       continue
     if not (rounds.folder_of(plan.pairs, number) / PAIRS_NAME).is_file():
       _say(plan, number, "drawing pairs")
-      _run("pairs", plan.drawing(number))
+      _run("pairs", plan.drawing(number), read=True)
     if plan.label is not None:
       if not (rounds.folder_of(plan.pairs, number) / pairs.LABELS).is_file():
         _say(plan, number, f"labelling by {plan.label}")
-        _run("pairs", [f"--out={plan.pairs}", f"--round={number}", f"--label={plan.label}"])
+        _run("pairs", [f"--out={plan.pairs}", f"--round={number}", f"--label={plan.label}"], read=True)
     else:
       _gather_votes(plan, number)
     _say(plan, number, "training")

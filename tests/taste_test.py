@@ -8,6 +8,7 @@ import pytest
 
 from jaxpref import taste
 from jaxpref.voting import export, rounds
+from tests import QUICK_FLAGS
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def commands(monkeypatch):
   def run(command, given, *, read=False):
     ran.append((command, list(given)))
     fields = dict(argument.lstrip("-").split("=", 1) for argument in given if "=" in argument)
-    if read:
+    if command == "vote" and read:
       return json.dumps({"judged": commands.judged, "pairs": 300})
     if command == "pairs":
       folder = rounds.folder_of(pathlib.Path(fields["out"]), int(fields["round"]))
@@ -125,7 +126,8 @@ def test_what_cannot_work_is_one_sentence(arguments, message, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_rounds_of_tiny_sd(tmp_path, capfd):
+def test_two_rounds_of_tiny_sd(tmp_path, capfd, monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", QUICK_FLAGS)
   asked = plan(
     tmp_path / "taste", "--rounds=2", "--label=tiny-clip", "--num_prompts=2", "--seeds=2", "--steps=2",
     "--config.num_steps=2", "--config.batch_size=2", "--config.sample.every=0", "--config.optimizer.warmup_steps=0",
