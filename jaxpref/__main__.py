@@ -8,6 +8,7 @@
   pairs        draws pairs of pictures for prompts and labels them with a reward
   vote         shows pairs in a browser, where people choose the better picture
   blind        compares models by people who do not know which one drew what
+  taste        draws, labels and trains in rounds, by people's votes or by a reward
   precompute   runs the frozen networks over a recipe's data once
   describe     says what preference data holds
   compile      compiles a training step for devices that this machine need not have
@@ -24,8 +25,8 @@ import sys
 from jaxpref.devices import endings
 
 COMMANDS = (
-  "train", "sample", "evaluate", "export", "score", "pairs", "vote", "blind", "precompute", "describe", "compile",
-  "replay", "show",
+  "train", "sample", "evaluate", "export", "score", "pairs", "vote", "blind", "taste", "precompute", "describe",
+  "compile", "replay", "show",
 )  # fmt: skip
 
 

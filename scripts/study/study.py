@@ -98,9 +98,6 @@ def train_all(
 _MODEL = threading.Lock()
 
 
-_MODEL = threading.Lock()
-
-
 def train(run: Run, folder: pathlib.Path, deadline: float, core: int | None = None) -> None:
   """Trains, draws and scores. A loss that stays NaN is a result, too, in failed.txt; any other error is raised.
 
@@ -118,12 +115,15 @@ def train(run: Run, folder: pathlib.Path, deadline: float, core: int | None = No
       return
     if code or not (place / "export").is_dir():
       raise _without_results(run.path, place, code, last)
-  code, last = _call(study_plan.measure_command(place, run.split), place, deadline, core)
-  if code:
-    raise _without_results(run.path, place, code, last)
+  call(study_plan.measure_command(place, run.split), place, deadline, core)
   if study_plan.read_run(run, folder):  # which keeps the numbers in row.json
-    for name in ("checkpoints", "export"):  # ten times the size of the rest
-      shutil.rmtree(place / name, ignore_errors=True)
+    remove_models(place)
+
+
+def remove_models(place: pathlib.Path) -> None:
+  """Removes the checkpoints and the model of a run that is measured; they are ten times the size of the rest."""
+  for name in ("checkpoints", "export"):
+    shutil.rmtree(place / name, ignore_errors=True)
 
 
 def train_model(
@@ -132,9 +132,7 @@ def train_model(
   """Trains a preference model unless it is there; raises as `train`."""
   place = folder / "models" / model.name
   if not (place / "export").is_dir():
-    code, last = _call(model.command(folder), place, deadline, core)
-    if code or not (place / "export").is_dir():
-      raise _without_results(str(place), place, code, last)
+    call(model.command(folder), place, deadline, core, results=place / "export")
     shutil.rmtree(place / "checkpoints", ignore_errors=True)
 
 
@@ -143,9 +141,26 @@ def measure_base(folder: pathlib.Path, deadline: float = float("inf")) -> None:
   base = study_plan.base_folder(folder)
   for split in measure.PICTURES:
     if not (base / f"{split}.npz").is_file():
-      code, last = _call(study_plan.measure_command(base, split, "tiny-sd"), base, deadline, None)
-      if code:
-        raise _without_results(str(base), base, code, last)
+      call(study_plan.measure_command(base, split, "tiny-sd"), base, deadline)
+
+
+def call(
+  arguments: list[str],
+  place: pathlib.Path,
+  deadline: float,
+  core: int | None = None,
+  *,
+  results: pathlib.Path | None = None,
+) -> None:
+  """Runs a command, whose output goes to PLACE.log.
+
+  Raises:
+    TimeoutError: the deadline or `stop` came first; what was done is saved.
+    RuntimeError: it failed, or did not write `results`.
+  """
+  code, last = _call(arguments, place, deadline, core)
+  if code or (results is not None and not results.exists()):
+    raise _without_results(f"{place.parent.name}/{place.name}", place, code, last)
 
 
 def _without_results(what: str, place: pathlib.Path, code: int, last: str) -> Exception:

@@ -1,0 +1,224 @@
+"""Aligns a model with a taste in rounds: draws pairs, has them labelled, trains on them, and begins again:
+
+    python -m jaxpref.taste --prompts=prompts.txt --out=my_taste --rounds=3
+    python -m jaxpref.vote my_taste/pairs --round=0          # as the first command asks; then run that again
+    python -m jaxpref.taste --prompts=prompts.txt --out=my_taste --rounds=3 --label=pickscore     # without people
+
+Each round draws with the newest model, and trains from it: it is the reference of its round (iterative Diffusion-DPO).
+A LoRA is continued from round to round, so that the last one is all that was learnt. A call does whatever can be done,
+prints the command to vote with once votes are missing, and continues when it is run again.
+
+Arguments --config.NAME=VALUE go to training. Others that jaxpref.pairs has go to drawing, such as --seeds=4 --steps=30
+--guidance_scale=7.5. See docs/taste.md.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from jaxpref import arguments, pairs
+from jaxpref.data.files import PAIRS_NAME
+from jaxpref.devices import endings
+from jaxpref.voting import export, rounds
+
+# Arguments of jaxpref.pairs that this command decides.
+OWN = ("model", "out", "round", "label", "prompts", "other_model", "distributed", "num_processes", "process_id")
+ADAPTER = "pytorch_lora_weights.safetensors"
+
+
+class Waiting(Exception):
+  """People have to vote before the next step; the message says how."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What was asked for.
+
+  Attributes:
+    out: the folder of all rounds.
+    model: what the first round draws with and trains from.
+    config: the recipe's file, perhaps with a variant.
+    rounds: how many.
+    votes: judged pairs that a round needs, if people vote.
+    label: the reward that labels instead; None: people vote.
+    prompts: for all rounds.
+    of_pairs, of_training: further arguments of both commands.
+  """
+
+  out: pathlib.Path
+  model: str
+  config: str
+  rounds: int
+  votes: int
+  label: str | None
+  prompts: str
+  of_pairs: tuple[str, ...] = ()
+  of_training: tuple[str, ...] = ()
+
+  @property
+  def pairs(self) -> pathlib.Path:
+    """The folder of the rounds' pairs, and of the votes."""
+    return self.out / "pairs"
+
+  def run(self, number: int) -> pathlib.Path:
+    """Returns the work folder of a round's training."""
+    return self.out / "runs" / f"round_{number}"
+
+  def is_trained(self, number: int) -> bool:
+    """Returns whether a round's training has ended."""
+    return (self.run(number) / "export" / "model_index.json").is_file()
+
+  def drawing(self, number: int) -> list[str]:
+    """Returns the arguments of jaxpref.pairs that draw a round."""
+    model = self.model if number == 0 else str(self.run(number - 1))
+    return [f"--model={model}", f"--prompts={self.prompts}", f"--out={self.pairs}", f"--round={number}", *self.of_pairs]
+
+  def data(self, number: int) -> pathlib.Path:
+    """Returns the folder with a round's labelled pairs."""
+    return rounds.folder_of(self.pairs, number) if self.label else self.out / "votes" / f"round_{number}"
+
+  def training(self, number: int) -> list[str]:
+    """Returns the arguments of jaxpref.main that train a round."""
+    command = [f"--config={self.config}", f"--workdir={self.run(number)}", *self.of_training]
+    command += ["--config.data.source=pairs_file", f"--config.data.path={self.data(number)}"]
+    adapter = self.run(number - 1) / "export" / ADAPTER
+    if number and adapter.is_file():
+      return [*command, f"--config.model={self.model}", f"--config.lora.init_from={adapter}"]
+    return [*command, f"--config.model={self.model if not number else self.run(number - 1) / 'export'}"]
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Does the next steps; an expected error, or a wait for votes, ends the program with one sentence."""
+  with endings.one_sentence(ValueError, OSError, doing="aligning", again="the same command continues"):
+    plan = parse(sys.argv[1:] if argv is None else argv)
+    try:
+      follow(plan)
+    except Waiting as waiting:
+      print(waiting)
+
+
+def parse(argv: Sequence[str]) -> Plan:
+  """Returns the plan of a command line.
+
+  Raises:
+    ValueError: arguments that do not fit together or that no command knows.
+  """
+  parser = arguments.Parser(prog="python -m jaxpref.taste", description=__doc__, allow_abbrev=False)
+  add = parser.add_argument
+  add("--out", type=arguments.path, required=True, help="a new folder for pairs, votes and runs, or one to continue")
+  add("--prompts", type=arguments.place, required=True, help="a file of prompts, or emoji: docs/evaluation.md")
+  add("--model", type=arguments.place, help="what to begin with: folder, hub name or run (default: the recipe's)")
+  add("--config", default="configs/taste_tiny.py", help="the recipe (default: %(default)s)")
+  add("--rounds", type=int, default=1, help="how often to draw, label and train (default: %(default)s)")
+  add("--votes", type=int, default=200, help="pairs that people judge in each round (default: %(default)s)")
+  add("--label", metavar="REWARD", help="a reward of jaxpref.pairs that labels the pairs, instead of people")
+  args, others = parser.parse_known_args(list(argv))
+  of_training = tuple(other for other in others if other.startswith("--config."))
+  of_pairs = tuple(other for other in others if other not in of_training)
+  _check_pairs(of_pairs)
+  for name in ("rounds", "votes"):
+    if getattr(args, name) < 1:
+      raise ValueError(f"--{name}={getattr(args, name)}; expected at least 1.")
+  if args.label is not None and any(argument.startswith("--votes") for argument in argv):
+    raise ValueError(f"--votes is for people, and --label={args.label} labels instead; leave out one of them.")
+  file = args.config.partition(":")[0]
+  if not pathlib.Path(file).is_file():
+    raise ValueError(f"--config={args.config}: there is no {file}; expected a recipe such as configs/taste_tiny.py.")
+  return Plan(
+    out=args.out,
+    model=args.model or _model_of(args.config),
+    config=args.config,
+    rounds=args.rounds,
+    votes=args.votes,
+    label=args.label,
+    prompts=args.prompts,
+    of_pairs=of_pairs,
+    of_training=of_training,
+  )
+
+
+def _check_pairs(given: Sequence[str]) -> None:
+  """Raises ValueError for an argument that jaxpref.pairs does not have, or that is not its user's here."""
+  known = {name for action in pairs.make_parser()._actions for name in action.option_strings}
+  for argument in given:
+    name = argument.partition("=")[0]
+    if not name.startswith("--") or name not in known or name[2:] in OWN or "=" not in argument:
+      raise ValueError(
+        f"{argument}: expected an argument of this command, --config.NAME=VALUE, or --NAME=VALUE of jaxpref.pairs; "
+        "see --help of both."
+      )
+
+
+def _model_of(config: str) -> str:
+  """Returns the model of a recipe."""
+  import runpy
+
+  file, _, variant = config.partition(":")
+  return str(runpy.run_path(file)["get_config"](*filter(None, [variant])).model)
+
+
+def follow(plan: Plan) -> None:
+  """Does what is left of all rounds, up to the votes that are missing.
+
+  Raises:
+    Waiting: people have to vote.
+    ValueError: a command failed, which has said why.
+  """
+  for number in range(plan.rounds):
+    if plan.is_trained(number):
+      continue
+    if not (rounds.folder_of(plan.pairs, number) / PAIRS_NAME).is_file():
+      _say(plan, number, "drawing pairs")
+      _run("pairs", plan.drawing(number), read=True)
+    if plan.label is not None:
+      if not (rounds.folder_of(plan.pairs, number) / pairs.LABELS).is_file():
+        _say(plan, number, f"labelling by {plan.label}")
+        _run("pairs", [f"--out={plan.pairs}", f"--round={number}", f"--label={plan.label}"], read=True)
+    else:
+      _gather_votes(plan, number)
+    _say(plan, number, "training")
+    _run("main", plan.training(number))
+  last = plan.run(plan.rounds - 1)
+  print(f"aligned in {plan.rounds} rounds: {last}")
+  print(f"next: python -m jaxpref.blind --models before={plan.model} after={last} --prompts={plan.prompts}"
+        f" --out={plan.out / 'blind'}")  # fmt: skip
+
+
+def _gather_votes(plan: Plan, number: int) -> None:
+  """Exports a round's votes; raises Waiting if there are too few."""
+  voting = [str(plan.pairs), f"--round={number}"]
+  found = json.loads(_run("vote", [*voting, "--summary"], read=True))
+  needed = min(plan.votes, found["pairs"])
+  if found["judged"] < needed:
+    raise Waiting(
+      f"round {number + 1} of {plan.rounds}: {found['judged']} of {needed} pairs are judged. Vote, end with Ctrl-C, "
+      f"and run this command again:\n  python -m jaxpref.vote {shlex.join(voting)}"
+    )
+  folder = plan.data(number)
+  if not (folder / export.UNPAIRED_NAME).is_file():
+    _run("vote", [*voting, f"--export={folder}"])
+
+
+def _say(plan: Plan, number: int, what: str) -> None:
+  print(f"round {number + 1} of {plan.rounds}: {what}", file=sys.stderr)
+
+
+def _run(command: str, given: Sequence[str], *, read: bool = False) -> str:
+  """Runs a command of the package in a process of its own, and returns what it prints if that is to be read."""
+  line = [sys.executable, "-m", f"jaxpref.{command}", *given]
+  done = subprocess.run(line, stdout=subprocess.PIPE if read else None, text=True)
+  if done.returncode == endings.INTERRUPTED:
+    raise KeyboardInterrupt
+  if done.returncode:
+    raise ValueError(
+      f"{shlex.join(['python', *line[1:]])} failed, as it says above; mend it and run this command again."
+    )
+  return done.stdout or ""
+
+
+if __name__ == "__main__":
+  main()
