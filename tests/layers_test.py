@@ -23,8 +23,8 @@ FLOORS = [
   ["objectives", "voting"],
   ["training"],
   ["planning"],
-  ["__main__", "main", "evaluate", "sample", "export", "score", "pairs", "vote", "blind", "precompute", "compile",
-   "replay", "describe", "show"],
+  ["__main__", "main", "evaluate", "sample", "export", "score", "pairs", "vote", "blind", "taste", "precompute",
+   "compile", "replay", "describe", "show"],
 ]  # fmt: skip
 COMMANDS = FLOORS[-1]
 PURE = ["losses", "diffusion", "reference"]

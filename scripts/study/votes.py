@@ -142,7 +142,7 @@ def rewarded(place: pathlib.Path) -> np.ndarray:
     images = ground.read_images(place, "train").reshape(-1, 64, 64, 3)
     captions = [e.caption for e in ground.split("train") for _ in range(ground.PICTURES)]
     parts = [slice(i, i + 1024) for i in range(0, len(images), 1024)]
-    found = np.concatenate([scorer(list(images[part]), captions[part]) for part in parts])
+    found = np.concatenate([scorer.score(list(images[part]), captions[part]) for part in parts])
     np.save(file, logits * found.astype(np.float64), allow_pickle=False)
   return np.load(file, allow_pickle=False)
 
