@@ -334,7 +334,7 @@ def _encoder(networks: _Networks, stored: Callable[..., Any], rows: int) -> Enco
   """Returns a function of at most `rows` rows x that calls (model, params, x) on all devices, as a single program."""
   mesh = networks.mesh
   rows = -(-rows // mesh.size) * mesh.size
-  function = functools.partial(stored, networks.model)
+  function: Callable[..., Any] = functools.partial(stored, networks.model)
   if mesh.shape["fsdp"] > 1:
     function = sharding.on_mesh(mesh, function)
   compiled = jax.jit(function, compiler_options=chips.compiler_options())
