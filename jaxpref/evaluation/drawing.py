@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxpref.devices import chips, sharding
 from jaxpref.devices.progress import tqdm
-from jaxpref.diffusion import Solvable, samplers
+from jaxpref.diffusion import Process, Solvable, samplers
 from jaxpref.models.base import Model, guided
 from jaxpref.models.vae import to_uint8
 from jaxpref.recipes import sections
@@ -116,6 +116,11 @@ def read_latents(file: pathlib.Path, given: str) -> np.ndarray:
 Sample = Callable[..., jax.Array]
 
 
+def _process(model: Model, size: tuple[int, int] | None) -> Process:
+  """Returns a model's process for pictures of a size, on which a flow's shift may depend."""
+  return model.process if size is None or not hasattr(model, "at_size") else model.at_size(*size).process
+
+
 # Many parameters: everything a picture depends on besides its weights, prompt and number; and the devices.
 def make_sampler(
   model: Model,
@@ -152,10 +157,9 @@ def make_sampler(
   sections.check_count(num_inference_steps, "num_inference_steps", most=sections.MAX_STEPS)
   if sampler not in SAMPLERS:
     raise ValueError(f"sampler={sampler!r}, expected one of {', '.join(SAMPLERS)}.")
-  solver_steps, process = None, model.process
-  if size is not None and hasattr(model, "at_size"):
-    process = model.at_size(*size).process  # a flow's shift may depend on the size
+  solver_steps = None
   if sampler != "ddim":
+    process = _process(model, size)
     if not isinstance(process, Solvable):
       raise ValueError(
         f"sampler={sampler!r} is for a process with solver_steps, which the model's {type(process).__name__} has "
@@ -183,7 +187,7 @@ def make_sampler(
     predict = lambda x, t: eps(x, t, cond)
     if solver_steps is None:
       steps = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed + 1), i))(number)  # each row's own noise
-      latents = samplers.sample(predict, process, noise, steps, num_steps=num_inference_steps, eta=eta)
+      latents = samplers.sample(predict, _process(model, size), noise, steps, num_steps=num_inference_steps, eta=eta)
     else:
       latents = samplers.solver_sample(predict, solver_steps, noise)
     return to_uint8(model.decode(weights, latents))

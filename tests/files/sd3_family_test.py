@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxpref.diffusion import RectifiedFlow
+from jaxpref.evaluation import drawing
 from jaxpref.files import adapters, loading, pipelines, sd3, sd3_family
 from jaxpref.files import family as families
 from jaxpref.models import lora, presets
@@ -70,6 +71,7 @@ def test_a_dynamic_shift_follows_the_size(saved):
   sizes = [model.process.mu, model.at_size(8, 8).process.mu]
   slope = (1.15 - 0.5) / (4096 - 256)
   np.testing.assert_allclose(sizes, [0.5 + slope * (16 - 256), 0.5 + slope * (4 - 256)])
+  assert [drawing._process(model, size).mu for size in (None, (8, 8))] == sizes
 
 
 @pytest.mark.parametrize("length", [None, 7])
