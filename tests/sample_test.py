@@ -283,6 +283,9 @@ def test_names_of_pictures(prompt, expected):
     (["--max_sequence_length=513"], "--max_sequence_length=513; expected at most 512"),
     (["--karras"], "--karras is for --scheduler=dpmpp_2m"),
     (["--scheduler=dpmpp_2m", "--eta=1"], "--eta=1.0 is for --scheduler=ddim"),
+    (["--model=random:sd35-miniature", "--scheduler=dpmpp_2m", "--karras"], "--karras: random:sd35-miniature is a rec"),
+    (["--model=random:sd35-miniature", "--clip_skip=9"], "clip_skip=9, expected 0 to 2 for text encoders of 3 layers"),
+    (["--model=random:sd35-miniature", "--unet_model=x"], "unet_model is for Stable Diffusion with a UNet, not for st"),
   ],
 )
 def test_bad_arguments_end_in_one_sentence(arguments, message, tmp_path):

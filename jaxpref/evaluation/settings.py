@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxpref import arguments
 from jaxpref.data import prompt_sets
 from jaxpref.devices import sharding
+from jaxpref.diffusion import RectifiedFlow
 from jaxpref.evaluation import drawing
 from jaxpref.files import adapters, loading, sd3
 from jaxpref.files import family as families
@@ -22,6 +23,7 @@ from jaxpref.recipes.sections import MAX_STEPS
 from jaxpref.recipes.sizes import MAX_PIXELS, is_size, sides
 
 MAX_SEEDS = 10**6  # most pictures of a prompt
+SCHEDULER = "ddim: the model's own steps, Euler's of Stable Diffusion 3; dpmpp_2m: DPM-Solver++ (default: %(default)s)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--negative_prompt", help='what to lead away from (default: none, which for SDXL differs from "")')
   add("--seeds", type=int, default=4, help="pictures of each prompt (default: %(default)s)")
   add("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
-  add("--scheduler", choices=drawing.SAMPLERS, default="ddim", help="dpmpp_2m: DPM-Solver++ (default: %(default)s)")
+  add("--scheduler", choices=drawing.SAMPLERS, default="ddim", help=SCHEDULER)
   add("--steps", type=int, default=20, help="steps of the scheduler (default: %(default)s)")
   add("--karras", action="store_true", help="use Karras' noise levels, for dpmpp_2m")
   add("--eta", type=float, default=0.0, help="noise of ddim; 0: deterministic, 1: ancestral (default: %(default)s)")
@@ -128,7 +130,7 @@ def without_weights(name: str, args: argparse.Namespace) -> Model:
   Args:
     name: value of --model.
   Raises:
-    FileNotFoundError, ValueError: the model does not exist, or does not take --max_sequence_length.
+    FileNotFoundError, ValueError: the model does not exist, or does not take --max_sequence_length or --karras.
   """
   family = families.of_run(name, args.family)
   of = families.get(family, "--family")
@@ -136,7 +138,9 @@ def without_weights(name: str, args: argparse.Namespace) -> Model:
     pipe = of.load(model_folder(name), dtype="float32", components=())
   pipe = at_length(pipe, args.max_sequence_length)
   with families.opened(family, "--family"):
-    model = of.model(pipe)
+    model = of.model(pipe, clip_skip=args.clip_skip)
+  if args.karras and isinstance(model.process, RectifiedFlow):
+    raise ValueError(f"--karras: {name} is a rectified flow, which has noise levels of its own; leave it out.")
   return at_trained_size(name, model)
 
 

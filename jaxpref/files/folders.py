@@ -23,14 +23,17 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
 
   Raises:
     FileNotFoundError: the file is missing.
-    ValueError: the file is not valid JSON.
+    ValueError: the file is not valid JSON, or no object.
   """
   try:
-    return json.loads(file.read_text(encoding="utf-8"))
+    found = json.loads(file.read_text(encoding="utf-8"))
   except FileNotFoundError:
     raise FileNotFoundError(f"{file} is missing; point to a model folder in the layout of diffusers.") from None
   except (json.JSONDecodeError, UnicodeDecodeError) as e:
     raise ValueError(f"{file} is not valid JSON ({e}); download the folder again.") from e
+  if not isinstance(found, dict):
+    raise ValueError(f"{file} holds a {type(found).__name__}, expected a JSON object; download the folder again.")
+  return found
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:

@@ -25,12 +25,12 @@ Tree = Any
 NAME = "stable_diffusion_3"
 CLASS = "StableDiffusion3Pipeline"
 LENGTH = 256  # tokens of T5 by default, as in diffusers
-REMEDY = "take a complete folder, or leave T5 out: config.drop_t5=True"
+REMEDY = "take a complete folder, or leave T5 out: MODEL+t5=none, in a recipe config.drop_t5=True"
 
 
 def recognises(name: str) -> bool:
   """Returns whether a model's name is certainly one of this family: a preset's, or a folder's here."""
-  base, _, _ = loading.split_t5(name)
+  base, _ = loading.split_config(name)
   if _preset_name(base) is not None or base in StableDiffusion3Family.published:
     return True
   index = pathlib.Path(base) / "model_index.json"

@@ -92,6 +92,7 @@ _PART_NAMES = {  # one network alone, without its prefix in a whole checkpoint
   "a textual inversion": r"emb_params$|clip_[lg]$|string_to_param",
 }
 _REMEDIES = {  # by a word in the name of the kind
+  "Stable Diffusion 3": "give its folder in the layout of diffusers, which is of config.family=stable_diffusion_3",
   "LoRA": "give it as --lora (config.lora.init_from) beside a model",
   "VAE": "give it as config.vae_model (--vae_model) beside a model",
   "UNet": "give it as config.unet_model (--unet_model) beside a model",

@@ -105,12 +105,12 @@ def test_a_folder_without_t5_is_refused_where_t5_is_asked_for(saved, tmp_path):
   folder = edited(saved[1], tmp_path / "no", "model_index.json", text_encoder_3=[None, None], tokenizer_3=[None, None])
   assert FAMILY.load(folder, dtype="float32", components=()).text_encoder_3 is None  # as diffusers opens it
   for open_it in (lambda name: FAMILY.load(name, dtype="float32", components=()), FAMILY.look_for):
-    with pytest.raises(ValueError, match=r"has no text_encoder_3, expected T5, whose 9 tokens.*config.drop_t5=True\.$"):
+    with pytest.raises(ValueError, match=r"expected T5, whose 9 tokens.*MODEL\+t5=none, in a .*drop_t5=True\.$"):
       open_it(f"{folder}+t5=9")
   missing = tmp_path / "missing"
   shutil.copytree(saved[1], missing, ignore=shutil.ignore_patterns("text_encoder_3", "tokenizer_3"))
   with pytest.raises(
-    FileNotFoundError, match=r"text_encoder_3/config.json is missing; .* leave T5 out: config.drop_t5"
+    FileNotFoundError, match=r"text_encoder_3/config.json is missing; .* leave T5 out: MODEL\+t5=none, in a recipe"
   ):
     FAMILY.look_for(str(missing))
   FAMILY.look_for(f"{missing}+t5=none")
@@ -130,6 +130,15 @@ def test_a_sigma_outside_its_range_is_refused_with_the_file(saved, tmp_path):
   folder = edited(saved[1], tmp_path / "high", file, shift_terminal=1.5)
   with pytest.raises(ValueError, match=rf"high/{file}: .*shift_terminal is 1.5, expected a sigma between 0 and 1"):
     FAMILY.load(folder, dtype="float32", components=())
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "scheduler/scheduler_config.json", "transformer/config.json"])
+def test_a_file_that_holds_a_list_is_refused(saved, tmp_path, file):
+  shutil.copytree(saved[1], tmp_path / "list")
+  (tmp_path / "list" / file).write_text("[]")
+  for family in (FAMILY, UNET) if file == "model_index.json" else (FAMILY,):
+    with pytest.raises(ValueError, match=rf"list/{file} holds a list, expected a JSON object; download the"):
+      family.load(str(tmp_path / "list"), dtype="float32", components=())
 
 
 def test_models_of_the_other_family_are_refused(saved, tmp_path):
@@ -166,6 +175,7 @@ def test_commands_find_the_family_of_a_model(saved, tmp_path):
   assert families.of_run(str(saved[1]), None) == "stable_diffusion_3"
   assert families.of_run(f"{saved[1]}+t5=none", None) == "stable_diffusion_3"
   assert families.of_run("stabilityai/stable-diffusion-3.5-medium", None) == "stable_diffusion_3"
+  assert families.of_run(f"{saved[1]}+unet=x", None) == "stable_diffusion_3"  # which then says what does not fit
   assert families.of_run("tiny-sd", None) == families.of_run("no/such", None) == "stable_diffusion"
   (tmp_path / "config.json").write_text(json.dumps({"family": "stable_diffusion_3"}))
   assert families.of_run(str(tmp_path), None) == "stable_diffusion_3"

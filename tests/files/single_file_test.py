@@ -255,6 +255,7 @@ UNET = {"model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3)}
   "shapes, sentence",
   [
     ({"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (9, 9)}, "is Stable Diffusion 3, expected"),
+    ({"joint_blocks.0.x_block.attn.qkv.weight": (9, 9)}, "is Stable Diffusion 3, .*; give its folder in the layout of"),
     ({"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": (9, 9)}, "is Flux, expected a whole checkpoint"),
     ({"double_blocks.0.img_attn.norm.key_norm.scale": (9,)}, "is Flux, expected"),
     (UNET | {"conditioner.embedders.0.model.positional_embedding": (77, 8)}, "is the refiner of Stable Diffusion XL,"),

@@ -85,6 +85,9 @@ class StableDiffusion3(LatentSpace):
         f"the transformer maps {c.in_channels} channels to {c.predicted_channels}, expected latent_channels ="
         f" {self.vae.config.latent_channels} of the VAE; take all components from the same model."
       )
+    depth = min(clip.config.num_hidden_layers for clip in clips)
+    if self.clip_skip is not None and not 0 <= self.clip_skip <= depth - 1:
+      raise ValueError(f"clip_skip={self.clip_skip}, expected 0 to {depth - 1} for text encoders of {depth} layers.")
     if self.max_sequence_length < 1:
       raise ValueError(f"max_sequence_length={self.max_sequence_length}, expected a positive number of T5's tokens.")
 
@@ -186,9 +189,6 @@ class StableDiffusion3(LatentSpace):
   def _encode(self, weights: Weights, input_ids: jax.Array, clip_skip: int | None) -> dict[str, jax.Array]:
     """Returns the fields of `stored_text`."""
     clips = (self.text_encoder, self.text_encoder_2)
-    depth = min(clip.config.num_hidden_layers for clip in clips)
-    if clip_skip is not None and not 0 <= clip_skip <= depth - 1:
-      raise ValueError(f"clip_skip={clip_skip}, expected 0 to {depth - 1} for text encoders of {depth} layers.")
     lengths = [clip.config.max_position_embeddings for clip in clips]
     if self.text_encoder_3 is not None:
       lengths.append(self.max_sequence_length)
