@@ -24,6 +24,7 @@ from jaxpref.recipes.sizes import MAX_PIXELS, is_size, sides
 
 MAX_SEEDS = 10**6  # most pictures of a prompt
 SCHEDULER = "ddim: the model's own steps, Euler's of Stable Diffusion 3; dpmpp_2m: DPM-Solver++ (default: %(default)s)"
+ETA = "noise of ddim; 0: deterministic, 1: ancestral, for Stable Diffusion 3 Flow-GRPO's eta (default: %(default)s)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--scheduler", choices=drawing.SAMPLERS, default="ddim", help=SCHEDULER)
   add("--steps", type=int, default=20, help="steps of the scheduler (default: %(default)s)")
   add("--karras", action="store_true", help="use Karras' noise levels, for dpmpp_2m")
-  add("--eta", type=float, default=0.0, help="noise of ddim; 0: deterministic, 1: ancestral (default: %(default)s)")
+  add("--eta", type=float, default=0.0, help=ETA)
   add("--guidance_scale", type=float, default=5.0, help="0 to 1 switches guidance off (default: %(default)s)")
   add("--guidance_rescale", type=float, default=0.0, help="0 to 1, against overexposure (default: %(default)s)")
   add("--clip_skip", type=int, help="layers of the text encoder to leave out, as diffusers counts (default: none)")
