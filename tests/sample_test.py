@@ -284,7 +284,7 @@ def test_names_of_pictures(prompt, expected):
     (["--karras"], "--karras is for --scheduler=dpmpp_2m"),
     (["--scheduler=dpmpp_2m", "--eta=1"], "--eta=1.0 is for --scheduler=ddim"),
     (["--model=random:sd35-miniature", "--scheduler=dpmpp_2m", "--karras"], "--karras: random:sd35-miniature is a rec"),
-    (["--model=random:sd35-miniature", "--clip_skip=9"], "clip_skip=9, expected 0 to 2 for text encoders of 3 layers"),
+    (["--model=random:sd35-miniature", "--clip_skip=9"], "clip_skip=9, expected 0 to 1 for text encoders of 2 layers"),
     (["--model=random:sd35-miniature", "--unet_model=x"], "unet_model is for Stable Diffusion with a UNet, not for st"),
   ],
 )
