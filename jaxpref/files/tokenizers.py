@@ -29,7 +29,7 @@ def tokenize(tokenizer: Any, captions: Sequence[str], *, length: int | None = No
     captions: prompts; "" is the empty one of classifier-free guidance.
     length: upper bound of the context length; a tokenizer_config.json without `model_max_length`
       sets none.
-    exact: `length` is the length, whatever the tokenizer's `model_max_length`.
+    exact: `length` is the length, whatever the tokenizer's `model_max_length`, as for T5.
 
   Returns:
     i32[n, L]. One warning per call shows what is cut, and at most MAX_CUT_WARNINGS per process.
@@ -48,10 +48,10 @@ def tokenize(tokenizer: Any, captions: Sequence[str], *, length: int | None = No
   cut = [tokenizer.decode(ids[limit - 1 : -1]).strip() for ids in every if len(ids) > limit]
   if cut:
     others = f" (and the ends of {len(cut) - 1} others)" if len(cut) > 1 else ""
-    _warn_of_cut(
-      f"the text encoder reads {limit} tokens, including begin and end, so this was cut from a prompt: "
-      f"{cut[0]!r}{others}; shorten it."
-    )
+    encoder, marks = ("T5", "the end") if exact else ("the text encoder", "begin and end")
+    reads = f"{encoder} reads {limit} tokens, including {marks}"
+    remedy = "shorten it, or increase max_sequence_length (at most 512)" if exact else "shorten it"
+    _warn_of_cut(f"{reads}, so this was cut from a prompt: {cut[0]!r}{others}; {remedy}.")
   return np.asarray(out["input_ids"], np.int32)
 
 
