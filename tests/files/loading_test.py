@@ -215,6 +215,7 @@ def test_memory_is_watched():
 # ---- random weights ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_drawn_weights_are_distributed_as_random_ones_and_have_the_wanted_type():
   drawn, random = (
     loading.load_text_to_image(f"{kind}:one-level", dtype="float32", param_dtype=dtypes, components=("unet",)).params[
