@@ -7,8 +7,8 @@
 
 writes a folder in the layout of diffusers (random half-precision numbers; 7 GB for SDXL, 11 GB for the text encoders of
 SD3.5) in pieces of a megabyte, large networks in shards with an index as published. Then a fresh process opens it in
-bfloat16. On a CPU the parameters themselves are host memory, so the overshoot is the peak minus what is resident when all is loaded;
-it should stay below 1.2 times the largest array (a stack of transformer blocks is one array, of all its layers).
+bfloat16. On a CPU the parameters themselves are host memory, so the overshoot is the peak minus what is resident when
+all is loaded; it should stay below 1.2 times the largest array (a stack of transformer blocks is one array, of all its layers).
 Resident memory counts pages of files that are mapped; "anonymous" does not. Beside it stands what is resident in the
 end beyond baseline and parameters: what the allocator has not given back, mostly (a few per cent).
 
@@ -284,8 +284,8 @@ def report(row: Mapping[str, Any]) -> str:
   verdict = "within" if row["within_bound"] else "**beyond**"
   shape = ", ".join(map(str, row["largest_array_shape"]))
   lines = [
-    f"Loading {parts}`{row['preset']}` ({row['parameters']:,} parameters, {row['files']} files, {mb('files_bytes')}) as "
-    f"{row['dtype']} onto {row['devices']} device(s), {row['device']}:",
+    f"Loading {parts}`{row['preset']}` ({row['parameters']:,} parameters, {row['files']} files, {mb('files_bytes')}) "
+    f"as {row['dtype']} onto {row['devices']} device(s), {row['device']}:",
     "",
     "| | |",
     "|---|---|",
