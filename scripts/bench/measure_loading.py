@@ -8,9 +8,9 @@
 writes a folder in the layout of diffusers (random half-precision numbers; 7 GB for SDXL, 11 GB for the text encoders of
 SD3.5) in pieces of a megabyte, large networks in shards with an index as published. Then a fresh process opens it in
 bfloat16. On a CPU the parameters themselves are host memory, so the overshoot is the peak minus what is resident when
-all is loaded; it should stay below 1.2 times the largest array (a stack of transformer blocks is one array, of all its layers).
-Resident memory counts pages of files that are mapped; "anonymous" does not. Beside it stands what is resident in the
-end beyond baseline and parameters: what the allocator has not given back, mostly (a few per cent).
+all is loaded; it should stay below 1.2 times the largest array (a stack of transformer blocks is one array, of all its
+layers). Resident memory counts pages of files that are mapped; "anonymous" does not. Beside it stands what is resident
+in the end beyond baseline and parameters: what the allocator has not given back, mostly (a few per cent).
 
 --folder keeps the folder, and measures an existing one; without it a temporary folder is removed in the end. To measure
 a disk instead of the page cache, drop that first (as root: echo 3 > /proc/sys/vm/drop_caches). --devices spreads every
