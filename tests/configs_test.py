@@ -143,9 +143,11 @@ def quick(monkeypatch, datasets):
   monkeypatch.setattr(pipelines, "random_pipeline", drawn)
 
 
-# Of the others each part is run by one that is not slow: SDXL, a reference that moves, rollouts, each kind of export.
-SLOW = ("tdpo_sd15", "dpo_sd15", "dpo_sdxl", "spo_sd15", "spo_sdxl", "spm_sd15", "lrm_sd15", "lrm_sdxl", "lpo_sdxl")
-MARKED = [pytest.param(name, marks=(pytest.mark.slow,) if name in SLOW else ()) for name in FULL_SIZE]
+# Each part is run by one that is not slow: SDXL, rollouts, LoRA, each kind of export; a reference that moves by
+# training/loop_test.py.
+FAST = ("spm_sdxl", "lpo_sd15")
+SMOKES = [*FULL_SIZE, "taste_sd15", "taste_sdxl"]
+MARKED = [pytest.param(name, marks=() if name in FAST else (pytest.mark.slow,)) for name in SMOKES]
 
 
 @pytest.mark.parametrize("name", MARKED)

@@ -5,6 +5,7 @@ import gc
 import importlib.util
 import os
 import pathlib
+import tempfile
 
 from tests import QUICK_FLAGS
 
@@ -15,6 +16,13 @@ os.environ["XLA_FLAGS"] = (
   # Eight devices that share two busy cores may wait long for one another; by default they are given up after 40 s.
   " --xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
 )
+
+# What one test has compiled another one need not, in any process of these tests; removed with the first of them.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  _programs = tempfile.TemporaryDirectory(prefix="jaxpref_tests_", ignore_cleanup_errors=True)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 os.environ.setdefault("NPROC", "32")  # threads: a device that waits for another one holds one, and all may wait at once
 

@@ -73,6 +73,7 @@ def run(models, out, *arguments, names=("one", "two"), prompts="prompts.txt", sc
                  *arguments])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_model_with_another_unet_is_drawn_and_has_its_own_fingerprint(models, tmp_path):
   """Its pictures are those of a folder in which the UNet was exchanged."""
   exchanged = shutil.copytree(models / "one", tmp_path / "exchanged")

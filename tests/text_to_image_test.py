@@ -249,7 +249,8 @@ def test_a_pair_in_sample_size_is_the_size_that_diffusers_draws(tmp_path):
   assert np.abs(found - expected).mean() <= 0.05
 
 
-@drawn
+@pytest.mark.slow
+@pytest.mark.parametrize("models", list(CLASSES), indirect=True)
 def test_an_empty_negative_prompt_draws_what_diffusers_draws(models):
   model, params, _, theirs = models
   latents = noise(model.latent_shape)

@@ -1,14 +1,16 @@
 """Measures memory and time of loading a model folder of full size: how much more than the parameters is ever held.
 
     python scripts/bench/measure_loading.py --preset sdxl --out docs/results/loading
+    python scripts/bench/measure_loading.py --preset sd35-medium --devices 4 --out docs/results/loading_sd35 \\
+      --components text_encoder text_encoder_2 text_encoder_3
     python scripts/bench/measure_loading.py --preset sdxl-miniature
 
-writes a folder in the layout of diffusers (random half-precision numbers; 7 GB for SDXL) in pieces of a megabyte, the
-UNet in shards with an index as published; then a fresh process opens it with `pipelines.load_pipeline` in bfloat16. On
-a CPU the parameters themselves are host memory, so the overshoot is the peak minus what is resident when all is loaded;
-it should stay below 1.2 times the largest array (a stack of transformer blocks is one array, of all its layers).
-Resident memory counts pages of files that are mapped; "anonymous" does not. Beside it stands what is resident in the
-end beyond baseline and parameters: what the allocator has not given back, mostly (a few per cent).
+writes a folder in the layout of diffusers (random half-precision numbers; 7 GB for SDXL, 11 GB for the text encoders of
+SD3.5) in pieces of a megabyte, large networks in shards with an index as published. Then a fresh process opens it in
+bfloat16. On a CPU the parameters themselves are host memory, so the overshoot is the peak minus what is resident when
+all is loaded; it should stay below 1.2 times the largest array (a stack of transformer blocks is one array, of all its
+layers). Resident memory counts pages of files that are mapped; "anonymous" does not. Beside it stands what is resident
+in the end beyond baseline and parameters: what the allocator has not given back, mostly (a few per cent).
 
 --folder keeps the folder, and measures an existing one; without it a temporary folder is removed in the end. To measure
 a disk instead of the page cache, drop that first (as root: echo 3 > /proc/sys/vm/drop_caches). --devices spreads every
@@ -23,7 +25,6 @@ import json
 import math
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,22 +44,34 @@ PIECE = 1 << 19  # numbers written at once
 # Writing
 
 
-def tensor_shapes(name: str, config: Any) -> dict[str, tuple[int, ...]]:
+# Component -> library and class of the files, as model_index.json names them.
+CLASSES = {
+  "unet": ("diffusers", "UNet2DConditionModel"),
+  "transformer": ("diffusers", "SD3Transformer2DModel"),
+  "vae": ("diffusers", "AutoencoderKL"),
+  "text_encoder": ("transformers", "CLIPTextModel"),
+  "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+  "text_encoder_3": ("transformers", "T5EncoderModel"),
+}
+SHARDED = ("unet", "transformer", "text_encoder_3")  # as published
+
+
+def tensor_shapes(class_name: str, config: Any) -> dict[str, tuple[int, ...]]:
   """Names and shapes as published files have them: those of torch's own network, without its numbers."""
   import diffusers
   import torch
   import transformers
 
   with torch.device("meta"):
-    if name == "unet":
-      model = diffusers.UNet2DConditionModel.from_config(config.to_dict())
-    elif name == "vae":
-      model = diffusers.AutoencoderKL.from_config(config.to_dict())
+    if hasattr(diffusers, class_name):
+      model = getattr(diffusers, class_name).from_config(config.to_dict())
     else:
-      cls = transformers.CLIPTextModelWithProjection if name.endswith("2") else transformers.CLIPTextModel
-      model = cls(transformers.CLIPTextConfig(**config.to_dict()))
+      of_config = transformers.T5Config if class_name.startswith("T5") else transformers.CLIPTextConfig
+      model = getattr(transformers, class_name)(of_config(**config.to_dict()))
   shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
-  if name.startswith("text"):  # transformers 5 drops a prefix that the published files have
+  if class_name == "SD3Transformer2DModel":
+    shapes["pos_embed.pos_embed"] = tuple(model.pos_embed.pos_embed.shape)
+  if class_name.startswith("CLIP"):  # transformers 5 drops a prefix that the published files have
     whole = ("text_model.", "text_projection.")
     shapes = {key if key.startswith(whole) else f"text_model.{key}": shape for key, shape in shapes.items()}
   return shapes
@@ -95,46 +108,57 @@ def split(shapes: Mapping[str, tuple[int, ...]], size: int) -> Iterator[dict[str
   yield part
 
 
-def write_folder(folder: pathlib.Path, preset_name: str, shard: int = SHARD) -> None:
-  """Writes a pipeline folder of random numbers in the preset's architecture."""
+def write_folder(
+  folder: pathlib.Path, preset_name: str, shard: int = SHARD, components: Sequence[str] = tuple(CLASSES)
+) -> None:
+  """Writes a pipeline folder of random numbers in the preset's architecture; of `components` alone their weights."""
+  from jaxpref.files import tokenizers
   from jaxpref.models import presets
+  from jaxpref.models.sd3 import presets as sd3_presets
 
-  preset = presets.get_preset(preset_name)
+  is_sd3 = preset_name in sd3_presets.PRESETS
+  preset: Any = sd3_presets.PRESETS[preset_name] if is_sd3 else presets.get_preset(preset_name)
+  classes = {name: of for name, of in CLASSES.items() if getattr(preset, name, None) is not None}
+  if is_sd3:
+    classes["text_encoder"], pipeline = CLASSES["text_encoder_2"], "StableDiffusion3Pipeline"
+  else:
+    pipeline = "StableDiffusionXLPipeline" if "text_encoder_2" in classes else "StableDiffusionPipeline"
   block = (0.02 * np.random.default_rng(0).standard_normal(PIECE, np.float32)).astype(np.float16)
-  text = {"text_encoder": "CLIPTextModel"}
-  if preset.text_encoder_2 is not None:
-    text["text_encoder_2"] = "CLIPTextModelWithProjection"
-  index: dict[str, Any] = {
-    "_class_name": "StableDiffusionXLPipeline" if len(text) == 2 else "StableDiffusionPipeline",
-    "scheduler": ["diffusers", preset.scheduler["_class_name"]],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-  }
-  for name, class_name in text.items():
-    index |= {name: ["transformers", class_name], f"tokenizer{name[12:]}": ["transformers", "CLIPTokenizer"]}
-    # Which tokenizer it is has no influence on the memory of a text encoder.
-    shutil.copytree(ROOT / "jaxpref/assets/tiny-sd/tokenizer", folder / f"tokenizer{name[12:]}", dirs_exist_ok=True)
+  scheduler = preset.scheduler.get("_class_name", "FlowMatchEulerDiscreteScheduler")
+  index: dict[str, Any] = {"_class_name": pipeline, "scheduler": ["diffusers", scheduler]}
   (folder / "scheduler").mkdir(parents=True, exist_ok=True)
   (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(preset.scheduler))
-  for name in ("unet", "vae", *text):
+  for name, (library, class_name) in classes.items():
+    index[name] = [library, class_name]
+    if name.startswith("text"):  # which tokenizer it is has no influence on the memory of a text encoder
+      tokenizer = name.replace("text_encoder", "tokenizer")
+      tokenizers.save_tokenizer(folder / tokenizer, tokenizers.tiny_tokenizer())
+      index[tokenizer] = ["transformers", "CLIPTokenizer"]
     (folder / name).mkdir(exist_ok=True)
-    config = getattr(preset, name)
-    (folder / name / "config.json").write_text(json.dumps(config.to_dict()))
-    shapes = tensor_shapes(name, config)
-    stem = "model" if name in text else "diffusion_pytorch_model"
-    if name != "unet":
-      write_tensors(folder / name / f"{stem}.safetensors", shapes, block)
+    (folder / name / "config.json").write_text(json.dumps(getattr(preset, name).to_dict()))
+    if name not in components:
       continue
-    parts = list(split(shapes, shard))
-    names = [f"{stem}-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
-    for part, file in zip(parts, names, strict=True):
-      write_tensors(folder / name / file, part, block)
-    weight_map = {key: file for part, file in zip(parts, names, strict=True) for key in part}
-    total = sum(2 * math.prod(shape) for shape in shapes.values())
-    (folder / name / f"{stem}.safetensors.index.json").write_text(
-      json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
-    )
+    stem = "model" if library == "transformers" else "diffusion_pytorch_model"
+    write_network(folder / name, stem, tensor_shapes(class_name, getattr(preset, name)), block, shard, name in SHARDED)
   (folder / "model_index.json").write_text(json.dumps(index))  # last: a folder without it is not complete
+
+
+def write_network(
+  folder: pathlib.Path, stem: str, shapes: Mapping[str, tuple[int, ...]], block: np.ndarray, shard: int, sharded: bool
+) -> None:
+  """Writes a network's tensors into one file, or into shards of at most `shard` bytes with their index."""
+  if not sharded:
+    write_tensors(folder / f"{stem}.safetensors", shapes, block)
+    return
+  parts = list(split(shapes, shard))
+  names = [f"{stem}-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
+  for part, file in zip(parts, names, strict=True):
+    write_tensors(folder / file, part, block)
+  weight_map = {key: file for part, file in zip(parts, names, strict=True) for key in part}
+  total = sum(2 * math.prod(shape) for shape in shapes.values())
+  (folder / f"{stem}.safetensors.index.json").write_text(
+    json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+  )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,12 +189,14 @@ class Peak(threading.Thread):
     return self.values
 
 
-def measure(folder: pathlib.Path, dtype: str, devices: int) -> dict[str, Any]:
-  """Loads the folder; memory in bytes, seconds."""
+def measure(
+  folder: pathlib.Path, dtype: str, devices: int, components: Sequence[str] = tuple(CLASSES)
+) -> dict[str, Any]:
+  """Loads components of the folder; memory in bytes, seconds."""
   import jax
   import jax.numpy as jnp
 
-  from jaxpref.files import pipelines
+  from jaxpref.files import pipelines, sd3
 
   sharding = None
   if devices > 1:
@@ -184,9 +210,11 @@ def measure(folder: pathlib.Path, dtype: str, devices: int) -> dict[str, Any]:
       return jax.sharding.NamedSharding(mesh, jax.P(*spec))
 
     sharding = lambda shapes: jax.tree.map(spread, shapes)
-  load = functools.partial(pipelines.load_pipeline, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
+  options = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
+  is_sd3 = "StableDiffusion3" in (folder / "model_index.json").read_text()
+  load = functools.partial((sd3 if is_sd3 else pipelines).load_pipeline, components=components, **options)
   # Everything that loading imports, traces and allocates once, so that it is in the baseline.
-  jax.block_until_ready(load(ROOT / "jaxpref/assets/tiny-sd").params)
+  jax.block_until_ready(pipelines.load_pipeline(ROOT / "jaxpref/assets/tiny-sd", **options).params)
 
   class Enough(Exception):
     pass
@@ -252,11 +280,12 @@ def report(row: Mapping[str, Any]) -> str:
   def mb(key: str) -> str:
     return f"{row[key] / 1e6:,.0f} MB"
 
+  parts = f"{', '.join(row['components'])} of " if "components" in row else ""
   verdict = "within" if row["within_bound"] else "**beyond**"
   shape = ", ".join(map(str, row["largest_array_shape"]))
   lines = [
-    f"Loading `{row['preset']}` ({row['parameters']:,} parameters, {row['files']} files, {mb('files_bytes')}) as "
-    f"{row['dtype']} onto {row['devices']} device(s), {row['device']}:",
+    f"Loading {parts}`{row['preset']}` ({row['parameters']:,} parameters, {row['files']} files, {mb('files_bytes')}) "
+    f"as {row['dtype']} onto {row['devices']} device(s), {row['device']}:",
     "",
     "| | |",
     "|---|---|",
@@ -280,12 +309,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--folder", type=pathlib.Path)
   parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
   parser.add_argument("--devices", type=int, default=1)
-  parser.add_argument("--shard-bytes", type=int, default=SHARD, help="of the UNet")
+  parser.add_argument("--components", nargs="+", choices=CLASSES, default=list(CLASSES), help="default: all")
+  parser.add_argument("--shard-bytes", type=int, default=SHARD, help="of UNet, transformer and T5")
   parser.add_argument("--out", type=pathlib.Path, help="writes OUT.json and OUT.md")
   parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
   args = parser.parse_args(arguments)
   if args.child:
-    print(json.dumps(measure(args.folder, args.dtype, args.devices)))
+    print(json.dumps(measure(args.folder, args.dtype, args.devices, args.components)))
     return
   with tempfile.TemporaryDirectory(prefix="measure_loading.") as temporary:
     folder = (args.folder or pathlib.Path(temporary)).resolve()
@@ -295,8 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         [
           sys.executable, "-c",
           "import pathlib, sys; from scripts.bench import measure_loading as m; "
-          "m.write_folder(pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))",
-          str(folder), args.preset, str(args.shard_bytes),
+          "m.write_folder(pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:])",
+          str(folder), args.preset, str(args.shard_bytes), *args.components,
         ],
         check=True, cwd=ROOT,
       )  # fmt: skip
@@ -305,11 +335,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
       [
         sys.executable, "-m", "scripts.bench.measure_loading", "--child",
         "--folder", str(folder), "--dtype", args.dtype,
-        "--devices", str(args.devices),
+        "--devices", str(args.devices), "--components", *args.components,
       ],
       check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"XLA_FLAGS": flags.strip()},
     )  # fmt: skip
-  row = {"preset": args.preset} | json.loads(done.stdout.splitlines()[-1])
+  told = {} if len(args.components) == len(CLASSES) else {"components": args.components}
+  row = {"preset": args.preset} | told | json.loads(done.stdout.splitlines()[-1])
   if args.out:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.with_suffix(".json").write_text(json.dumps(row, indent=2) + "\n")

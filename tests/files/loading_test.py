@@ -200,6 +200,17 @@ def test_random_folders_have_the_layout_of_published_ones(tmp_path):
   assert set(index) - {"_class_name"} == {p.name for p in tmp_path.iterdir()} - {"model_index.json"}
 
 
+def test_a_folder_of_stable_diffusion_3_opens_with_the_parts_that_were_written(tmp_path):
+  pytest.importorskip("diffusers")
+  from jaxpref.files import sd3
+  from scripts.bench import measure_loading
+
+  measure_loading.write_folder(tmp_path, "sd35-miniature", shard=60_000, components=("text_encoder_3", "transformer"))
+  assert len(weight_files(tmp_path / "text_encoder_3")) > 1 and len(weight_files(tmp_path / "transformer")) > 1
+  found = sd3.load_pipeline(tmp_path, components=("text_encoder_3", "transformer")).params
+  assert found.keys() == {"text_encoder_3", "transformer", sd3.CONSTANTS}
+
+
 def test_memory_is_watched():
   from scripts.bench import measure_loading
 
@@ -215,6 +226,7 @@ def test_memory_is_watched():
 # ---- random weights ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_drawn_weights_are_distributed_as_random_ones_and_have_the_wanted_type():
   drawn, random = (
     loading.load_text_to_image(f"{kind}:one-level", dtype="float32", param_dtype=dtypes, components=("unet",)).params[

@@ -209,6 +209,7 @@ def test_changes_are_in_the_order_of_their_cost():
   assert not any("lora" in flags for flags in changed(config, 4))
 
 
+@pytest.mark.slow
 def test_estimates_follow_shardings_micro_batches_and_what_is_kept():
   devices = jax.devices()[:4]
   config = plan.without_weights(dpo_sd15.get_config("smoke"))

@@ -276,6 +276,25 @@ def test_a_killed_server_loses_no_vote_and_the_page_goes_on(served, pages):
 
 
 @pytest.mark.slow
+def test_keys_faster_than_the_server_lose_and_skip_no_pair(served, pages):
+  page = pages().open(served.link, "Ada")
+  script = """
+    const done = arguments[0], seen = [document.body.dataset.ask];
+    new MutationObserver(() => document.body.dataset.ask && seen.push(document.body.dataset.ask))
+      .observe(document.body, {attributes: true, attributeFilter: ["data-ask"]});
+    let left = 400;
+    const timer = setInterval(() => {
+      document.dispatchEvent(new KeyboardEvent("keydown", {key: "x", bubbles: true}));
+      if (!--left) { clearInterval(timer); setTimeout(() => done(seen), 1000); }
+    }, 7);
+  """
+  seen = page.driver.execute_async_script(script)
+  votes = served.votes()
+  assert len(votes) in (len(seen) - 1, 40) and len({pair for _, _, pair in votes}) == len(votes) > 10
+  assert len(set(seen)) == len(seen) and page.errors() == []
+
+
+@pytest.mark.slow
 def test_looking_closely_flips_at_the_same_place_and_votes(served, pages):
   page = pages().open(served.link, "Ada")
   boxes = lambda: [page.find(f"#close-{side}").rect for side in "ab"]

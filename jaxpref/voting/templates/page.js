@@ -10,7 +10,9 @@ let queue = [];        // the pair that is shown, then the next one; each with .
 let progress = null;
 let busy = true;       // while a vote is being written, and before the first pair
 let since = 0;         // when the shown pair appeared
-let shown = null;      // the ask that is on the screen
+let shown = null;      // the pair that is on the screen
+let refills = 0;       // requests for pairs so far; only the last one counts, as answers may come late or out of order
+const answered = new Set();  // asks whose vote is written
 
 // ---- Server
 
@@ -63,7 +65,7 @@ async function picture(name, side) {
 
 function load(pair) {
   pair.ready = Promise.all([picture(pair.ask, "a"), picture(pair.ask, "b")]);
-  pair.ready.catch(() => {});  // `show` reports it
+  pair.ready.catch(() => { pair.failed = true; });  // `show` reports it, and `refill` loads it again
   return pair;
 }
 
@@ -72,19 +74,24 @@ function drop(pair) {
 }
 
 async function refill() {
+  const turn = ++refills;
   const answer = await json("/api/next", {voter});
+  if (turn !== refills) return;
   progress = answer.progress;
   const known = new Map(queue.map((pair) => [pair.ask, pair]));
-  queue = answer.pairs.map((pair) => known.get(pair.ask) || load(pair));
+  const kept = (pair) => known.has(pair.ask) && !known.get(pair.ask).failed ? known.get(pair.ask) : load(pair);
+  queue = answer.pairs.filter((pair) => !answered.has(pair.ask)).map(kept);
   for (const [name, pair] of known) if (!queue.some((other) => other.ask === name)) drop(pair);
   tell();
 }
 
 async function show() {
-  const pair = queue[0];
-  if (!pair) return rest();
-  const [a, b] = await pair.ready;
-  if (pair !== queue[0]) return;
+  let pair, a, b;
+  do {
+    pair = queue[0];
+    if (!pair) return rest();
+    [a, b] = await pair.ready;
+  } while (pair !== queue[0]);  // the queue has changed meanwhile
   at("closely").close();
   for (const [side, address] of [["a", a], ["b", b]]) {
     for (const image of [at(`picture-${side}`), at(`close-${side}`)]) {
@@ -147,16 +154,18 @@ function failed(error) {
 
 async function vote(choice) {
   if (busy || !shown || at("vote").hidden) return;
+  const done = shown;
   busy = true;
   if (choice === "left" || choice === "right") at(choice === "left" ? "choose-a" : "choose-b").classList.add("chosen");
   try {
     const seconds = (performance.now() - since) / 1000;
-    await json("/api/vote", {voter, ask: shown.ask, choice, seconds});  // the next pair is shown once it is written
+    await json("/api/vote", {voter, ask: done.ask, choice, seconds});  // the next pair is shown once it is written
   } catch (error) {
     if (error.status === 409) return start();  // this pair has a vote already, such as from another window
     return failed(error);
   }
-  const done = queue.shift();
+  answered.add(done.ask);
+  queue = queue.filter((pair) => pair !== done);
   if (progress) progress.votes += 1;
   tell();
   try {
