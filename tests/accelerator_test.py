@@ -180,7 +180,7 @@ def test_bad_arguments_end_in_a_sentence(tmp_path, capsys):
     accelerator.main([])
   assert "name a part: proof, dpo-lora-sdxl" in capsys.readouterr().err
   done = shell(tmp_path, "prof")
-  assert done.returncode == 2 and "error: there is no part prof; expected some of proof, " in done.stderr
+  assert done.returncode == 2 and "error: there is no part prof; expected some of proof dpo-lora-sdxl " in done.stderr
 
 
 # ---- The shell script ------------------------------------------------------------------------------------------------

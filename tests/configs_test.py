@@ -37,6 +37,8 @@ def completed(name):
     c.data.path = "pickapic"
   if c.data.source == "prompts":
     c.data.path = "prompts.json"
+  if c.data.source == "pairs_file":
+    c.data.path = "votes"
   if c.objective == "spo":
     c.preference_model = c.preference_model or "spm"
   return c

@@ -43,7 +43,7 @@ def lock(version):
 def test_the_lock_has_an_allowed_version_of_every_library_of_every_extra(version):
   locked = lock(version)
   extras = PROJECT["optional-dependencies"]
-  assert set(extras) == {"compile", "cuda", "tpu", "wandb", "test"}
+  assert set(extras) == {"browser", "compile", "cuda", "tpu", "wandb", "web", "test"}
   requirements = [Requirement(line) for line in sum(extras.values(), PROJECT["dependencies"])]
   environment = default_environment() | {"python_version": version, "python_full_version": f"{version}.0"}
   for requirement in requirements:

@@ -493,8 +493,8 @@ def test_report_says_what_the_numbers_say(tmp_path):
   text = report(tmp_path)
   assert not re.search(r"[{}]|None|nan", text)
   assert "| dpo | style 70 % | 3 | 61.0% (60.0% to 62.0%) (40.0%) | 1.0 | +0.0% | 70.0% | 125 | 32,000 | 2.0 |" in text
-  assert "| **spo** | dpo | 3 | -9.0 [-11.5, -6.5] | 0.0041 |  | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] |" in text
-  assert re.search(r"\| spo \| sft \| 3 \| -4\.0 \[-6\.5, -1\.5\] \| 0\.02 \| 0\.02 \|", text)
+  assert "| **spo** | dpo | 3 | -9.0 [-11.5, -6.5] | 3.1 | 0.0041 |  | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] |" in text
+  assert re.search(r"\| spo \| sft \| 3 \| -4\.0 \[-6\.5, -1\.5\] \| 3\.1 \| 0\.02 \| 0\.02 \|", text)
   assert "**4e-05, 500: 60.0% (+0.0)**" in text and "8e-05, 500: 70.0% (-10.0)" in text
   missing = text.partition("## Missing")[2]
   assert "- dpo: 5 runs\n" in missing and "- dpo_legible: not tuned yet\n" in missing and "lpo: not tuned" in missing

@@ -20,11 +20,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 declare -A limits=([proof]=180 [dpo-lora-sdxl]=180 [spo-lora-sdxl]=270 [dpo-full-sd15]=120 [dpo-lora-sd35m]=150 [torch]=150)
+all=(proof dpo-lora-sdxl spo-lora-sdxl dpo-full-sd15 dpo-lora-sd35m torch)
 parts=("$@")
-if (($# == 0)); then parts=(proof dpo-lora-sdxl spo-lora-sdxl dpo-full-sd15 dpo-lora-sd35m torch); fi
+if (($# == 0)); then parts=("${all[@]}"); fi
 for part in "${parts[@]}"; do
   if [ -z "${limits[$part]:-}" ]; then
-    echo "error: there is no part $part; expected some of ${!limits[*]}." >&2
+    echo "error: there is no part $part; expected some of ${all[*]}." >&2
     exit 2
   fi
 done
