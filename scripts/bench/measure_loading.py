@@ -210,7 +210,7 @@ def measure(
       return jax.sharding.NamedSharding(mesh, jax.P(*spec))
 
     sharding = lambda shapes: jax.tree.map(spread, shapes)
-  options = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
+  options: dict[str, Any] = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
   is_sd3 = "StableDiffusion3" in (folder / "model_index.json").read_text()
   load = functools.partial((sd3 if is_sd3 else pipelines).load_pipeline, components=components, **options)
   # Everything that loading imports, traces and allocates once, so that it is in the baseline.
