@@ -7,7 +7,8 @@ VOTES is what `python -m jaxpref.vote PAIRS --export=VOTES` wrote; the second co
 
 Source: our own numbers.
 Differs: beta 500 instead of 5000, a LoRA of rank 16, 60 steps of 16 pairs, so that 50 votes are seen 19 times.
-Hardware: any CPU, about a minute.
+Hardware: any CPU.
+Expect: the rate and the number of steps are a first guess; no run has measured them yet.
 """
 
 from jaxpref.config import default

@@ -196,7 +196,7 @@ def parse_flags(argv: list[str]) -> list[str]:
       _empty(flags.FLAGS["config"].value, name)
     return rest
   except (flags.Error, ValueError) as error:
-    if (where := _line_of_recipe(error, argv)) is not None:
+    if (where := line_of_recipe(error, argv)) is not None:
       sys.exit(f"error: {where}")
     lines = [line for line in str(error).splitlines() if line.strip(" ;") not in ("", "see --help.")]
     said = re.sub(r"^[A-Za-z]*Error: ", "", lines[-1])
@@ -208,7 +208,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   except _RefusedOptions as error:
     sys.exit(f"error: {error}")
   except Exception as error:
-    if (where := _line_of_recipe(error, argv)) is None:
+    if (where := line_of_recipe(error, argv)) is None:
       raise
     sys.exit(f"error: {where}")
 
@@ -282,7 +282,7 @@ def _check_recipes(argv: list[str]) -> None:
       raise ValueError(f"{_recipes(argv)[-1]} sets config.{name}, which is not a field; did you mean config.{near}?")
 
 
-def _line_of_recipe(error: BaseException, argv: list[str]) -> str | None:
+def line_of_recipe(error: BaseException, argv: list[str]) -> str | None:
   """Returns what is wrong in a recipe, with its file and line; None if the error did not arise in a recipe."""
   for recipe in _recipes(argv):
     file = recipe.partition(":")[0]

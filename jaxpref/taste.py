@@ -119,6 +119,8 @@ def parse(argv: Sequence[str]) -> Plan:
   args, others = parser.parse_known_args(list(argv))
   of_training = tuple(other for other in others if other.startswith("--config."))
   of_pairs = tuple(other for other in others if other not in of_training)
+  if model := next((other for other in of_training if other.startswith("--config.model=")), None):
+    raise ValueError(f"{model}: each round has a model of its own; name the first with --model.")
   _check_pairs(of_pairs)
   for name in ("rounds", "votes"):
     if getattr(args, name) < 1:
@@ -158,7 +160,18 @@ def _model_of(config: str) -> str:
   import runpy
 
   file, _, variant = config.partition(":")
-  return str(runpy.run_path(file)["get_config"](*filter(None, [variant])).model)
+  try:
+    recipe = runpy.run_path(file)
+    if "get_config" not in recipe:
+      raise ValueError(f"--config={config}: {file} has no function get_config; see configs/taste_tiny.py.")
+    found = recipe["get_config"](*filter(None, [variant]))
+  except Exception as error:
+    if (where := arguments.line_of_recipe(error, ["taste", f"--config={config}"])) is None:
+      raise
+    raise ValueError(where) from error
+  if not hasattr(found, "model"):
+    raise ValueError(f"--config={config}: its get_config returns no recipe; end it with: return config.")
+  return str(found.model)
 
 
 def follow(plan: Plan) -> None:

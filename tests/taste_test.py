@@ -117,12 +117,27 @@ def test_all_pairs_are_enough(commands, tmp_path):
     (["--config=configs/tasty.py"], "there is no configs/tasty.py; expected a recipe"),
     (["--seed=3", "--sedes=3"], "--sedes=3: expected an argument of this command"),
     (["--round=3"], "--round=3: expected an argument of this command"),
+    (["--config.model=tiny-sd"], "--config.model=tiny-sd: each round has a model of its own"),
     (["--model_config", "x"], "--model_config: expected an argument of this command"),
   ],
 )
 def test_what_cannot_work_is_one_sentence(arguments, message, tmp_path):
   with pytest.raises(ValueError, match=re.escape(message)):
     plan(tmp_path, *arguments)
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("x = 1\n", "recipe.py has no function get_config"),
+    ("def get_config():\n  pass\n", "its get_config returns no recipe"),
+    ("def get_config():\n  return 1 / 0\n", "recipe.py, line 2"),
+  ],
+)
+def test_a_broken_recipe_is_one_sentence(text, message, tmp_path):
+  (tmp_path / "recipe.py").write_text(text)
+  with pytest.raises(ValueError, match=re.escape(message)):
+    plan(tmp_path, f"--config={tmp_path / 'recipe.py'}")
 
 
 @pytest.mark.slow
