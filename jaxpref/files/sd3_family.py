@@ -7,6 +7,7 @@ Besides folders and hub names it knows `random:PRESET`, `drawn:PRESET` and `zero
 import dataclasses
 import json
 import pathlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -239,6 +240,12 @@ def _check_folder(folder: pathlib.Path, *, drop: bool, length: int | None) -> No
     raise ValueError(
       f"{folder / 'model_index.json'} has no {sd3.T5}, expected T5, whose {length} tokens are asked for "
       f"(max_sequence_length); {REMEDY}."
+    )
+  if sd3.T5 not in modules and not drop:
+    warnings.warn(
+      f"{folder / 'model_index.json'} has no {sd3.T5}: T5's tokens are zeros, as in diffusers; config.drop_t5=True "
+      "says so without this warning.",
+      stacklevel=2,
     )
   file = folder / "scheduler" / "scheduler_config.json"
   try:
