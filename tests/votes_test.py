@@ -11,8 +11,9 @@ from scripts.study import ground, votes
 
 def test_every_run_has_a_folder_of_its_own():
   paths = [case.path for case in votes.cases()]
-  assert len(set(paths)) == len(paths) == 4 * len(votes.VOTES) * len(votes.SEEDS)
-  assert len({case.seed for case in votes.cases()[: len(paths) // len(votes.SEEDS)]}) == 1  # a seed of each first
+  in_rounds = 2 * len(votes.ROUND_SEEDS)
+  assert len(set(paths)) == len(paths) == 4 * len(votes.VOTES) * len(votes.SEEDS) + in_rounds
+  assert len({case.seed for case in votes.cases()[: 4 * len(votes.VOTES)]}) == 1  # a seed of each first
 
 
 def test_pairs_of_a_caption_are_its_own():
@@ -51,14 +52,14 @@ def test_the_report_has_a_line_for_each_kind(tmp_path):
   assert votes.markdown([]).count("\n|") == 2
   rows = []
   for case in votes.cases():
-    if case.votes in (50, 800) and case.ask != "reward":
+    if case.votes in (50, 800) and case.ask in ("random", "active"):
       share = 0.36 if case.votes == 50 else 0.6 + 0.01 * case.seed
       row = {"share": share, "base_share": 0.35, "error": 0.02, "captions": -0.01}
       rows.append({"ask": case.ask, "votes": case.votes, "agreement": case.agreement, "seed": case.seed} | row)
   lines = [line for line in votes.markdown(rows).splitlines() if line.startswith("| voter")]
   assert len(lines) == 6
-  assert lines[0] == "| voter, right in 85 % | active | 50 | 5 | +1.0 [+1.0, +1.0] | 0 of 5 | -1.0 |"
-  assert lines[1] == "| voter, right in 85 % | active | 800 | 5 | +27.0 [+25.0, +29.0] | 5 of 5 | -1.0 |"
+  assert lines[0] == "| voter, right in 85 % | unsure | 50 | 5 | +1.0 [+1.0, +1.0] | 0 of 5 | -1.0 |"
+  assert lines[1] == "| voter, right in 85 % | unsure | 800 | 5 | +27.0 [+25.0, +29.0] | 5 of 5 | -1.0 |"
 
 
 @pytest.fixture
@@ -85,3 +86,45 @@ def test_votes_say_what_the_voter_says(small):
   number = lambda name: int(name[0]) * ground.PICTURES + int(name[2:-4])
   for row in rows:
     assert row["label_0"] == float(score[number(row["image_0"])] > score[number(row["image_1"])])
+
+
+def row_of(case, folder, *, share, captions=-0.01):
+  """Writes what a run would leave."""
+  row = {"share": share, "base_share": 0.35, "error": 0.02, "captions": captions}
+  row |= {"ask": case.ask, "votes": case.votes, "agreement": case.agreement, "fields": dict(case.fields)}
+  (folder / "votes" / case.path).mkdir(parents=True)
+  (folder / "votes" / case.path / "row.json").write_text(json.dumps(row))
+
+
+def test_settings_are_tried_one_after_the_other(tmp_path):
+  """Steps at the best rate, then betas at the best of both; a run that forgets captions is not the best."""
+  rates = votes.trials(tmp_path)
+  assert [dict(case.fields)["optimizer.learning_rate"] for case in rates] == [3e-4, 1e-3, 3e-3]
+  for case, share, captions in zip(rates, (0.4, 0.5, 0.9), (-0.01, -0.02, -0.2), strict=True):
+    assert case.split == "validation" and case.seed not in votes.SEEDS
+    row_of(case, tmp_path, share=share, captions=captions)
+  steps = votes.trials(tmp_path)[3:]
+  assert {dict(case.fields)["optimizer.learning_rate"] for case in steps} == {1e-3}
+  for case in steps:
+    row_of(case, tmp_path, share=0.7 if dict(case.fields)["num_steps"] == 120 else 0.3)
+  betas = votes.trials(tmp_path)[6:]
+  assert [tuple(dict(case.fields).values()) for case in betas] == [(1e-3, 120, 50.0), (1e-3, 120, 5000.0)]
+  for case in betas:
+    row_of(case, tmp_path, share=0.2)
+  votes.write(tmp_path, tmp_path)
+  assert "| **0.001** | **120** | **500** | **+35.0** | **-1.0** |" in (tmp_path / "votes.md").read_text()
+  assert len(json.loads((tmp_path / "votes.json").read_text())["tuning"]) == 8
+
+
+def test_rounds_and_what_stands_beside_them_take_as_many_steps_and_pairs(small):
+  place, _ = small
+  (place / "ground").mkdir()
+  rounds, at_once = (votes.Case(ask, 400, 0, 0) for ask in votes.IN_ROUNDS)
+  command = votes.training_command(rounds, place, place / "run")
+  assert "jaxpref.taste" in command and f"--rounds={votes.ROUNDS}" in command and "--seeds=2" in command
+  (prompts,) = [argument.partition("=")[2] for argument in command if argument.startswith("--prompts=")]
+  captions = open(prompts).read().splitlines()
+  assert len(captions) == len(set(captions)) == votes.ROUND_VOTES
+  assert set(captions) <= {e.caption for e in ground.split("train")}
+  assert votes.ROUNDS * votes.ROUND_VOTES == at_once.votes
+  assert not any(argument.startswith("--config.num_steps") for argument in command)
