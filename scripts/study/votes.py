@@ -365,9 +365,9 @@ that takes as many steps."""
 
 _TUNING_HEAD = """## The recipe's settings
 
-One run each (`--tune`, seed {seed}), on {votes} pairs that were judged by a voter who is right in {agreement} %; measured
-on 128 validation captions. The rule is that of [the study of methods](papers_questions.md): the highest share among
-runs that lose at most 5 points of captions."""
+One run each (`--tune`, seed {seed}), on {votes} pairs that were judged by a voter who is right in {agreement} %;
+measured on 128 validation captions. The rule is that of [the study of methods](papers_questions.md): the highest share
+among runs that lose at most 5 points of captions."""
 
 
 def write(folder: pathlib.Path, docs: pathlib.Path) -> None:
