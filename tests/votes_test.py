@@ -99,21 +99,21 @@ def row_of(case, folder, *, share, captions=-0.01):
 def test_settings_are_tried_one_after_the_other(tmp_path):
   """Steps at the best rate, then betas at the best of both; a run that forgets captions is not the best."""
   rates = votes.trials(tmp_path)
-  assert [dict(case.fields)["optimizer.learning_rate"] for case in rates] == [3e-4, 1e-3, 3e-3]
-  for case, share, captions in zip(rates, (0.4, 0.5, 0.9), (-0.01, -0.02, -0.2), strict=True):
+  assert [dict(case.fields)["optimizer.learning_rate"] for case in rates] == [3e-4, 1e-3, 3e-3, 1e-2]
+  for case, share, captions in zip(rates, (0.4, 0.5, 0.9, 0.3), (-0.01, -0.02, -0.2, -0.01), strict=True):
     assert case.split == "validation" and case.seed not in votes.SEEDS
     row_of(case, tmp_path, share=share, captions=captions)
-  steps = votes.trials(tmp_path)[3:]
+  steps = votes.trials(tmp_path)[4:]
   assert {dict(case.fields)["optimizer.learning_rate"] for case in steps} == {1e-3}
   for case in steps:
     row_of(case, tmp_path, share=0.7 if dict(case.fields)["num_steps"] == 120 else 0.3)
-  betas = votes.trials(tmp_path)[6:]
+  betas = votes.trials(tmp_path)[7:]
   assert [tuple(dict(case.fields).values()) for case in betas] == [(1e-3, 120, 50.0), (1e-3, 120, 5000.0)]
   for case in betas:
     row_of(case, tmp_path, share=0.2)
   votes.write(tmp_path, tmp_path)
   assert "| **0.001** | **120** | **500** | **+35.0** | **-1.0** |" in (tmp_path / "votes.md").read_text()
-  assert len(json.loads((tmp_path / "votes.json").read_text())["tuning"]) == 8
+  assert len(json.loads((tmp_path / "votes.json").read_text())["tuning"]) == 9
 
 
 def test_rounds_and_what_stands_beside_them_take_as_many_steps_and_pairs(small):

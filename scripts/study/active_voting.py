@@ -13,6 +13,7 @@ same pairs, voters and noise; intervals are over voters.
 import argparse
 import json
 import pathlib
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -60,23 +61,50 @@ def vote(difference: np.ndarray, score: np.ndarray, pairs: np.ndarray, *, ask_un
   temperature = labels.temperature_for(first[:POOL], second[:POOL], agreement=AGREEMENT)
   label = labels.noisy_labels(first, second, np.random.default_rng([seed, 1]), temperature=temperature)
   rng = np.random.default_rng([seed, 2])
+  found, better = [], first[POOL:] > second[POOL:]
   ordered = rng.permutation(POOL)
-  candidates = np.ones(POOL, bool)
+  for known, probability in asked(difference, label[:POOL], VOTES[-1], ordered, rng, ask_unsure=ask_unsure):
+    if len(known) in VOTES:
+      assert probability is not None
+      found.append(float(np.mean((probability[POOL:] > 0.5) == better)))
+  return found
+
+
+def asked(
+  difference: np.ndarray,
+  label: np.ndarray,
+  votes: int,
+  ordered: np.ndarray,
+  rng: np.random.Generator,
+  *,
+  ask_unsure: bool,
+) -> Iterator[tuple[dict[int, float], np.ndarray | None]]:
+  """Asks a simulated voter as the page does; yields whenever the model has learnt from new votes, and at the end.
+
+  Args:
+    difference: f64[M, d], reduced.
+    label: f[N], N <= M, what the voter says of the pairs that can be asked.
+    votes: how many.
+    ordered: i64[N], their numbers in the order in which they are asked at random.
+    rng: of the choice.
+    ask_unsure: as --active, else at random.
+  Yields:
+    The votes so far by number of the pair, in the order in which they came, and f64[M], what the model says of all
+    pairs: the probability that image_0 is preferred; None while there are too few votes.
+  """
+  candidates = np.ones(len(label), bool)
   known: dict[int, float] = {}
-  probability, found = None, []
-  better = first[POOL:] > second[POOL:]
-  while len(known) < VOTES[-1]:
-    chosen = schedule.choose(rng, candidates, ordered, probability if ask_unsure else None)
+  probability: np.ndarray | None = None
+  while len(known) < votes:
+    unsure = probability[: len(label)] if ask_unsure and probability is not None else None
+    chosen = schedule.choose(rng, candidates, ordered, unsure)
     assert chosen is not None
     candidates[chosen] = False
     known[chosen] = float(label[chosen])
     if len(known) % active.EVERY == 0:
-      said = active.predict(difference, known)
-      probability = None if said is None else said[:POOL]
-      if len(known) in VOTES:
-        assert said is not None
-        found.append(float(np.mean((said[POOL:] > 0.5) == better)))
-  return found
+      probability = active.predict(difference, known)
+    if len(known) % active.EVERY == 0 or len(known) == votes:
+      yield known, probability
 
 
 def measure(voters: int) -> dict[str, object]:

@@ -40,7 +40,7 @@ if __name__ == "__main__":
 from jaxpref import pairs  # noqa: E402
 from jaxpref.data.labels import label_pairs  # noqa: E402
 from jaxpref.voting import active, schedule  # noqa: E402
-from scripts.study import ground, measure, study, study_plan  # noqa: E402
+from scripts.study import active_voting, ground, measure, study, study_plan  # noqa: E402
 from scripts.study.study_plan import ROOT  # noqa: E402
 
 VOTES = (50, 100, 200, 400, 800)
@@ -105,7 +105,7 @@ def trials(folder: pathlib.Path) -> list[Case]:
 
   Those that need another's result follow when that is there.
   """
-  found = [trial(rate, 60, 500.0) for rate in (3e-4, 1e-3, 3e-3)]
+  found = [trial(rate, 60, 500.0) for rate in (3e-4, 1e-3, 3e-3, 1e-2)]
   for name, values in (("num_steps", (30, 120, 240)), ("loss.beta", (50.0, 5000.0))):
     rows = [read(case, folder) for case in found]
     if not all(rows):
@@ -149,15 +149,10 @@ def actively(numbers: np.ndarray, votes: int, seed: int, differences: np.ndarray
   flat = numbers.reshape(-1)
   keys, group = [str(number) for number in flat], np.repeat(np.arange(len(numbers)), numbers.shape[1])
   ordered = schedule.order(keys, group, seed)
-  said: dict[int, float] = {}
-  free, probability = np.ones(len(flat), bool), None
   rng = np.random.default_rng(seed)
-  while len(said) < votes:
-    if len(said) % active.EVERY == 0:
-      probability = active.predict(differences, said)
-    chosen = schedule.choose(rng, free, ordered, probability)
-    assert chosen is not None
-    said[chosen], free[chosen] = float(label[chosen]), False
+  said: dict[int, float] = {}
+  for known, _ in active_voting.asked(differences, label, votes, ordered, rng, ask_unsure=True):
+    said = known
   return flat[list(said)]
 
 
