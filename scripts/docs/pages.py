@@ -51,6 +51,7 @@ class Row:
     fields: what the command line sets beside it.
     tiny: its name in tiny_results.json.
     study: its variants in study.json.
+    noisy: its variants in papers.json, the study on noisy pairs.
   """
 
   key: str
@@ -61,20 +62,24 @@ class Row:
   fields: str = ""
   tiny: str = ""
   study: tuple[str, ...] = ()
+  noisy: tuple[str, ...] = ()
 
 
 D3PO = "spo.pool_size=2 spo.warmup_steps=1 spo.inner_steps=18 spo.threshold=0.0"
 METHODS = {
   row.key: row
   for row in (
-    Row("dpo", "Diffusion-DPO", ("implicit_reward", "dpo_loss"), ("2311.12908",), "dpo_tiny", "", "dpo", ("dpo",)),
+    Row(
+      "dpo", "Diffusion-DPO", ("implicit_reward", "dpo_loss"), ("2311.12908",), "dpo_tiny", "", "dpo", ("dpo",),
+      ("dpo",),
+    ),
     Row(
       "tdpo", "Timestep-aware DPO", ("dpo_loss", "update"), ("2505.18736",), "tdpo_tiny", "", "tdpo",
-      ("timesteps_freeze_tau16", "timesteps_rate_of_dpo", "freeze_tau16"),
+      ("timesteps_freeze_tau16", "timesteps_rate_of_dpo", "freeze_tau16"), ("moving", "timesteps", "timesteps_moving"),
     ),
-    Row("spo", "SPO", ("select_pair", "clipped_log_ratio"), ("2406.04314",), "spo_tiny", "", "spo", ("spo",)),
+    Row("spo", "SPO", ("select_pair", "clipped_log_ratio"), ("2406.04314",), "spo_tiny", "", "spo", ("spo",), ("spo",)),
     Row("spm", "Step-aware preference model", ("preference_loss",), ("2406.04314",), "spm_tiny"),
-    Row("lpo", "LPO", ("select_pair", "clipped_log_ratio"), ("2502.01051",), "lpo_tiny"),
+    Row("lpo", "LPO", ("select_pair", "clipped_log_ratio"), ("2502.01051",), "lpo_tiny", noisy=("lpo",)),
     Row("lrm", "Latent reward model", ("preference_loss",), ("2502.01051",), "lrm_tiny"),
     Row("grpo", "GRPO", ("group_advantages", "grpo_loss"), ("2402.03300", "2505.05470"), "grpo_tiny", study=("grpo",)),
     Row(
@@ -96,7 +101,10 @@ METHODS = {
       "safeguard", "SDPO safeguard", ("safeguard_scale", "scale_gradient"), ("2511.03317",), "dpo_tiny",
       "loss.safeguard=0.0", study=("safeguard",),
     ),
-    Row("sft", "SFT on winners", ("sft_loss",), ("2006.11239",), "dpo_tiny", "loss.name=sft", study=("sft",)),
+    Row(
+      "sft", "SFT on winners", ("sft_loss",), ("2006.11239",), "dpo_tiny", "loss.name=sft", study=("sft",),
+      noisy=("sft",),
+    ),
     Row("clip", "CLIP", ("info_nce_loss",), ("2103.00020",), "pretrain_tiny:clip"),
   )
 }  # fmt: skip
@@ -249,6 +257,9 @@ def result(key: str) -> str:
     share, wins = _spread([run["preferred_share"] for run in mine]), _spread([run["win_rate"] for run in mine])
     change = _spread([run["caption_accuracy_change"] for run in mine], signed=True)
     lines.append(f"| the recipe, {len(mine)} seeds | {share} | {wins} | {change} |")
+  noisy = _read("papers.json")["runs"]
+  for variant in (name for name in row.noisy if noisy[name]):
+    lines.append(f"| `{variant}` [on noisy pairs](../results/papers.md), {_noisy_cells(noisy[variant])} |")
   runs = _read("study.json")["runs"]
   for variant in (name for name in row.study if name in runs):
     mine = [run for run in runs[variant] if "preferred_share" in run]
@@ -260,6 +271,8 @@ def result(key: str) -> str:
   if not lines:
     return "No run of this method is reported.\n"
   bases = {"the recipe": _read("tiny_results.json")[0]["base_preferred_share"]} if row.tiny else {}
+  if any(noisy[name] for name in row.noisy):
+    bases["the runs on noisy pairs"] = noisy["dpo"][0]["base_share"]
   studied = [run for name in row.study for run in runs.get(name, []) if "base_preferred_share" in run]
   bases |= {"the study": studied[0]["base_preferred_share"]} if studied else {}
   said = ", ".join(f"{share:.1%} in {where}" for where, share in bases.items())
@@ -269,6 +282,11 @@ def result(key: str) -> str:
     notes.append("The study prefers another style, one that is hard to tell apart, and its runs have other lengths.")
     notes.append("So compare its numbers only with each other.")
   return "\n".join([head, "|---|---|---|---|", *lines, "", *notes]) + "\n"
+
+
+def _noisy_cells(runs: list[dict[str, Any]]) -> str:
+  share, wins, change = ([run[name] for run in runs] for name in ("share", "win_rate", "captions"))
+  return f"{len(runs)} seeds | {_spread(share)} | {_spread(wins)} | {_spread(change, signed=True)}"
 
 
 # ---- Results -------------------------------------------------------------------------------------------------------
@@ -299,6 +317,21 @@ def results() -> str:
     work = f"{config.num_steps} {'iterations' if online else 'steps'} of {config.batch_size}"
     cells = [_spread([run[name] for run in mine]) for name in ("preferred_share", "win_rate", "caption_accuracy")]
     lines.append(f"| {row.title}, {work} {'prompts' if online else 'pairs'} | {' | '.join(cells)} |")
+  return "\n".join(lines) + "\n"
+
+
+def noisy_results() -> str:
+  """Returns the table of what methods make of the same noisy pairs, of those that all their seeds ran."""
+  study = _read("papers.json")["runs"]
+  lines = [
+    "| | share of the preferred style | win rate against base | change of caption accuracy |",
+    "|---|---|---|---|",
+    f"| base (tiny-sd) | {study['dpo'][0]['base_share']:.1%} | | |",
+  ]
+  titles = {"sft": "SFT on winners", "dpo": "Diffusion-DPO", "moving": "DPO, moving reference", "spo": "SPO"}
+  for variant, title in titles.items():
+    if len(study[variant]) == len(study["dpo"]):
+      lines.append(f"| {title}, {_noisy_cells(study[variant])} |")
   return "\n".join(lines) + "\n"
 
 
@@ -394,6 +427,7 @@ def configuration() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
   "results": results,
+  "noisy results": noisy_results,
   "methods from README": lambda: methods("docs/methods/"),
   "methods": lambda: methods("methods/"),
   "commands": commands,
