@@ -11,8 +11,8 @@ from scripts.study import ground, votes
 
 def test_every_run_has_a_folder_of_its_own():
   paths = [case.path for case in votes.cases()]
-  in_rounds = 2 * len(votes.ROUND_SEEDS)
-  assert len(set(paths)) == len(paths) == 4 * len(votes.VOTES) * len(votes.SEEDS) + in_rounds
+  in_rounds, short = 2 * len(votes.ROUND_SEEDS), 2 * len(votes.SEEDS)
+  assert len(set(paths)) == len(paths) == 4 * len(votes.VOTES) * len(votes.SEEDS) + in_rounds + short
   assert len({case.seed for case in votes.cases()[: 4 * len(votes.VOTES)]}) == 1  # a seed of each first
 
 
@@ -55,9 +55,10 @@ def test_the_report_has_a_line_for_each_kind(tmp_path):
     if case.votes in (50, 800) and case.ask in ("random", "active"):
       share = 0.36 if case.votes == 50 else 0.6 + 0.01 * case.seed
       row = {"share": share, "base_share": 0.35, "error": 0.02, "captions": -0.01}
-      rows.append({"ask": case.ask, "votes": case.votes, "agreement": case.agreement, "seed": case.seed} | row)
+      rows.append(row | {name: getattr(case, name) for name in ("ask", "votes", "agreement", "seed")})
+      rows[-1]["fields"] = dict(case.fields)
   lines = [line for line in votes.markdown(rows).splitlines() if line.startswith("| voter")]
-  assert len(lines) == 6
+  assert len(lines) == 7
   assert lines[0] == "| voter, right in 85 % | unsure | 50 | 5 | +1.0 [+1.0, +1.0] | 0 of 5 | -1.0 |"
   assert lines[1] == "| voter, right in 85 % | unsure | 800 | 5 | +27.0 [+25.0, +29.0] | 5 of 5 | -1.0 |"
 

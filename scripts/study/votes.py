@@ -51,6 +51,7 @@ RECIPE = "taste_tiny"
 ROUNDS, ROUND_VOTES, ROUND_SEEDS = 4, 100, range(3)
 IN_ROUNDS = ("rounds", "at_once")
 ASKED = {"reward": "at random", "random": "at random", "active": "unsure", "at_once": "at once", "rounds": "in rounds"}
+SHORT = (("num_steps", 60),)  # for few votes, which many steps learn by heart
 TUNING_VOTES, TUNING_AGREEMENT = 200, 85
 COMMON = {"sample.every": 0, "checkpoint.keep": 1, "checkpoint.every": 100_000, "evaluation.num_prompts": 0}
 
@@ -91,6 +92,7 @@ def cases() -> list[Case]:
   """Returns all runs, a seed of each first; rounds at the end."""
   kinds = [("random", 85), ("active", 85), ("random", 70), ("reward", 0)]
   found = [Case(ask, votes, agreement, seed) for seed in SEEDS for ask, agreement in kinds for votes in VOTES]
+  found += [Case("random", votes, 85, seed, fields=SHORT) for votes in VOTES[:2] for seed in SEEDS]
   return found + [Case(ask, ROUNDS * ROUND_VOTES, 0, seed) for seed in ROUND_SEEDS for ask in ("rounds", "at_once")]
 
 
@@ -306,13 +308,14 @@ def markdown(rows: Sequence[dict[str, Any]], tuning: Sequence[dict[str, Any]] = 
 def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
   """A line for all runs that differ only by the seed."""
   lines = [_head_of("who labels", "asks", "pairs", "runs", "share, points [95 %]", "shown by a run alone", "captions")]
-  named = lambda row: (row["ask"], row["agreement"], row["votes"])
-  for (ask, agreement, votes), of_kind in itertools.groupby(sorted(rows, key=named), named):
+  named = lambda row: (row["ask"], row["agreement"], row["fields"].get("num_steps", 0), row["votes"])
+  for (ask, agreement, steps, votes), of_kind in itertools.groupby(sorted(rows, key=named), named):
     mine = list(of_kind)
     gains = np.asarray([row["share"] - row["base_share"] for row in mine])
     alone = sum(row["share"] - row["base_share"] > 1.96 * row["error"] for row in mine)
     who = f"voter, right in {agreement} %" if agreement else "reward"
-    cells = [who, ASKED.get(ask, ask), str(votes), str(len(mine)), _interval(gains)]
+    asks = ASKED.get(ask, ask) + (f", {steps} steps" if steps else "")
+    cells = [who, asks, str(votes), str(len(mine)), _interval(gains)]
     cells += [f"{alone} of {len(mine)}", f"{100 * np.mean([row['captions'] for row in mine]):+.1f}"]
     lines.append("| " + " | ".join(cells) + " |")
   return lines
