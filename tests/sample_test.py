@@ -276,7 +276,10 @@ def test_names_of_pictures(prompt, expected):
     (["--seeds=0"], "--seeds=0; expected at least 1"),
     (["--height=-8"], "--height=-8; expected at least 1"),
     (["--guidance_rescale=7"], "--guidance_rescale=7.0; expected 0 to 1"),
-    (["--guidance_rescale=0.7", "--guidance_scale=1"], "--guidance_rescale=0.7 changes guidance, which --guidance_scal"),
+    (
+      ["--guidance_rescale=0.7", "--guidance_scale=1"],
+      "--guidance_rescale=0.7 changes guidance, which --guidance_scal",
+    ),
     (["--out=pyproject.toml"], "is a file; name a folder, or a file that ends in .png"),
     (["--guidance_scale=-1"], "--guidance_scale=-1.0; expected a number of at least 0"),
     (["--guidance_scale=nan"], "--guidance_scale=nan; expected a number of at least 0"),
