@@ -28,7 +28,7 @@ from jaxpref.data.files import PAIRS_NAME
 from jaxpref.devices import endings
 from jaxpref.evaluation import settings
 from jaxpref.files import adapters
-from jaxpref.voting import export, rounds
+from jaxpref.voting import export, rounds, store
 
 # Arguments of jaxpref.pairs that this command decides.
 OWN = ("model", "lora", "out", "round", "label", "prompts", "other_model", "distributed", "num_processes", "process_id")
@@ -239,7 +239,11 @@ def follow(plan: Plan) -> None:
 def _gather_votes(plan: Plan, number: int) -> None:
   """Exports a round's votes; raises Waiting if there are too few."""
   voting = [str(plan.pairs), f"--round={number}"]
-  found = json.loads(_run("vote", [*voting, "--summary"], read=True))
+  if (plan.pairs / store.NAME).is_file():
+    found = json.loads(_run("vote", [*voting, "--summary"], read=True))
+  else:  # nobody has opened the page yet
+    drawn = (rounds.folder_of(plan.pairs, number) / PAIRS_NAME).read_text(encoding="utf-8")
+    found = {"judged": 0, "pairs": len(drawn.splitlines())}
   needed = min(plan.votes, found["pairs"])
   if found["judged"] < needed:
     raise Waiting(

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxpref import taste
-from jaxpref.voting import export, rounds
+from jaxpref.voting import export, rounds, store
 from tests import QUICK_FLAGS
 
 
@@ -26,6 +26,8 @@ def commands(monkeypatch):
     if command == "pairs":
       folder = rounds.folder_of(pathlib.Path(fields["out"]), int(fields["round"]))
       folder.mkdir(parents=True, exist_ok=True)
+      if commands.begun:
+        (folder.parent / store.NAME).write_text("")
       (folder / ("labels.json" if "label" in fields else "pairs.jsonl")).write_text("{}")
     if command == "vote":
       folder = pathlib.Path(fields["export"])
@@ -44,7 +46,7 @@ def commands(monkeypatch):
     ran.clear()
     return found
 
-  commands.judged, commands.lora = 0, True
+  commands.judged, commands.lora, commands.begun = 0, True, True
   monkeypatch.setattr(taste, "_run", run)
   return commands
 
@@ -122,6 +124,13 @@ def test_people_are_waited_for(commands, tmp_path):
   assert [command for command, _ in ran] == ["vote", "vote", "main", "pairs", "vote", "vote", "main"]
   assert f"--export={tmp_path}/votes/round_0" in ran[1][1]
   assert f"--config.data.path={tmp_path}/votes/round_0" in ran[2][1]
+
+
+def test_nobody_has_opened_the_page_yet(commands, tmp_path):
+  commands.begun = False
+  with pytest.raises(taste.Waiting, match=r"round 1 of 1: 0 of 1 pairs are judged\. .*\n  python -m jaxpref.vote "):
+    taste.follow(plan(tmp_path, "--votes=40"))
+  assert [command for command, _ in commands()] == ["pairs"]
 
 
 def test_all_pairs_are_enough(commands, tmp_path):
