@@ -292,15 +292,20 @@ def trained_components(config: Config) -> tuple[str, ...]:
   return (denoiser, "text_encoder") if config.train_text_encoder else (denoiser,)
 
 
-def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: int | None) -> Experiment:
-  of, method, components = families.get(config.family), catalog.method(config), trained_components(config)
-  adapter_name = f"{of.denoiser}_lora"
+def _load_to_train(config: Config, sharding: pipelines.Sharding) -> tuple[Any, dict[str, Any]]:
+  """Returns the networks that are needed, and `text_adapters`, which are merged into them."""
   # Errors are raised now, not after gigabytes have been read.
   if config.data.source == "precomputed":
     inputs.open_precomputed(config)
   text = text_adapters(config)
-  pipe = _load(config, sharding, trained=components, components=networks(config))
-  pipe = families.with_text_adapters(pipe, text)
+  pipe = _load(config, sharding, trained=trained_components(config), components=networks(config))
+  return families.with_text_adapters(pipe, text), text
+
+
+def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: int | None) -> Experiment:
+  of, method, components = families.get(config.family), catalog.method(config), trained_components(config)
+  adapter_name = f"{of.denoiser}_lora"
+  pipe, text = _load_to_train(config, sharding)
   frozen = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
   adapter, scale = initial_adapter(config, pipe), 1.0
   params = {name: frozen[name] for name in components}

@@ -194,12 +194,11 @@ def _run(
     _say(str(results.get("table", json.dumps(results))))
   _say(str(goodput))
   if jax.process_index() == 0:
-    scale = config.evaluation.guidance_scale if experiment.evaluable else None
-    _say_what_there_is(folder, results, guidance_scale=scale)
+    _say_what_there_is(folder, results, config.evaluation.guidance_scale if experiment.evaluable else None)
   return results
 
 
-def _say_what_there_is(folder: pathlib.Path, results: dict[str, Any], *, guidance_scale: float | None) -> None:
+def _say_what_there_is(folder: pathlib.Path, results: dict[str, Any], guidance_scale: float | None) -> None:
   """Writes the page of a run that has ended, and says what happened, what there is to look at, and what comes next.
 
   Args:
