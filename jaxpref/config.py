@@ -151,7 +151,7 @@ class Lora(Section):
   alpha: float | None = None  # default: the rank
   targets: str = r"(to_q|to_k|to_v|to_out\.0)$"
   init: str = "kaiming"  # of A: kaiming (PEFT's default) or gaussian, with deviation 1 / rank (larger for small ranks)
-  init_from: Place | None = None  # a LoRA file (diffusers, PEFT or kohya) to continue from; its targets are used
+  init_from: Place | None = None  # a LoRA to continue from, FILE or FILE:STRENGTH; its targets are used
 
   def check(self) -> None:
     self.require(self.rank >= 0, "rank", "0 (full training) or a positive rank")

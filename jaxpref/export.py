@@ -11,6 +11,7 @@ its last checkpoint, or that of --step, and says on stderr which one. The format
 import json
 import pathlib
 import sys
+from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -103,17 +104,20 @@ def export(
       f"{run} trained all weights (config.lora.rank=0), so there is no adapter to write; use --format=pipeline."
     )
   scale = 1.0 if adapter is None else build.adapter_scale(config, adapters.adapter_rank(adapter))
+  text = {} if adapter is None else build.text_adapters(config)
   if form == "pipeline":
     kept = [name for name in of.networks if name not in params]
     with families.opened(config.family):
       pipe = of.load(name, dtype=config.dtype, seed=config.seed, vae_model=config.vae_model, components=kept)
+    pipe = families.with_text_adapters(pipe, text)
     of_files, size = jnp.dtype(dtype or "float16"), config.image_size
     with families.saving(config.family):
-      families.save_trained(of, out, pipe, params, scale=scale, name=name, dtype=of_files, image_size=size)
+      families.save_trained(of, out, pipe, params, scale=scale, name=name, dtype=of_files, image_size=size, text=text)
     return out
   file.parent.mkdir(parents=True, exist_ok=True)
+  beside: dict[str, Any] = {"text": text} if text else {}
   with families.saving(config.family):
-    of.save_adapter(file, adapter, scale, name=name, form=form, dtype=jnp.dtype(dtype or "float32"))
+    of.save_adapter(file, adapter, scale, name=name, form=form, dtype=jnp.dtype(dtype or "float32"), **beside)
   return file
 
 

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
   add(
     "--out", type=arguments.path, default=pathlib.Path("samples"), help="a new folder, or NAME.png for a single table"
   )
-  add("--overwrite", action="store_true", help="write into a folder that is not empty")
+  add("--overwrite", action="store_true", help="write into a folder that is not empty, or over a file")
   add(
     "--latents",
     type=arguments.path,
@@ -123,6 +123,8 @@ def check(args: argparse.Namespace) -> None:
   if args.out.suffix.lower() == ".png":
     if args.out.is_dir():
       raise ValueError(f"--out={args.out} is a folder; choose another name.")
+    if args.out.exists() and not args.overwrite:
+      raise ValueError(f"--out={args.out} exists; choose another name, or pass --overwrite.")
   elif args.out.exists() and not args.out.is_dir():
     raise ValueError(f"--out={args.out} is a file; name a folder, or a file that ends in .png.")
   elif args.out.is_dir() and any(args.out.iterdir()) and not args.overwrite:

@@ -3,15 +3,18 @@
     python -m jaxpref.taste --prompts=prompts.txt --out=my_taste --rounds=3
     python -m jaxpref.vote my_taste/pairs --round=0          # as the first command asks; then run that again
     python -m jaxpref.taste --prompts=prompts.txt --out=my_taste --rounds=3 --label=pickscore     # without people
+    python -m jaxpref.taste --prompts=prompts.txt --out=my_taste --config=configs/taste_sdxl.py --lora=mine.safetensors
 
 Each round draws with the newest model, and trains from it: it is the reference of its round (iterative Diffusion-DPO).
-A LoRA is continued from round to round, so that the last one is all that was learnt. A call does whatever can be done,
+A LoRA is continued from round to round, so that the last one is all that was learnt. The first round may begin with a
+LoRA of your own: the result then holds it, too, and is for the same base model. A call does whatever can be done,
 prints the command to vote with once votes are missing, and continues when it is run again.
 
 Arguments --config.NAME=VALUE go to training. Others that jaxpref.pairs has go to drawing, such as --seeds=4 --steps=30
 --guidance_scale=7.5. See docs/taste.md.
 """
 
+import argparse
 import dataclasses
 import json
 import pathlib
@@ -23,11 +26,13 @@ from collections.abc import Sequence
 from jaxpref import arguments, pairs
 from jaxpref.data.files import PAIRS_NAME
 from jaxpref.devices import endings
-from jaxpref.voting import export, rounds
+from jaxpref.evaluation import settings
+from jaxpref.files import adapters
+from jaxpref.voting import export, rounds, store
 
 # Arguments of jaxpref.pairs that this command decides.
-OWN = ("model", "out", "round", "label", "prompts", "other_model", "distributed", "num_processes", "process_id")
-ADAPTER = "pytorch_lora_weights.safetensors"
+OWN = ("model", "lora", "out", "round", "label", "prompts", "other_model", "distributed", "num_processes", "process_id")
+ADAPTER, INIT = adapters.DIFFUSERS_FILE, "--config.lora.init_from="
 
 
 class Waiting(Exception):
@@ -46,6 +51,7 @@ class Plan:
     votes: judged pairs that a round needs, if people vote.
     label: the reward that labels instead; None: people vote.
     prompts: for all rounds.
+    lora: FILE or FILE:STRENGTH, an adapter to begin with; None: none.
     of_pairs, of_training: further arguments of both commands.
   """
 
@@ -56,6 +62,7 @@ class Plan:
   votes: int
   label: str | None
   prompts: str
+  lora: str | None = None
   of_pairs: tuple[str, ...] = ()
   of_training: tuple[str, ...] = ()
 
@@ -72,10 +79,27 @@ class Plan:
     """Returns whether a round's training has ended."""
     return (self.run(number) / "export" / "model_index.json").is_file()
 
+  def adapter(self, number: int) -> str | None:
+    """Returns the LoRA file that a round has trained; None if it trained all weights."""
+    file = self.run(number) / "export" / ADAPTER
+    return str(file) if file.is_file() else None
+
+  def comparison(self) -> list[str]:
+    """Returns the arguments of jaxpref.blind that compare the last round with what the first one began with."""
+    last, parser = self.rounds - 1, argparse.ArgumentParser(add_help=False)
+    settings.add_arguments(parser)
+    of_blind = {name for action in parser._actions for name in action.option_strings} - {"--seeds"}
+    given = [argument for argument in self.of_pairs if argument.partition("=")[0] in of_blind]
+    before = f"{self.model}+{self.lora}" if self.lora else self.model
+    after = f"{self.model}+{adapter}" if (adapter := self.adapter(last)) else str(self.run(last))
+    return ["--models", f"before={before}", f"after={after}", f"--out={self.out / 'blind'}", *given]
+
   def drawing(self, number: int) -> list[str]:
     """Returns the arguments of jaxpref.pairs that draw a round."""
-    model = self.model if number == 0 else str(self.run(number - 1))
-    return [f"--model={model}", f"--prompts={self.prompts}", f"--out={self.pairs}", f"--round={number}", *self.of_pairs]
+    model = [f"--model={self.run(number - 1)}"] if number else [f"--model={self.model}"]
+    if self.lora and not number:
+      model.append(f"--lora={self.lora}")
+    return [*model, f"--prompts={self.prompts}", f"--out={self.pairs}", f"--round={number}", *self.of_pairs]
 
   def data(self, number: int) -> pathlib.Path:
     """Returns the folder with a round's labelled pairs."""
@@ -85,9 +109,10 @@ class Plan:
     """Returns the arguments of jaxpref.main that train a round."""
     command = [f"--config={self.config}", f"--workdir={self.run(number)}", *self.of_training]
     command += ["--config.data.source=pairs_file", f"--config.data.path={self.data(number)}"]
-    adapter = self.run(number - 1) / "export" / ADAPTER
-    if number and adapter.is_file():
-      return [*command, f"--config.model={self.model}", f"--config.lora.init_from={adapter}"]
+    adapter = self.adapter(number - 1) if number else self.lora
+    if adapter is not None:
+      of_file = ["--config.lora.rank=0"] if self.lora else []  # the rank of the recipe need not be the file's
+      return [*command, f"--config.model={self.model}", f"--config.lora.init_from={adapter}", *of_file]
     return [*command, f"--config.model={self.model if not number else self.run(number - 1) / 'export'}"]
 
 
@@ -112,6 +137,9 @@ def parse(argv: Sequence[str]) -> Plan:
   add("--out", type=arguments.path, required=True, help="a new folder for pairs, votes and runs, or one to continue")
   add("--prompts", type=arguments.place, required=True, help="a file of prompts, or emoji: docs/evaluation.md")
   add("--model", type=arguments.place, help="what to begin with: folder, hub name or run (default: the recipe's)")
+  add(
+    "--lora", type=arguments.place, metavar="FILE[:STRENGTH]", help="a LoRA of yours to begin with, which is continued"
+  )
   add("--config", default="configs/taste_tiny.py", help="the recipe (default: %(default)s)")
   add("--rounds", type=int, default=1, help="how often to draw, label and train (default: %(default)s)")
   add("--votes", type=int, default=200, help="pairs that people judge in each round (default: %(default)s)")
@@ -121,6 +149,10 @@ def parse(argv: Sequence[str]) -> Plan:
   of_pairs = tuple(other for other in others if other not in of_training)
   if model := next((other for other in of_training if other.startswith("--config.model=")), None):
     raise ValueError(f"{model}: each round has a model of its own; name the first with --model.")
+  if args.lora is not None:
+    adapters.look_for(adapters.parse_lora_file(args.lora).path)
+    if given := next((other for other in of_training if other.startswith(("--config.lora.rank=", INIT))), None):
+      raise ValueError(f"{given}: the LoRA is that of --lora={args.lora}, with the rank of the file; leave it out.")
   _check_pairs(of_pairs)
   for name in ("rounds", "votes"):
     if getattr(args, name) < 1:
@@ -138,6 +170,7 @@ def parse(argv: Sequence[str]) -> Plan:
     votes=args.votes,
     label=args.label,
     prompts=args.prompts,
+    lora=args.lora,
     of_pairs=of_pairs,
     of_training=of_training,
   )
@@ -197,14 +230,20 @@ def follow(plan: Plan) -> None:
     _run("main", plan.training(number))
   last = plan.run(plan.rounds - 1)
   print(f"aligned in {plan.rounds} rounds: {last}")
-  print(f"next: python -m jaxpref.blind --models before={plan.model} after={last} --prompts={plan.prompts}"
-        f" --out={plan.out / 'blind'}")  # fmt: skip
+  if adapter := plan.adapter(plan.rounds - 1):
+    print(f"its LoRA, for {plan.model}: {adapter}")
+  print("next, with a file of prompts that nobody has voted on:")
+  print(f"  python -m jaxpref.blind {shlex.join(plan.comparison())} --prompts=PROMPTS")
 
 
 def _gather_votes(plan: Plan, number: int) -> None:
   """Exports a round's votes; raises Waiting if there are too few."""
   voting = [str(plan.pairs), f"--round={number}"]
-  found = json.loads(_run("vote", [*voting, "--summary"], read=True))
+  if (plan.pairs / store.NAME).is_file():
+    found = json.loads(_run("vote", [*voting, "--summary"], read=True))
+  else:  # nobody has opened the page yet
+    drawn = (rounds.folder_of(plan.pairs, number) / PAIRS_NAME).read_text(encoding="utf-8")
+    found = {"judged": 0, "pairs": len(drawn.splitlines())}
   needed = min(plan.votes, found["pairs"])
   if found["judged"] < needed:
     raise Waiting(

@@ -224,6 +224,44 @@ def test_a_run_leaves_its_adapter_and_another_continues_it(tmp_path):
     build.build(recipe(**{"lora.init_from": "nowhere.safetensors"}))
 
 
+def test_a_file_with_a_text_encoder_is_continued_whole(base, tmp_path):
+  """Training changes the UNet's part; the text encoder's is in what it sees, and in all that is written."""
+  targets = {"unet": TARGETS, "text_encoder": "(q_proj|fc1)$"}
+  made = {
+    name: lora.init_lora(jax.random.key(0), base.params[name], rank=RANK, targets=t) for name, t in targets.items()
+  }
+  unet, of_text = trained(made, 3)["unet"], trained(made, 3)["text_encoder"]
+  file = tmp_path / "mine.safetensors"
+  adapters.save_kohya(file, unet, 2.0, base.unet.config, text={"text_encoder": of_text})
+
+  close = lambda a, b: jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a, b)
+  fields = {"lora.init_from": f"{file}:0.5"}
+  first = build.build(recipe(**fields))
+  merged = lora.merge_lora(base.params["text_encoder"], of_text, 0.5)
+  changed = np.concatenate(
+    [(x - y).ravel() for x, y in zip(*map(jax.tree.leaves, (merged, base.params["text_encoder"])), strict=True)]
+  )
+  assert np.abs(changed).max() > 0.01
+  close(first.frozen["text_encoder"], merged)
+  close(first.params["unet_lora"], unet)  # strength 0.5 of scale 2, at the new scale 1
+  assert list(first.params) == ["unet_lora"]
+  with pytest.raises(ValueError, match="mine.safetensors:0.5 adapts text_encoder, and precomputed data holds prompts"):
+    build.text_adapters(config.typed(recipe(**fields, **{"data.source": "precomputed"})))
+
+  after = trained(first.params, 1)
+  first.export(after, tmp_path / "export")
+  make_run(tmp_path / "run", recipe(**fields), first.params, steps=(1,))
+  for form, out in {"lora": "lora.safetensors", "kohya": "kohya.safetensors", "pipeline": "pipeline"}.items():
+    export.main([str(tmp_path / "run"), f"--format={form}", f"--out={tmp_path / out}"])
+  half = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), tree)
+  for folder in ("export", "pipeline"):
+    equal(pipelines.load_pipeline(tmp_path / folder).params["text_encoder"], half(first.frozen["text_encoder"]))
+  for written in ("lora.safetensors", "kohya.safetensors", "export/pytorch_lora_weights.safetensors"):
+    adapter, scale, texts = adapters.load_pipeline_lora(tmp_path / written, base.unet.config, base.params)
+    close((adapter, scale), (after["unet_lora"], 1.0))
+    close(lora.merge_lora(base.params["text_encoder"], texts["text_encoder"]), merged)
+
+
 def test_metadata_of_a_run_is_its_config(lora_run):
   """What `read_config` gives is what the trainer wrote, field by field."""
   assert config.to_dict(export.read_config(lora_run[0])) == json.loads((lora_run[0] / "config.json").read_text())

@@ -174,12 +174,18 @@ def test_saved_latents_give_the_same_pictures(drawn, few, tmp_path):
 
 def test_latents_have_the_size_of_the_pictures(few, tmp_path):
   file = tmp_path / "latents.npy"
-  command = [*few, "--prompt=cat", "--height=8", f"--out={tmp_path / 'x.png'}"]
-  sample.main([*command, f"--save_latents={file}"])
+  command = [*few, "--prompt=cat", "--height=8"]
+  sample.main([*command, f"--save_latents={file}", f"--out={tmp_path / 'x.png'}"])
   assert np.load(file).shape == (2, 4, 4, 8)
   with pytest.raises(SystemExit, match="save_latents=.* exists; choose another name, or pass --overwrite"):
-    sample.main([*command, f"--save_latents={file}"])
-  sample.main([*command, f"--latents={file}", f"--save_latents={file}", "--overwrite"])
+    sample.main([*command, f"--save_latents={file}", f"--out={tmp_path / 'y.png'}"])
+  command.append(f"--out={tmp_path / 'x.png'}")
+  drawn = (tmp_path / "x.png").read_bytes()
+  with pytest.raises(SystemExit, match="x.png exists; choose another name, or pass --overwrite"):
+    sample.main([*command, "--seed=3"])
+  assert (tmp_path / "x.png").read_bytes() == drawn
+  sample.main([*command, "--seed=3", f"--save_latents={file}", "--overwrite"])
+  assert (tmp_path / "x.png").read_bytes() != drawn
 
 
 def saved_as(array, **kwargs):
@@ -270,6 +276,10 @@ def test_names_of_pictures(prompt, expected):
     (["--seeds=0"], "--seeds=0; expected at least 1"),
     (["--height=-8"], "--height=-8; expected at least 1"),
     (["--guidance_rescale=7"], "--guidance_rescale=7.0; expected 0 to 1"),
+    (
+      ["--guidance_rescale=0.7", "--guidance_scale=1"],
+      "--guidance_rescale=0.7 changes guidance, which --guidance_scal",
+    ),
     (["--out=pyproject.toml"], "is a file; name a folder, or a file that ends in .png"),
     (["--guidance_scale=-1"], "--guidance_scale=-1.0; expected a number of at least 0"),
     (["--guidance_scale=nan"], "--guidance_scale=nan; expected a number of at least 0"),

@@ -4,10 +4,12 @@ import json
 import pathlib
 import re
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jaxpref import taste
-from jaxpref.voting import export, rounds
+from jaxpref.voting import export, rounds, store
 from tests import QUICK_FLAGS
 
 
@@ -24,6 +26,8 @@ def commands(monkeypatch):
     if command == "pairs":
       folder = rounds.folder_of(pathlib.Path(fields["out"]), int(fields["round"]))
       folder.mkdir(parents=True, exist_ok=True)
+      if commands.begun:
+        (folder.parent / store.NAME).write_text("")
       (folder / ("labels.json" if "label" in fields else "pairs.jsonl")).write_text("{}")
     if command == "vote":
       folder = pathlib.Path(fields["export"])
@@ -42,7 +46,7 @@ def commands(monkeypatch):
     ran.clear()
     return found
 
-  commands.judged, commands.lora = 0, True
+  commands.judged, commands.lora, commands.begun = 0, True, True
   monkeypatch.setattr(taste, "_run", run)
   return commands
 
@@ -83,6 +87,27 @@ def test_all_of_a_model_is_trained_from_the_newest(commands, tmp_path):
   assert [given[-1] for given in trained] == ["--config.model=mine", f"--config.model={tmp_path}/runs/round_0/export"]
 
 
+def test_a_lora_of_ones_own_is_what_the_first_round_continues(commands, tmp_path, capsys):
+  mine = tmp_path / "mine.safetensors"
+  save_file({"x": np.zeros(1)}, mine)
+  given = [f"--lora={mine}:0.8", "--model=base", "--rounds=2", "--label=tiny-clip", "--seeds=3", "--steps=9"]
+  asked = plan(tmp_path / "o", *given)
+  taste.follow(asked)
+  ran = commands()
+  trained = [arguments[-3:] for command, arguments in ran if command == "main"]
+  adapter = f"{tmp_path}/o/runs/round_{{}}/export/{taste.ADAPTER}"
+  assert trained == [
+    ["--config.model=base", f"--config.lora.init_from={start}", "--config.lora.rank=0"]
+    for start in (f"{mine}:0.8", adapter.format(0))
+  ]
+  drawn = [arguments for command, arguments in ran if command == "pairs" and "--label=tiny-clip" not in arguments]
+  assert drawn[0][:2] == ["--model=base", f"--lora={mine}:0.8"]
+  assert drawn[1][0] == f"--model={tmp_path}/o/runs/round_0" and not [a for a in drawn[1] if a.startswith("--lora")]
+  said = capsys.readouterr().out
+  models = f"--models before=base+{mine}:0.8 after=base+{adapter.format(1)}"
+  assert f"jaxpref.blind {models} --out={tmp_path}/o/blind --steps=9 --prompts=PROMPTS" in said
+
+
 def test_people_are_waited_for(commands, tmp_path):
   asked = plan(tmp_path, "--rounds=2", "--votes=40")
   commands.judged = 39
@@ -99,6 +124,13 @@ def test_people_are_waited_for(commands, tmp_path):
   assert [command for command, _ in ran] == ["vote", "vote", "main", "pairs", "vote", "vote", "main"]
   assert f"--export={tmp_path}/votes/round_0" in ran[1][1]
   assert f"--config.data.path={tmp_path}/votes/round_0" in ran[2][1]
+
+
+def test_nobody_has_opened_the_page_yet(commands, tmp_path):
+  commands.begun = False
+  with pytest.raises(taste.Waiting, match=r"round 1 of 1: 0 of 1 pairs are judged\. .*\n  python -m jaxpref.vote "):
+    taste.follow(plan(tmp_path, "--votes=40"))
+  assert [command for command, _ in commands()] == ["pairs"]
 
 
 def test_all_pairs_are_enough(commands, tmp_path):
@@ -124,6 +156,16 @@ def test_all_pairs_are_enough(commands, tmp_path):
 def test_what_cannot_work_is_one_sentence(arguments, message, tmp_path):
   with pytest.raises(ValueError, match=re.escape(message)):
     plan(tmp_path, *arguments)
+
+
+def test_a_lora_of_ones_own_has_its_own_rank(tmp_path):
+  mine = tmp_path / "mine.safetensors"
+  with pytest.raises(FileNotFoundError, match="there is no LoRA file .*mine.safetensors"):
+    plan(tmp_path, f"--lora={mine}")
+  save_file({"x": np.zeros(1)}, mine)
+  for field in ("rank=8", "init_from=other.safetensors"):
+    with pytest.raises(ValueError, match=f"--config.lora.{field}: the LoRA is that of --lora="):
+      plan(tmp_path, f"--lora={mine}", f"--config.lora.{field}")
 
 
 @pytest.mark.parametrize(

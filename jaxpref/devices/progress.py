@@ -15,14 +15,16 @@ SECONDS = 30.0  # between two lines
 
 
 class _Lines:
-  """A file that gets a line for each state of a bar."""
+  """A file that gets a line for each state of a bar; the last state, which a bar writes twice, once."""
 
   def __init__(self, file: TextIO):
-    self._file = file
+    self._file, self._last = file, ""
 
   def write(self, text: str) -> None:
-    if line := text.replace("\r", "").strip():
+    line = text.replace("\r", "").strip()
+    if line and line != self._last:
       self._file.write(f"{line}\n")
+      self._last = line
 
   def flush(self) -> None:
     self._file.flush()

@@ -190,6 +190,11 @@ def check(args: argparse.Namespace) -> None:
       raise ValueError(f"--{name}={getattr(args, name)}; expected 0 to 1.")
   if not 0.0 <= args.guidance_scale < math.inf:
     raise ValueError(f"--guidance_scale={args.guidance_scale}; expected a number of at least 0 (up to 1: no guidance).")
+  if args.guidance_rescale and args.guidance_scale <= 1.0:
+    raise ValueError(
+      f"--guidance_rescale={args.guidance_rescale} changes guidance, which --guidance_scale={args.guidance_scale} "
+      "switches off; leave it out, or set a scale above 1."
+    )
   if args.negative_prompt:
     prompt_sets.check_prompt(args.negative_prompt, option="--negative_prompt")
   if args.scheduler == "ddim" and args.karras:

@@ -175,6 +175,11 @@ class UNetNaming:
     name = lambda layer: ldm_name(layer, self.config) if self._is_sdxl else layer
     return {"lora_unet_" + name(layer).replace(".", "_"): Target((layer,)) for layer in layers}
 
+  def kohya_text(self, component: str, layer: str) -> str:
+    """Returns the name of a text encoder's layer in a file of kohya's."""
+    first = "lora_te1_" if self._is_sdxl else "lora_te_"
+    return {"text_encoder": first, "text_encoder_2": "lora_te2_"}[component] + layer.replace(".", "_")
+
   def kohya_metadata(self) -> dict[str, str]:
     # AUTOMATIC1111 reads from these which base model a file is for.
     sd2 = not self._is_sdxl and self.config.per_level("cross_attention_dim")[0] == 1024

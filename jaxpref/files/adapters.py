@@ -14,7 +14,8 @@ What differs between families of models is in `adapter_names`. The functions wit
 The tensors of a 1x1 convolution are [r, in, 1, 1] and [out, r, 1, 1] in both. A layer whose factors are zero is not
 written. Other tools' files may also adapt text encoders (`text_encoder.`, `lora_te1_`, OneTrainer's `clip_l.`,
 ComfyUI's `text_encoders.clip_l.transformer.`, ...). To draw pictures, these factors are merged into the encoders'
-weights (`load_pipeline_lora`, `merge_text_encoders`); training only continues adapters of a UNet (`load_lora`).
+weights (`load_pipeline_lora`, `merge_text_encoders`). Training continues adapters of a UNet (`load_lora`), with the
+text encoders' part merged, which stays as it is and is written again beside the UNet's (`load_text_encoder_loras`).
 Embeddings of new words beside them are left out with a warning. LoRA of 3x3 convolutions (LoCon) and other kinds of
 adapters (DoRA, LoHa, LoKr, (IA)^3) raise.
 """
@@ -27,6 +28,7 @@ import re
 import statistics
 import warnings
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -91,7 +93,13 @@ def _layers_to_write(adapter: lora.Tree) -> dict[str, tuple[Any, Any]]:
 
 
 def save_diffusers(
-  file: Path, adapter: lora.Tree, scale: float, *, dtype: Any = jnp.float32, denoiser: str = "unet"
+  file: Path,
+  adapter: lora.Tree,
+  scale: float,
+  *,
+  dtype: Any = jnp.float32,
+  denoiser: str = "unet",
+  text: Mapping[str, lora.Tree] = MappingProxyType({}),
 ) -> None:
   """Writes the file that `load_lora_weights` of diffusers opens (by its name, or by its folder's: DIFFUSERS_FILE).
 
@@ -101,6 +109,7 @@ def save_diffusers(
     scale: alpha / rank.
     dtype: dtype of the file: float32, float16 or bfloat16.
     denoiser: component that the adapter is for.
+    text: adapters of text encoders by component, with scale 1, to write beside it.
 
   Raises:
     ValueError: a factor is not finite or does not fit `dtype`.
@@ -112,23 +121,57 @@ def save_diffusers(
   # Arguments of peft.LoraConfig; without them diffusers assumes that alpha is the rank.
   arguments = {"r": rank, "lora_alpha": scale * rank, "target_modules": sorted(layers)}
   config = {f"{denoiser}.{name}": value for name, value in arguments.items()}
+  for component, of_text in text.items():
+    layers, rank = _layers_to_write(of_text), adapter_rank(of_text)
+    for layer, (a, b) in layers.items():
+      name = f"{component}.{layer}"
+      tree |= {f"{name}.lora_A": {"kernel": a}, f"{name}.lora_B": {"kernel": b}}
+    # PEFT compares the ends of names, which begin with "text_model." in some versions of transformers.
+    targets = sorted(layer.removeprefix("text_model.") for layer in layers)
+    arguments = {"r": rank, "lora_alpha": float(rank), "target_modules": targets}
+    config |= {f"{component}.{name}": value for name, value in arguments.items()}
   metadata = {"lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
   save_tree(file, tree, dtype=dtype, metadata=metadata)
 
 
-def save_kohya(file: Path, adapter: lora.Tree, scale: float, config: UNetConfig, *, dtype: Any = jnp.float32) -> None:
+def save_kohya(
+  file: Path,
+  adapter: lora.Tree,
+  scale: float,
+  config: UNetConfig,
+  *,
+  dtype: Any = jnp.float32,
+  text: Mapping[str, lora.Tree] = MappingProxyType({}),
+) -> None:
   """Writes the file that ComfyUI and AUTOMATIC1111 open; see `save_diffusers` for the arguments.
 
   Args:
     config: config of the UNet, which determines the names.
   """
-  save_kohya_as(UNetNaming(config), file, adapter, scale, dtype=dtype)
+  naming = UNetNaming(config)
+  of_text = {
+    naming.kohya_text(component, layer): factors
+    for component, of_it in text.items()
+    for layer, factors in _layers_to_write(of_it).items()
+  }
+  save_kohya_as(naming, file, adapter, scale, dtype=dtype, beside=of_text)
 
 
-def save_kohya_as(naming: Naming, file: Path, adapter: lora.Tree, scale: float, *, dtype: Any = jnp.float32) -> None:
+def save_kohya_as(
+  naming: Naming,
+  file: Path,
+  adapter: lora.Tree,
+  scale: float,
+  *,
+  dtype: Any = jnp.float32,
+  beside: Mapping[str, tuple[Any, Any]] = MappingProxyType({}),
+) -> None:
   """Writes a file of kohya's in the names of a family; see `save_diffusers` for the other arguments.
 
   Where a layer of the file has several of the network's side by side, its rank is the sum of theirs, which is exact.
+
+  Args:
+    beside: factors [in, r] and [r, out] of further layers, with scale 1, by their names in the file.
   """
   layers, rank = _layers_to_write(adapter), adapter_rank(adapter)
   # Alpha is as precise as the file holds it; the factors take the rest.
@@ -139,13 +182,19 @@ def save_kohya_as(naming: Naming, file: Path, adapter: lora.Tree, scale: float, 
     alpha = held(scale * a.shape[-1])
     if scale != alpha / a.shape[-1]:
       b = b * (scale / (alpha / a.shape[-1]))
-    tree |= {f"{name}.lora_down": {"kernel": a}, f"{name}.lora_up": {"kernel": b}, name: {"alpha": np.float32(alpha)}}
+    tree |= _kohya_layer(name, a, b, alpha)
+  for name, (a, b) in beside.items():
+    tree |= _kohya_layer(name, a, b, a.shape[-1])
   metadata = {
     **naming.kohya_metadata(),
     "ss_network_dim": str(rank),
     "ss_network_alpha": str(held(scale * rank)),
   }
   save_tree(file, tree, dtype=dtype, metadata=metadata)
+
+
+def _kohya_layer(name: str, a: Any, b: Any, alpha: float) -> dict[str, Any]:
+  return {f"{name}.lora_down": {"kernel": a}, f"{name}.lora_up": {"kernel": b}, name: {"alpha": np.float32(alpha)}}
 
 
 def _joined(layers: Mapping[str, tuple[Any, Any]], target: Target) -> tuple[Any, Any]:
@@ -192,6 +241,7 @@ def _parted(a: np.ndarray, b: np.ndarray, target: Target) -> dict[str, tuple[np.
 def load_lora(file: Path, config: UNetConfig, params: lora.Tree) -> tuple[dict[str, Any], float]:
   """Reads a LoRA of a UNet, written by diffusers, PEFT, kohya or this module in any precision, to continue training it.
 
+  What the file has for text encoders is left out here: see `load_text_encoder_loras`.
   If layers have different ranks, the smaller factors are padded with zeros (which stay zero in training). If they have
   different alpha / rank, the difference goes into lora_B. Layers of a stack that the file leaves out are zero.
 
@@ -204,24 +254,45 @@ def load_lora(file: Path, config: UNetConfig, params: lora.Tree) -> tuple[dict[s
     float32 adapter as `lora.init_lora` returns it, and its scale alpha / rank.
 
   Raises:
-    FileNotFoundError, ValueError: one sentence on what is missing or does not fit. A file that also adapts text
-      encoders raises: only the UNet's adapter is trained and written.
+    FileNotFoundError, ValueError: one sentence on what is missing or does not fit.
   """
-  return load_lora_as(UNetNaming(config), file, params)
+  return load_lora_as(UNetNaming(config), file, params, leave_text=True)
 
 
-def load_lora_as(naming: Naming, file: Path, params: lora.Tree) -> tuple[dict[str, Any], float]:
-  """Reads a LoRA of a denoiser in the names of a family; see `load_lora` for the rest."""
+def load_text_encoder_loras(file: Path, config: UNetConfig, params: Mapping[str, lora.Tree]) -> dict[str, Any]:
+  """Reads what a LoRA file has for text encoders, by component, with scale 1; {} if it has nothing.
+
+  Args:
+    file, config: see `load_lora`.
+    params: parameters of the text encoders by component, or their ShapeDtypeStructs.
+
+  Raises:
+    FileNotFoundError, ValueError: see `load_lora`.
+  """
+  naming, file = UNetNaming(config), pathlib.Path(places.expand(os.fspath(file)))
+  found, peft = _read(file, naming)
+  found.pop(naming.denoiser, None)
+  return {name: rescale(*adapted, 1.0) for name, adapted in _of_components(naming, file, found, params, peft).items()}
+
+
+def load_lora_as(
+  naming: Naming, file: Path, params: lora.Tree, *, leave_text: bool = False
+) -> tuple[dict[str, Any], float]:
+  """Reads a LoRA of a denoiser in the names of a family; see `load_lora` for the rest.
+
+  Args:
+    leave_text: whether to leave out what the file has for text encoders; it raises a ValueError otherwise.
+  """
   file = pathlib.Path(places.expand(os.fspath(file)))
   found, peft = _read(file, naming)
   text = sorted(found.keys() - {naming.denoiser})
   network = "UNet" if naming.denoiser == "unet" else naming.denoiser
-  if text:
+  if text and not leave_text:
     raise ValueError(
       f"{file} adapts {' and '.join(text)}, and training can continue adapters of a {network} only; merge it into the "
       "base model (load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained of diffusers) and train on that."
     )
-  if not found:
+  if naming.denoiser not in found:
     raise ValueError(f"{file} holds no adapter of a {network}; give the path of a LoRA file for Stable Diffusion.")
   return _adapter(file, naming.denoiser, found[naming.denoiser], naming, params, peft)
 
@@ -253,15 +324,26 @@ def _load_pipeline_lora(
   found, peft = _read(file, naming)
   if not found:
     raise ValueError(f"{file} holds no adapter; give the path of a LoRA file for Stable Diffusion.")
+  adapters = _of_components(naming, file, found, params, peft)
+  denoiser, scale = adapters.pop(naming.denoiser, ({}, 1.0))
+  return denoiser, scale, {name: rescale(adapter, own_scale, 1.0) for name, (adapter, own_scale) in adapters.items()}
+
+
+def _of_components(
+  naming: Naming,
+  file: pathlib.Path,
+  found: Mapping[str, "_Layers"],
+  params: Mapping[str, lora.Tree],
+  peft: Mapping[str, Any],
+) -> dict[str, tuple[dict[str, Any], float]]:
+  """Returns the adapter and the scale of each component in a file."""
   if foreign := sorted(found.keys() - params.keys()):
     raise ValueError(f"{file} adapts {foreign[0]}, which the model does not have; use it with the one it was made for.")
-  adapters = {
+  return {
     name: _adapter(file, name, kept, naming, params[name], peft)
     for name, layers in found.items()
     if (kept := _without_projection(file, name, layers, params[name], naming))
   }
-  denoiser, scale = adapters.pop(naming.denoiser, ({}, 1.0))
-  return denoiser, scale, {name: rescale(adapter, own_scale, 1.0) for name, (adapter, own_scale) in adapters.items()}
 
 
 class LoraFile(NamedTuple):

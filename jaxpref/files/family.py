@@ -10,6 +10,7 @@ import inspect
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
@@ -203,12 +204,30 @@ class StableDiffusionFamily:
     return adapters.load_lora(pathlib.Path(file), pipe.unet.config, pipe.params["unet"])
 
   def save_adapter(
-    self, file: pathlib.Path, adapter: Tree, scale: float, *, name: str, form: str = "lora", dtype: Any = jnp.float32
+    self,
+    file: pathlib.Path,
+    adapter: Tree,
+    scale: float,
+    *,
+    name: str,
+    form: str = "lora",
+    dtype: Any = jnp.float32,
+    text: Mapping[str, Tree] = MappingProxyType({}),
   ) -> None:
+    """Writes an adapter, and what `text_adapters` returned beside it."""
     if form == "kohya":
-      adapters.save_kohya(file, adapter, scale, loading.unet_config(name), dtype=dtype)
+      adapters.save_kohya(file, adapter, scale, loading.unet_config(name), dtype=dtype, text=text)
     else:
-      adapters.save_diffusers(file, adapter, scale, dtype=dtype)
+      adapters.save_diffusers(file, adapter, scale, dtype=dtype, text=text)
+
+  def text_adapters(self, lora_file: adapters.LoraFile, pipe: pipelines.Pipeline) -> dict[str, Tree]:
+    """Returns what a LoRA file has for text encoders, by component, at its strength; `pipe` needs no parameters."""
+    found = {
+      n: getattr(pipe, n) for n in self.networks if n.startswith("text_encoder") and getattr(pipe, n) is not None
+    }
+    shapes = {name: presets.abstract_params(module) for name, module in found.items()}
+    of_text = adapters.load_text_encoder_loras(lora_file.path, pipe.unet.config, shapes)
+    return {name: adapters.rescale(adapter, lora_file.strength, 1.0) for name, adapter in of_text.items()}
 
   def with_adapters(
     self, pipe: pipelines.Pipeline, loras: Sequence[adapters.LoraFile]
@@ -318,6 +337,14 @@ def saving(name: str) -> contextlib.AbstractContextManager[None]:
   return own.calling(f"config.family={name}: saving its model", name, "files that its load opens again")
 
 
+def with_text_adapters(pipe: Any, text: Mapping[str, Tree]) -> Any:
+  """Returns a pipeline with a family's `text_adapters` merged into the text encoders whose parameters it has."""
+  if not text:
+    return pipe
+  there = {name: adapter for name, adapter in text.items() if name in pipe.params}
+  return dataclasses.replace(pipe, params=adapters.merge_text_encoders(pipe.params, there))
+
+
 def save_trained(
   family: Family,
   folder: pathlib.Path,
@@ -328,6 +355,7 @@ def save_trained(
   name: str,
   dtype: Any,
   image_size: Size | None = None,
+  text: Mapping[str, Tree] = MappingProxyType({}),
 ) -> None:
   """Writes a folder: a pipeline with trained parameters instead of its own.
 
@@ -340,6 +368,7 @@ def save_trained(
     name: name of the model.
     dtype: dtype of the folder's files.
     image_size: size in pixels that it was trained at, which pipelines with `at_size` write; None: their own.
+    text: what the family's `text_adapters` returned, which `pipe` has merged already, to write beside the adapter.
   """
   if image_size is not None and hasattr(pipe, "at_size"):
     pipe = pipe.at_size(*sides(image_size))
@@ -352,7 +381,8 @@ def save_trained(
     trained[family.denoiser] = lora.merge_lora(base, adapter, scale)
   family.save(folder, dataclasses.replace(pipe, params=trained), dtype=dtype)
   if adapter is not None:
-    family.save_adapter(folder / adapters.DIFFUSERS_FILE, adapter, scale, name=name)
+    beside: dict[str, Any] = {"text": text} if text else {}
+    family.save_adapter(folder / adapters.DIFFUSERS_FILE, adapter, scale, name=name, **beside)
 
 
 def look_for(

@@ -98,7 +98,7 @@ def look_for(config: Config) -> None:
   inputs.look_for(config)
   facts = catalog.method(config).facts
   if facts.trains not in ("clip", "judge"):  # they start from scratch
-    loras = [config.lora.init_from] if config.lora.init_from else []
+    loras = [own.path] if (own := config_lora(config)) else []
     name, of = loading.model_name(config), families.get(config.family)
     families.look_for(of, name, vae_model=config.vae_model, loras=loras)
   if facts.trains == "scorer":
@@ -209,6 +209,29 @@ def adapter_scale(config: Config, rank: int) -> float:
   return 1.0 if config.lora.alpha is None else config.lora.alpha / rank
 
 
+def config_lora(config: Config) -> adapters.LoraFile | None:
+  """Returns the LoRA file that training continues, and its strength; None if it begins with none."""
+  return adapters.parse_lora_file(config.lora.init_from) if config.lora.init_from else None
+
+
+def text_adapters(config: Config) -> dict[str, Any]:
+  """Returns what config.lora.init_from has for text encoders, by component, without reading a model's weights.
+
+  Raises:
+    ValueError: it has something, and the data holds prompts that the encoders without it have encoded.
+  """
+  start, of = config_lora(config), families.get(config.family)
+  if start is None or not isinstance(of, families.StableDiffusionFamily):  # the others refuse such files
+    return {}
+  text = of.text_adapters(start, _load(config, None, components=()))
+  if text and config.data.source == "precomputed":
+    raise ValueError(
+      f"config.lora.init_from={start} adapts {' and '.join(sorted(text))}, and precomputed data holds prompts without "
+      "that; train on the images themselves."
+    )
+  return text
+
+
 def initial_adapter(config: Config, pipe: Any) -> Any:
   """Returns the adapter that training starts from: a fresh one, or a file's, at the config's alpha.
 
@@ -220,8 +243,9 @@ def initial_adapter(config: Config, pipe: Any) -> Any:
     ValueError, FileNotFoundError: the file is missing, is for another network, or has another rank than the config.
   """
   c, of = config.lora, families.get(config.family)
-  if c.init_from:
-    adapter, scale = of.load_adapter(c.init_from, pipe)
+  if start := config_lora(config):
+    adapter, scale = of.load_adapter(str(start.path), pipe)
+    scale *= start.strength
     rank = adapters.adapter_rank(adapter)
     if c.rank not in (0, rank):
       raise ValueError(f"config.lora.rank={c.rank}, but {c.init_from} has rank {rank}; leave out one of them.")
@@ -268,13 +292,20 @@ def trained_components(config: Config) -> tuple[str, ...]:
   return (denoiser, "text_encoder") if config.train_text_encoder else (denoiser,)
 
 
-def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: int | None) -> Experiment:
-  of, method, components = families.get(config.family), catalog.method(config), trained_components(config)
-  adapter_name = f"{of.denoiser}_lora"
+def _load_to_train(config: Config, sharding: pipelines.Sharding) -> tuple[Any, dict[str, Any]]:
+  """Returns the networks that are needed, and `text_adapters`, which are merged into them."""
   # Errors are raised now, not after gigabytes have been read.
   if config.data.source == "precomputed":
     inputs.open_precomputed(config)
-  pipe = _load(config, sharding, trained=components, components=networks(config))
+  text = text_adapters(config)
+  pipe = _load(config, sharding, trained=trained_components(config), components=networks(config))
+  return families.with_text_adapters(pipe, text), text
+
+
+def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: int | None) -> Experiment:
+  of, method, components = families.get(config.family), catalog.method(config), trained_components(config)
+  adapter_name = f"{of.denoiser}_lora"
+  pipe, text = _load_to_train(config, sharding)
   frozen = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
   adapter, scale = initial_adapter(config, pipe), 1.0
   params = {name: frozen[name] for name in components}
@@ -316,7 +347,7 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
     frozen=frozen,
     objective=objective,
     batches=batches,
-    export=functools.partial(_export, config, pipe, scale),
+    export=functools.partial(_export, config, pipe, scale, text),
     has_reference=method.reference(config),
     read_base=read_base if method.facts.aligns else None,
     images_per_step=config.batch_size * method.images(config),
@@ -367,12 +398,13 @@ def _check_reference(config: Config, objective: base.Objective) -> None:
     raise ValueError(f"config.reference.mode='update'; expected 'frozen', as {what}.")
 
 
-def _export(config: Config, pipe: Any, scale: float, params: Any, folder: pathlib.Path) -> None:
+def _export(config: Config, pipe: Any, scale: float, text: dict[str, Any], params: Any, folder: pathlib.Path) -> None:
   """Writes the folder of a trained model.
 
   Args:
     pipe: a pipeline without the parameters that were trained.
     scale: alpha / rank of the adapter.
+    text: see `text_adapters`.
     params: trained parameters, on the host.
   """
   of = families.get(config.family)
@@ -388,9 +420,12 @@ def _export(config: Config, pipe: Any, scale: float, params: Any, folder: pathli
         vae_model=config.vae_model,
         components=[name for name in of.networks if name not in params],
       )
+    pipe = families.with_text_adapters(pipe, text)
   name, size = loading.model_name(config), config.image_size
   with families.saving(config.family):
-    families.save_trained(of, folder, pipe, params, scale=scale, name=name, dtype=jnp.float16, image_size=size)
+    families.save_trained(
+      of, folder, pipe, params, scale=scale, name=name, dtype=jnp.float16, image_size=size, text=text
+    )
 
 
 # ---- Preference model ------------------------------------------------------------------------------------------

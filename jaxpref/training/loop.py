@@ -194,12 +194,17 @@ def _run(
     _say(str(results.get("table", json.dumps(results))))
   _say(str(goodput))
   if jax.process_index() == 0:
-    _say_what_there_is(folder, results, draws=experiment.evaluable)
+    _say_what_there_is(folder, results, config.evaluation.guidance_scale if experiment.evaluable else None)
   return results
 
 
-def _say_what_there_is(folder: pathlib.Path, results: dict[str, Any], *, draws: bool) -> None:
-  """Writes the page of a run that has ended, and says what happened, what there is to look at, and what comes next."""
+def _say_what_there_is(folder: pathlib.Path, results: dict[str, Any], guidance_scale: float | None) -> None:
+  """Writes the page of a run that has ended, and says what happened, what there is to look at, and what comes next.
+
+  Args:
+    results: of the evaluation.
+    guidance_scale: with which the run's model draws; None if it does not draw.
+  """
   if said := results.get("in_words") or run_page.in_words(metrics_lib.read(folder / "metrics.jsonl")):
     _say(said)
   for name in ("before_after.png", "samples.png"):
@@ -210,8 +215,9 @@ def _say_what_there_is(folder: pathlib.Path, results: dict[str, Any], *, draws: 
     _say(f"page: {run_page.write(folder)}")
   except (OSError, ValueError) as error:  # all else is there
     _say(f"{folder / run_page.NAME} cannot be written ({error}); {run_page.command(folder)} writes it later.")
-  if draws:
-    _say(f'next: python -m jaxpref.sample --model={shlex.quote(str(folder))} --prompt="a fox in the snow"')
+  if guidance_scale is not None:
+    command = f"python -m jaxpref.sample --model={shlex.quote(str(folder))} --guidance_scale={guidance_scale:g}"
+    _say(f'next: {command} --prompt="a fox in the snow"')
 
 
 @dataclasses.dataclass

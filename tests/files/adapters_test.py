@@ -279,8 +279,15 @@ def test_text_encoders_are_merged(both, tmp_path):
     assert sorted(text_encoders) == names
     params = adapters.merge_text_encoders(both.pipe.params, text_encoders)
     assert difference(both.ours(adapter, scale, params), theirs) <= TOLERANCE, path
-    with pytest.raises(ValueError, match=f"adapts {' and '.join(names)}, and training can continue adapters of a UNet"):
-      adapters.load_lora(path, unet, both.pipe.params["unet"])
+    continued, its_scale = adapters.load_lora(path, unet, both.pipe.params["unet"])
+    of_text = adapters.load_text_encoder_loras(path, unet, {name: both.pipe.params[name] for name in names})
+    jax.tree.map(np.testing.assert_array_equal, (continued, of_text), (adapter, text_encoders))
+    assert its_scale == scale
+  written = tmp_path / "d.safetensors", tmp_path / "k.safetensors"
+  adapters.save_diffusers(written[0], adapter, scale, text=text_encoders)
+  adapters.save_kohya(written[1], adapter, scale, unet, text=text_encoders)
+  for path in written:
+    assert difference(both.theirs_with(path), theirs) <= TOLERANCE, path
 
 
 # ---- Names and numbers, without drawing ------------------------------------------------------------------------------
@@ -519,7 +526,7 @@ MERGE = "expected LoRA; merge it into the base model first"
 @pytest.mark.parametrize(
   ("tensors", "message"),
   [
-    ({**GOOD, **TEXT}, r"adapts text_encoder_2, and training can continue adapters of a UNet only; merge it"),
+    (TEXT, r"holds no adapter of a UNet; give the path of a LoRA file"),
     ({}, "holds no adapter of a UNet"),
     ({f"{KOHYA}_proj_in.hada_w1_a": A}, r"another kind, LoHa \(1 tensors such as .*hada_w1_a\), " + MERGE),
     ({f"{KOHYA}_proj_in.lokr_w2": A, f"{KOHYA}_proj_in.lokr_w1": A}, r"LoKr \(2 tensors such as .*lokr_w1\), " + MERGE),

@@ -731,7 +731,8 @@ def test_a_run_leaves_everything_a_user_needs(whole):
   assert "python -m jaxpref.main --config=" in (folder / "commands.txt").read_text()
   last = said.strip().splitlines()[-3:]
   assert last[:2] == [f"pictures: {folder / 'before_after.png'}", f"page: {folder / 'index.html'}"]
-  assert last[2].startswith(f"next: python -m jaxpref.sample --model={folder} ")
+  of_run = json.loads((folder / "config.json").read_text())["evaluation"]["guidance_scale"]
+  assert last[2].startswith(f"next: python -m jaxpref.sample --model={folder} --guidance_scale={of_run:g} --prompt=")
   page = (folder / "index.html").read_text()
   assert page.count("data:image/") == 4 and page.count('class="curve"') >= 6  # before_after.png, and three looks
   assert json.loads((folder / "config.json").read_text())["lora"]["rank"] == 2

@@ -1,14 +1,18 @@
 """Votes become data to train on."""
 
 import json
+import runpy
 
 import numpy as np
 import pytest
 
-from jaxpref import describe
+from jaxpref import config, describe
 from jaxpref.data import sources
+from jaxpref.models import presets
+from jaxpref.training import inputs, loop, metrics
 from jaxpref.voting import catalog, export
 from jaxpref.voting.judgements import Judgement
+from tests.small_presets import smaller, with_one_attention
 from tests.voting.made import make_pairs, png
 
 
@@ -40,6 +44,27 @@ def test_single_images_for_kto_have_both_pictures_of_a_bad_pair(found, tmp_path)
   source = sources.open_unpaired_file(tmp_path / "taste" / export.UNPAIRED_NAME)
   liked = {source[i]["image"]: bool(source[i]["label"]) for i in range(len(source))}
   assert liked == {png(0): False, png(128): True, png(1): True, png(129): False, png(3): False, png(131): False}
+
+
+def test_kto_trains_on_what_is_called_bad(tmp_path, monkeypatch, one_device):
+  """Two pairs with a better picture and two with none are eight images, six of them disliked."""
+  found = catalog.open_catalog(make_pairs(tmp_path / "pairs", 4))
+  votes = [said(0, "image_0"), said(1, "image_1"), said(2, "bad"), said(3, "bad")]
+  counts = export.write_folder(tmp_path / "votes", found, {0: 1.0, 1: 0.0, 2: None, 3: None}, votes)
+  assert counts == {"pairs": 2, "ties": 0, "bad": 2}
+  recipe = runpy.run_path("configs/kto_tiny.py")["get_config"]()
+  recipe.update(model="random:one-level", judge=None, num_steps=2, batch_size=8)
+  recipe.data.update(source="unpaired_file", path=str(tmp_path / "votes" / export.UNPAIRED_NAME))
+  recipe.update_from_flattened_dict({"sample.every": 0, "evaluation.num_prompts": 0, "logging.every": 1})
+  recipe.optimizer.update(warmup_steps=0, learning_rate=1e-3)
+  batches = inputs.offline_batches(config.typed(recipe), 16, lambda texts: np.zeros((len(texts), 4), np.int32))
+  assert next(batches)["label"].tolist().count(0.0) == 6
+  batches.close()
+  monkeypatch.setitem(presets.PRESETS, "one-level", with_one_attention(smaller(presets.ONE_LEVEL)))
+  loop.run(recipe, str(tmp_path / "run"))
+  rows = [row for row in metrics.read(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+  assert [row["step"] for row in rows] == [1, 2]
+  assert rows[0]["reward_disliked"] == 0.0 and np.isfinite(rows[1]["loss"]) and rows[1]["reward_disliked"] != 0.0
 
 
 def test_soft_labels_and_noise_are_kept(tmp_path):
