@@ -158,6 +158,12 @@ def actively(numbers: np.ndarray, votes: int, seed: int, differences: np.ndarray
   return flat[list(said)]
 
 
+def flat_images(place: pathlib.Path) -> np.ndarray:
+  """Returns u8[16 P, H, W, 3], the training pictures."""
+  images = ground.read_images(place, "train")
+  return images.reshape(-1, *images.shape[2:])
+
+
 @functools.cache
 def embedded(place: pathlib.Path) -> np.ndarray:
   """Returns f32[16 P, D], tiny-clip's embeddings of the training pictures, computed once."""
@@ -166,7 +172,7 @@ def embedded(place: pathlib.Path) -> np.ndarray:
     from jaxpref.rewards import published
 
     embed = published.image_embedder("tiny-clip", batch_size=64)
-    images = ground.read_images(place, "train").reshape(-1, 64, 64, 3)
+    images = flat_images(place)
     found = np.concatenate([embed(list(images[i : i + 1024])) for i in range(0, len(images), 1024)])
     np.save(file, found, allow_pickle=False)
   return np.load(file, allow_pickle=False)
@@ -180,8 +186,8 @@ def rewarded(place: pathlib.Path) -> np.ndarray:
     from jaxpref.devices import sharding
     from jaxpref.rewards import scorers
 
-    scorer, logits = scorers.load(REWARD, batch_size=64, mesh=sharding.make_mesh(), models=[])
-    images = ground.read_images(place, "train").reshape(-1, 64, 64, 3)
+    scorer, logits = scorers.load(REWARD, batch_size=64, mesh=sharding.make_mesh(), models=["tiny-sd"])
+    images = flat_images(place)
     captions = [e.caption for e in ground.split("train") for _ in range(ground.PICTURES)]
     parts = [slice(i, i + 1024) for i in range(0, len(images), 1024)]
     found = np.concatenate([scorer.score(list(images[part]), captions[part]) for part in parts])
