@@ -123,7 +123,11 @@ def one_device():
 
 @pytest.fixture(autouse=True, scope="module")
 def free_what_a_file_compiled():
-  """A program stays in JAX's caches as long as the process does, and no file runs what another one compiled."""
+  """A program stays in JAX's caches as long as the process does, and no file runs what another one compiled.
+
+  What is left then are modules, mostly: frozen, the next collection need not look at them, which takes a second.
+  """
   yield
   jax.clear_caches()
   gc.collect()
+  gc.freeze()
