@@ -82,7 +82,11 @@ FULL = {"lora.rank": 0, "lora.alpha": None}
       math.log(2),
       marks=pytest.mark.slow,
     ),
-    (FULL | {"loss.name": "sft", "timesteps.density": "mode", "timesteps.weight": "cosmap", "remat": "block"}, None),
+    pytest.param(
+      FULL | {"loss.name": "sft", "timesteps.density": "mode", "timesteps.weight": "cosmap", "remat": "block"},
+      None,
+      marks=pytest.mark.slow,
+    ),
     pytest.param({"objective": "kto", "lora.targets": r"attn2\.to_q$"}, 0.5, marks=pytest.mark.slow),
   ],
   ids=["tdpo", "sft", "kto"],
