@@ -16,7 +16,7 @@ environment .venv-test '.[test]'
 .venv-test/bin/python -m ruff format --check .
 if [[ "${1:-}" == fast ]]; then
   shift
-  set -- tests/{losses,reference,cost,layers,configs,commands,extending,readme,docs,prose,doctest}_test.py \
+  set -- tests/{losses,reference,cost,layers,configs,commands,readme,docs,prose,doctest}_test.py \
     tests/{diffusion,objectives,files} tests/training/step_test.py "$@"
 else
   .venv-test/bin/python -m mypy

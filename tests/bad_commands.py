@@ -4,6 +4,7 @@ The program reads [command, arguments] from stdin, one a line in JSON, and answe
 A child process runs the command as its module does; the libraries are imported once.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -476,7 +477,7 @@ def prepare(place):
   (place / "begun" / "config.json").write_text("{}")
   own = {"HOME": str(place / "home"), "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
   own |= {"WANDB_MODE": "online"}
-  own |= {"JAXPREF_DATA_DIR": f"{place}-datasets", "JAX_COMPILATION_CACHE_DIR": f"{place}-compiled"}
+  own |= {"JAXPREF_DATA_DIR": str(place.parent / "datasets"), "JAX_COMPILATION_CACHE_DIR": f"{place}-compiled"}
   own["PYTHONDONTWRITEBYTECODE"] = "1"  # of the recipes
   return {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "WANDB_API_KEY")} | own
 
@@ -508,8 +509,16 @@ def child(command, arguments):
 def serve():
   for name in ("training.loop", *(m.removeprefix("jaxpref.") for m, _ in MODULES.values() if m != "jaxpref.main")):
     importlib.import_module(f"jaxpref.{name}")
+  import configparser  # noqa: F401
+
+  import jinja2  # noqa: F401
   import orbax.checkpoint  # noqa: F401
   import tensorflow_datasets  # noqa: F401
+
+  from jaxpref.files import tokenizers
+
+  tokenizers.import_tokenizer("CLIPTokenizer")  # else each child that opens a model takes a second for it
+  gc.freeze()  # a child that collects garbage would copy all pages
 
   for line in sys.stdin:
     command, arguments = json.loads(line)

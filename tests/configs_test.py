@@ -145,9 +145,9 @@ def quick(monkeypatch, datasets):
   monkeypatch.setattr(pipelines, "random_pipeline", drawn)
 
 
-# Each part is run by one that is not slow: SDXL, rollouts, LoRA, each kind of export; a reference that moves by
-# training/loop_test.py.
-FAST = ("spm_sdxl", "lpo_sd15")
+# One with rollouts, LoRA, a scorer and an export. Of the others training/inputs_test.py trains a preference model,
+# text_to_image_test.py and objectives/pairs_test.py have SDXL, and training/loop_test.py a reference that moves.
+FAST = ("lpo_sd15",)
 SMOKES = [*FULL_SIZE, "taste_sd15", "taste_sdxl"]
 MARKED = [pytest.param(name, marks=() if name in FAST else (pytest.mark.slow,)) for name in SMOKES]
 

@@ -505,42 +505,59 @@ def test_an_option_without_a_default_must_be_set():
     config_lib.typed(config)
 
 
+# Prints the exit code of each command line of argv[1] and what it says. Each has its process, which has all imports.
 PARSE = """
-import sys
+import contextlib, io, json, os, sys
 from absl import flags
 from jaxpref import arguments, main
-arguments.parse_flags(sys.argv)
-print(flags.FLAGS.config.options.to_dict())
+from jaxpref.training import build  # has most of what the page's modules import
+
+for line in json.loads(sys.argv[1]):
+  read, write = os.pipe()
+  if not os.fork():
+    said, code = io.StringIO(), 0
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+      try:
+        sys.argv[1:] = line
+        arguments.parse_flags(sys.argv)
+        print(flags.FLAGS.config.options.to_dict())
+      except SystemExit as ended:
+        code = 1 if isinstance(ended.code, str) else ended.code
+        print(ended.code)
+    os.write(write, json.dumps([code, said.getvalue()]).encode())
+    os._exit(0)
+  os.close(write)
+  print(os.fdopen(read).read())
+  os.wait()
 """
+COMMAND_LINES = [
+  (["--config=winners.py"], "{'scale': 2.0}"),
+  (["--config=winners.py", "--config.options.scale=3"], "{'scale': 3.0}"),
+  (["--config=RECIPE", "--config.objective=mine:WINNERS"], "{'scale': 1.0}"),
+  (["--config=RECIPE", "--config.objective", "mine:WINNERS", "--config.options.scale", "3"], "{'scale': 3.0}"),
+  (
+    ["--config=winners.py", "--config.options.scal=3"],
+    "error: --config.options.scal is not an option; did you mean --config.options.scale?",
+  ),
+  (["--config=RECIPE", "--config.options.scale=3"], "error: --config.options.scale is not an option; dpo has none."),
+  (["--config=winners.py", "--config.options.scale=x"], "--config.options.scale=x"),
+  (["--config=winners.py", "--config.objective=mine:WINNER"], "has no WINNER (did you mean WINNERS?)"),
+]
 
 
-@pytest.mark.parametrize(
-  ("arguments", "said"),
-  [
-    (["--config=winners.py"], "{'scale': 2.0}"),
-    (["--config=winners.py", "--config.options.scale=3"], "{'scale': 3.0}"),
-    (["--config=RECIPE", "--config.objective=mine:WINNERS"], "{'scale': 1.0}"),
-    (["--config=RECIPE", "--config.objective", "mine:WINNERS", "--config.options.scale", "3"], "{'scale': 3.0}"),
-    (
-      ["--config=winners.py", "--config.options.scal=3"],
-      "error: --config.options.scal is not an option; did you mean --config.options.scale?",
-    ),
-    (["--config=RECIPE", "--config.options.scale=3"], "error: --config.options.scale is not an option; dpo has none."),
-    (["--config=winners.py", "--config.options.scale=x"], "--config.options.scale=x"),
-    (["--config=winners.py", "--config.objective=mine:WINNER"], "has no WINNER (did you mean WINNERS?)"),
-  ],
-  ids=lambda v: " ".join(v) if isinstance(v, list) else "",
-)
-def test_the_command_line_knows_the_options(mine, arguments, said):
+def test_the_command_line_knows_the_options(mine):
   repository = pathlib.Path(__file__).parents[1]
-  arguments = [a.replace("RECIPE", str(repository / "configs" / "dpo_tiny.py")) for a in arguments]
+  recipe = str(repository / "configs" / "dpo_tiny.py")
+  lines = [[a.replace("RECIPE", recipe) for a in arguments] for arguments, _ in COMMAND_LINES]
   environment = os.environ | {"PYTHONPATH": f"{repository}{os.pathsep}{mine}", "JAX_PLATFORMS": "cpu"}
   done = subprocess.run(
-    [sys.executable, "-c", PARSE, *arguments], cwd=mine, env=environment, capture_output=True, text=True, check=False
+    [sys.executable, "-c", PARSE, json.dumps(lines)], cwd=mine, env=environment, capture_output=True, text=True
   )
-  lines = (done.stdout + done.stderr).splitlines()
-  assert len(lines) == 1 and said in lines[0], lines
-  assert done.returncode == (1 if lines[0].startswith("error: ") else 0)
+  assert done.returncode == 0, done.stderr
+  for (arguments, said), answer in zip(COMMAND_LINES, done.stdout.splitlines(), strict=True):
+    code, text = json.loads(answer)
+    assert len(text.splitlines()) == 1 and said in text, (arguments, text)
+    assert code == (1 if text.startswith("error: ") else 0), arguments
 
 
 def test_a_work_folder_from_before_the_options_can_be_continued(mine, tmp_path):

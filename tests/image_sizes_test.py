@@ -27,12 +27,20 @@ from jaxpref.planning import flops, plan
 from jaxpref.recipes import sizes
 from jaxpref.rewards import networks, published
 from jaxpref.training import build, checkpoint, loop, optim, programs
+from tests.small_presets import with_one_attention
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
 SIZE = HEIGHT, WIDTH = 16, 24
 LATENT = HEIGHT // 2, WIDTH // 2, 4
 MESH = sharding.make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_networks():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(presets.PRESETS, "one-level", with_one_attention(presets.ONE_LEVEL))
+    yield
 
 
 def recipe(objective="dpo", **fields):

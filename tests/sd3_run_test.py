@@ -82,7 +82,11 @@ FULL = {"lora.rank": 0, "lora.alpha": None}
       math.log(2),
       marks=pytest.mark.slow,
     ),
-    (FULL | {"loss.name": "sft", "timesteps.density": "mode", "timesteps.weight": "cosmap", "remat": "block"}, None),
+    pytest.param(
+      FULL | {"loss.name": "sft", "timesteps.density": "mode", "timesteps.weight": "cosmap", "remat": "block"},
+      None,
+      marks=pytest.mark.slow,
+    ),
     pytest.param({"objective": "kto", "lora.targets": r"attn2\.to_q$"}, 0.5, marks=pytest.mark.slow),
   ],
   ids=["tdpo", "sft", "kto"],
@@ -286,6 +290,7 @@ def test_the_times_of_a_recipe_reach_the_process():
   assert (config.FLOW_DENSITIES, config.FLOW_WEIGHTS) == (flow.TRAINING_TIMES, flow.LOSS_WEIGHTS)
 
 
+@pytest.mark.slow  # planning/plan_test.py has other recipes, and planning/flops_test.py counts this transformer by hand
 def test_the_full_size_recipe_is_planned_on_shapes_alone():
   c = dpo_sd35m.get_config()
   c.data.path = "pickapic"

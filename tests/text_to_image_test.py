@@ -65,7 +65,7 @@ def models(request, tmp_path_factory):
   return loading.text_to_image(pipe), params, pipe, theirs
 
 
-# Of drawing, export_test.py and a size below have a picture of Stable Diffusion 1.5.
+# Of drawing, export_test.py and a size below have a picture of Stable Diffusion 1.5; the VAEs are of one kind.
 drawn = pytest.mark.parametrize(
   "models", [pytest.param("sd15-miniature", marks=pytest.mark.slow), "sdxl-miniature"], indirect=True
 )
@@ -285,6 +285,7 @@ def test_sizes_and_crops_of_sdxl_draw_what_diffusers_draws(models):
   assert np.abs(pictures(theirs, latents) - expected).mean() > 0.3
 
 
+@drawn
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_a_vae_in_slices_gives_the_same(models, rows):
   """6 images, 1 or 2 at a time (4 does not divide 6: then 2)."""
@@ -302,6 +303,7 @@ def test_a_vae_in_slices_gives_the_same(models, rows):
   assert f"f32[{min(rows, 2)},{size},{size},3]" in jaxpr
 
 
+@drawn
 @pytest.mark.parametrize("vae_slicing", [None, 1])
 def test_smaller_images_are_of_latents_that_torch_has_shrunk(models, vae_slicing):
   """And the VAE computes a fourth at half the size, but for its attention, whose share shrinks more."""

@@ -9,6 +9,7 @@ from jaxpref.models import lora, presets
 from jaxpref.models.attention import Transformer2DModel
 from jaxpref.models.resnet import conv1x1, conv3x3
 from jaxpref.models.unet import UNet2DConditionModel
+from tests.small_presets import smaller
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(1).normal(size=(2, 5, 6)).astype(np.float32)
@@ -165,7 +166,7 @@ def test_adapter_without_effect_is_an_error():
 @pytest.fixture(scope="module")
 def stacked():
   """A UNet with stacks of blocks, its parameters, a trained adapter, and inputs."""
-  unet = UNet2DConditionModel(presets.SDXL_MINIATURE.unet)
+  unet = UNet2DConditionModel(smaller(presets.SDXL_MINIATURE).unet)
   params = presets.init_params(unet, KEY)
   inputs = presets.example_inputs(unet)
   inputs = (jax.random.normal(KEY, inputs[0].shape), *inputs[1:])
@@ -183,8 +184,8 @@ def test_stack_with_adapter_equals_merged(stacked):
 def test_layers_of_a_stack_are_initialised_by_their_own_names(stacked):
   unet, params, _, _ = stacked
   layers = lora.to_layers(lora.init_lora(KEY, params, rank=2))
-  name = "down_blocks.2.attentions.0.transformer_blocks.1.attn1.to_q"
-  alone = lora.init_lora(KEY, {name: {"kernel": jnp.zeros((32, 32))}}, rank=2)[name]
+  name = "down_blocks.0.attentions.0.transformer_blocks.1.attn1.to_q"
+  alone = lora.init_lora(KEY, {name: {"kernel": jnp.zeros((16, 16))}}, rank=2)[name]
   np.testing.assert_array_equal(layers[name][0], alone["lora_A"])
   assert (layers[name][0] != layers[name.replace(".1.attn1", ".0.attn1")][0]).any()
 

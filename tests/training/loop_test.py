@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 from jax._src import distributed as distributed_runtime
 
+from configs import dpo_tiny
 from jaxpref import config, reference
 from jaxpref import main as main_lib
 from jaxpref.data import batching, lease
 from jaxpref.files import pipelines
 from jaxpref.models import lora
 from jaxpref.training import build, checkpoint, loop, metrics, monitor, programs, step, validation
-from tests import QUICK_FLAGS
+from tests import QUICK_FLAGS, toy_run
 from tests.toy_objective import Toy
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -777,19 +778,46 @@ def test_the_exported_model_is_the_base_with_the_adapter_merged(whole):
   assert np.isfinite(list(moved.values())).all()
 
 
-def test_a_killed_run_ends_bit_identical(whole, shared):
-  """SIGKILL once the first checkpoint is on disk; then the same command again."""
+def test_a_killed_run_ends_bit_identical(tmp_path, monkeypatch):
+  """SIGKILL once the first checkpoint is on disk; then the same config again. On an objective that compiles at once."""
+  fields = {"num_steps": 24, "batch_size": 8, "checkpoint.every": 2, "logging.every": 1, "sample.every": 0}
+  arguments, environment = command(tmp_path, "dpo_tiny.py", tmp_path / "killed", **fields)
+  arguments[arguments.index("jaxpref.main")] = "tests.toy_run"
+  with open(tmp_path / "log", "w") as log:
+    process = subprocess.Popen(arguments, env=environment, cwd=tmp_path, stdout=log, stderr=log)
+    killed_at_first_checkpoint(process, tmp_path / "killed", tmp_path / "log")
+  assert len(rows(tmp_path / "killed")) < 24
+  make_mesh = loop.sharding.make_mesh
+  monkeypatch.setattr(loop.sharding, "make_mesh", lambda *_, **__: make_mesh(devices=jax.devices()[:1]))
+  monkeypatch.setattr(build, "build", toy_run.toy)
+  for name in ("killed", "whole"):
+    c = dpo_tiny.get_config()
+    c.update_from_flattened_dict(fields)
+    loop.run(config.typed(c), str(tmp_path / name))
+  assert [row["step"] for row in rows(tmp_path / "killed")] == list(range(1, 25))
+  assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+  assert states(tmp_path / "killed") == states(tmp_path / "whole")
+  assert (tmp_path / "killed" / "export").read_bytes() == (tmp_path / "whole" / "export").read_bytes()
+
+
+def killed_at_first_checkpoint(process, folder, log):
+  deadline = time.time() + 500
+  while not (folder / "checkpoints" / "2").exists() and process.poll() is None:
+    assert time.time() < deadline
+    time.sleep(0.01)
+  process.kill()
+  assert process.wait() == -signal.SIGKILL, log.read_text()[-3000:]
+  assert not (folder / "export").exists()
+
+
+@pytest.mark.slow  # the loop is that of the test above, and sd3_run_test.py resumes a network bit by bit
+def test_a_killed_run_of_networks_ends_bit_identical(whole, shared):
+  """By the command line alone."""
   folder = shared / "killed"
   arguments, environment = command(shared, "dpo_tiny.py", folder, **DPO)
   with open(shared / "killed.log", "w") as log:
     process = subprocess.Popen(arguments, env=environment, cwd=shared, stdout=log, stderr=log)
-    deadline = time.time() + 500
-    while not (folder / "checkpoints" / "2").exists() and process.poll() is None:
-      assert time.time() < deadline
-      time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, (shared / "killed.log").read_text()[-3000:]
-  assert not (folder / "export").exists()
+    killed_at_first_checkpoint(process, folder, shared / "killed.log")
   assert len(rows(folder)) < 10
   said = main(shared, "dpo_tiny.py", folder, **DPO)
   assert "resuming" in said
