@@ -9,7 +9,7 @@ VOTES is what `python -m jaxpref.vote PAIRS --export=VOTES` wrote; the second co
 Source: beta 5000 and AdamW are Diffusion-DPO's. Rank and rate are those with which SPO trains LoRA (arXiv 2406.04314).
 Differs: 200 steps of 8 pairs, so that 200 votes are seen 8 times.
 Hardware: one GPU of 24 GB (docs/results/benchmarks.md has the memory of a LoRA of SDXL).
-Expect: this recipe has not been run at full size. Nor has it been tried how many votes it takes.
+Expect: this recipe has not been run at full size. docs/results/votes.md has how many votes tiny-sd takes.
 """
 
 from jaxpref.config import default, smoke

@@ -14,11 +14,19 @@ source scripts/environment.sh
 environment .venv-test '.[test]'
 .venv-test/bin/python -m ruff check .
 .venv-test/bin/python -m ruff format --check .
+types='' log=.venv-test/mypy.log
 if [[ "${1:-}" == fast ]]; then
   shift
   set -- tests/{losses,reference,cost,layers,configs,commands,readme,docs,prose,doctest}_test.py \
     tests/{diffusion,objectives,files} tests/training/step_test.py "$@"
-else
-  .venv-test/bin/python -m mypy
+else  # the type checker takes one core, so it runs beside the tests
+  .venv-test/bin/python -m mypy >"$log" 2>&1 &
+  types=$!
 fi
-run_tests .venv-test/bin/python "$@"
+status=0
+run_tests .venv-test/bin/python "$@" || status=$?
+if [ -n "$types" ]; then
+  wait "$types" || status=$?
+  cat "$log"
+fi
+exit "$status"

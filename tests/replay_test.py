@@ -36,6 +36,7 @@ def stop_in(folder):
   yield folder / "run", str(error.value)
 
 
+@pytest.mark.slow  # with the next one, which has its run
 def test_the_step_goes_wrong_again_on_one_device(stopped):
   run, message = stopped
   assert f"python -m jaxpref.replay {run / 'bad_step_000003'}," in message
@@ -47,6 +48,7 @@ def test_the_step_goes_wrong_again_on_one_device(stopped):
   assert "is finite here" not in said
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_said_in_a_sentence(stopped, tmp_path, capsys):
   run, _ = stopped
   with pytest.raises(SystemExit) as ended:

@@ -346,6 +346,7 @@ def test_a_run_in_time_is_stopped(tmp_path, monkeypatch):
     study.train(study_plan.Run(study_plan.BY_NAME["sft"], 1e-5, 500.0, 0, "test"), tmp_path, 0.0)
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_runs_and_then_the_study(tmp_path):
   """Both that are going on, with a report of what there is."""
   run = [sys.executable, "-S", "-c", "import time; print('begun', flush=True); time.sleep(60)"]

@@ -66,6 +66,7 @@ def test_the_recipes_have_what_was_chosen_on_the_validation_prompts():
       assert config[section][key] == value
 
 
+@pytest.mark.slow  # of files that do not change
 def test_the_judge_agrees_with_eyes_on_style():
   recorded = json.loads((RESULTS / "judge_sheet.json").read_text())
   sheet = np.asarray(Image.open(RESULTS / "judge_sheet.png").convert("RGB"))
