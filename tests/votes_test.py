@@ -11,8 +11,8 @@ from scripts.study import ground, votes
 
 def test_every_run_has_a_folder_of_its_own():
   paths = [case.path for case in votes.cases()]
-  in_rounds, short = 2 * len(votes.ROUND_SEEDS), 2 * len(votes.SEEDS)
-  assert len(set(paths)) == len(paths) == 4 * len(votes.VOTES) * len(votes.SEEDS) + in_rounds + short
+  in_rounds = 2 * len(votes.ROUND_SEEDS)
+  assert len(set(paths)) == len(paths) == 5 * len(votes.VOTES) * len(votes.SEEDS) + in_rounds
   assert len({case.seed for case in votes.cases()[: 4 * len(votes.VOTES)]}) == 1  # a seed of each first
 
 
@@ -58,7 +58,7 @@ def test_the_report_has_a_line_for_each_kind(tmp_path):
       rows.append(row | {name: getattr(case, name) for name in ("ask", "votes", "agreement", "seed")})
       rows[-1]["fields"] = dict(case.fields)
   lines = [line for line in votes.markdown(rows).splitlines() if line.startswith("| voter")]
-  assert len(lines) == 7
+  assert len(lines) == 8
   assert lines[0] == "| voter, right in 85 % | unsure | 50 | 5 | +1.0 [+1.0, +1.0] | 0 of 5 | -1.0 |"
   assert lines[1] == "| voter, right in 85 % | unsure | 800 | 5 | +27.0 [+25.0, +29.0] | 5 of 5 | -1.0 |"
 

@@ -51,7 +51,7 @@ RECIPE = "taste_tiny"
 ROUNDS, ROUND_VOTES, ROUND_SEEDS = 4, 100, range(3)
 IN_ROUNDS = ("rounds", "at_once")
 ASKED = {"reward": "at random", "random": "at random", "active": "unsure", "at_once": "at once", "rounds": "in rounds"}
-SHORT = (("num_steps", 60),)  # for few votes, which many steps learn by heart
+SHORT = (("num_steps", 60),)  # as few votes are learnt by heart
 TUNING_VOTES, TUNING_AGREEMENT = 200, 85
 COMMON = {"sample.every": 0, "checkpoint.keep": 1, "checkpoint.every": 100_000, "evaluation.num_prompts": 0}
 
@@ -92,7 +92,7 @@ def cases() -> list[Case]:
   """Returns all runs, a seed of each first; rounds at the end."""
   kinds = [("random", 85), ("active", 85), ("random", 70), ("reward", 0)]
   found = [Case(ask, votes, agreement, seed) for seed in SEEDS for ask, agreement in kinds for votes in VOTES]
-  found += [Case("random", votes, 85, seed, fields=SHORT) for votes in VOTES[:2] for seed in SEEDS]
+  found += [Case("random", votes, 85, seed, fields=SHORT) for votes in VOTES for seed in SEEDS]
   return found + [Case(ask, ROUNDS * ROUND_VOTES, 0, seed) for seed in ROUND_SEEDS for ask in ("rounds", "at_once")]
 
 
