@@ -229,7 +229,7 @@ def follow(plan: Plan) -> None:
     _say(plan, number, "training")
     _run("main", plan.training(number))
   last = plan.run(plan.rounds - 1)
-  print(f"aligned in {plan.rounds} rounds: {last}")
+  print(f"aligned in {plan.rounds} round{'s' * (plan.rounds > 1)}: {last}")
   if adapter := plan.adapter(plan.rounds - 1):
     print(f"its LoRA, for {plan.model}: {adapter}")
   print("next, with a file of prompts that nobody has voted on:")

@@ -54,10 +54,13 @@ def test_the_report_has_a_line_for_each_kind(tmp_path):
   for case in votes.cases():
     if case.votes in (50, 800) and case.ask in ("random", "active"):
       share = 0.36 if case.votes == 50 else 0.6 + 0.01 * case.seed
+      share += 0.1 * (case.ask == "random" and not case.fields)
       row = {"share": share, "base_share": 0.35, "error": 0.02, "captions": -0.01}
       rows.append(row | {name: getattr(case, name) for name in ("ask", "votes", "agreement", "seed")})
       rows[-1]["fields"] = dict(case.fields)
-  lines = [line for line in votes.markdown(rows).splitlines() if line.startswith("| voter")]
+  said = votes.markdown(rows)
+  assert "50 votes -10.0 [-10.0, -10.0]; 800 votes -10.0 [-10.0, -10.0]." in said
+  lines = [line for line in said.splitlines() if line.startswith("| voter")]
   assert len(lines) == 8
   assert lines[0] == "| voter, right in 85 % | unsure | 50 | 5 | +1.0 [+1.0, +1.0] | 0 of 5 | -1.0 |"
   assert lines[1] == "| voter, right in 85 % | unsure | 800 | 5 | +27.0 [+25.0, +29.0] | 5 of 5 | -1.0 |"
@@ -117,7 +120,7 @@ def test_settings_are_tried_one_after_the_other(tmp_path):
   assert len(json.loads((tmp_path / "votes.json").read_text())["tuning"]) == 9
 
 
-def test_rounds_and_what_stands_beside_them_take_as_many_steps_and_pairs(small):
+def test_rounds_and_what_stands_beside_them_take_as_many_steps_and_pairs(small, monkeypatch):
   place, _ = small
   (place / "ground").mkdir()
   rounds, at_once = (votes.Case(ask, 400, 0, 0) for ask in votes.IN_ROUNDS)
@@ -129,3 +132,6 @@ def test_rounds_and_what_stands_beside_them_take_as_many_steps_and_pairs(small):
   assert set(captions) <= {e.caption for e in ground.split("train")}
   assert votes.ROUNDS * votes.ROUND_VOTES == at_once.votes
   assert not any(argument.startswith("--config.num_steps") for argument in command)
+  monkeypatch.setattr(votes, "write_votes", lambda case, place: place / "votes.jsonl")
+  steps = votes.ROUNDS * votes.load_recipe().num_steps
+  assert f"--config.num_steps={steps}" in votes.training_command(at_once, place, place / "other")

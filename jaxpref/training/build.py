@@ -221,9 +221,10 @@ def text_adapters(config: Config) -> dict[str, Any]:
     ValueError: it has something, and the data holds prompts that the encoders without it have encoded.
   """
   start, of = config_lora(config), families.get(config.family)
-  if start is None or not isinstance(of, families.StableDiffusionFamily):  # the others refuse such files
+  read = getattr(of, "text_adapters", None)  # families without it refuse such files
+  if start is None or read is None:
     return {}
-  text = of.text_adapters(start, _load(config, None, components=()))
+  text: dict[str, Any] = read(start, _load(config, None, components=()))
   if text and config.data.source == "precomputed":
     raise ValueError(
       f"config.lora.init_from={start} adapts {' and '.join(sorted(text))}, and precomputed data holds prompts without "

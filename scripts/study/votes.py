@@ -303,6 +303,11 @@ def markdown(rows: Sequence[dict[str, Any]], tuning: Sequence[dict[str, Any]] = 
   base = rows[0]["base_share"] if rows else float("nan")
   parted = [[row for row in rows if (row["ask"] in IN_ROUNDS) == rounds] for rounds in (False, True)]
   lines = [_HEAD.format(base=f"{base:.1%}", reward=REWARD), "", *_table(parted[0])]
+  if compared := _unsure_against_random(rows):
+    lines += [
+      "",
+      "Asking the unsure pairs instead of random ones, share by seed, in points: " + "; ".join(compared) + ".",
+    ]
   if parted[1]:
     lines += ["", _ROUNDS_HEAD.format(rounds=ROUNDS, votes=ROUND_VOTES), "", *_table(parted[1])]
   if tuning:
@@ -325,6 +330,20 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
     cells += [f"{alone} of {len(mine)}", f"{100 * np.mean([row['captions'] for row in mine]):+.1f}"]
     lines.append("| " + " | ".join(cells) + " |")
   return lines
+
+
+def _unsure_against_random(rows: Sequence[dict[str, Any]]) -> list[str]:
+  """The differences of the runs with the same number of votes and the same seed, with their intervals."""
+  of = {
+    ask: {(r["votes"], r["seed"]): r["share"] for r in rows if (r["ask"], r["agreement"], r["fields"]) == (ask, 85, {})}
+    for ask in ("active", "random")
+  }
+  found = []
+  for votes in VOTES:
+    both = [key for key in of["active"] if key[0] == votes and key in of["random"]]
+    if len(both) > 1:
+      found.append(f"{votes} votes {_interval(np.asarray([of['active'][key] - of['random'][key] for key in both]))}")
+  return found
 
 
 def _tuning_table(rows: Sequence[dict[str, Any]]) -> list[str]:
