@@ -499,7 +499,58 @@ def test_report_says_what_the_numbers_say(tmp_path):
   assert "**4e-05, 500: 60.0% (+0.0)**" in text and "8e-05, 500: 70.0% (-10.0)" in text
   missing = text.partition("## Missing")[2]
   assert "- dpo: 5 runs\n" in missing and "- dpo_legible: not tuned yet\n" in missing and "lpo: not tuned" in missing
-  assert {p.name for p in (tmp_path / "docs").iterdir()} == {"papers.md", "papers.json"}
+  assert {p.name for p in (tmp_path / "docs").iterdir()} == {"papers.md", "papers.json", "papers_frontier.png"}
+
+
+def test_findings_take_their_numbers_from_the_runs():
+  of = lambda shares: [
+    {"seed": s, "share": x, "captions": x - 0.7, "win_rate": 0.5, "other_share": 0.0, "evaluations": 24_141.2}
+    for s, x in enumerate(shares)
+  ]
+  study = {"runs": {"spo": of([0.70, 0.72, 0.74]), "dpo": of([0.6, 0.6, 0.6]), "sft": [], "lpo": of([0.5])}}
+  fill = lambda text: study_report.findings(study, text)
+  assert fill("{share spo}, {captions spo}, {seeds spo}, {evaluations dpo}") == "72.0 %, +2.0 points, 3, 24,100"
+  assert fill("{spo - dpo}") == fill("{captions spo - dpo}") == "+12.0 points [+7.0, +17.0]"
+  assert fill("{lpo - spo}") == "-20.0 points" and fill("a {brace") == "a {brace"
+  with pytest.raises(ValueError, match=r"\{spo - sft\} .* no run of sft"):
+    fill("{spo - sft}")
+  with pytest.raises(ValueError, match=r"no run of grpo"):
+    fill("{share grpo}")
+
+
+def test_margins_are_means_over_seeds_by_time():
+  rows = [{f"margin_bin_{i:02}": i + 10.0 * seed for i in range(10)} for seed in (0, 1)]
+  assert study_report.margins(rows).tolist() == [i + 5.0 for i in range(10)]
+  del rows[0]["margin_bin_03"]  # a run that drew no such time
+  assert study_report.margins(rows)[3] == 13.0
+  assert study_report.margins([]) is None and study_report.margins([{"share": 0.5}]) is None
+
+
+def test_deviations_are_compared_with_spo_by_an_f_test():
+  runs = {n: [] for n in ("spo_60", "spo_85", "spo_100")}
+  runs |= {
+    n: [{"share": x} for x in values] for n, values in {"spo": (0.0, 1.0, 2.0), "spo_before": (0.0, 7.0, 14.0)}.items()
+  }
+  (_, own, _, none), (name, early, seeds, p) = study_report.deviations(runs)
+  assert (own, none, name, early, seeds) == (1.0, None, "spo_before", 7.0, 3)
+  assert p == pytest.approx(2 / 50)  # the survival of F(2, 2) at x is 1 / (1 + x), here at 49
+
+
+def test_the_ceiling_is_the_better_size_at_its_best_epoch(tmp_path):
+  best = lambda mean, epoch: {"epoch": epoch, "bins": [mean] * 10}
+  for width, style, legible in ((0, 0.9, 0.8), (2, 0.8, 0.9)):
+    found = {"width": width, "history": [{}] * 5, "best": {"style": best(style, 2), "legible": best(legible, 3)}}
+    (tmp_path / f"ceiling_{width}.json").write_text(json.dumps(found))
+  (tmp_path / "accuracy").mkdir()
+  (tmp_path / "accuracy" / "style_70_latent.json").write_text(json.dumps({"mean": 0.85, "bins": [0.85] * 10}))
+  (tmp_path / "docs").mkdir()
+  instrument.main(["report", f"--ground={tmp_path}", f"--docs={tmp_path / 'docs'}"])
+  found = json.loads((tmp_path / "docs" / "papers_instrument.json").read_text())
+  of = found["ceiling"]
+  assert (of["style"]["width"], of["style"]["epoch"], of["legible"]["width"], of["legible"]["epoch"]) == (0, 2, 2, 3)
+  assert of["style"]["mean"] == pytest.approx(0.9) and of["legible"]["epochs"] == 5
+  study = study_report.collect(tmp_path)
+  assert re.search(r"\| style_70_latent \| 85\.0 (\| 85\.0 ){10}\| 5\.0 \|", study_report.markdown(study, found))
 
 
 def test_a_report_is_gone_on_from(tmp_path):

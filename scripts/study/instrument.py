@@ -3,6 +3,7 @@
     python scripts/study/instrument.py predictions                   # of the ground's pairs, once
     python scripts/study/instrument.py ceiling                       # trains two large models on the true scores
     python scripts/study/instrument.py accuracy NAME=runs/study/models/NAME/export ...
+    python scripts/study/instrument.py report                        # docs/results/papers_instrument.json
 
 A step-aware model sees a decoded guided prediction of the clean picture, made from its latent with noise up to time t.
 What the noise has destroyed no model can know. `ceiling` trains the judge itself, with an embedding of t and a second,
@@ -298,16 +299,35 @@ def score_latent(ground: pathlib.Path, folder: str) -> np.ndarray:
   return found
 
 
+def report(ground: pathlib.Path) -> dict[str, Any]:
+  """Returns the accuracies and the ceilings that were measured; `bins` and their `mean` are shares of pairs.
+
+  The ceiling of a hidden preference is the better of the two sizes, at the epoch that was best.
+  """
+  models = {file.stem: json.loads(file.read_text()) for file in sorted((ground / "accuracy").glob("*.json"))}
+  ceiling: dict[str, Any] = {}
+  for file in sorted(ground.glob("ceiling_*.json")):
+    trained = json.loads(file.read_text())
+    for hidden, best in trained["best"].items():
+      mean = float(np.mean(best["bins"]))
+      if hidden not in ceiling or mean > ceiling[hidden]["mean"]:
+        ceiling[hidden] = {"mean": mean, "width": trained["width"], **best, "epochs": len(trained["history"])}
+  return {"command": "python scripts/study/instrument.py report", "models": models, "ceiling": ceiling}
+
+
 def main(arguments: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("what", choices=("predictions", "ceiling", "accuracy"))
+  parser.add_argument("what", choices=("predictions", "ceiling", "accuracy", "report"))
   parser.add_argument("models", nargs="*", metavar="NAME=FOLDER", help="for accuracy; NAME: style_... or legible_...")
   parser.add_argument("--split", choices=tuple(ground_lib.DRAWN), help="for predictions (default: both)")
   parser.add_argument("--width", type=int, choices=(0, 2), help="for ceiling: of the second tower (default: both)")
   parser.add_argument("--ground", type=pathlib.Path, default=ROOT / "runs" / "study" / "ground")
+  parser.add_argument("--docs", type=pathlib.Path, default=ROOT / "docs" / "results", help="for report")
   args = parser.parse_args(arguments)
   ground = args.ground.resolve()
-  if args.what == "predictions":
+  if args.what == "report":
+    (args.docs / "papers_instrument.json").write_text(json.dumps(report(ground), indent=1) + "\n")
+  elif args.what == "predictions":
     for name in [args.split] if args.split else ground_lib.DRAWN:
       predictions(ground, name)
   elif args.what == "ceiling":

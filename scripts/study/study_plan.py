@@ -39,6 +39,7 @@ PARTS = {
   "C": "The moving reference (arXiv 2505.18736)",
   "D": "Timestep-aware training (arXiv 2505.18736)",
   "E": "Combinations that no paper has",
+  "F": "Asked after the first answers, to explain them",
 }
 
 
@@ -54,7 +55,8 @@ class Variant:
     hidden, agreement: whose labels it learns from, `ground.HIDDEN` and percent.
     against: names of variants.
     tuned_as: the variant whose learning rate and beta it takes; "": its own are tuned.
-    beta: what it has of that: "tuned", or "recipe" for the recipe's own.
+    beta: what it has of that: "tuned", "recipe" for the recipe's own, or a number.
+    learning_rate: a number in the place of the tuned one.
     judged_by: kind of the preference model, see `models`.
     seeds: number of runs on the test split.
   """
@@ -67,7 +69,8 @@ class Variant:
   agreement: int = 70
   against: tuple[str, ...] = ()
   tuned_as: str = ""
-  beta: str = "tuned"
+  beta: str | float = "tuned"
+  learning_rate: float | None = None
   judged_by: str = "step_aware"
   seeds: int = 4
 
@@ -123,7 +126,7 @@ VARIANTS = (
   ),
   _moving("ema_tau4", reference={"tau": 4, "alpha": 0.25}, against=("moving_tau16",), tuned_as="dpo", beta="recipe"),
   _moving("rho_tau16", reference={"tau": 16, "rho": 0.2}, against=("moving_tau16",), tuned_as="dpo", beta="recipe"),
-  _moving("moving", reference={"tau": 16}, against=("dpo",), seeds=8),  # all of it tuned: the headline
+  _moving("moving", reference={"tau": 16}, against=("dpo", "dpo_slow"), seeds=8),  # all of it tuned: the headline
   # D.
   Variant("sampling", "D", "tdpo_tiny", FROZEN | {"timesteps.reward_scale": False}, against=("dpo",), tuned_as="dpo"),
   Variant("scale", "D", "tdpo_tiny", FROZEN | {"timesteps.gamma": 1.0}, against=("dpo",), tuned_as="dpo"),
@@ -132,6 +135,26 @@ VARIANTS = (
   # E. tau counts iterations of SPO, each of which makes several updates.
   _moving("spo_moving", "spo_tiny", "E", reference={"tau": 5}, against=("spo",), tuned_as="spo"),
   _moving("lpo_moving", "lpo_tiny", "E", reference={"tau": 5}, against=("lpo",), tuned_as="lpo", judged_by="latent"),
+  # F. Is it the reference, or a small beta? Diffusion-DPO at the moving reference's rate, and both at other betas.
+  Variant("dpo_slow", "F", "dpo_tiny", tuned_as="dpo", beta=50.0, learning_rate=2e-5),
+  Variant("dpo_slow160", "F", "dpo_tiny", tuned_as="dpo", beta=160.0, learning_rate=2e-5),
+  Variant("dpo_160", "F", "dpo_tiny", tuned_as="dpo", beta=160.0),
+  _moving(
+    "moving_160", part="F", reference={"tau": 16}, against=("dpo_slow160", "dpo_160"), tuned_as="moving", beta=160.0
+  ),
+  _moving("moving_500", part="F", reference={"tau": 16}, against=("dpo", "spo"), tuned_as="moving", beta=500.0),
+  # Where did SPO's deviation between seeds come from? The settings of the study before this one.
+  Variant(
+    "spo_before",
+    "F",
+    "spo_tiny",
+    {"spo.warmup_steps": 4, "num_steps": 20},
+    against=("spo",),
+    tuned_as="spo",
+    beta="recipe",
+    learning_rate=4e-5,
+    seeds=8,
+  ),
 )
 BY_NAME = {v.name: v for v in VARIANTS}
 CURVES = {"Diffusion-DPO": ("dpo_quarter", "dpo_half", "dpo"), "SPO": ("spo_quarter", "spo_half", "spo")}
@@ -410,8 +433,8 @@ def chosen(variant: Variant, folder: pathlib.Path) -> tuple[float, float] | None
   best = choose([r for r in rows if r], variant.hidden)
   if best is None:
     return None
-  recipe = load_config(variant)
-  return best["learning_rate"], recipe.loss.beta if variant.beta == "recipe" else best["beta"]
+  of_beta = {"tuned": best["beta"], "recipe": load_config(variant).loss.beta}
+  return variant.learning_rate or best["learning_rate"], of_beta.get(variant.beta, variant.beta)
 
 
 def test_runs(variant: Variant, folder: pathlib.Path) -> list[Run]:

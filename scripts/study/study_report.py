@@ -1,8 +1,20 @@
-"""Writes the report of scripts/study/study.py: papers.md, papers.json and its plot in docs/results."""
+"""Writes the report of scripts/study/study.py: papers.md, papers.json, findings.md and plots in docs/results.
+
+findings.md is written by hand in scripts/study/findings.md, but for its numbers. In braces stands what is put there:
+
+  {share spo}          mean share of a variant's runs, "74.3 %"
+  {captions spo}       mean change of its captions, "-4.2 points"
+  {seeds spo}          number of its runs, "8"
+  {evaluations spo}    UNet evaluations of its training, "24,100"
+  {spo - dpo}          their difference of share by seed, "+10.8 points [+5.6, +16.1]"
+  {captions spo - dpo} the same of captions, {win_rate spo - dpo} of win rates
+"""
 
 import collections
 import json
 import pathlib
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +25,7 @@ from jaxpref.evaluation.statistics import holm
 from scripts.study import study_plan
 
 MAIN = {("spo", "dpo"), ("spo_legible", "dpo_legible"), ("moving", "dpo")}  # not corrected for their number
+FINDINGS = "scripts/study/findings.md"
 KEYS = ("share", "captions", "win_rate", "other_share")
 Rows = Sequence[dict[str, Any]]
 
@@ -105,11 +118,120 @@ def _table(head: str, rows: Sequence[Sequence[Any]]) -> list[str]:
   return [f"| {head} |", *lines, ""]
 
 
-def markdown(study: Mapping[str, Any], findings: str = "") -> str:
-  """Returns docs/results/papers.md; the findings are written by hand, in docs/results/papers_findings.md."""
+def findings(study: Mapping[str, Any], template: str) -> str:
+  """Returns the page of findings: the template with the study's numbers in the place of what stands in braces.
+
+  Raises:
+    ValueError: runs that it speaks of are missing.
+  """
+  runs = {name: [r for r in rows if "failed" not in r] for name, rows in study["runs"].items()}
+
+  def number(match: re.Match[str]) -> str:
+    key, new, old = match[1] or "share", match[2], match[3]
+    if missing := [name for name in (new, old) if name and not runs.get(name)]:
+      raise ValueError(f"{match[0]} in findings.md: there is no run of {', '.join(missing)}.")
+    if old:
+      found = compare(runs[new], runs[old])
+      if not found:
+        raise ValueError(f"{match[0]} in findings.md: the two share no seed.")
+      return _points(found[key]).replace(" [", " points [") + ("" if "interval" in found[key] else " points")
+    mean = np.mean([r[key] for r in runs[new]]) if key != "seeds" else len(runs[new])
+    return _FORMS[key](mean)
+
+  return re.sub(r"\{(?:(\w+) )?(\w+)(?: - (\w+))?\}", number, template)
+
+
+_FORMS = {
+  "share": lambda v: f"{100 * v:.1f} %",
+  "win_rate": lambda v: f"{100 * v:.1f} %",
+  "captions": lambda v: f"{100 * v:+.1f} points",
+  "seeds": str,
+  "evaluations": lambda v: f"{round(v, -2):,.0f}",
+}
+
+
+def margins(rows: Rows) -> np.ndarray | None:
+  """Returns f64[10]: the mean margin of implicit rewards by range of t, over seeds; None if rows do not have it."""
+  names = [f"margin_bin_{i:02}" for i in range(10)]
+  if not rows or not all(any(name in r for r in rows) for name in names):
+    return None
+  return np.array([np.mean([r[name] for r in rows if name in r]) for name in names])
+
+
+def _margins(runs: Mapping[str, Rows]) -> list[str]:
+  """The table of question D2."""
+  variants = ("dpo", "sampling", "scale", "timesteps")
+  found = {name: m for name in variants if (m := margins(runs[name])) is not None}
+  if len(found) < 2:
+    return []
+  cells = [
+    [name, *(f"{1e3 * v:.2f}" for v in m), f"{m.max() / m.sum():.0%}", f"{m[:5].sum() / m.sum():.0%}"]
+    for name, m in found.items()
+  ]
+  head = ["variant", *(f"{100 * i}" for i in range(10)), "largest", "below 500"]
+  return [_MARGINS, *_table(" | ".join(head), cells)]
+
+
+_MARGINS = """Margin of implicit rewards by range of t (from the number at the top on), times 1,000: means over
+seeds and the last two fifths of training. Largest: the largest range's share of the total.
+"""
+
+
+def deviations(runs: Mapping[str, Rows]) -> list[tuple[str, float, int, float | None]]:
+  """Returns (variant, standard deviation of share, seeds, p of an F-test against `spo`) of SPO's variants."""
+  shares = {name: [r["share"] for r in runs[name]] for name in ("spo", "spo_before", "spo_60", "spo_85", "spo_100")}
+  found: list[tuple[str, float, int, float | None]] = []
+  for name, values in shares.items():
+    if len(values) > 2:
+      p = None
+      if name != "spo" and len(shares["spo"]) > 2:
+        ratio = np.var(values, ddof=1) / np.var(shares["spo"], ddof=1)
+        law = stats.f(len(values) - 1, len(shares["spo"]) - 1)
+        p = float(min(1.0, 2 * min(law.cdf(ratio), law.sf(ratio))))
+      found.append((name, float(np.std(values, ddof=1)), len(values), p))
+  return found
+
+
+def _deviations(runs: Mapping[str, Rows]) -> list[str]:
+  if len(found := deviations(runs)) < 2:
+    return []
+  rows = [[name, f"{100 * d:.1f}", n, "" if p is None else f"{p:.2g}"] for name, d, n, p in found]
+  return [
+    "Deviation of share between seeds, in points, and p of an F-test against `spo`:",
+    "",
+    *_table("variant | deviation | seeds | p", rows),
+  ]
+
+
+def _instrument(found: Mapping[str, Any]) -> list[str]:
+  """The table of preference models, each beside the ceiling of its hidden preference."""
+  rows = []
+  for name, of in found["models"].items():
+    hidden = name.partition("_")[0]
+    top = found["ceiling"].get(hidden)
+    cells = [f"{100 * v:.1f}" for v in (of["mean"], *of["bins"])]
+    rows.append([name, *cells, f"{100 * (top['mean'] - of['mean']):.1f}" if top else ""])
+  for hidden, of in found["ceiling"].items():
+    rows.append([f"**ceiling, {hidden}**", *(f"{100 * v:.1f}" for v in (of["mean"], *of["bins"])), ""])
+  head = ["model", "mean", *(f"{100 * i}" for i in range(10)), "below the ceiling"]
+  return ["## The instrument", "", _INSTRUMENT, *_table(" | ".join(head), rows)]
+
+
+_INSTRUMENT = """Held-out pairs that matter and are ranked as the hidden score ranks them, in %, by range of t (from the
+number at the top on). Made by `python scripts/study/instrument.py`, whose first lines say what the ceiling is.
+"""
+
+
+def markdown(study: Mapping[str, Any], instrument: Mapping[str, Any] | None = None) -> str:
+  """Returns docs/results/papers.md.
+
+  Args:
+    study: `collect`.
+    instrument: docs/results/papers_instrument.json.
+  """
   runs = {name: [r for r in rows if "failed" not in r] for name, rows in study["runs"].items()}
   done = [r for rows in runs.values() for r in rows]
-  lines = [_HEAD, *([findings] if findings else []), "## Numbers", "", _NUMBERS]
+  lines = [_HEAD, "## Numbers", "", _NUMBERS]
   if done:
     error = max(r["error"] for r in done)
     lines += [
@@ -128,6 +250,8 @@ def markdown(study: Mapping[str, Any], findings: str = "") -> str:
     if found := [f for f in study["comparisons"] if f["part"] == part]:
       head = "variant | against | seeds | share, points [95 %] | finds | p | p by Holm | captions | win rate"
       lines += _table(head, [_comparison(f) for f in found])
+    lines += _margins(runs) if part == "D" else _deviations(runs) if part == "F" else []
+  lines += _instrument(instrument) if instrument else []
   lines += ["## Tuning", "", *_table("variant | learning rate, beta: share (captions, points)", _tuning(study))]
   failed = [
     f"{r['variant']} seed {r['seed']}: {r['failed']}" for rows in study["runs"].values() for r in rows if "failed" in r
@@ -193,6 +317,8 @@ _HEAD = """# What the papers claim, on tiny-sd
 
 Made by `python scripts/study/study.py`; what it asks, and how it was to be answered, was written down before it ran:
 [papers_questions.md](papers_questions.md). All numbers are in papers.json.
+
+![Share over captions](papers_frontier.png)
 """
 _NUMBERS = """Means over seeds (lowest to highest). Deviation: the standard deviation of share between seeds, in points.
 Captions: change of caption accuracy against base. Minutes are those of training alone, by the median step, on one core.
@@ -224,11 +350,43 @@ def plot_budget(study: Mapping[str, Any], docs: pathlib.Path) -> None:
   plt.close(figure)
 
 
+def plot_frontier(study: Mapping[str, Any], docs: pathlib.Path) -> None:
+  """Draws share over the change of captions, a point for each variant that learns style from the 70 % rater."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+  for number, part in enumerate(study_plan.PARTS):
+    label: str | None = f"{part}. {study_plan.PARTS[part]}"
+    for v in study_plan.VARIANTS:
+      rows = [r for r in study["runs"][v.name] if "failed" not in r]
+      if v.part == part and (v.hidden, v.agreement) == ("style", 70) and rows:
+        x, y = (100 * np.mean([r[key] for r in rows]) for key in ("captions", "share"))
+        axis.plot(x, y, "o", color=f"C{number}", markersize=4, label=label)
+        axis.annotate(v.name, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=6.5)
+        axis.axhline(100 * rows[0]["base_share"], color="0.8", linewidth=0.8, zorder=0)
+        label = None
+  axis.set(xlabel="change of caption accuracy, points", ylabel="share of the preferred style, %")
+  if axis.lines:
+    axis.legend(fontsize=6.5)
+    figure.savefig(docs / "papers_frontier.png", dpi=110)
+  plt.close(figure)
+
+
 def write(folder: pathlib.Path, docs: pathlib.Path) -> None:
-  """Writes the report of the runs in `folder` into `docs`; findings come from papers_findings.md there."""
+  """Writes the report of the runs in `folder` into `docs`; says why where findings.md cannot be written."""
   study = collect(folder)
   docs.mkdir(parents=True, exist_ok=True)
   plot_budget(study, docs)
-  findings = docs / "papers_findings.md"
-  (docs / "papers.md").write_text(markdown(study, findings.read_text() if findings.is_file() else ""))
+  plot_frontier(study, docs)
+  file = docs / "papers_instrument.json"
+  (docs / "papers.md").write_text(markdown(study, json.loads(file.read_text()) if file.is_file() else None))
   (docs / "papers.json").write_text(json.dumps(study, indent=1) + "\n")
+  template = study_plan.ROOT / FINDINGS
+  try:
+    if template.is_file():
+      (docs / "findings.md").write_text(findings(study, template.read_text()))
+  except ValueError as error:
+    print(f"findings.md is not written: {error}", file=sys.stderr)
