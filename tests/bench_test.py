@@ -6,7 +6,7 @@ import math
 import jax
 import pytest
 
-from scripts.bench import bench
+from scripts.bench import bench, count_lpo, time_lpo
 
 
 @pytest.mark.parametrize("size", ["sdxl", "sd15", "tiny"])
@@ -66,3 +66,29 @@ def test_memory_is_said_beside_the_compilers_and_whether_the_steps_reached_it():
   assert bench.memory_note(row) == " (compiler: 2.50)"
   assert bench.memory_note(row | {"peak_before_gib": 3.0}) == " (compiler: 2.50, reached before the steps)"
   assert bench.memory_note(row | {"memory_is": "the compiler's"}) == " (compiler)"
+
+
+def test_a_score_of_spo_is_decoded_and_judged_and_denoises_what_is_dropped():
+  parts = {"latent reward": 1.0, "guided call": 8.0, "decoder": 3.0, "image tower": 0.5}
+  found = count_lpo.of_scores(parts, pool_size=4)
+  assert found == {"step-aware, of a pool": 9.5, "step-aware without the call": 3.5}  # three of four are dropped
+
+
+def test_parts_of_a_score_are_timed_in_turns(monkeypatch):
+  order, times = [], iter([9.0, 9.0, 9.0, 9.0, *map(float, range(12))])
+  names = ("latent reward", "guided call", "decoder", "image tower")
+  shape = jax.ShapeDtypeStruct((2,), "float32")
+  calls = {name: (lambda x, name=name: order.append(name) or x, (shape,)) for name in names}
+  monkeypatch.setattr(count_lpo, "candidate_parts", lambda preset: calls)
+  monkeypatch.setattr(time_lpo, "seconds", lambda fn: fn() is not None and next(times))
+  found = time_lpo.measure("sd15", turns=3)
+  assert order == list(names)  # each is traced once
+  assert found["decoder"] == {"median": 6.0, "all": [2.0, 6.0, 10.0]}
+
+
+def test_parts_of_a_score_have_the_shapes_of_a_miniature():
+  parts = {name: jax.eval_shape(fn, *args) for name, (fn, args) in count_lpo.candidate_parts("sd15-miniature").items()}
+  assert parts["latent reward"].shape == parts["image tower"].shape == (1,)
+  assert parts["decoder"].shape == (1, 16, 16, 3) and parts["guided call"].shape == (1, 8, 8, 4)
+  filled = time_lpo.fill({"f": jax.ShapeDtypeStruct((3,), "bfloat16"), "i": jax.ShapeDtypeStruct((2,), "int32")})
+  assert filled["f"].dtype == "bfloat16" and filled["f"].any() and not filled["i"].any()

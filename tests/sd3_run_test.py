@@ -130,6 +130,25 @@ def test_a_lora_learns_and_a_resumed_run_is_the_same(trained, tmp_path):
   assert np.abs(params["transformer_lora"]["transformer_blocks.0"]["attn"]["add_q_proj"]["lora_B"]).max() > 0
 
 
+@pytest.mark.parametrize("objective", ["grpo", "spo"])
+def test_online_methods_start_from_the_policy_that_drew(objective, tmp_path):
+  """The rollout and the update give the flow's transitions the same log-densities: the ratio is 1, the loss log 2."""
+  c = recipe(**{"timesteps.density": "uniform", "data.source": "emoji", "data.caption_dropout": 0.0, "loss.beta": 10.0})
+  c.update(objective=objective, preference_model="tiny-spm", batch_size=2)
+  c.optimizer.warmup_steps = 0
+  c.grpo.update(num_inference_steps=4, group_size=3, minibatch=24, guidance_scale=2.0)
+  c.spo.update(num_inference_steps=4, warmup_steps=2, pool_size=3, threshold=0.0, minibatch=8, guidance_scale=2.0)
+  loop.run(c, str(tmp_path / "run"))
+  first, second = rows_of(tmp_path / "run")
+  assert first["grad_norm"] > 0 and first["score_gap"] > 0 and np.isfinite(second["loss"])
+  if objective == "grpo":
+    np.testing.assert_allclose([first["ratio"], first["loss"]], [1.0, 0.0], atol=5e-6)
+  else:
+    np.testing.assert_allclose([first["loss"], first["margin"]], [math.log(2), 0.0], atol=1e-5)
+  learned = checkpoint.load_params(tmp_path / "run", 2)[0]["transformer_lora"]["transformer_blocks.0"]["attn"]
+  assert np.abs(learned["add_q_proj"]["lora_B"]).max() > 0
+
+
 def pictures(folder):
   return np.stack([np.asarray(Image.open(p), np.int32) for p in sorted(folder.glob("0*.png"))])
 

@@ -13,6 +13,7 @@ import argparse
 import json
 import pathlib
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -35,12 +36,11 @@ RECIPES = {"sd15": (spo_sd15, lpo_sd15), "sdxl": (spo_sdxl, lpo_sdxl)}
 TERA = 1e12
 
 
-def scored_candidate(preset_name: str, pool_size: int) -> dict[str, float]:
-  """Returns TFLOP of one candidate's score, by part.
+def candidate_parts(preset_name: str) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+  """Returns what of a candidate is computed to score it: a function and the shapes of its arguments, by name.
 
   Args:
     preset_name: a name of `presets.PRESETS`.
-    pool_size: pool size of the step-aware model's rollout.
   """
   preset = presets.get_preset(preset_name)
   pipe = pipelines.random_pipeline(preset, components=())
@@ -63,17 +63,38 @@ def scored_candidate(preset_name: str, pool_size: int) -> dict[str, float]:
   of_clip = presets.abstract_params(clip)
   images = jax.eval_shape(model.decode, weights, x)
   text = jax.eval_shape(lambda p, ids: step_aware.embed_prompts(clip, p, ids), of_clip, tokens)
-  count = lambda fn, *args: flops.count(fn, *args) / TERA
-  found = {
-    "latent reward": count(lambda *a: latent.score_latents(scorer, *a), of_scorer, x, t, prompts),
-    "guided call": count(call, weights, x, t, cond),
-    "decoder": count(model.decode, weights, x),
-    "image tower": count(lambda *a: step_aware.score_images(clip, *a), of_clip, images, t, text),
+  vae = {"vae": weights["vae"]}
+  no_vae = {name: of for name, of in weights.items() if name != "vae"}
+  return {
+    "latent reward": (lambda *a: latent.score_latents(scorer, *a), (of_scorer, x, t, prompts)),
+    "guided call": (call, (no_vae, x, t, cond)),
+    "decoder": (model.decode, (vae, x)),
+    "image tower": (lambda *a: step_aware.score_images(clip, *a), (of_clip, images, t, text)),
   }
-  after = found["decoder"] + found["image tower"]
-  found["step-aware, of a pool"] = (pool_size - 1) / pool_size * found["guided call"] + after
-  found["step-aware without the call"] = after
-  return found
+
+
+def of_scores(parts: Mapping[str, float], pool_size: int) -> dict[str, float]:
+  """Returns costs of a score by a step-aware model, from those of `candidate_parts`.
+
+  Args:
+    pool_size: pool size of its rollout.
+  """
+  after = parts["decoder"] + parts["image tower"]
+  return {
+    "step-aware, of a pool": (pool_size - 1) / pool_size * parts["guided call"] + after,
+    "step-aware without the call": after,
+  }
+
+
+def scored_candidate(preset_name: str, pool_size: int) -> dict[str, float]:
+  """Returns TFLOP of one candidate's score, by part.
+
+  Args:
+    preset_name: a name of `presets.PRESETS`.
+    pool_size: pool size of the step-aware model's rollout.
+  """
+  found = {name: flops.count(fn, *args) / TERA for name, (fn, args) in candidate_parts(preset_name).items()}
+  return found | of_scores(found, pool_size)
 
 
 def iteration(module, *, like=None) -> dict[str, float]:
