@@ -188,7 +188,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(tmp_path):
   assert report["signals"] == {"SIGKILL": 2, "SIGTERM": 1}
 
 
-@pytest.mark.slow  # training/loop_test.py kills a run once
+@pytest.mark.slow  # training/command_test.py kills a run once
 @pytest.mark.parametrize("kills", [10, 25])
 def test_kills_of_a_run_that_compiles_in_no_time(tmp_path, kills):
   report = run_chaos(tmp_path, f"--kills={kills}", "--program=tests.toy_run")

@@ -37,6 +37,7 @@ gc.set_threshold(200_000, 20, 1000)
 
 # The files that take longest. They begin first, so that none runs when the other process has nothing left to do.
 LONGEST = (
+  "training/command_test.py",
   "training/loop_test.py",
   "sd3_run_test.py",
   "bad_input_test.py",
