@@ -23,6 +23,8 @@ from jaxpref.recipes.facts import (
   SOURCES,
   Facts,
   facts,
+  families_with,
+  family_facts,
   own_method,
 )
 from jaxpref.recipes.own import calling, check_function, hint, load_named
@@ -294,7 +296,7 @@ class Timesteps(Section):
       expected = f"{getattr(usual, field)!r} for {config.objective}: it is for methods that learn from data"
       self.require(learns or same, field, expected)
       expected = f"{getattr(usual, field)!r} for config.family={config.family}: it is for models of rectified flow"
-      self.require(config.family != "stable_diffusion" or same, field, expected)
+      self.require(family_facts(config.family).flow or same, field, expected)
     expected = "none for the loss dspo, which looks at predictions instead of errors"
     self.require(config.loss.name != "dspo" or self.weight == "none", "weight", expected)
     offline = of.losses == "denoised"
@@ -629,10 +631,11 @@ class Config(Section):
     expected = "nothing for this objective: it is for those with a UNet"
     of_stable_diffusion = of.trains in ("denoiser", "scorer", "latent_scorer")
     self.require(not self.vae_model or of_stable_diffusion, "vae_model", expected)
-    known = of_stable_diffusion and self.family == "stable_diffusion"
+    family = family_facts(self.family)
+    known = of_stable_diffusion and family.unet
     expected = "nothing for this objective or family: it is for checkpoints of Stable Diffusion"
     self.require(not self.model_config or known, "model_config", expected)
-    own = of.trains == "denoiser" and self.family == "stable_diffusion"
+    own = of.trains == "denoiser" and family.unet
     expected = "nothing for this objective or family: it trains no UNet of Stable Diffusion"
     self.require(not self.unet_model or own, "unet_model", expected)
     self._check_text(of)
@@ -646,14 +649,14 @@ class Config(Section):
 
   def _check_text(self, of: Facts) -> None:
     """Checks the fields of models with T5, and which methods have no use for such models."""
-    with_t5 = self.family == "stable_diffusion_3"
-    self.require(with_t5 or not self.drop_t5, "drop_t5", "False: it is for config.family=stable_diffusion_3")
+    family, expected = family_facts(self.family), f"it is for config.family={families_with('t5')}"
+    self.require(family.t5 or not self.drop_t5, "drop_t5", f"False: {expected}")
     length = self.max_sequence_length
-    self.require(with_t5 or length is None, "max_sequence_length", "None: it is for config.family=stable_diffusion_3")
+    self.require(family.t5 or length is None, "max_sequence_length", f"None: {expected}")
     self.require(length is None or 1 <= length <= 512, "max_sequence_length", "None, or 1 to 512 tokens of T5")
-    needs_unet = of.trains in ("vae", "latent_scorer")
-    expected = f"stable_diffusion for {self.objective}, which is made of parts of its models"
-    self.require(not (with_t5 and needs_unet), "family", expected)
+    of_parts = of.trains in ("vae", "latent_scorer")
+    expected = f"{families_with('parts')} for {self.objective}, which is made of parts of its models"
+    self.require(family.parts or not of_parts, "family", expected)
 
   def sections(self) -> list[Section]:
     values = (getattr(self, field.name) for field in dataclasses.fields(self))

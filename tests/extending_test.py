@@ -24,9 +24,11 @@ from jaxpref.config import Facts
 from jaxpref.devices import sharding
 from jaxpref.diffusion import samplers
 from jaxpref.files import adapters
+from jaxpref.files import family as families
 from jaxpref.models import presets
 from jaxpref.objectives import base, catalog, pairs
 from jaxpref.planning import plan
+from jaxpref.recipes.facts import FAMILY_FACTS, FamilyFacts, family_facts
 from jaxpref.rewards import published
 from jaxpref.rewards.base import Weighted
 from jaxpref.rewards.python import PythonReward
@@ -611,6 +613,11 @@ def test_an_unknown_method_is_one_sentence_everywhere():
   for ask in (catalog.method, config_lib.facts, lambda c: config_lib.smoke(c, "sd15-miniature"), plan.without_weights):
     with pytest.raises(ValueError, match="did you mean 'tdpo'"):
       ask(config)
+
+
+def test_the_config_knows_the_facts_of_each_family():
+  assert set(FAMILY_FACTS) == set(families.FAMILIES)
+  assert family_facts("pixels:PIXELS") == FamilyFacts()  # whose own code refuses what it cannot do
 
 
 def test_the_tables_of_names_agree():

@@ -1,4 +1,4 @@
-"""The facts of a method that are needed before anything is loaded: which data, losses and models it takes."""
+"""The facts of a method, and of a family of models, that are needed before anything is loaded."""
 
 from typing import Any, NamedTuple
 
@@ -56,6 +56,40 @@ FACTS = {
   "contrastive": Facts("tile", trains="clip"),
   "classify": Facts("tile", trains="judge"),
 }
+
+
+class FamilyFacts(NamedTuple):
+  """The properties of a family of models; the config asks them instead of its name.
+
+  Attributes:
+    flow: whether its process is, or may be, a rectified flow, whose training times the config chooses.
+    unet: whether it has checkpoints of one file and a UNet that another can replace.
+    t5: whether prompts also go through T5, which may be left out.
+    parts: whether methods that train a part of its models, or a model made of their parts, know it.
+  """
+
+  flow: bool = True
+  unet: bool = False
+  t5: bool = False
+  parts: bool = True
+
+
+FAMILY_FACTS = {
+  "stable_diffusion": FamilyFacts(flow=False, unet=True),
+  "stable_diffusion_3": FamilyFacts(t5=True, parts=False),
+}
+
+
+def family_facts(name: str) -> FamilyFacts:
+  """Returns the facts of a value of `config.family`; of your own family, those that forbid the least."""
+  return FAMILY_FACTS.get(name, FamilyFacts())
+
+
+def families_with(field: str) -> str:
+  """Returns the names of the families that have a property of `FamilyFacts`, for messages."""
+  return ", ".join(name for name, of in FAMILY_FACTS.items() if getattr(of, field))
+
+
 PAIR_LOSSES = ("sigmoid", "robust", "ipo", "hinge")
 DENOISED_LOSSES = (*PAIR_LOSSES, "dspo", "mapo", "sft")
 # For each kind of data: the rows it has, and what config.data.path names.
