@@ -7,6 +7,7 @@ median over the turns. The ratios are beside those of the count.
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -54,7 +55,7 @@ def measure(preset_name: str, turns: int) -> dict[str, Any]:
   calls: dict[str, Callable[[], Any]] = {}
   for name, (fn, shapes) in count_lpo.candidate_parts(preset_name).items():
     compiled, args = jax.jit(fn).lower(*shapes).compile(), fill(shapes)
-    calls[name] = lambda compiled=compiled, args=args: compiled(*args)
+    calls[name] = functools.partial(compiled, *args)
     print(f"{preset_name}: {name} is compiled; first call {seconds(calls[name]):.1f} s", file=sys.stderr, flush=True)
   found: dict[str, list[float]] = {name: [] for name in calls}
   for _ in range(turns):

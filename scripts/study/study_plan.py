@@ -433,8 +433,10 @@ def chosen(variant: Variant, folder: pathlib.Path) -> tuple[float, float] | None
   best = choose([r for r in rows if r], variant.hidden)
   if best is None:
     return None
-  of_beta = {"tuned": best["beta"], "recipe": load_config(variant).loss.beta}
-  return variant.learning_rate or best["learning_rate"], of_beta.get(variant.beta, variant.beta)
+  of_beta: dict[str | float, float] = {"tuned": best["beta"], "recipe": load_config(variant).loss.beta}
+  return variant.learning_rate or best["learning_rate"], of_beta[variant.beta] if variant.beta in of_beta else float(
+    variant.beta
+  )
 
 
 def test_runs(variant: Variant, folder: pathlib.Path) -> list[Run]:

@@ -15,7 +15,7 @@ import json
 import pathlib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -141,7 +141,7 @@ def findings(study: Mapping[str, Any], template: str) -> str:
   return re.sub(r"\{(?:(\w+) )?(\w+)(?: - (\w+))?\}", number, template)
 
 
-_FORMS = {
+_FORMS: dict[str, Callable[[float], str]] = {
   "share": lambda v: f"{100 * v:.1f} %",
   "win_rate": lambda v: f"{100 * v:.1f} %",
   "captions": lambda v: f"{100 * v:+.1f} points",
