@@ -632,10 +632,10 @@ class Config(Section):
     of_stable_diffusion = of.trains in ("denoiser", "scorer", "latent_scorer")
     self.require(not self.vae_model or of_stable_diffusion, "vae_model", expected)
     family = family_facts(self.family)
-    known = of_stable_diffusion and family.unet
+    known = of_stable_diffusion and family.single_files
     expected = "nothing for this objective or family: it is for checkpoints of Stable Diffusion"
     self.require(not self.model_config or known, "model_config", expected)
-    own = of.trains == "denoiser" and family.unet
+    own = of.trains == "denoiser" and family.single_files
     expected = "nothing for this objective or family: it trains no UNet of Stable Diffusion"
     self.require(not self.unet_model or own, "unet_model", expected)
     self._check_text(of)

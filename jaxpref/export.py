@@ -23,7 +23,7 @@ from jaxpref.devices import endings
 from jaxpref.files import adapters, loading
 from jaxpref.files import family as families
 from jaxpref.recipes import sections
-from jaxpref.training import build, checkpoint
+from jaxpref.training import checkpoint, networks
 
 TEXT_TO_IMAGE = tuple(name for name, facts in config_lib.FACTS.items() if facts.trains == "denoiser")
 
@@ -103,8 +103,8 @@ def export(
     raise ValueError(
       f"{run} trained all weights (config.lora.rank=0), so there is no adapter to write; use --format=pipeline."
     )
-  scale = 1.0 if adapter is None else build.adapter_scale(config, adapters.adapter_rank(adapter))
-  text = {} if adapter is None else build.text_adapters(config)
+  scale = 1.0 if adapter is None else networks.adapter_scale(config, adapters.adapter_rank(adapter))
+  text = {} if adapter is None else networks.text_adapters(config)
   if form == "pipeline":
     kept = [name for name in of.networks if name not in params]
     with families.opened(config.family):

@@ -13,7 +13,7 @@ from jaxpref import config, export
 from jaxpref.files import adapters, folders, loading, pipelines
 from jaxpref.files import family as families
 from jaxpref.models import lora
-from jaxpref.training import build, checkpoint, step
+from jaxpref.training import build, checkpoint, networks, step
 
 RANK, ALPHA, SEED = 2, 4.0, 5
 TARGETS = r"(to_q|to_v|proj_in)$"  # with a 1x1 convolution
@@ -246,7 +246,7 @@ def test_a_file_with_a_text_encoder_is_continued_whole(base, tmp_path):
   close(first.params["unet_lora"], unet)  # strength 0.5 of scale 2, at the new scale 1
   assert list(first.params) == ["unet_lora"]
   with pytest.raises(ValueError, match="mine.safetensors:0.5 adapts text_encoder, and precomputed data holds prompts"):
-    build.text_adapters(config.typed(recipe(**fields, **{"data.source": "precomputed"})))
+    networks.text_adapters(config.typed(recipe(**fields, **{"data.source": "precomputed"})))
 
   after = trained(first.params, 1)
   first.export(after, tmp_path / "export")

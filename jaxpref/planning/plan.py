@@ -23,7 +23,7 @@ from jaxpref.objectives import catalog
 from jaxpref.recipes.rewards import of_preference_model, reward_terms
 from jaxpref.rewards import base as rewards
 from jaxpref.rewards import terms
-from jaxpref.training import build, inputs, programs, step
+from jaxpref.training import build, inputs, networks, programs, step
 
 LORA_RANK = 64  # of the adapter that `changes` propose instead of full training
 
@@ -72,7 +72,7 @@ def _build(config: ConfigDict, batch_devices: int) -> tuple[build.Experiment, An
     return built[0].params, built[0].frozen
 
   params, frozen = jax.eval_shape(shapes)
-  unused = set(families.get(config.family).networks) - set(build.networks(config))
+  unused = set(families.get(config.family).networks) - set(networks.needed(config))
   return built[0], params, {name: tree for name, tree in frozen.items() if name not in unused}
 
 

@@ -63,19 +63,19 @@ class FamilyFacts(NamedTuple):
 
   Attributes:
     flow: whether its process is, or may be, a rectified flow, whose training times the config chooses.
-    unet: whether it has checkpoints of one file and a UNet that another can replace.
+    single_files: whether it reads checkpoints of one file, and takes another denoiser (`config.unet_model`).
     t5: whether prompts also go through T5, which may be left out.
     parts: whether methods that train a part of its models, or a model made of their parts, know it.
   """
 
   flow: bool = True
-  unet: bool = False
+  single_files: bool = False
   t5: bool = False
   parts: bool = True
 
 
 FAMILY_FACTS = {
-  "stable_diffusion": FamilyFacts(flow=False, unet=True),
+  "stable_diffusion": FamilyFacts(flow=False, single_files=True),
   "stable_diffusion_3": FamilyFacts(t5=True, parts=False),
 }
 

@@ -1,13 +1,13 @@
 """Builds what the training loop needs from a config: models, parameters, data and the objective.
 
-There is one function per family of objectives. Only this module and `inputs.py` read the config's fields for it.
+There is one function per family of objectives. Only this module, `networks.py` and `inputs.py` read the config's fields for it.
 """
 
 import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from jaxpref.diffusion import RectifiedFlow, TrainingTimes
 from jaxpref.evaluation import judging
 from jaxpref.files import adapters, latent_rewards, loading, pipelines
 from jaxpref.files import family as families
-from jaxpref.models import lora, presets
+from jaxpref.models import presets
 from jaxpref.models.base import Model
 from jaxpref.models.preference import Judge
 from jaxpref.models.vae import AutoencoderKL
@@ -43,7 +43,7 @@ from jaxpref.rewards.loading import (
   save_preference_model,
   with_text_projection,
 )
-from jaxpref.training import inputs
+from jaxpref.training import inputs, networks
 
 
 @dataclasses.dataclass
@@ -98,7 +98,7 @@ def look_for(config: Config) -> None:
   inputs.look_for(config)
   facts = catalog.method(config).facts
   if facts.trains not in ("clip", "judge"):  # they start from scratch
-    loras = [own.path] if (own := config_lora(config)) else []
+    loras = [own.path] if (own := networks.config_lora(config)) else []
     name, of = loading.model_name(config), families.get(config.family)
     families.look_for(of, name, vae_model=config.vae_model, loras=loras)
   if facts.trains == "scorer":
@@ -180,7 +180,7 @@ def with_times(config: Config, model: Model) -> Model:
 def check_image_size(config: Config) -> None:
   """Raises what `at_size` would raise, before any weights are read."""
   if config.image_size is not None:
-    pipe = _load(config, None, components=())
+    pipe = networks.load(config, None, components=())
     with families.opened(config.family):
       model = families.get(config.family).model(pipe)
     at_size(config, model)
@@ -204,114 +204,15 @@ def _check_decode_size(config: Config, model: Model) -> None:
 # ---- Text-to-image: methods that train a denoiser --------------------------------------------------------------
 
 
-def adapter_scale(config: Config, rank: int) -> float:
-  """Returns alpha / rank of the adapter that a config trains."""
-  return 1.0 if config.lora.alpha is None else config.lora.alpha / rank
-
-
-def config_lora(config: Config) -> adapters.LoraFile | None:
-  """Returns the LoRA file that training continues, and its strength; None if it begins with none."""
-  return adapters.parse_lora_file(config.lora.init_from) if config.lora.init_from else None
-
-
-def text_adapters(config: Config) -> dict[str, Any]:
-  """Returns what config.lora.init_from has for text encoders, by component, without reading a model's weights.
-
-  Raises:
-    ValueError: it has something, and the data holds prompts that the encoders without it have encoded.
-  """
-  start, of = config_lora(config), families.get(config.family)
-  read = getattr(of, "text_adapters", None)  # families without it refuse such files
-  if start is None or read is None:
-    return {}
-  text: dict[str, Any] = read(start, _load(config, None, components=()))
-  if text and config.data.source == "precomputed":
-    raise ValueError(
-      f"config.lora.init_from={start} adapts {' and '.join(sorted(text))}, and precomputed data holds prompts without "
-      "that; train on the images themselves."
-    )
-  return text
-
-
-def initial_adapter(config: Config, pipe: Any) -> Any:
-  """Returns the adapter that training starts from: a fresh one, or a file's, at the config's alpha.
-
-  Args:
-    pipe: has the parameters of the denoiser.
-  Returns:
-    None for full training.
-  Raises:
-    ValueError, FileNotFoundError: the file is missing, is for another network, or has another rank than the config.
-  """
-  c, of = config.lora, families.get(config.family)
-  if start := config_lora(config):
-    adapter, scale = of.load_adapter(str(start.path), pipe)
-    scale *= start.strength
-    rank = adapters.adapter_rank(adapter)
-    if c.rank not in (0, rank):
-      raise ValueError(f"config.lora.rank={c.rank}, but {c.init_from} has rank {rank}; leave out one of them.")
-    return adapters.rescale(adapter, scale, adapter_scale(config, rank))
-  if c.rank:
-    key = jax.random.key(config.seed)
-    return lora.init_lora(key, pipe.params[of.denoiser], rank=c.rank, targets=c.targets, init=c.init)
-  return None
-
-
-def _load(
-  config: Config,
-  sharding: pipelines.Sharding,
-  *,
-  trained: tuple[str, ...] = (),
-  components: Sequence[str] | None = None,
-) -> Any:
-  """Returns the config's pipeline: trained parameters in float32, others in the compute dtype."""
-  of = families.get(config.family)
-  with families.opened(config.family):
-    return of.load(
-      loading.model_name(config),
-      dtype=config.dtype,
-      seed=config.seed,
-      param_dtype={name: "float32" if name in trained else config.dtype for name in of.networks},
-      sharding=sharding,
-      vae_model=config.vae_model,
-      components=components,
-    )
-
-
-def networks(config: Config) -> tuple[str, ...]:
-  """Returns the networks that `_text_to_image` needs: with precomputed data only the denoiser, unless it draws."""
-  draws = config.sample.every or (config.judge and config.evaluation.num_prompts)
-  of = families.get(config.family)
-  return of.networks if config.data.source != "precomputed" or draws else families.of_denoiser(of)
-
-
-def trained_components(config: Config) -> tuple[str, ...]:
-  """Returns the components whose own parameters are trained; none with an adapter."""
-  if config.lora.rank or config.lora.init_from:
-    return ()
-  denoiser = families.get(config.family).denoiser
-  return (denoiser, "text_encoder") if config.train_text_encoder else (denoiser,)
-
-
-def _load_to_train(config: Config, sharding: pipelines.Sharding) -> tuple[Any, dict[str, Any]]:
-  """Returns the networks that are needed, and `text_adapters`, which are merged into them."""
-  # Errors are raised now, not after gigabytes have been read.
-  if config.data.source == "precomputed":
-    inputs.open_precomputed(config)
-  text = text_adapters(config)
-  pipe = _load(config, sharding, trained=trained_components(config), components=networks(config))
-  return families.with_text_adapters(pipe, text), text
-
-
 def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: int | None) -> Experiment:
-  of, method, components = families.get(config.family), catalog.method(config), trained_components(config)
+  of, method, components = families.get(config.family), catalog.method(config), networks.trained_components(config)
   adapter_name = f"{of.denoiser}_lora"
-  pipe, text = _load_to_train(config, sharding)
+  pipe, text = networks.load_to_train(config, sharding)
   frozen = dict(pipe.params) | {"empty_ids": pipe.tokenize([""])}
-  adapter, scale = initial_adapter(config, pipe), 1.0
+  adapter, scale = networks.initial_adapter(config, pipe), 1.0
   params = {name: frozen[name] for name in components}
   if adapter is not None:
-    scale = adapter_scale(config, adapters.adapter_rank(adapter))
+    scale = networks.adapter_scale(config, adapters.adapter_rank(adapter))
     params = {adapter_name: adapter}
     if config.lora.init_from:  # training then does not start from the model without an adapter
       frozen[adapter_name] = adapter
@@ -330,8 +231,8 @@ def _text_to_image(config: Config, sharding: pipelines.Sharding, vae_slicing: in
 
   def read_base() -> Any:
     if components:
-      return _load(config, sharding, trained=components, components=components).params
-    return {adapter_name: initial_adapter(config, pipe)}
+      return networks.load(config, sharding, trained=components, components=components).params
+    return {adapter_name: networks.initial_adapter(config, pipe)}
 
   reward = None
   if method.facts.scorer:
@@ -405,11 +306,11 @@ def _export(config: Config, pipe: Any, scale: float, text: dict[str, Any], param
   Args:
     pipe: a pipeline without the parameters that were trained.
     scale: alpha / rank of the adapter.
-    text: see `text_adapters`.
+    text: see `networks.text_adapters`.
     params: trained parameters, on the host.
   """
   of = families.get(config.family)
-  if config.dtype != "float32" or networks(config) != of.networks or jax.process_count() > 1:
+  if config.dtype != "float32" or networks.needed(config) != of.networks or jax.process_count() > 1:
     # Untrained weights are written as they were read, not rounded to bfloat16. Only process 0 exports, and it cannot
     # compute on arrays sharded across processes.
     with families.opened(config.family):
@@ -435,7 +336,7 @@ def _export(config: Config, pipe: Any, scale: float, text: dict[str, Any], param
 def _preference_model(
   config: Config, sharding: pipelines.Sharding, vae_slicing: int | None, batch_devices: int
 ) -> Experiment:
-  pipe = _load(config, sharding)
+  pipe = networks.load(config, sharding)
   with families.opened(config.family):
     model = families.get(config.family).model(pipe, vae_slicing=vae_slicing)
   model, tokenize = at_size(config, model), pipe.tokenize
@@ -492,7 +393,7 @@ def _latent_reward_model(
   trained = () if continued else latent_rewards.NETWORKS
   # With precomputed data it needs no VAE.
   others = [] if config.data.source == "precomputed" else [n for n in of.networks if n not in latent_rewards.NETWORKS]
-  pipe = _load(config, sharding, trained=trained, components=[n for n in of.networks if n in trained] + others)
+  pipe = networks.load(config, sharding, trained=trained, components=[n for n in of.networks if n in trained] + others)
   with families.opened(config.family):
     model = of.model(pipe, vae_slicing=vae_slicing)
   model, tokenize = at_size(config, model), pipe.tokenize

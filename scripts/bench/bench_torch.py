@@ -59,14 +59,14 @@ def save_models(folder: pathlib.Path, config: Any, pipe: Any, scorer: Any = None
 
   from jaxpref.files import adapters, pipelines, tensors
   from jaxpref.rewards.loading import save_preference_model
-  from jaxpref.training import build
+  from jaxpref.training import networks
 
   if not (folder / "pipeline").is_dir():
     pipelines.save_pipeline(folder / "pipeline", pipe)
   trained = folder / torch_steps.policy_file(config)
   if config.lora.rank:
-    adapter = policy["unet_lora"] if policy else build.initial_adapter(config, pipe)
-    adapters.save_diffusers(trained, adapter, build.adapter_scale(config, config.lora.rank))
+    adapter = policy["unet_lora"] if policy else networks.initial_adapter(config, pipe)
+    adapters.save_diffusers(trained, adapter, networks.adapter_scale(config, config.lora.rank))
   elif policy:
     tensors.save_tree(trained, policy["unet"])
   if scorer and not (folder / "preference").is_dir():
