@@ -1,6 +1,7 @@
 """Builds what the training loop needs from a config: models, parameters, data and the objective.
 
-There is one function per family of objectives. Only this module, `networks.py` and `inputs.py` read the config's fields for it.
+There is one function per family of objectives. Only this module, `networks.py` and `inputs.py` read the config's fields
+for it.
 """
 
 import dataclasses
