@@ -526,6 +526,15 @@ def test_margins_are_means_over_seeds_by_time():
   assert study_report.margins([]) is None and study_report.margins([{"share": 0.5}]) is None
 
 
+def test_divergences_are_of_variants_that_move(tmp_path):
+  moving = study_plan.BY_NAME["moving"]
+  tune(tmp_path, moving)
+  for run, largest in zip(study_plan.test_runs(moving, tmp_path)[:2], (0.004, 0.02), strict=True):
+    write(tmp_path, run, moves=3.0, last_d=0.003, largest_d=largest, accepted_d=0.002)
+  text = report(tmp_path)
+  assert "| moving | 3 | 0.0030 | 0.0120 (0.0040 to 0.0200) | 0.0020 |" in text and "| dpo | 3 |" not in text
+
+
 def test_deviations_are_compared_with_spo_by_an_f_test():
   runs = {n: [] for n in ("spo_60", "spo_85", "spo_100")}
   runs |= {

@@ -158,6 +158,23 @@ def margins(rows: Rows) -> np.ndarray | None:
   return np.array([np.mean([r[name] for r in rows if name in r]) for name in names])
 
 
+def _moves(runs: Mapping[str, Rows]) -> list[str]:
+  """The table of divergences, of variants whose reference moves."""
+  of_moves = [v for v in study_plan.VARIANTS if any("moves" in r for r in runs[v.name])]
+  rows = []
+  for v in of_moves:
+    found = [spread(runs[v.name], key, "{:.4f}") for key in ("last_d", "largest_d", "accepted_d")]
+    rows.append([v.name, spread(runs[v.name], "moves", "{:.0f}"), *found])
+  if not rows:
+    return []
+  return [_MOVES, *_table("variant | moves | last D | largest D | largest D of a move that was made", rows)]
+
+
+_MOVES = """D is the divergence of the proposed reference from the pre-trained model, a running mean of err_ref - err_init
+over 8 samples at a time. The gate compares it with delta, 0.005.
+"""
+
+
 def _margins(runs: Mapping[str, Rows]) -> list[str]:
   """The table of question D2."""
   variants = ("dpo", "sampling", "scale", "timesteps")
@@ -250,7 +267,9 @@ def markdown(study: Mapping[str, Any], instrument: Mapping[str, Any] | None = No
     if found := [f for f in study["comparisons"] if f["part"] == part]:
       head = "variant | against | seeds | share, points [95 %] | finds | p | p by Holm | captions | win rate"
       lines += _table(head, [_comparison(f) for f in found])
-    lines += _margins(runs) if part == "D" else _deviations(runs) if part == "F" else []
+    lines += (
+      _moves(runs) if part == "C" else _margins(runs) if part == "D" else _deviations(runs) if part == "F" else []
+    )
   lines += _instrument(instrument) if instrument else []
   lines += ["## Tuning", "", *_table("variant | learning rate, beta: share (captions, points)", _tuning(study))]
   failed = [
