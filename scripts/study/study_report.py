@@ -170,8 +170,8 @@ def _moves(runs: Mapping[str, Rows]) -> list[str]:
   return [_MOVES, *_table("variant | moves | last D | largest D | largest D of a move that was made", rows)]
 
 
-_MOVES = """D is the divergence of the proposed reference from the pre-trained model, a running mean of err_ref - err_init
-over 8 samples at a time. The gate compares it with delta, 0.005.
+_MOVES = """D is the divergence of the proposed reference from the pre-trained model, a running mean of err_ref -
+err_init over 8 samples at a time. The gate compares it with delta, 0.005.
 """
 
 
