@@ -194,10 +194,10 @@ seeds and the last two fifths of training. Largest: the largest range's share of
 """
 
 
-def deviations(runs: Mapping[str, Rows]) -> list[tuple[str, float, int, float | None]]:
-  """Returns (variant, standard deviation of share, seeds, p of an F-test against `spo`) of SPO's variants."""
+def deviations(runs: Mapping[str, Rows]) -> list[tuple[str, float, int, float | None, float | None]]:
+  """Returns SPO's variants: their deviation of share, seeds, p of an F-test against `spo`, and that of 64 prompts."""
   shares = {name: [r["share"] for r in runs[name]] for name in ("spo", "spo_before", "spo_60", "spo_85", "spo_100")}
-  found: list[tuple[str, float, int, float | None]] = []
+  found: list[tuple[str, float, int, float | None, float | None]] = []
   for name, values in shares.items():
     if len(values) > 2:
       p = None
@@ -205,18 +205,21 @@ def deviations(runs: Mapping[str, Rows]) -> list[tuple[str, float, int, float | 
         ratio = np.var(values, ddof=1) / np.var(shares["spo"], ddof=1)
         law = stats.f(len(values) - 1, len(shares["spo"]) - 1)
         p = float(min(1.0, 2 * min(law.cdf(ratio), law.sf(ratio))))
-      found.append((name, float(np.std(values, ddof=1)), len(values), p))
+      few = [r["share_64"] for r in runs[name] if "share_64" in r]
+      of_few = float(np.std(few, ddof=1)) if len(few) == len(values) else None
+      found.append((name, float(np.std(values, ddof=1)), len(values), p, of_few))
   return found
 
 
 def _deviations(runs: Mapping[str, Rows]) -> list[str]:
   if len(found := deviations(runs)) < 2:
     return []
-  rows = [[name, f"{100 * d:.1f}", n, "" if p is None else f"{p:.2g}"] for name, d, n, p in found]
+  of = lambda value, form: "" if value is None else form.format(value)
+  rows = [[name, n, f"{100 * d:.1f}", of(p, "{:.2g}"), of(few and 100 * few, "{:.1f}")] for name, d, n, p, few in found]
   return [
-    "Deviation of share between seeds, in points, and p of an F-test against `spo`:",
+    "Deviation of share between seeds, in points, p of an F-test against `spo`, and that of 64 prompts alone:",
     "",
-    *_table("variant | deviation | seeds | p", rows),
+    *_table("variant | seeds | deviation | p | of 64 prompts", rows),
   ]
 
 
