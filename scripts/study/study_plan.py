@@ -327,9 +327,9 @@ def read_run(run: Run, folder: pathlib.Path) -> dict[str, Any] | None:
 def numbers(found: dict[str, np.ndarray], base: dict[str, np.ndarray], hidden: str) -> dict[str, float]:
   """Returns what is reported of scores f32[P, S], beside those of the base model from the same noise.
 
-  `share` is of pictures in the preferred style, or whose caption is the likeliest of all. `share_64` is that of
-  the first 64 prompts, as many as the study before this one had. `win_rate` is of pictures whose hidden score is above the base
-  model's, ties a half, `gain` the mean change of that score, and `captions` the change of caption accuracy.
+  `share` is of pictures in the preferred style, or whose caption is the likeliest of all. `share_64` is that of the
+  first 64 prompts, as many as the study before this one had. `win_rate` is of pictures whose hidden score is above
+  the base model's, ties a half, `gain` the mean change of that score, and `captions` the change of caption accuracy.
   `other_share` is the change of the share of the preference that was not asked for. `error` is the standard error of
   share minus the base model's share over prompts.
   """
