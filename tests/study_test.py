@@ -1,5 +1,6 @@
 """The study of methods: its ground, its plan, the rule of tuning, resuming, and the report, from made-up runs."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -423,6 +424,18 @@ def test_numbers_of_a_run(tmp_path):
   assert (found["last_d"], found["largest_d"], found["accepted_d"], found["moves"]) == (0.006, 0.009, 0.004, 2)
 
 
+def test_a_variant_whose_values_are_those_of_another_takes_its_runs(tmp_path):
+  same = study_plan.BY_NAME["dpo_beta500"]
+  tune(tmp_path, DPO)  # which chooses the recipe's beta
+  write(tmp_path, study_plan.test_runs(DPO, tmp_path)[0], share=0.7)
+  first, second = study_plan.test_runs(same, tmp_path)[:2]
+  found = study_plan.read_run(first, tmp_path)
+  assert (found["variant"], found["share"]) == ("dpo_beta500", 0.7) and study_plan.read_run(second, tmp_path) is None
+  assert [run.seed for run in study_plan.remaining([same], tmp_path)] == [1, 2, 3]
+  other = dataclasses.replace(first, beta=50.0)
+  assert study_plan.read_run(other, tmp_path) is None
+
+
 def test_a_folder_of_another_config_is_refused(tmp_path):
   run = study_plan.Run(DPO, 2e-5, 500.0, 0, "test")
   run_folder(tmp_path, run, metrics=[{"step": 1, "images_per_second": 1.0}])
@@ -567,7 +580,8 @@ def test_a_report_is_gone_on_from(tmp_path):
   write(runs, study_plan.test_runs(DPO, runs)[0], share=0.7)
   study.main(["--report", "--runs", str(runs), "--docs", str(tmp_path / "docs")])
   file = tmp_path / "docs" / "papers.json"
-  assert study_plan.restore(file, other) == 6 and study_plan.restore(file, other) == 0
+  assert study_plan.restore(file, other) == 7  # five of tuning, one run, and dpo_beta500 has the same one
+  assert study_plan.restore(file, other) == 0
   assert study_plan.test_runs(DPO, other) == study_plan.test_runs(DPO, runs)
   first = study_plan.test_runs(DPO, runs)[0]
   assert study_plan.read_run(first, other) == study_plan.read_run(first, runs)

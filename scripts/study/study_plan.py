@@ -78,6 +78,11 @@ class Variant:
   def online(self) -> bool:
     return self.recipe in ONLINE
 
+  @property
+  def trained(self) -> tuple[Any, ...]:
+    """What a run of this variant is made of, but for its learning rate, beta and seed."""
+    return self.recipe, self.overrides, self.hidden, self.agreement, self.judged_by
+
 
 def _moving(name: str, recipe: str = "dpo_tiny", part: str = "C", **options: Any) -> Variant:
   """A variant whose reference moves; `reference` are fields of that section."""
@@ -289,6 +294,8 @@ def base_folder(folder: pathlib.Path) -> pathlib.Path:
 def read_run(run: Run, folder: pathlib.Path) -> dict[str, Any] | None:
   """Returns a run's numbers, only `failed` of one that became NaN, None without a result.
 
+  Variants that are trained the same way, with the same values, share their runs.
+
   Raises:
     ValueError: the folder has a run of other fields.
   """
@@ -300,6 +307,10 @@ def read_run(run: Run, folder: pathlib.Path) -> dict[str, Any] | None:
     if any(row.get(name) != value for name, value in told.items()):
       raise ValueError(f"The row of {run.path} was made with other fields, expected {told}; move it away.")
     return row
+  for other in (v for v in VARIANTS if v.name != run.variant.name and v.trained == run.variant.trained):
+    file = folder / dataclasses.replace(run, variant=other).path / "row.json"
+    if file.is_file():
+      return json.loads(file.read_text()) | told
   if (place / "failed.txt").is_file():
     return told | {"failed": (place / "failed.txt").read_text().strip()}
   base = base_folder(folder) / f"{run.split}.npz"
