@@ -518,17 +518,21 @@ def test_report_says_what_the_numbers_say(tmp_path):
 def test_findings_take_their_numbers_from_the_runs():
   of = lambda shares: [
     {"seed": s, "share": x, "captions": x - 0.7, "win_rate": 0.5, "other_share": 0.0, "evaluations": 24_141.2}
+    | {"minutes": 1.5}
     for s, x in enumerate(shares)
   ]
   study = {"runs": {"spo": of([0.70, 0.72, 0.74]), "dpo": of([0.6, 0.6, 0.6]), "sft": [], "lpo": of([0.5])}}
   fill = lambda text: study_report.findings(study, text)
   assert fill("{share spo}, {captions spo}, {seeds spo}, {evaluations dpo}") == "72.0 %, +2.0 points, 3, 24,100"
+  assert fill("{deviation spo}") == "2.0 points" and fill("{minutes dpo}") == "1.5"
   assert fill("{spo - dpo}") == fill("{captions spo - dpo}") == "+12.0 points [+7.0, +17.0]"
   assert fill("{lpo - spo}") == "-20.0 points" and fill("a {brace") == "a {brace"
   with pytest.raises(ValueError, match=r"\{spo - sft\} .* no run of sft"):
     fill("{spo - sft}")
   with pytest.raises(ValueError, match=r"no run of grpo"):
     fill("{share grpo}")
+  with pytest.raises(ValueError, match=r"\{growth\} .* share no seed"):
+    study_report.findings({"runs": {n: [] for n in ("spo_60", "dpo_60", "spo_100", "dpo_100")}}, "{growth}")
 
 
 def test_margins_are_means_over_seeds_by_time():

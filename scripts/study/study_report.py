@@ -5,9 +5,11 @@ findings.md is written by hand in scripts/study/findings.md, but for its numbers
   {share spo}          mean share of a variant's runs, "74.3 %"
   {captions spo}       mean change of its captions, "-4.2 points"
   {seeds spo}          number of its runs, "8"
-  {evaluations spo}    UNet evaluations of its training, "24,100"
+  {deviation spo}      standard deviation of share between its seeds, "1.4 points"
+  {evaluations spo}    UNet evaluations of its training, "24,100"; {minutes spo}: minutes of it on one core
   {spo - dpo}          their difference of share by seed, "+10.8 points [+5.6, +16.1]"
   {captions spo - dpo} the same of captions, {win_rate spo - dpo} of win rates
+  {growth}             how much larger spo - dpo is with the noisiest rater than without noise
 """
 
 import collections
@@ -135,9 +137,15 @@ def findings(study: Mapping[str, Any], template: str) -> str:
       if not found:
         raise ValueError(f"{match[0]} in findings.md: the two share no seed.")
       return _points(found[key]).replace(" [", " points [") + ("" if "interval" in found[key] else " points")
-    mean = np.mean([r[key] for r in runs[new]]) if key != "seeds" else len(runs[new])
-    return _FORMS[key](mean)
+    values = [r[key] if key in r else r["share"] for r in runs[new]]
+    return _FORMS[key](
+      len(values) if key == "seeds" else np.std(values, ddof=1) if key == "deviation" else np.mean(values)
+    )
 
+  if "{growth}" in template:
+    if not (found := growth(runs)):
+      raise ValueError("{growth} in findings.md: the noisiest rater and that without noise share no seed.")
+    template = template.replace("{growth}", _points(found["share"]).replace(" [", " points ["))
   return re.sub(r"\{(?:(\w+) )?(\w+)(?: - (\w+))?\}", number, template)
 
 
@@ -146,6 +154,8 @@ _FORMS: dict[str, Callable[[float], str]] = {
   "win_rate": lambda v: f"{100 * v:.1f} %",
   "captions": lambda v: f"{100 * v:+.1f} points",
   "seeds": str,
+  "deviation": lambda v: f"{100 * v:.1f} points",
+  "minutes": lambda v: f"{v:.1f}",
   "evaluations": lambda v: f"{round(v, -2):,.0f}",
 }
 
