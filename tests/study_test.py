@@ -522,7 +522,7 @@ def test_findings_take_their_numbers_from_the_runs():
     for s, x in enumerate(shares)
   ]
   study = {"runs": {"spo": of([0.70, 0.72, 0.74]), "dpo": of([0.6, 0.6, 0.6]), "sft": [], "lpo": of([0.5])}}
-  fill = lambda text: study_report.findings(study, text)
+  fill = lambda text: study_report.findings(study, text).removesuffix("\n")
   assert fill("{share spo}, {captions spo}, {seeds spo}, {evaluations dpo}") == "72.0 %, +2.0 points, 3, 24,100"
   assert fill("{deviation spo}") == "2.0 points" and fill("{minutes dpo}") == "1.5"
   assert fill("{spo - dpo}") == fill("{captions spo - dpo}") == "+12.0 points [+7.0, +17.0]"
@@ -533,6 +533,21 @@ def test_findings_take_their_numbers_from_the_runs():
     fill("{share grpo}")
   with pytest.raises(ValueError, match=r"\{growth\} .* share no seed"):
     study_report.findings({"runs": {n: [] for n in ("spo_60", "dpo_60", "spo_100", "dpo_100")}}, "{growth}")
+
+
+def test_the_page_of_findings_is_what_the_tables_say():
+  results = study_plan.ROOT / "docs" / "results"
+  study = json.loads((results / "papers.json").read_text())
+  template = (study_plan.ROOT / study_report.FINDINGS).read_text()
+  assert (results / "findings.md").read_text() == study_report.findings(study, template)
+
+
+def test_findings_are_broken_into_lines():
+  long = "word " * 40
+  found = study_report.findings({"runs": {}}, f"# A\n\n{long}\n\n1. {long}\n2. b\n   c\n\nend\n")
+  lines = found.splitlines()
+  assert max(map(len, lines)) <= 118
+  assert found.startswith("# A\n\nword word") and found.endswith("word\n2. b c\n\nend\n") and "\n   word" in found
 
 
 def test_margins_are_means_over_seeds_by_time():

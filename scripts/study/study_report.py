@@ -13,10 +13,12 @@ findings.md is written by hand in scripts/study/findings.md, but for its numbers
 """
 
 import collections
+import itertools
 import json
 import pathlib
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -146,7 +148,18 @@ def findings(study: Mapping[str, Any], template: str) -> str:
     if not (found := growth(runs)):
       raise ValueError("{growth} in findings.md: the noisiest rater and that without noise share no seed.")
     template = template.replace("{growth}", _points(found["share"]).replace(" [", " points ["))
-  return re.sub(r"\{(?:(\w+) )?(\w+)(?: - (\w+))?\}", number, template)
+  return _filled(re.sub(r"\{(?:(\w+) )?(\w+)(?: - (\w+))?\}", number, template))
+
+
+def _filled(text: str) -> str:
+  """Returns text with paragraphs and numbered items broken at 118 characters."""
+  blocks = re.split(r"\n(?=\d+\. )|\n\n", text.strip("\n"))
+  filled = [
+    textwrap.fill(" ".join(b.split()), 118, subsequent_indent="   " if re.match(r"\d+\. ", b) else "") for b in blocks
+  ]
+  items = [bool(re.match(r"\d+\. ", b)) for b in blocks]
+  gaps = ["\n" if a and b else "\n\n" for a, b in itertools.pairwise(items)]
+  return "".join(part + gap for part, gap in zip(filled, [*gaps, "\n"], strict=True))
 
 
 _FORMS: dict[str, Callable[[float], str]] = {
@@ -348,7 +361,7 @@ def _tuning(study: Mapping[str, Any]) -> list[list[str]]:
 _HEAD = """# What the papers claim, on tiny-sd
 
 Made by `python scripts/study/study.py`; what it asks, and how it was to be answered, was written down before it ran:
-[papers_questions.md](papers_questions.md). All numbers are in papers.json.
+[papers_questions.md](papers_questions.md). [Findings](findings.md) says what follows. All numbers are in papers.json.
 
 ![Share over captions](papers_frontier.png)
 """
@@ -390,6 +403,7 @@ def plot_frontier(study: Mapping[str, Any], docs: pathlib.Path) -> None:
   import matplotlib.pyplot as plt
 
   figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+  base = float("nan")
   for number, part in enumerate(study_plan.PARTS):
     label: str | None = f"{part}. {study_plan.PARTS[part]}"
     for v in study_plan.VARIANTS:
@@ -398,10 +412,11 @@ def plot_frontier(study: Mapping[str, Any], docs: pathlib.Path) -> None:
         x, y = (100 * np.mean([r[key] for r in rows]) for key in ("captions", "share"))
         axis.plot(x, y, "o", color=f"C{number}", markersize=4, label=label)
         axis.annotate(v.name, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=6.5)
-        axis.axhline(100 * rows[0]["base_share"], color="0.8", linewidth=0.8, zorder=0)
         label = None
+        base = rows[0]["base_share"]
   axis.set(xlabel="change of caption accuracy, points", ylabel="share of the preferred style, %")
   if axis.lines:
+    axis.axhline(100 * base, color="0.8", linewidth=0.8, zorder=0)
     axis.legend(fontsize=6.5)
     figure.savefig(docs / "papers_frontier.png", dpi=110)
   plt.close(figure)
