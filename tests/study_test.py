@@ -422,6 +422,11 @@ def test_numbers_of_a_run(tmp_path):
   run_folder(tmp_path, gated, metrics=rows)
   found = study_plan.read_run(gated, tmp_path)
   assert (found["last_d"], found["largest_d"], found["accepted_d"], found["moves"]) == (0.006, 0.009, 0.004, 2)
+  often = study_plan.Run(study_plan.BY_NAME["ema_tau4"], 2e-5, 500.0, 0, "test")
+  moves = [(1, 0.0, 0), (10, 0.009, 1), (20, 0.003, 4)]  # of two proposals the second was refused; then three were made
+  rows = [{"step": s, "divergence": d, "reference_updates": n, "images_per_second": 1.0} for s, d, n in moves]
+  run_folder(tmp_path, often, metrics=rows)
+  assert study_plan.read_run(often, tmp_path)["accepted_d"] == 0.003
 
 
 def test_a_variant_whose_values_are_those_of_another_takes_its_runs(tmp_path):

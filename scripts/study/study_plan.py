@@ -328,7 +328,11 @@ def read_run(run: Run, folder: pathlib.Path) -> dict[str, Any] | None:
   for name in sorted(k for k in metrics[-1] if k.startswith(("margin_bin", "loss_bin"))):
     row[name] = float(np.mean([m[name] for m in last if name in m]))
   if moved := [m for m in metrics if "divergence" in m]:
-    passed = [b["divergence"] for a, b in itertools.pairwise(moved) if b["reference_updates"] > a["reference_updates"]]
+    # Of the last proposal between two rows D is known; that was accepted if all between them were.
+    tau = config["reference"]["tau"]
+    proposed = lambda a, b: b["step"] // tau - a["step"] // tau
+    accepted = lambda a, b: b["reference_updates"] - a["reference_updates"]
+    passed = [b["divergence"] for a, b in itertools.pairwise(moved) if accepted(a, b) == proposed(a, b) > 0]
     row |= {"last_d": moved[-1]["divergence"], "largest_d": max(m["divergence"] for m in moved)}
     row |= {"accepted_d": max(passed, default=None), "moves": moved[-1]["reference_updates"]}
   (place / "row.json").write_text(json.dumps(row) + "\n")
