@@ -71,11 +71,12 @@ METHODS = {
   for row in (
     Row(
       "dpo", "Diffusion-DPO", ("implicit_reward", "dpo_loss"), ("2311.12908",), "dpo_tiny", "", "dpo", ("dpo",),
-      ("dpo",),
+      ("dpo", "dpo_slow"),
     ),
     Row(
       "tdpo", "Timestep-aware DPO", ("dpo_loss", "update"), ("2505.18736",), "tdpo_tiny", "", "tdpo",
-      ("timesteps_freeze_tau16", "timesteps_rate_of_dpo", "freeze_tau16"), ("moving", "timesteps", "timesteps_moving"),
+      ("timesteps_freeze_tau16", "timesteps_rate_of_dpo", "freeze_tau16"),
+      ("moving", "dpo_slow", "moving_tau16", "moving_tau32", "moving_tau64", "timesteps", "timesteps_moving"),
     ),
     Row("spo", "SPO", ("select_pair", "clipped_log_ratio"), ("2406.04314",), "spo_tiny", "", "spo", ("spo",), ("spo",)),
     Row("spm", "Step-aware preference model", ("preference_loss",), ("2406.04314",), "spm_tiny"),
@@ -328,7 +329,7 @@ def noisy_results() -> str:
     "|---|---|---|---|",
     f"| base (tiny-sd) | {study['dpo'][0]['base_share']:.1%} | | |",
   ]
-  titles = {"sft": "SFT on winners", "dpo": "Diffusion-DPO", "moving": "DPO, moving reference", "spo": "SPO"}
+  titles = {"sft": "SFT on winners", "dpo": "Diffusion-DPO", "spo": "SPO"}
   for variant, title in titles.items():
     if len(study[variant]) == len(study["dpo"]):
       lines.append(f"| {title}, {_noisy_cells(study[variant])} |")
