@@ -132,7 +132,7 @@ def test_a_lora_learns_and_a_resumed_run_is_the_same(trained, tmp_path):
 
 @pytest.mark.parametrize("objective", ["grpo", "spo"])
 def test_online_methods_start_from_the_policy_that_drew(objective, tmp_path):
-  """The rollout and the update give the flow's transitions the same log-densities: the ratio is 1, the loss log 2."""
+  """GRPO's update gives the rollout's log-densities again: a ratio of 1. SPO's policy still equals its reference."""
   c = recipe(**{"timesteps.density": "uniform", "data.source": "emoji", "data.caption_dropout": 0.0, "loss.beta": 10.0})
   c.update(objective=objective, preference_model="tiny-spm", batch_size=2)
   c.optimizer.warmup_steps = 0

@@ -534,6 +534,8 @@ def test_findings_take_their_numbers_from_the_runs():
   assert fill("{lpo - spo}") == "-20.0 points" and fill("a {brace") == "a {brace"
   with pytest.raises(ValueError, match=r"\{spo - sft\} .* no run of sft"):
     fill("{spo - sft}")
+  with pytest.raises(ValueError, match=r"sharee is unknown; expected one of share, "):
+    fill("{sharee spo}")
   with pytest.raises(ValueError, match=r"no run of grpo"):
     fill("{share grpo}")
   with pytest.raises(ValueError, match=r"\{growth\} .* share no seed"):

@@ -65,7 +65,7 @@ class FamilyFacts(NamedTuple):
     flow: whether its process is, or may be, a rectified flow, whose training times the config chooses.
     single_files: whether it reads checkpoints of one file, and takes another denoiser (`config.unet_model`).
     t5: whether prompts also go through T5, which may be left out.
-    parts: whether methods that train a part of its models, or a model made of their parts, know it.
+    parts: whether methods that train one of its networks, or a network made of their parts, support it.
   """
 
   flow: bool = True

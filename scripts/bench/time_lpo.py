@@ -70,6 +70,10 @@ def main() -> None:
   parser.add_argument("--models", nargs="+", choices=sorted(count_lpo.RECIPES), default=["sd15"])
   parser.add_argument("--turns", type=int, default=5)
   args = parser.parse_args()
+  if args.turns < 1:
+    parser.error(f"--turns={args.turns}: expected at least 1.")
+  if args.out and not args.out.parent.is_dir():
+    parser.error(f"--out={args.out}: there is no folder {args.out.parent}; make it first.")
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   command = f"python scripts/bench/time_lpo.py --models {' '.join(args.models)} --turns={args.turns}"
   result: dict[str, Any] = {"command": command, "unit": "seconds of one picture, float32", "cores": cores}

@@ -56,7 +56,7 @@ class Variant:
     against: names of variants.
     tuned_as: the variant whose learning rate and beta it takes; "": its own are tuned.
     beta: what it has of that: "tuned", "recipe" for the recipe's own, or a number.
-    learning_rate: a number in the place of the tuned one.
+    learning_rate: a number instead of the tuned one.
     judged_by: kind of the preference model, see `models`.
     seeds: number of runs on the test split.
   """

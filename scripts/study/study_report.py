@@ -132,6 +132,8 @@ def findings(study: Mapping[str, Any], template: str) -> str:
 
   def number(match: re.Match[str]) -> str:
     key, new, old = match[1] or "share", match[2], match[3]
+    if key not in _FORMS:
+      raise ValueError(f"{match[0]} in findings.md: {key} is unknown; expected one of {', '.join(_FORMS)}.")
     if missing := [name for name in (new, old) if name and not runs.get(name)]:
       raise ValueError(f"{match[0]} in findings.md: there is no run of {', '.join(missing)}.")
     if old:
@@ -155,7 +157,10 @@ def _filled(text: str) -> str:
   """Returns text with paragraphs and numbered items broken at 118 characters."""
   blocks = re.split(r"\n(?=\d+\. )|\n\n", text.strip("\n"))
   filled = [
-    textwrap.fill(" ".join(b.split()), 118, subsequent_indent="   " if re.match(r"\d+\. ", b) else "") for b in blocks
+    textwrap.fill(
+      " ".join(b.split()), 118, subsequent_indent="   " if re.match(r"\d+\. ", b) else "", break_on_hyphens=False
+    )
+    for b in blocks
   ]
   items = [bool(re.match(r"\d+\. ", b)) for b in blocks]
   gaps = ["\n" if a and b else "\n\n" for a, b in itertools.pairwise(items)]
@@ -212,7 +217,7 @@ def _margins(runs: Mapping[str, Rows]) -> list[str]:
   return [_MARGINS, *_table(" | ".join(head), cells)]
 
 
-_MARGINS = """Margin of implicit rewards by range of t (from the number at the top on), times 1,000: means over
+_MARGINS = """Margin of implicit rewards times 1,000, by range of t, each named by where it begins: means over
 seeds and the last two fifths of training. Largest: the largest range's share of the total.
 """
 
@@ -260,8 +265,8 @@ def _instrument(found: Mapping[str, Any]) -> list[str]:
   return ["## The instrument", "", _INSTRUMENT, *_table(" | ".join(head), rows)]
 
 
-_INSTRUMENT = """Held-out pairs that matter and are ranked as the hidden score ranks them, in %, by range of t (from the
-number at the top on). Made by `python scripts/study/instrument.py`, whose first lines say what the ceiling is.
+_INSTRUMENT = """Held-out pairs that matter and are ranked as the hidden score ranks them, in %, by range of t,
+each named by where it begins. Made by `python scripts/study/instrument.py`, whose first lines say what the ceiling is.
 """
 
 
@@ -373,11 +378,17 @@ that they have, would find with 80 % probability.
 """
 
 
+def _curves(study: Mapping[str, Any]) -> dict[str, Rows]:
+  """Returns the runs of the variants in `study_plan.CURVES` by name; none if one of them has no run."""
+  names = [n for of_method in study_plan.CURVES.values() for n in of_method]
+  runs: dict[str, Rows] = {n: [r for r in study["runs"][n] if "failed" not in r] for n in names}
+  return runs if all(runs.values()) else {}
+
+
 def plot_budget(study: Mapping[str, Any], docs: pathlib.Path) -> None:
   """Draws share over UNet evaluations for Diffusion-DPO and SPO, once all of its runs are there."""
   (docs / "papers_budget.png").unlink(missing_ok=True)
-  runs = {n: [r for r in study["runs"][n] if "failed" not in r] for names in study_plan.CURVES.values() for n in names}
-  if not all(runs.values()):
+  if not (runs := _curves(study)):
     return
   import matplotlib
 
