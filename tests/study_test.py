@@ -36,7 +36,8 @@ if kind == "train" and (root / "broken").exists():
   sys.exit("error: no such folder")
 made = root / (folder.parent.name + "_" + folder.name + ".json")
 if kind == "measure":
-  (folder / "row.json").write_text(made.read_text())
+  (folder / "part.json").write_text(made.read_text())
+  (folder / "part.json").replace(folder / "row.json")  # whole or not there, as measure.py and read_run write
 """
 DPO, SPO = study_plan.BY_NAME["dpo"], study_plan.BY_NAME["spo"]
 

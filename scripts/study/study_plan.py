@@ -7,6 +7,7 @@ import itertools
 import json
 import pathlib
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -335,8 +336,15 @@ def read_run(run: Run, folder: pathlib.Path) -> dict[str, Any] | None:
     passed = [b["divergence"] for a, b in itertools.pairwise(moved) if accepted(a, b) == proposed(a, b) > 0]
     row |= {"last_d": moved[-1]["divergence"], "largest_d": max(m["divergence"] for m in moved)}
     row |= {"accepted_d": max(passed, default=None), "moves": moved[-1]["reference_updates"]}
-  (place / "row.json").write_text(json.dumps(row) + "\n")
+  _write_row(place / "row.json", row)
   return row
+
+
+def _write_row(file: pathlib.Path, row: dict[str, Any]) -> None:
+  """Writes a row so that the file is whole or not there; another thread may read it, or write the same."""
+  part = file.with_name(f"{file.name}.{threading.get_ident()}.part")
+  part.write_text(json.dumps(row) + "\n")
+  part.replace(file)
 
 
 def numbers(found: dict[str, np.ndarray], base: dict[str, np.ndarray], hidden: str) -> dict[str, float]:
@@ -397,7 +405,7 @@ def restore(file: pathlib.Path, folder: pathlib.Path) -> int:
       raise ValueError(f"{file} has {run.path} with other fields than it has now; remove that row.")
     if not (folder / run.path / "row.json").is_file():
       (folder / run.path).mkdir(parents=True, exist_ok=True)
-      (folder / run.path / "row.json").write_text(json.dumps(row) + "\n")
+      _write_row(folder / run.path / "row.json", row)
       count += 1
   return count
 
