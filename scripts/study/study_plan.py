@@ -148,7 +148,18 @@ VARIANTS = (
   _moving(
     "moving_160", part="F", reference={"tau": 16}, against=("dpo_slow160", "dpo_160"), tuned_as="moving", beta=160.0
   ),
-  _moving("moving_500", part="F", reference={"tau": 16}, against=("dpo", "spo"), tuned_as="moving", beta=500.0),
+  Variant("dpo_slow250", "F", "dpo_tiny", against=("spo",), tuned_as="dpo", beta=250.0, learning_rate=2e-5),
+  Variant("dpo_250", "F", "dpo_tiny", against=("spo", "spo_more"), tuned_as="dpo", beta=250.0),
+  _moving(
+    "moving_500",
+    part="F",
+    reference={"tau": 16},
+    against=("dpo", "spo", "dpo_250", "dpo_slow250"),
+    tuned_as="moving",
+    beta=500.0,
+  ),
+  # SPO with as many updates as the others: its gaps are small after noisy labels, and few pass the recipe's threshold.
+  Variant("spo_more", "F", "spo_tiny", {"spo.threshold": 0.03}, against=("spo", "dpo", "moving_500")),
   # Where did SPO's deviation between seeds come from? The settings of the study before this one.
   Variant(
     "spo_before",
