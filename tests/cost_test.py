@@ -22,7 +22,7 @@ from jaxpref.devices import sharding
 from jaxpref.objectives import catalog, kto, lpo, pairs, spo
 from jaxpref.planning import flops, hlo, plan
 from jaxpref.training import optim, step
-from scripts.study import study_plan
+from scripts.study import study_variants
 from tests import mesh_run
 from tests.stub_model import StubModel, init, latent_params, latent_reward, pair_batch, stub_reward
 
@@ -88,9 +88,9 @@ def test_an_image_of_kto_takes_half_a_pair():
   [(2, 0, False, 1), (4, 0, False, 1), (4, 0, False, 2), (4, 0, True, 2), (2, 1, False, 1), (3, 3, False, 1)],
 )
 def test_an_iteration_of_spo_takes_what_the_readme_says(pool_size, inner_steps, last, accumulation):
-  """And as `study_plan.py` counts: a call of winner and loser is shared where they start from one latent."""
+  """And as `study_variants.py` counts: a call of winner and loser is shared where they start from one latent."""
   prompts = 4
-  config = study_plan.load_config(study_plan.BY_NAME["spo"])
+  config = study_variants.load_config(study_variants.BY_NAME["spo"])
   config.batch_size, config.num_steps = prompts, 1
   config.spo.update(num_inference_steps=12, warmup_steps=4, pool_size=pool_size, inner_steps=inner_steps)
   config.spo.pool_last_step = last
@@ -103,14 +103,14 @@ def test_an_iteration_of_spo_takes_what_the_readme_says(pool_size, inner_steps, 
     return step.make_step(objective, SGD, seed=0, accumulation=accumulation)
 
   found = evaluations(make, {"input_ids": pair_batch(prompts)["input_ids"]}, trips=updates(config))
-  assert found == study_plan.evaluations(config)
+  assert found == study_variants.evaluations(config)
 
 
 @pytest.mark.parametrize(("warmup_steps", "inner_steps"), [(0, 0), (4, 0), (0, 3)])
 def test_an_iteration_of_lpo_takes_a_call_a_step_whatever_the_pool(warmup_steps, inner_steps):
   """And k for each inner step; every pair costs an update, which winner and loser share where they start together."""
   prompts, pool = 4, 5
-  config = study_plan.load_config(study_plan.BY_NAME["spo"])
+  config = study_variants.load_config(study_variants.BY_NAME["spo"])
   config.batch_size, config.num_steps = prompts, 1
   counts = {"num_inference_steps": 12, "warmup_steps": warmup_steps, "inner_steps": inner_steps, "pool_size": pool}
   config.spo.update(counts | {"pool_last_step": not inner_steps})

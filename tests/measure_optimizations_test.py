@@ -17,7 +17,7 @@ from jaxpref.objectives.base import Rows
 from jaxpref.training import step
 from scripts.bench import measure_linearity
 from scripts.bench import measure_optimizations as measured
-from scripts.study import study_plan
+from scripts.study import study_variants
 from tests.cost_test import FROZEN, SGD, evaluations
 from tests.stub_model import StubModel, pair_batch, stub_reward
 
@@ -27,7 +27,7 @@ OPTIONS = {"num_inference_steps": 12, "warmup_steps": 4, "pool_size": 2}
 
 @pytest.fixture
 def config(monkeypatch):
-  config = study_plan.load_config(study_plan.BY_NAME["spo"])
+  config = study_variants.load_config(study_variants.BY_NAME["spo"])
   config.update(batch_size=PROMPTS, num_steps=1)
   config.spo.update(OPTIONS | {"threshold": 0.0})
   groups = spo.pool_groups(
@@ -66,7 +66,7 @@ def test_what_iterations_of_spo_take(config):
 
   batch = {"input_ids": pair_batch(PROMPTS)["input_ids"]}
   plain = count(contextlib.nullcontext)
-  assert plain == study_plan.evaluations(config)
+  assert plain == study_variants.evaluations(config)
   # Of 7 of 8 pairs a pass of the loser's with guidance, of the reference and of the policy, and backward.
   assert count(measured.separate_passes) == plain + PROMPTS * 7 * 2 * 4
 

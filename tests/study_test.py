@@ -18,7 +18,8 @@ from ml_collections import config_flags
 from jaxpref import config as config_lib
 from jaxpref.data import emoji
 from jaxpref.objectives import spo
-from scripts.study import ground, instrument, measure, study, study_plan, study_report
+from scripts.study import ground, instrument, measure, study, study_plan, study_report, study_rows, study_variants
+from scripts.study.study_variants import BY_NAME, Run
 
 # Stands in for `python -m jaxpref.main` and for scripts/study/measure.py: writes what they leave behind.
 FAKE = """
@@ -39,12 +40,17 @@ if kind == "measure":
   (folder / "part.json").write_text(made.read_text())
   (folder / "part.json").replace(folder / "row.json")  # whole or not there, as measure.py and read_run write
 """
-DPO, SPO = study_plan.BY_NAME["dpo"], study_plan.BY_NAME["spo"]
+DPO, SPO = BY_NAME["dpo"], BY_NAME["spo"]
 
 
 def row(run, *, share=0.6, captions=0.0, win=0.7, **others):
   """The numbers of a run."""
-  told = {"variant": run.variant.name, "seed": run.seed, "split": run.split, "fields": study_plan.changes(run.variant)}
+  told = {
+    "variant": run.variant.name,
+    "seed": run.seed,
+    "split": run.split,
+    "fields": study_variants.changes(run.variant),
+  }
   told |= {"learning_rate": run.learning_rate, "beta": run.beta, "share": share, "captions": captions}
   told |= {"win_rate": win, "base_share": 0.4, "error": 0.02, "gain": 0.5, "other_share": 0.0, "minutes": 2.0}
   return told | {"evaluations": 32_000.0, "updates": 125.0, "valid_pairs": 1.0} | others
@@ -140,11 +146,11 @@ def value(config, name):
 
 
 def test_every_variant_is_a_config(tmp_path):
-  names = [v.name for v in study_plan.VARIANTS]
-  assert len(set(names)) == len(names) and {v.part for v in study_plan.VARIANTS} == set(study_plan.PARTS)
+  names = [v.name for v in study_variants.VARIANTS]
+  assert len(set(names)) == len(names) and {v.part for v in study_variants.VARIANTS} == set(study_variants.PARTS)
   known = config_lib.names()
-  for variant in study_plan.VARIANTS:
-    run = study_plan.Run(variant, 1e-5, 50.0, 0, "test")
+  for variant in study_variants.VARIANTS:
+    run = Run(variant, 1e-5, 50.0, 0, "test")
     fields = run.fields(tmp_path)
     assert set(fields) <= set(known)
     config = importlib.import_module(f"configs.{variant.recipe}").get_config()
@@ -154,13 +160,13 @@ def test_every_variant_is_a_config(tmp_path):
     changed = {n for n in known if value(config, n) != value(recipe, n)}
     assert set(variant.overrides) - {"reference.delta", "reference.tau"} <= changed  # none says what holds anyway
     assert set(variant.against) <= set(names)
-    assert not variant.tuned_as or not study_plan.BY_NAME[variant.tuned_as].tuned_as
+    assert not variant.tuned_as or not BY_NAME[variant.tuned_as].tuned_as
     assert study_plan.tuned(variant).hidden == variant.hidden
 
 
 def test_methods_cost_the_same():
   """As many UNet evaluations, but for those that are shorter or larger on purpose, and for pairs that are not valid."""
-  count = lambda name, valid=1.0: study_plan.evaluations(study_plan.load_config(study_plan.BY_NAME[name]), valid)
+  count = lambda name, valid=1.0: study_variants.evaluations(study_variants.load_config(BY_NAME[name]), valid)
   assert count("dpo") == 125 * 32 * 8 and count("sft") == 167 * 32 * 6
   assert count("spo") == 25 * 8 * 2 * (47 + 44) and count("spo", 0.75) == 25 * 8 * 2 * (47 + 33)
   for other in (count("sft"), count("spo", 0.75)):
@@ -175,29 +181,29 @@ def test_evaluations_of_other_recipes():
   sdxl = importlib.import_module("configs.spo_sdxl").get_config()  # groups of four steps: 4 shared starts, 12 not
   s = sdxl.spo
   calls = spo.pool_calls(num_steps=s.num_inference_steps, warmup_steps=s.warmup_steps, pool_size=s.pool_size)
-  assert study_plan.evaluations(sdxl, 0.0) == sdxl.num_steps * sdxl.batch_size * 2 * calls
-  assert study_plan.evaluations(sdxl) == sdxl.num_steps * sdxl.batch_size * 2 * (calls + 4 * (4 + 2 * 12))
+  assert study_variants.evaluations(sdxl, 0.0) == sdxl.num_steps * sdxl.batch_size * 2 * calls
+  assert study_variants.evaluations(sdxl) == sdxl.num_steps * sdxl.batch_size * 2 * (calls + 4 * (4 + 2 * 12))
   # 24 samples of 20 guided steps; of the policy a forward and (twice) a backward pass of each step.
   grpo = importlib.import_module("configs.grpo_tiny").get_config()
-  assert study_plan.evaluations(grpo) == 40 * 24 * 20 * 2 * (1 + 3)
+  assert study_variants.evaluations(grpo) == 40 * 24 * 20 * 2 * (1 + 3)
   grpo.grpo.update(timestep_fraction=0.6, kl_coef=0.04)
-  assert study_plan.evaluations(grpo) == 40 * 24 * 2 * (20 + 12 * 4)
+  assert study_variants.evaluations(grpo) == 40 * 24 * 2 * (20 + 12 * 4)
   kto = importlib.import_module("configs.kto_tiny").get_config()
-  assert study_plan.evaluations(kto) == kto.num_steps * kto.batch_size * (1 + 1 + 2)
+  assert study_variants.evaluations(kto) == kto.num_steps * kto.batch_size * (1 + 1 + 2)
 
 
 def test_commands_are_those_of_the_trainer():
   folder = pathlib.Path("runs")
-  run = study_plan.Run(study_plan.BY_NAME["ungated_tau16"], 4e-5, 500.0, 3, "test")
+  run = Run(BY_NAME["ungated_tau16"], 4e-5, 500.0, 3, "test")
   command = run.command(folder)
   assert command[1:4] == ["-m", "jaxpref.main", "--config=configs/dpo_tiny.py"]
   assert command[-1] == "--workdir=runs/ungated_tau16/test_4e-05_500_seed3"
   assert {"--config.seed=3", "--config.reference.tau=16", "--config.optimizer.learning_rate=4e-05"} <= set(command)
   assert "--config.data.path=runs/ground/train/style_70.jsonl" in command
-  online = study_plan.Run(study_plan.BY_NAME["spo_60"], 2e-5, 10.0, 0, "test").command(folder)
+  online = Run(BY_NAME["spo_60"], 2e-5, 10.0, 0, "test").command(folder)
   assert "--config.preference_model=runs/models/style_60_step_aware/export" in online
   assert "--config.data.path=runs/ground/train.txt" in online
-  kinds = {v.name: study_plan.model_of(v) for v in study_plan.VARIANTS}
+  kinds = {v.name: study_variants.model_of(v) for v in study_variants.VARIANTS}
   assert kinds["dpo"] is None and kinds["lpo"].name == "style_70_latent" and kinds["spo_clean"].kind == "clean"
   of_clean = kinds["spo_clean"].command(folder)
   assert "--config=configs/spm_tiny.py" in of_clean and "--config.spm.step_aware=False" in of_clean
@@ -205,9 +211,9 @@ def test_commands_are_those_of_the_trainer():
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-@pytest.mark.parametrize("name", study_plan.BY_NAME)
+@pytest.mark.parametrize("name", BY_NAME)
 def test_commands_set_the_fields_as_they_are_meant(name, monkeypatch):
-  run, folder = study_plan.Run(study_plan.BY_NAME[name], 1e-5, 50.0, 3, "test"), pathlib.Path("runs")
+  run, folder = Run(BY_NAME[name], 1e-5, 50.0, 3, "test"), pathlib.Path("runs")
   monkeypatch.setattr(sys, "argv", run.command(folder)[2:-1])  # where fields are looked for
   values = flags.FlagValues()
   config_flags.DEFINE_config_file("config", flag_values=values)
@@ -232,9 +238,9 @@ def test_learning_rate_is_chosen_by_the_rule(tmp_path, rows, factor):
   assert study_plan.test_runs(DPO, tmp_path) == []
   tune(tmp_path, DPO, rows)
   for name in ("dpo", "dpo_half"):
-    tests = study_plan.test_runs(study_plan.BY_NAME[name], tmp_path)
+    tests = study_plan.test_runs(BY_NAME[name], tmp_path)
     assert {(r.learning_rate, r.beta, r.split) for r in tests} == {(factor * 2e-5, 500.0, "test")}
-    assert [r.seed for r in tests] == list(range(study_plan.BY_NAME[name].seeds))
+    assert [r.seed for r in tests] == list(range(BY_NAME[name].seeds))
 
 
 def test_legible_pictures_may_change_captions():
@@ -255,12 +261,12 @@ def test_beta_is_chosen_at_the_best_learning_rate(tmp_path, betas, chosen):
   tried = study_plan.tuning_runs(DPO, tmp_path)[3:]
   assert [(r.learning_rate, r.beta) for r in tried] == [(4e-5, 50.0), (4e-5, 5000.0)]
   assert {r.beta for r in study_plan.test_runs(DPO, tmp_path)} == {chosen}
-  recipe = study_plan.test_runs(study_plan.BY_NAME["moving_tau16"], tmp_path)
+  recipe = study_plan.test_runs(BY_NAME["moving_tau16"], tmp_path)
   assert {(r.learning_rate, r.beta) for r in recipe} == {(4e-5, 500.0)}
 
 
 def test_fine_tuning_has_five_learning_rates(tmp_path):
-  sft = study_plan.BY_NAME["sft"]
+  sft = BY_NAME["sft"]
   runs = study_plan.tuning_runs(sft, tmp_path)
   assert [r.learning_rate for r in runs] == pytest.approx([1e-5, 2e-5, 4e-5, 8e-5, 16e-5])
   for run in runs:
@@ -281,10 +287,10 @@ def fake(tmp_path, monkeypatch):
     return [sys.executable, "-S", "-c", FAKE, str(folder / run.path), "train"]
 
   own = lambda model, folder: [sys.executable, "-S", "-c", FAKE, str(folder / "models" / model.name), "train"]
-  monkeypatch.setattr(study_plan.Run, "command", train)
-  monkeypatch.setattr(study_plan.PreferenceModel, "command", own)
+  monkeypatch.setattr(study_variants.Run, "command", train)
+  monkeypatch.setattr(study_variants.PreferenceModel, "command", own)
   monkeypatch.setattr(
-    study_plan, "measure_command", lambda place, split: [sys.executable, "-S", "-c", FAKE, str(place), "measure"]
+    study_variants, "measure_command", lambda place, split: [sys.executable, "-S", "-c", FAKE, str(place), "measure"]
   )
   monkeypatch.setattr(study, "measure_base", lambda *_: None)
   labels = ground.labels_file(tmp_path / "ground", "style", 70)
@@ -314,7 +320,7 @@ def test_two_runs_at_a_time_make_the_same_runs_once_each(tmp_path, fake, monkeyp
   monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
   pinned = []
   monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: pinned.append(cores))
-  variants = [DPO, study_plan.BY_NAME["dpo_half"]]
+  variants = [DPO, BY_NAME["dpo_half"]]
   study.train_all(variants, tmp_path, workers=2)
   calls = fake()
   assert sorted(calls) == sorted(set(calls)) and len(calls) == 2 * (5 + 8 + 4)
@@ -324,28 +330,28 @@ def test_two_runs_at_a_time_make_the_same_runs_once_each(tmp_path, fake, monkeyp
 
 def test_a_preference_model_is_trained_once_for_all_that_learn_from_it(tmp_path, fake):
   for seed in (0, 1):
-    study.train(study_plan.Run(study_plan.BY_NAME["spo_winner"], 2e-5, 10.0, seed, "test"), tmp_path, float("inf"))
+    study.train(Run(BY_NAME["spo_winner"], 2e-5, 10.0, seed, "test"), tmp_path, float("inf"))
   names = [call for call in fake() if call.startswith("train")]
   runs = [f"train:spo_winner/test_2e-05_10_seed{seed}" for seed in (0, 1)]
   assert names == ["train:models/style_70_step_aware", *runs]
 
 
 def test_nan_is_a_result_and_other_errors_stop_the_study(tmp_path, fake):
-  run = study_plan.Run(study_plan.BY_NAME["sft"], 1e-5, 500.0, 0, "test")
+  run = Run(BY_NAME["sft"], 1e-5, 500.0, 0, "test")
   (tmp_path / "broken").touch()
   with pytest.raises(RuntimeError, match=r"sft/test_1e-05_500_seed0 ended with status 1 .* no such folder"):
     study.train(run, tmp_path, float("inf"))
-  assert study_plan.read_run(run, tmp_path) is None
+  assert study_rows.read_run(run, tmp_path) is None
   (tmp_path / "nan").touch()
   study.train(run, tmp_path, float("inf"))
-  assert "not finite" in study_plan.read_run(run, tmp_path)["failed"]
+  assert "not finite" in study_rows.read_run(run, tmp_path)["failed"]
 
 
 def test_a_run_in_time_is_stopped(tmp_path, monkeypatch):
   sleeping = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
-  monkeypatch.setattr(study_plan.Run, "command", lambda *_: sleeping)
+  monkeypatch.setattr(study_variants.Run, "command", lambda *_: sleeping)
   with pytest.raises(TimeoutError, match="was not ready in time"):
-    study.train(study_plan.Run(study_plan.BY_NAME["sft"], 1e-5, 500.0, 0, "test"), tmp_path, 0.0)
+    study.train(Run(BY_NAME["sft"], 1e-5, 500.0, 0, "test"), tmp_path, 0.0)
 
 
 @pytest.mark.slow
@@ -355,10 +361,12 @@ def test_sigterm_ends_the_runs_and_then_the_study(tmp_path):
   labels = ground.labels_file(tmp_path / "ground", "style", 70)
   labels.parent.mkdir(parents=True)
   labels.touch()
-  program = f"from scripts.study import study, study_plan; study_plan.Run.command = lambda *_: {run!r};"
+  program = f"from scripts.study import study, study_variants; study_variants.Run.command = lambda *_: {run!r};"
   program += "study.measure_base = lambda *_: None;"
   program += f"study.main('--only sft --workers 2 --runs {tmp_path} --docs {tmp_path}'.split())"
-  process = subprocess.Popen([sys.executable, "-c", program], cwd=study_plan.ROOT, stderr=subprocess.PIPE, text=True)
+  process = subprocess.Popen(
+    [sys.executable, "-c", program], cwd=study_variants.ROOT, stderr=subprocess.PIPE, text=True
+  )
   begun = lambda: [log for log in tmp_path.glob("sft/*.log") if "begun" in log.read_text()]
   deadline = time.monotonic() + 50
   while len(begun()) < 2 and time.monotonic() < deadline:
@@ -383,7 +391,7 @@ def run_folder(folder, run, *, metrics, share=0.5):
   """What training and measure.py leave behind."""
   place = folder / run.path
   place.mkdir(parents=True)
-  config = config_lib.to_dict(study_plan.load_config(run.variant))
+  config = config_lib.to_dict(study_variants.load_config(run.variant))
   for name, given in run.fields(folder).items():
     *parents, last = name.split(".")
     node = config
@@ -393,63 +401,63 @@ def run_folder(folder, run, *, metrics, share=0.5):
   (place / "config.json").write_text(json.dumps(config))
   (place / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics) + '{"step": 3')
   measure.save(place / f"{run.split}.npz", scores(share))
-  study_plan.base_folder(folder).mkdir(exist_ok=True)
-  measure.save(study_plan.base_folder(folder) / f"{run.split}.npz", scores(0.25))
+  study_rows.base_folder(folder).mkdir(exist_ok=True)
+  measure.save(study_rows.base_folder(folder) / f"{run.split}.npz", scores(0.25))
 
 
 def test_numbers_of_a_run(tmp_path):
-  dpo = study_plan.Run(DPO, 2e-5, 500.0, 0, "test")
+  dpo = Run(DPO, 2e-5, 500.0, 0, "test")
   of_step = {"images_per_second": 32.0, "margin_bin_0": 2.0}
   run_folder(
     tmp_path, dpo, metrics=[{"step": 1, "images_per_second": 0.1, "margin_bin_0": 9.0}, {"step": 20, **of_step}]
   )
-  found = study_plan.read_run(dpo, tmp_path)
+  found = study_rows.read_run(dpo, tmp_path)
   assert found["minutes"] == pytest.approx(125 * 64 / 32 / 60)  # without the first step, which was slow
   assert (found["updates"], found["evaluations"], found["margin_bin_0"]) == (125, 125 * 32 * 8, 2.0)
   assert (found["share"], found["base_share"], found["captions"], found["other_share"]) == (0.5, 0.25, 0.0, 0.0)
   # Two of eight pictures became outlined; the other six are the base model's.
   assert found["win_rate"] == pytest.approx((2 + 0.5 * 6) / 8) and found["gain"] == pytest.approx(10 * 2 / 8)
   assert found["error"] == pytest.approx(np.std([0, 1, 0, 0], ddof=1) / 2)
-  assert "last_d" not in found and study_plan.read_run(dpo, tmp_path) == found  # from row.json
-  spo_run = study_plan.Run(SPO, 2e-5, 10.0, 0, "test")
+  assert "last_d" not in found and study_rows.read_run(dpo, tmp_path) == found  # from row.json
+  spo_run = Run(SPO, 2e-5, 10.0, 0, "test")
   online = [{"step": s, "images_per_second": 32.0, "valid_pairs": 0.5, "updates": 4.0} for s in (1, 2)]
   run_folder(tmp_path, spo_run, metrics=online)
-  found = study_plan.read_run(spo_run, tmp_path)
+  found = study_rows.read_run(spo_run, tmp_path)
   assert found["minutes"] == pytest.approx(25 * 8 / 32 / 60)
   assert (found["updates"], found["evaluations"]) == (100, 25 * 8 * 2 * (47 + 22))
-  gated = study_plan.Run(study_plan.BY_NAME["moving_tau16"], 2e-5, 500.0, 0, "test")
+  gated = Run(BY_NAME["moving_tau16"], 2e-5, 500.0, 0, "test")
   moves = [(1, 0.0, 0), (16, 0.002, 1), (32, 0.009, 1), (48, 0.004, 2), (64, 0.006, 2)]
   rows = [{"step": s, "divergence": d, "reference_updates": n, "images_per_second": 1.0} for s, d, n in moves]
   run_folder(tmp_path, gated, metrics=rows)
-  found = study_plan.read_run(gated, tmp_path)
+  found = study_rows.read_run(gated, tmp_path)
   assert (found["last_d"], found["largest_d"], found["accepted_d"], found["moves"]) == (0.006, 0.009, 0.004, 2)
-  often = study_plan.Run(study_plan.BY_NAME["ema_tau4"], 2e-5, 500.0, 0, "test")
+  often = Run(BY_NAME["ema_tau4"], 2e-5, 500.0, 0, "test")
   moves = [(1, 0.0, 0), (10, 0.009, 1), (20, 0.003, 4)]  # of two proposals the second was refused; then three were made
   rows = [{"step": s, "divergence": d, "reference_updates": n, "images_per_second": 1.0} for s, d, n in moves]
   run_folder(tmp_path, often, metrics=rows)
-  assert study_plan.read_run(often, tmp_path)["accepted_d"] == 0.003
+  assert study_rows.read_run(often, tmp_path)["accepted_d"] == 0.003
 
 
 def test_a_variant_whose_values_are_those_of_another_takes_its_runs(tmp_path):
-  same = study_plan.BY_NAME["dpo_beta500"]
+  same = BY_NAME["dpo_beta500"]
   tune(tmp_path, DPO)  # which chooses the recipe's beta
   write(tmp_path, study_plan.test_runs(DPO, tmp_path)[0], share=0.7)
   first, second = study_plan.test_runs(same, tmp_path)[:2]
-  found = study_plan.read_run(first, tmp_path)
-  assert (found["variant"], found["share"]) == ("dpo_beta500", 0.7) and study_plan.read_run(second, tmp_path) is None
+  found = study_rows.read_run(first, tmp_path)
+  assert (found["variant"], found["share"]) == ("dpo_beta500", 0.7) and study_rows.read_run(second, tmp_path) is None
   assert [run.seed for run in study_plan.remaining([same], tmp_path)] == [1, 2, 3]
   other = dataclasses.replace(first, beta=50.0)
-  assert study_plan.read_run(other, tmp_path) is None
+  assert study_rows.read_run(other, tmp_path) is None
 
 
 def test_a_folder_of_another_config_is_refused(tmp_path):
-  run = study_plan.Run(DPO, 2e-5, 500.0, 0, "test")
+  run = Run(DPO, 2e-5, 500.0, 0, "test")
   run_folder(tmp_path, run, metrics=[{"step": 1, "images_per_second": 1.0}])
   config = json.loads((tmp_path / run.path / "config.json").read_text())
   config["sample"]["every"] = 200
   (tmp_path / run.path / "config.json").write_text(json.dumps(config))
   with pytest.raises(ValueError, match=r"made with config\.sample\.every=200, expected 0"):
-    study_plan.read_run(run, tmp_path)
+    study_rows.read_run(run, tmp_path)
 
 
 # ---- Report -------------------------------------------------------------------------------------------------------
@@ -480,11 +488,11 @@ def test_growth_is_the_difference_of_differences():
 
 
 def test_power_is_what_the_page_of_questions_says():
-  page = (study_plan.ROOT / "docs" / "results" / "papers_questions.md").read_text()
+  page = (study_variants.ROOT / "docs" / "results" / "papers_questions.md").read_text()
   assert "1.15 s (n = 8) or 2.1 s (n = 4)" in " ".join(page.split())
   assert study_report.power(1.0, 8) == pytest.approx(1.15, abs=0.01)
   assert study_report.power(1.0, 4) == pytest.approx(2.1, abs=0.05)
-  for v in study_plan.VARIANTS:
+  for v in study_variants.VARIANTS:
     assert f"`{v.name}`" in page or f"`{v.name.removeprefix('moving')}`" in page or v.name.startswith(("dpo_", "spo_"))
 
 
@@ -495,14 +503,14 @@ def report(folder):
 
 def test_report_of_nothing_names_all_that_is_missing(tmp_path):
   text = report(tmp_path)
-  assert all(f"- {v.name}: not tuned yet\n" in text for v in study_plan.VARIANTS) and "## A" not in text
+  assert all(f"- {v.name}: not tuned yet\n" in text for v in study_variants.VARIANTS) and "## A" not in text
   assert not re.search(r"[{}]|None|nan", text)
 
 
 def test_report_says_what_the_numbers_say(tmp_path):
   shares = {"dpo": 0.6, "spo": 0.5, "sft": 0.55}
   for name, share in shares.items():
-    variant = study_plan.BY_NAME[name]
+    variant = BY_NAME[name]
     if name == "sft":
       for run in study_plan.tuning_runs(variant, tmp_path):
         write(tmp_path, run)
@@ -544,9 +552,9 @@ def test_findings_take_their_numbers_from_the_runs():
 
 
 def test_the_page_of_findings_is_what_the_tables_say():
-  results = study_plan.ROOT / "docs" / "results"
+  results = study_variants.ROOT / "docs" / "results"
   study = json.loads((results / "papers.json").read_text())
-  template = (study_plan.ROOT / study_report.FINDINGS).read_text()
+  template = (study_variants.ROOT / study_report.FINDINGS).read_text()
   assert (results / "findings.md").read_text() == study_report.findings(study, template)
 
 
@@ -567,7 +575,7 @@ def test_margins_are_means_over_seeds_by_time():
 
 
 def test_divergences_are_of_variants_that_move(tmp_path):
-  moving = study_plan.BY_NAME["moving"]
+  moving = BY_NAME["moving"]
   tune(tmp_path, moving)
   for run, largest in zip(study_plan.test_runs(moving, tmp_path)[:2], (0.004, 0.02), strict=True):
     write(tmp_path, run, moves=3.0, last_d=0.003, largest_d=largest, accepted_d=0.002)
@@ -607,20 +615,20 @@ def test_a_report_is_gone_on_from(tmp_path):
   write(runs, study_plan.test_runs(DPO, runs)[0], share=0.7)
   study.main(["--report", "--runs", str(runs), "--docs", str(tmp_path / "docs")])
   file = tmp_path / "docs" / "papers.json"
-  assert study_plan.restore(file, other) == 7  # five of tuning, one run, and dpo_beta500 has the same one
-  assert study_plan.restore(file, other) == 0
+  assert study_rows.restore(file, other) == 7  # five of tuning, one run, and dpo_beta500 has the same one
+  assert study_rows.restore(file, other) == 0
   assert study_plan.test_runs(DPO, other) == study_plan.test_runs(DPO, runs)
   first = study_plan.test_runs(DPO, runs)[0]
-  assert study_plan.read_run(first, other) == study_plan.read_run(first, runs)
+  assert study_rows.read_run(first, other) == study_rows.read_run(first, runs)
   assert [run.seed for run in study_plan.remaining([DPO], other)] == list(range(1, 8))
   changed = json.loads(file.read_text())
   changed["runs"]["dpo"][0]["fields"]["num_steps"] = 7
   file.write_text(json.dumps(changed))
   with pytest.raises(ValueError, match="with other fields than it has now"):
-    study_plan.restore(file, tmp_path / "third")
+    study_rows.restore(file, tmp_path / "third")
   file.write_text("{}")
   with pytest.raises(ValueError, match=r"expected a papers\.json"):
-    study_plan.restore(file, tmp_path / "third")
+    study_rows.restore(file, tmp_path / "third")
 
 
 def test_the_plan_counts_what_is_left(tmp_path, capsys):

@@ -30,8 +30,8 @@ from concurrent import futures
 
 if __name__ == "__main__":
   sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
-from scripts.study import ground, measure, study_plan, study_report  # noqa: E402
-from scripts.study.study_plan import ROOT, PreferenceModel, Run, Variant  # noqa: E402
+from scripts.study import ground, measure, study_plan, study_report, study_rows, study_variants  # noqa: E402
+from scripts.study.study_variants import ROOT, PreferenceModel, Run, Variant  # noqa: E402
 
 _RUNNING: set[subprocess.Popen] = set()
 _STOPPED = threading.Event()  # nothing new is begun
@@ -104,7 +104,7 @@ def train(run: Run, folder: pathlib.Path, deadline: float, core: int | None = No
   Raises:
     TimeoutError: the deadline or `stop` came first; what was done is saved.
   """
-  if model := study_plan.model_of(run.variant):
+  if model := study_variants.model_of(run.variant):
     with _MODEL:
       train_model(model, folder, deadline, core)
   place = folder / run.path
@@ -115,8 +115,8 @@ def train(run: Run, folder: pathlib.Path, deadline: float, core: int | None = No
       return
     if code or not (place / "export").is_dir():
       raise _without_results(run.path, place, code, last)
-  call(study_plan.measure_command(place, run.split), place, deadline, core)
-  if study_plan.read_run(run, folder):  # which keeps the numbers in row.json
+  call(study_variants.measure_command(place, run.split), place, deadline, core)
+  if study_rows.read_run(run, folder):  # which keeps the numbers in row.json
     remove_models(place)
 
 
@@ -138,10 +138,10 @@ def train_model(
 
 def measure_base(folder: pathlib.Path, deadline: float = float("inf")) -> None:
   """Draws and scores both splits with the base model, once; raises as `train`."""
-  base = study_plan.base_folder(folder)
+  base = study_rows.base_folder(folder)
   for split in measure.PICTURES:
     if not (base / f"{split}.npz").is_file():
-      call(study_plan.measure_command(base, split, "tiny-sd"), base, deadline)
+      call(study_variants.measure_command(base, split, "tiny-sd"), base, deadline)
 
 
 def call(
@@ -213,13 +213,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.error(f"--workers={args.workers}: expected at least 1.")
   folder, deadline = args.runs.resolve(), float("inf")
   try:
-    variants = [v for v in study_plan.VARIANTS if re.search(args.only, f"{v.part} {v.name}")]
+    variants = [v for v in study_variants.VARIANTS if re.search(args.only, f"{v.part} {v.name}")]
   except re.error as error:
     parser.error(f"--only={args.only!r} is no regular expression: {error}.")
   if not variants:
     parser.error(f"--only={args.only!r} is in no variant; --list shows all.")
   if args.restore:
-    print(f"{study_plan.restore(args.restore, folder)} runs of {args.restore} count as done", file=sys.stderr)
+    print(f"{study_rows.restore(args.restore, folder)} runs of {args.restore} count as done", file=sys.stderr)
   if args.list:
     print(study_plan.plan(variants, folder, args.workers))
     return
@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
       parser.error(f"{folder / 'ground'} has no labels; make it by python scripts/study/ground.py.")
     measure_base(folder, deadline)
     if args.models:
-      for model in dict.fromkeys(filter(None, map(study_plan.model_of, variants))):
+      for model in dict.fromkeys(filter(None, map(study_variants.model_of, variants))):
         train_model(model, folder, deadline)
       return
     train_all(variants, folder, deadline, args.workers)

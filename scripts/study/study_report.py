@@ -26,7 +26,7 @@ import numpy as np
 from scipy import stats
 
 from jaxpref.evaluation.statistics import holm
-from scripts.study import study_plan
+from scripts.study import study_plan, study_rows, study_variants
 
 MAIN = {("spo", "dpo"), ("spo_legible", "dpo_legible"), ("moving", "dpo")}  # not corrected for their number
 FINDINGS = "scripts/study/findings.md"
@@ -37,18 +37,18 @@ Rows = Sequence[dict[str, Any]]
 def collect(folder: pathlib.Path) -> dict[str, Any]:
   """Returns `runs` and `tuning` by variant, `comparisons`, and the paths of `missing` runs."""
   study: dict[str, Any] = {"runs": {}, "tuning": {}, "comparisons": [], "missing": []}
-  for v in study_plan.VARIANTS:
+  for v in study_variants.VARIANTS:
     tuning = [] if v.tuned_as else study_plan.tuning_runs(v, folder)
     tests = study_plan.test_runs(v, folder)
-    rows = {run.path: study_plan.read_run(run, folder) for run in [*tuning, *tests]}
+    rows = {run.path: study_rows.read_run(run, folder) for run in [*tuning, *tests]}
     study["missing"] += [path for path, row in rows.items() if not row]
     study["missing"] += [] if tests else [f"{v.name}/test_*: not tuned yet"]
     study["runs"][v.name] = [row for row in rows.values() if row and row["split"] == "test"]
     if tuning:
       study["tuning"][v.name] = [row for row in rows.values() if row and row["split"] != "test"]
-  for part in study_plan.PARTS:
+  for part in study_variants.PARTS:
     found = []
-    for v in (v for v in study_plan.VARIANTS if v.part == part):
+    for v in (v for v in study_variants.VARIANTS if v.part == part):
       for other in v.against:
         if result := compare(study["runs"][v.name], study["runs"][other]):
           found.append({"variant": v.name, "against": other, "part": part} | result)
@@ -188,7 +188,7 @@ def margins(rows: Rows) -> np.ndarray | None:
 
 def _moves(runs: Mapping[str, Rows]) -> list[str]:
   """The table of divergences, of variants whose reference moves."""
-  of_moves = [v for v in study_plan.VARIANTS if any("moves" in r for r in runs[v.name])]
+  of_moves = [v for v in study_variants.VARIANTS if any("moves" in r for r in runs[v.name])]
   rows = []
   for v in of_moves:
     found = [spread(runs[v.name], key, "{:.4f}") for key in ("last_d", "largest_d", "accepted_d")]
@@ -286,8 +286,8 @@ def markdown(study: Mapping[str, Any], instrument: Mapping[str, Any] | None = No
       f"The standard error of a run's share over prompts, against base, is at most {100 * error:.1f} points.",
       "",
     ]
-  for part, title in study_plan.PARTS.items():
-    members = [v for v in study_plan.VARIANTS if v.part == part and runs[v.name]]
+  for part, title in study_variants.PARTS.items():
+    members = [v for v in study_variants.VARIANTS if v.part == part and runs[v.name]]
     if not members:
       continue
     lines += [f"## {part}. {title}", ""]
@@ -317,7 +317,7 @@ def _missing(study: Mapping[str, Any]) -> list[str]:
   return [f"{name}: not tuned yet" if name in untuned else f"{name}: {n} runs" for name, n in counts.items()]
 
 
-def _row(v: study_plan.Variant, rows: Rows) -> list[str]:
+def _row(v: study_variants.Variant, rows: Rows) -> list[str]:
   deviation = f"{100 * np.std([r['share'] for r in rows], ddof=1):.1f}" if len(rows) > 2 else ""
   return [
     v.name,
@@ -353,7 +353,7 @@ def _comparison(f: Mapping[str, Any]) -> list[str]:
 def _tuning(study: Mapping[str, Any]) -> list[list[str]]:
   rows = []
   for name, tried in study["tuning"].items():
-    best = study_plan.choose(tried, study_plan.BY_NAME[name].hidden)
+    best = study_plan.choose(tried, study_variants.BY_NAME[name].hidden)
     cells = []
     for r in tried:
       told = r.get("failed") or f"{r['share']:.1%} ({100 * r['captions']:+.1f})"
@@ -379,8 +379,8 @@ that they have, would find with 80 % probability.
 
 
 def _curves(study: Mapping[str, Any]) -> dict[str, Rows]:
-  """Returns the runs of the variants in `study_plan.CURVES` by name; none if one of them has no run."""
-  names = [n for of_method in study_plan.CURVES.values() for n in of_method]
+  """Returns the runs of the variants in `study_variants.CURVES` by name; none if one of them has no run."""
+  names = [n for of_method in study_variants.CURVES.values() for n in of_method]
   runs: dict[str, Rows] = {n: [r for r in study["runs"][n] if "failed" not in r] for n in names}
   return runs if all(runs.values()) else {}
 
@@ -396,7 +396,7 @@ def plot_budget(study: Mapping[str, Any], docs: pathlib.Path) -> None:
   import matplotlib.pyplot as plt
 
   figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
-  for label, names in study_plan.CURVES.items():
+  for label, names in study_variants.CURVES.items():
     points = [np.array([(r["evaluations"], 100 * r["share"]) for r in runs[n]]) for n in names]
     (line,) = axis.plot(*np.array([p.mean(axis=0) for p in points]).T, label=label)
     axis.plot(*np.concatenate(points).T, "o", color=line.get_color(), markersize=3)
@@ -415,9 +415,9 @@ def plot_frontier(study: Mapping[str, Any], docs: pathlib.Path) -> None:
 
   figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
   base = float("nan")
-  for number, part in enumerate(study_plan.PARTS):
-    label: str | None = f"{part}. {study_plan.PARTS[part]}"
-    for v in study_plan.VARIANTS:
+  for number, part in enumerate(study_variants.PARTS):
+    label: str | None = f"{part}. {study_variants.PARTS[part]}"
+    for v in study_variants.VARIANTS:
       rows = [r for r in study["runs"][v.name] if "failed" not in r]
       if v.part == part and (v.hidden, v.agreement) == ("style", 70) and rows:
         x, y = (100 * np.mean([r[key] for r in rows]) for key in ("captions", "share"))
@@ -442,7 +442,7 @@ def write(folder: pathlib.Path, docs: pathlib.Path) -> None:
   file = docs / "papers_instrument.json"
   (docs / "papers.md").write_text(markdown(study, json.loads(file.read_text()) if file.is_file() else None))
   (docs / "papers.json").write_text(json.dumps(study, indent=1) + "\n")
-  template = study_plan.ROOT / FINDINGS
+  template = study_variants.ROOT / FINDINGS
   try:
     if template.is_file():
       (docs / "findings.md").write_text(findings(study, template.read_text()))

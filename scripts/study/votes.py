@@ -40,8 +40,8 @@ if __name__ == "__main__":
 from jaxpref import pairs  # noqa: E402
 from jaxpref.data.labels import label_pairs  # noqa: E402
 from jaxpref.voting import active, schedule  # noqa: E402
-from scripts.study import active_voting, ground, measure, study, study_plan  # noqa: E402
-from scripts.study.study_plan import ROOT  # noqa: E402
+from scripts.study import active_voting, ground, measure, study, study_plan, study_rows, study_variants  # noqa: E402
+from scripts.study.study_variants import ROOT  # noqa: E402
 
 VOTES = (50, 100, 200, 400, 800)
 SEEDS = range(5)
@@ -229,15 +229,15 @@ def write_votes(case: Case, place: pathlib.Path) -> pathlib.Path:
 
 
 def read(case: Case, folder: pathlib.Path) -> dict[str, Any] | None:
-  """Returns a run's numbers, of `study_plan.numbers`; None without a result."""
+  """Returns a run's numbers, of `study_rows.numbers`; None without a result."""
   file = folder / "votes" / case.path / "row.json"
   if file.is_file():
     return json.loads(file.read_text())
-  scored, base = file.with_name(f"{case.split}.npz"), study_plan.base_folder(folder) / f"{case.split}.npz"
+  scored, base = file.with_name(f"{case.split}.npz"), study_rows.base_folder(folder) / f"{case.split}.npz"
   if not scored.is_file() or not base.is_file():
     return None
   row = dataclasses.asdict(case) | {"fields": dict(case.fields)}
-  row |= study_plan.numbers(measure.read(scored), measure.read(base), "style")
+  row |= study_rows.numbers(measure.read(scored), measure.read(base), "style")
   file.write_text(json.dumps(row) + "\n")
   return row
 
@@ -249,7 +249,9 @@ def make(case: Case, folder: pathlib.Path, deadline: float) -> None:
   if not export.is_dir():
     study.call(training_command(case, folder, place), place, deadline, results=export)
   model = None if case.ask != "rounds" else str(export)
-  study.call(study_plan.measure_command(place, case.split, model), place, deadline, results=place / f"{case.split}.npz")
+  study.call(
+    study_variants.measure_command(place, case.split, model), place, deadline, results=place / f"{case.split}.npz"
+  )
   if read(case, folder):
     study.remove_models(place)
     shutil.rmtree(place / "taste", ignore_errors=True)
@@ -267,7 +269,7 @@ def training_command(case: Case, folder: pathlib.Path, place: pathlib.Path) -> l
     fields["num_steps"] = ROUNDS * load_recipe().num_steps
   if case.ask != "rounds":
     votes = write_votes(case, folder / "ground")
-    return study_plan.main_command(RECIPE, fields | {"data.path": str(votes)}, place)
+    return study_variants.main_command(RECIPE, fields | {"data.path": str(votes)}, place)
   command = [sys.executable, "-m", "jaxpref.taste", f"--config=configs/{RECIPE}.py", f"--out={place / 'taste'}"]
   command += [f"--rounds={ROUNDS}", f"--label={REWARD}", f"--prompts={round_prompts(case, folder / 'ground')}"]
   drawing = {"seeds": 2, "steps": ground_steps(), "guidance_scale": 3.5, "batch_size": 64, "seed": case.seed}
