@@ -644,7 +644,7 @@ class Config(Section):
     self.require(len(terms) < 2, "reward", f"one network for config.preference_model, and the other as {LATENT}=FOLDER")
     given = bool(self.preference_model)
     kind = "step-aware preference model" if of.section == "spo" else "preference model"
-    kind = "latent reward model" if LATENT in terms else kind
+    kind = "latent reward model, such as the export/ of a run of configs/lrm_tiny.py" if LATENT in terms else kind
     self.require(given or not (of.scorer and terms), "preference_model", f"the folder of a {kind}")
 
   def _check_text(self, of: Facts) -> None:

@@ -250,7 +250,7 @@ def common_prompts(prompts: Mapping[str, np.ndarray]) -> dict[str, int]:
 
 
 def as_text(stats: Mapping[str, Any]) -> str:
-  """Returns the numbers as lines, with a block for each source."""
+  """Returns the numbers as lines, with a block for each source; the floats of a block are shares, in percent."""
 
   def number(value: Any) -> str:
     if isinstance(value, Mapping):
@@ -261,7 +261,8 @@ def as_text(stats: Mapping[str, Any]) -> str:
   for title, block in stats.items():
     lines += ["", title]
     for name, value in block.items():
-      lines.append(f"  {name if title == IN_COMMON else name.replace('_', ' ')}: {number(value)}")
+      shown = f"{value:.1%}" if isinstance(value, float) else number(value)
+      lines.append(f"  {name if title == IN_COMMON else name.replace('_', ' ')}: {shown}")
   return "\n".join(lines[1:])
 
 

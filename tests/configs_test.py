@@ -261,7 +261,7 @@ LATENT = SPO | {"reward": "latent", "spo__pool_last_step": True}
     ({"data__path": "mine.jsonl"}, "data.path='mine.jsonl'; expected nothing for data.source=emoji; set data.source"),
     ({"objective": "spo", "preference_model": ""}, "preference_model=''; expected the folder of a step-aware"),
     ({"objective": "spm"}, "preference_model=None; expected the folder of a CLIP"),
-    (LATENT | {"preference_model": None}, "preference_model=None; expected the folder of a latent reward model"),
+    (LATENT | {"preference_model": None}, "=None; expected the folder of a latent reward model, such as .*lrm_tiny"),
     (
       SPO | {"objective": "grpo", "reward": "preference_model:1,latent:1"},
       "reward=.*; expected one network for config.preference_model",

@@ -43,6 +43,7 @@ def test_numbers_of_pairs(pairs_file, tmp_path, capsys):
   assert stats["images_looked_at"] == 8 and stats["unreadable"] == 1
   assert stats["width_x_height"] == {"64x64": 7} and stats["formats"] == {"WEBP": 7}
   out = capsys.readouterr().out
+  assert "  image 1 preferred: 25.0%\n" in out and "  scores agree with labels: 66.7%\n" in out
   assert "  pairs: 4\n" in out and "  pairs of a prompt: mean: 2" in out and "  width x height: 64x64: 7" in out
 
 
@@ -107,7 +108,7 @@ def test_single_images_prompts_and_tokens(tmp_path, capsys):
   assert stats[str(prompts)]["caption_tokens"]["above 75"] == 0.5
   assert stats[describe.IN_COMMON] == {f"{file} and {prompts}": 1}
   assert len(list((tmp_path / "out").glob("*.png"))) == 1
-  assert "liked: 0.6667" in capsys.readouterr().out
+  assert "liked: 66.7%" in capsys.readouterr().out
 
 
 def test_pictures_of_an_earlier_run_do_not_stay(pairs_file, tmp_path):

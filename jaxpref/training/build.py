@@ -68,6 +68,7 @@ class Experiment:
     captions: the prompts of records of `batches`, for rewards on the host.
     held_out: opens the data that measures a preference model, like `batches`.
     report: for pre-training objectives: trained params on the host -> numbers on held-out data.
+    trains: the method that a preference model is made for, "SPO" or "LPO"; "" for other models.
   """
 
   params: Any
@@ -87,6 +88,7 @@ class Experiment:
   captions: Callable[[], list[str]] = lambda: []
   held_out: Callable[[], Any] | None = None
   report: Callable[[Any], dict[str, Any]] = lambda params: {}
+  trains: str = ""
 
 
 def look_for(config: Config) -> None:
@@ -352,6 +354,7 @@ def _preference_model(
     export=lambda params, folder: save_preference_model(folder, scorer, params["spm"], dtype=jnp.float16),
     images_per_step=config.batch_size * catalog.method(config).images(config),
     held_out=_held_out(config, model, tokenize, batch_devices),
+    trains="SPO",
   )
 
 
@@ -373,8 +376,13 @@ def _held_out(config: Config, model: Model, tokenize: Any, batch_devices: int) -
       f"{config.data.path} has no validation split to measure the preference model on; hold out a share of its "
       "prompts with config.data.validation_share, or measure nothing: config.evaluation.num_prompts=0."
     )
-  few = len(inputs.pairs_source(held_out)) // batch_devices * batch_devices
-  size = min(config.batch_size, max(few, batch_devices))
+  number = len(inputs.pairs_source(held_out))
+  if not number and config.data.validation_share:
+    raise ValueError(
+      f"config.data.validation_share={config.data.validation_share} holds out no pair of {config.data.path} to measure "
+      "the preference model on; set a larger share, or measure nothing: config.evaluation.num_prompts=0."
+    )
+  size = min(config.batch_size, max(number // batch_devices * batch_devices, batch_devices))
   held_out = config_lib.replace(held_out, {"batch_size": size})
   inputs.pair_batches(held_out, model.image_size, tokenize).close()
   return lambda: inputs.pair_batches(held_out, model.image_size, tokenize)
@@ -423,6 +431,7 @@ def _latent_reward_model(
     images_per_step=config.batch_size * catalog.method(config).images(config),
     held_out=_held_out(config, model, tokenize, batch_devices),
     model=model,
+    trains="LPO",
   )
 
 

@@ -191,21 +191,38 @@ def _run(
     unfinished = folder / "results.json.partial"
     unfinished.write_text(json.dumps(results, indent=2) + "\n")
     unfinished.replace(folder / "results.json")  # it exists only when it is whole
-    _say(str(results.get("table", json.dumps(results))))
+    _say(_numbers(results))
   _say(str(goodput))
   if jax.process_index() == 0:
-    _say_what_there_is(folder, results, config.evaluation.guidance_scale if experiment.evaluable else None)
+    _say_what_there_is(folder, results, _next(experiment, folder, config.evaluation.guidance_scale))
   return results
 
 
-def _say_what_there_is(folder: pathlib.Path, results: dict[str, Any], guidance_scale: float | None) -> None:
+def _numbers(results: dict[str, Any]) -> str:
+  """Returns the table of an evaluation; without one its numbers, to four digits (results.json has all digits)."""
+  rounded = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in results.items()}
+  return str(results.get("table", json.dumps(rounded)))
+
+
+def _next(experiment: build.Experiment, folder: pathlib.Path, guidance_scale: float) -> str:
+  """Returns what to do with the result of a run; "" where nothing is known."""
+  if experiment.evaluable:
+    command = f"python -m jaxpref.sample --model={shlex.quote(str(folder))} --guidance_scale={guidance_scale:g}"
+    return f'{command} --prompt="a fox in the snow"'
+  if method := experiment.trains:
+    field = f"--config.preference_model={shlex.quote(str(folder / 'export'))}"
+    return f"{method} trains on it with {field} (docs/methods/{method.lower()}.md)"
+  return ""
+
+
+def _say_what_there_is(folder: pathlib.Path, results: dict[str, Any], then: str) -> None:
   """Writes the page of a run that has ended, and says what happened, what there is to look at, and what comes next.
 
   Args:
     results: of the evaluation.
-    guidance_scale: with which the run's model draws; None if it does not draw.
+    then: what comes next; may be empty.
   """
-  if said := results.get("in_words") or run_page.in_words(metrics_lib.read(folder / "metrics.jsonl")):
+  if said := run_page.in_words(results, metrics_lib.read(folder / "metrics.jsonl")):
     _say(said)
   for name in ("before_after.png", "samples.png"):
     if (folder / name).is_file():
@@ -215,9 +232,8 @@ def _say_what_there_is(folder: pathlib.Path, results: dict[str, Any], guidance_s
     _say(f"page: {run_page.write(folder)}")
   except (OSError, ValueError) as error:  # all else is there
     _say(f"{folder / run_page.NAME} cannot be written ({error}); {run_page.command(folder)} writes it later.")
-  if guidance_scale is not None:
-    command = f"python -m jaxpref.sample --model={shlex.quote(str(folder))} --guidance_scale={guidance_scale:g}"
-    _say(f'next: {command} --prompt="a fox in the snow"')
+  if then:
+    _say(f"next: {then}")
 
 
 @dataclasses.dataclass

@@ -129,11 +129,29 @@ def _picture(file: pathlib.Path) -> page.Picture | None:
     Image.MAX_IMAGE_PIXELS = limit
 
 
-def in_words(rows: Sequence[Mapping[str, Any]]) -> str:
-  """Returns in a sentence what became of a run that no judge looked at, by its metrics; "" where they say nothing."""
+def in_words(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+  """Returns in a sentence what became of a run, by its results or else by its metrics; "" where they say nothing."""
+  return results.get("in_words") or _ranked_in_words(results) or _trained_in_words(rows)
+
+
+def _ranked_in_words(results: Mapping[str, Any]) -> str:
+  """Returns how a preference model ranks held-out pairs; "" for results of other runs."""
+  if "validation_accuracy" not in results:
+    return ""
+  bins = [results[name] for name in sorted(results) if name.startswith("validation_accuracy_bin_")]
+  by_noise = ""
+  if len(bins) > 1:
+    least, most = page.share_text(bins[0]), page.share_text(bins[-1])
+    by_noise = f": {least} of those with the least noise, {most} of those with the most"
+  every = page.share_text(results["validation_accuracy"])
+  return f"It ranks {every} of the held-out pairs as they are labelled (chance: 50%){by_noise}."
+
+
+def _trained_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Returns how a metric changed in a run that no judge looked at."""
   for name, what in (
     ("validation_reward", "the mean reward of the validation prompts"),
-    ("implicit_accuracy", "the share of pairs that the model ranks as they are labelled"),
+    ("implicit_accuracy", "the share of training pairs in which the model favours the winner"),
     ("reward", "the mean reward of what is drawn in training"),
     ("loss", "the loss"),
   ):
@@ -210,7 +228,7 @@ def make(folder: pathlib.Path) -> str:
     config=config,
     step=step,
     finished=(folder / "export").exists() and step >= config.get("num_steps", 0),
-    in_words=results.get("in_words") or in_words(rows),
+    in_words=in_words(results, rows),
     results=results,
     compared=[model for model in ("base", "aligned") if model in results],
     numbers={k: v for k, v in results.items() if isinstance(v, int | float)},

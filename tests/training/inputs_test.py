@@ -166,6 +166,8 @@ def test_a_preference_model_is_measured_on_few_pairs_or_says_what_is_missing(raw
   fields |= {"data__source": "pairs_file", "data__path": str(raw / "pairs.jsonl"), "batch_size": 8}
   with pytest.raises(ValueError, match="has no validation split to measure .* config.data.validation_share"):
     build.build(settings(**fields))
+  with pytest.raises(ValueError, match="config.data.validation_share=1e-06 holds out no pair of .* a larger share"):
+    build.build(settings(**fields, data__validation_share=1e-6))
   c = settings(**fields, data__validation_share=0.3, data__flip_labels=0.9, data__caption_dropout=0.9)
   batches = build.build(c).held_out()
   found = {tuple(row) for row in next(batches)["input_ids"]}

@@ -562,6 +562,24 @@ def test_the_end_says_what_happened_and_where_the_page_is(run, capsys, monkeypat
   assert "6 steps" in (folder / "results_of_step_6" / "index.html").read_text() and (folder / "export").exists()
 
 
+def test_the_end_names_the_command_that_comes_next():
+  kinds = {"draws": {"evaluable": True}, "SPO": {"trains": "SPO"}, "LPO": {"trains": "LPO"}, "other": {}}
+  said = {}
+  for name, fields in kinds.items():
+    of = build.Experiment(params=None, frozen=None, batches=list, export=lambda *_: None, objective=None, **fields)
+    said[name] = loop._next(of, pathlib.Path("my runs/a"), 3.5)
+  assert said["draws"].startswith("python -m jaxpref.sample --model='my runs/a' --guidance_scale=3.5 --prompt=")
+  for method in ("SPO", "LPO"):
+    assert said[method].startswith(f"{method} trains on it with --config.preference_model='my runs/a/export' (")
+    assert (pathlib.Path(__file__).parents[2] / said[method].split("(")[1].rstrip(")")).is_file()
+  assert said["other"] == ""
+
+
+def test_numbers_without_a_table_have_four_digits():
+  assert loop._numbers({"table": "| a |", "x": 0.1}) == "| a |"
+  assert json.loads(loop._numbers({"accuracy": 0.20312499, "pairs": 3})) == {"accuracy": 0.2031, "pairs": 3}
+
+
 @pytest.mark.parametrize("delta", [1e9, 0.0])
 def test_the_fields_of_the_reference_arrive(delta, monkeypatch):
   """A proposal by alpha and rho, accepted below delta, and else what on_diverge says."""

@@ -105,6 +105,15 @@ def test_numbers_of_held_out_data_are_a_table(tmp_path):
   assert "validation_accuracy 0.875" in text(shown(folder)).replace("accuracy0", "accuracy 0")
 
 
+def test_the_accuracy_of_a_preference_model_is_a_sentence(tmp_path):
+  bins = {f"validation_accuracy_bin_{i:02d}": 0.95 - 0.05 * i for i in range(10)}
+  results = {"validation_accuracy": 0.725, "validation_score_gap": 2.0} | bins
+  said = text(shown(run_of(tmp_path / "run", results=results)))
+  assert "It ranks 72.5% of the held-out pairs as they are labelled (chance: 50%): " in said
+  assert ": 95.0% of those with the least noise, 50.0% of those with the most." in said and "went from" not in said
+  assert run_page.in_words({"validation_accuracy": 0.725}, []).endswith("labelled (chance: 50%).")
+
+
 def test_many_pictures_are_thinned_and_large_ones_made_smaller(tmp_path, monkeypatch):
   looks = tuple(range(0, 31))
   folder = run_of(tmp_path / "run", looks=looks)
