@@ -14,8 +14,8 @@ Source: lpo/configs/basic_config.py and lpo_sd-v1-5_5ep_cfg75_4k_beta500_multisc
   a deviation of 1/4; AdamW (0.9, 0.999, 1e-8), weight decay 1e-4, constant rate 6e-5; seed 42. 5 epochs over 4,000
   prompts, 5 prompts per GPU on 4 GPUs: 1,000 rollouts of 20 prompts. An update has 10 transitions per GPU, 40 in all.
 Differs: the gradient norm is clipped to 1 (there it is not: an exhausted iterator is clipped); bfloat16 (there
-  float16). docs/methods.md lists the rest; --config.spo.score_time=start gives the reward model the times that the code
-  there does.
+  float16). docs/methods/lpo.md lists the rest; --config.spo.score_time=start gives the reward model the times that the
+  code there does.
 Hardware: the paper's 4 x A100, 23 A100 hours with the latent reward model's training.
 Expect: PickScore 21.69, from 20.56. This recipe has not been run at full size.
 """

@@ -80,7 +80,15 @@ METHODS = {
     ),
     Row("spo", "SPO", ("select_pair", "clipped_log_ratio"), ("2406.04314",), "spo_tiny", "", "spo", ("spo",), ("spo",)),
     Row("spm", "Step-aware preference model", ("preference_loss",), ("2406.04314",), "spm_tiny"),
-    Row("lpo", "LPO", ("select_pair", "clipped_log_ratio"), ("2502.01051",), "lpo_tiny", noisy=("lpo",)),
+    Row(
+      "lpo",
+      "LPO",
+      ("select_pair", "clipped_log_ratio"),
+      ("2502.01051",),
+      "lpo_tiny",
+      fields="preference_model=runs/lrm_tiny/export",
+      noisy=("lpo",),
+    ),
     Row("lrm", "Latent reward model", ("preference_loss",), ("2502.01051",), "lrm_tiny"),
     Row("grpo", "GRPO", ("group_advantages", "grpo_loss"), ("2402.03300", "2505.05470"), "grpo_tiny", study=("grpo",)),
     Row(
@@ -183,10 +191,8 @@ def recipe(row: Row) -> config_lib.Config:
     old = config_lib.replace(config, {})
     for part in key.split("."):
       old = getattr(old, part)
-    value = float(text) if old is None or isinstance(old, float) else type(old)(text)
-    config.update_from_flattened_dict({key: value})
-  if row.key == "lpo":
-    config.preference_model = "runs/lrm_tiny/export"
+    kind = str if key == "preference_model" else float if old is None else type(old)
+    config.update_from_flattened_dict({key: kind(text)})
   found = config_lib.typed(config)
   config_lib.check(found)
   return found
