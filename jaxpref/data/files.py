@@ -267,9 +267,9 @@ class _Table:
 
   def __init__(self, file: Path, columns: Sequence[str], required: Sequence[str]):
     self.file = paths.open_path(file)
-    if self.file.suffix not in (".jsonl", ".csv"):
-      raise ValueError(f"{self.file} is not a .jsonl or .csv file; rename or convert it.")
     size = paths.size(self.file)
+    if (size is not None or self.file.is_dir()) and self.file.suffix not in (".jsonl", ".csv"):
+      raise ValueError(f"{self.file} is not a .jsonl or .csv file; rename or convert it.")
     if size is None or self.file.is_dir():
       raise FileNotFoundError(f"there is no file {self.file}; expected .jsonl or .csv with {', '.join(required)}.")
     self._size = size

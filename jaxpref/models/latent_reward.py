@@ -51,8 +51,9 @@ class LatentRewardConfig:
     if config.get("model_type") != MODEL_TYPE or missing:
       without = f" and it has no {' and no '.join(sorted(missing))}" if missing else ""
       raise ValueError(
-        f"latent reward model config: model_type is {config.get('model_type')!r}{without}, expected {MODEL_TYPE!r}; "
-        "point to a folder that configs/lrm_sd15.py or scripts/assets/convert_lrm.py wrote."
+        f"model_type is {config.get('model_type')!r}{without}, expected {MODEL_TYPE!r}; point to a latent reward "
+        "model: the export/ of a run of configs/lrm_tiny.py, lrm_sd15.py or lrm_sdxl.py, or what "
+        "scripts/assets/convert_lrm.py wrote."
       )
     second = config.get("text_encoder_2")
     plain = {f.name for f in dataclasses.fields(cls)} - {"unet", "text_encoder", "text_encoder_2"}

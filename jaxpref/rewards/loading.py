@@ -67,6 +67,23 @@ def load_preference_model(
   return module, _merge(added, clip_params)
 
 
+def _read_no_run(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns the config.json of a model; raises ValueError if the folder is that of a run, which holds its model."""
+  found = read_json(folder / "config.json")
+  if "objective" in found:
+    raise ValueError(f"{folder} is the work folder of a run; give the model that it exported, {folder / 'export'}.")
+  return found
+
+
+def _latent_config(folder: pathlib.Path) -> LatentRewardConfig:
+  """Returns the config of a latent reward model's folder; an error names the file."""
+  found = _read_no_run(folder)
+  try:
+    return LatentRewardConfig.from_dict(found)
+  except ValueError as error:
+    raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
 def read_config(folder: Path) -> tuple[pathlib.Path, dict[str, Any]]:
   """Returns the folder of a preference model, fetched if it is a hub name, and its config.json.
 
@@ -74,7 +91,7 @@ def read_config(folder: Path) -> tuple[pathlib.Path, dict[str, Any]]:
     FileNotFoundError, ValueError: see `load_preference_model`.
   """
   folder = resolve_folder(folder, "model*.safetensors")  # not open_clip's copy of CLIP-H beside it
-  config_dict = read_json(folder / "config.json")
+  config_dict = _read_no_run(folder)
   if not {"model_type", "text_config"} & config_dict.keys():
     raise ValueError(
       f"{folder / 'config.json'} does not describe a CLIP, expected a model_type or a text_config; point to "
@@ -195,7 +212,7 @@ def open_latent_reward(
     FileNotFoundError, ValueError: see `pipelines.load_pipeline`.
   """
   folder = resolve_folder(folder)
-  module = LatentRewardModel(LatentRewardConfig.from_dict(read_json(folder / "config.json")), dtype)
+  module = LatentRewardModel(_latent_config(folder), dtype)
   shapes = presets.abstract_params(module)
   shardings = sharding(shapes) if callable(sharding) else sharding
   return module, load_network(module, weight_files(folder), shapes, param_dtype, shardings)
@@ -217,7 +234,7 @@ def is_latent_reward(name: str) -> bool:
   if loading.preset_of(name) is not None:
     return True
   folder = resolve_folder(loading.folder_of(name), "model*.safetensors")
-  return read_json(folder / "config.json").get("model_type") == LATENT_REWARD
+  return _read_no_run(folder).get("model_type") == LATENT_REWARD
 
 
 def with_text_projection(params: Tree, name: str) -> Tree:
@@ -248,7 +265,7 @@ def look_for_latent_reward(name: str) -> None:
   """
   if loading.preset_of(name) is None:
     folder = resolve_folder(loading.folder_of(name))
-    LatentRewardConfig.from_dict(read_json(folder / "config.json"))
+    _latent_config(folder)
     weight_files(folder)
 
 

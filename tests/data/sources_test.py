@@ -230,6 +230,8 @@ def test_wrong_files_are_answered_by_a_sentence(tmp_path, name, content, message
 def test_a_file_that_is_not_there_or_not_text(tmp_path):
   with pytest.raises(FileNotFoundError, match="there is no file .*a.jsonl; expected .jsonl or .csv with caption"):
     sources.open_pairs_file(tmp_path / "a.jsonl")
+  with pytest.raises(FileNotFoundError, match="there is no file .*nothing; expected .jsonl or .csv with caption"):
+    sources.open_pairs_file(tmp_path / "nothing")
   (tmp_path / "a.csv").write_bytes("caption,image_0,image_1\n\xe9,a,b".encode("latin-1"))
   with pytest.raises(ValueError, match="a.csv is not UTF-8"):
     sources.open_pairs_file(tmp_path / "a.csv")

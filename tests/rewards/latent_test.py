@@ -12,7 +12,13 @@ from jaxpref.files import latent_rewards, pipelines
 from jaxpref.models import presets
 from jaxpref.models.latent_reward import LatentRewardConfig, LatentRewardModel
 from jaxpref.recipes.rewards import is_latent
-from jaxpref.rewards.loading import is_latent_reward, load_latent_reward, look_for_latent_reward, with_text_projection
+from jaxpref.rewards.loading import (
+  is_latent_reward,
+  load_latent_reward,
+  look_for_latent_reward,
+  read_config,
+  with_text_projection,
+)
 from jaxpref.training import build
 
 
@@ -64,10 +70,18 @@ def test_the_text_projection_of_a_clip():
 def test_latent_rewards_are_told_from_other_names():
   assert is_latent_reward("random:sd15-miniature") and not is_latent_reward("tiny-clip")
   assert is_latent("latent") and is_latent("latent=folder") and not is_latent("latents:mine") and not is_latent("judge")
-  with pytest.raises(ValueError, match="model_type is 'clip' and .*, expected 'latent_reward_model'; point to a"):
+  with pytest.raises(
+    ValueError, match="tiny-clip/config.json: model_type is 'clip' and .*'latent_reward_model'; point to a"):
     look_for_latent_reward("tiny-clip")
   with pytest.raises(FileNotFoundError, match="model folder nowhere does not exist"):
     load_latent_reward("nowhere", dtype="float32")
+
+
+def test_the_work_folder_of_a_run_is_refused_and_its_model_named(tmp_path):
+  (tmp_path / "config.json").write_text('{"objective": "lrm"}')
+  for read in (read_config, look_for_latent_reward, is_latent_reward):
+    with pytest.raises(ValueError, match=f"{tmp_path} is the work folder of a run; give .*{tmp_path / 'export'}"):
+      read(str(tmp_path))
 
 
 def test_one_of_another_model_is_refused():
