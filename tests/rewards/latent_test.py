@@ -71,7 +71,8 @@ def test_latent_rewards_are_told_from_other_names():
   assert is_latent_reward("random:sd15-miniature") and not is_latent_reward("tiny-clip")
   assert is_latent("latent") and is_latent("latent=folder") and not is_latent("latents:mine") and not is_latent("judge")
   with pytest.raises(
-    ValueError, match="tiny-clip/config.json: model_type is 'clip' and .*'latent_reward_model'; point to a"):
+    ValueError, match="tiny-clip/config.json: model_type is 'clip' and .*'latent_reward_model'; point to a"
+  ):
     look_for_latent_reward("tiny-clip")
   with pytest.raises(FileNotFoundError, match="model folder nowhere does not exist"):
     load_latent_reward("nowhere", dtype="float32")
