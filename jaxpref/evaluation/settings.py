@@ -23,14 +23,14 @@ from jaxpref.recipes.sections import MAX_STEPS
 from jaxpref.recipes.sizes import MAX_PIXELS, is_size, sides
 
 MAX_SEEDS = 10**6  # most pictures of a prompt
-SCHEDULER = "ddim: the model's own steps, Euler's of Stable Diffusion 3; dpmpp_2m: DPM-Solver++ (default: %(default)s)"
-ETA = "noise of ddim; 0: deterministic, 1: ancestral, for Stable Diffusion 3 Flow-GRPO's eta (default: %(default)s)"
+SCHEDULER = "ddim: DDIM, or Euler steps for Stable Diffusion 3; dpmpp_2m: DPM-Solver++ (default: %(default)s)"
+ETA = "noise of ddim: 0 is deterministic, 1 ancestral; for Stable Diffusion 3, Flow-GRPO's eta (default: %(default)s)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments that control how pictures are drawn; `check`, `load` and `of_draw` read them."""
   add = parser.add_argument
-  add("--negative_prompt", help='what to lead away from (default: none, which for SDXL differs from "")')
+  add("--negative_prompt", help='what to steer away from (default: none, which for SDXL differs from "")')
   add("--seeds", type=int, default=4, help="pictures of each prompt (default: %(default)s)")
   add("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
   add("--scheduler", choices=drawing.SAMPLERS, default="ddim", help=SCHEDULER)
