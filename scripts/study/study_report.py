@@ -413,8 +413,8 @@ def plot_frontier(study: Mapping[str, Any], docs: pathlib.Path) -> None:
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
 
-  figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-  base = float("nan")
+  figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
+  base, points = float("nan"), []
   for number, part in enumerate(study_variants.PARTS):
     label: str | None = f"{part}. {study_variants.PARTS[part]}"
     for v in study_variants.VARIANTS:
@@ -422,15 +422,40 @@ def plot_frontier(study: Mapping[str, Any], docs: pathlib.Path) -> None:
       if v.part == part and (v.hidden, v.agreement) == ("style", 70) and rows:
         x, y = (100 * np.mean([r[key] for r in rows]) for key in ("captions", "share"))
         axis.plot(x, y, "o", color=f"C{number}", markersize=4, label=label)
-        axis.annotate(v.name, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=6.5)
+        points.append((v.name, x, y))
         label = None
         base = rows[0]["base_share"]
   axis.set(xlabel="change of caption accuracy, points", ylabel="share of the preferred style, %")
   if axis.lines:
     axis.axhline(100 * base, color="0.8", linewidth=0.8, zorder=0)
-    axis.legend(fontsize=6.5)
+    axis.legend(fontsize=6.5, loc="lower left")
+    _name_points(figure, axis, points)
     figure.savefig(docs / "papers_frontier.png", dpi=110)
   plt.close(figure)
+
+
+def _name_points(figure: Any, axis: Any, points: Sequence[tuple[str, float, float]]) -> None:
+  """Writes each point's name at the nearest place where it covers no other name, point or the legend."""
+  from matplotlib.text import Text
+  from matplotlib.transforms import Bbox
+
+  figure.canvas.draw()  # the layout, which decides where points lie
+  taken = [Bbox(axis.transData.transform((x, y)) + np.array([[-3, -3], [3, 3]])) for _, x, y in points]
+  taken.append(axis.get_legend().get_window_extent())
+  places = [(side * (5 + 6 * ring), 8 * up) for ring in range(9) for up in range(-ring, ring + 1) for side in (1, -1)]
+  line = {"arrowstyle": "-", "linewidth": 0.4, "color": "0.5", "shrinkA": 0, "shrinkB": 2}
+  for name, x, y in points:
+    text = axis.annotate(
+      name, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=6, va="center", arrowprops=line
+    )
+    for place in places:
+      text.set(position=place, horizontalalignment="left" if place[0] > 0 else "right")
+      text.update_positions(figure.canvas.get_renderer())
+      box = Text.get_window_extent(text)  # without the line
+      if axis.bbox.containsx(box.x0) and axis.bbox.containsx(box.x1) and not box.padded(2).count_overlaps(taken):
+        break
+    text.set_in_layout(False)
+    taken.append(box)
 
 
 def write(folder: pathlib.Path, docs: pathlib.Path) -> None:
