@@ -520,8 +520,11 @@ def test_report_says_what_the_numbers_say(tmp_path):
       write(tmp_path, run, share=share + 0.01 * run.seed * (1 + (name == "spo")))
   text = report(tmp_path)
   assert not re.search(r"[{}]|None|nan", text)
-  assert "| dpo | style 70 % | 3 | 61.0% (60.0% to 62.0%) (40.0%) | 1.0 | +0.0% | 70.0% | 125 | 32,000 | 2.0 |" in text
+  assert "| dpo | style 70 % | 3 | 61.0% (60.0% to 62.0%) | 1.0 | +0.0% | 70.0% | 125 | 32,000 | 2.0 |" in text
   assert "| **spo** | dpo | 3 | -9.0 [-11.5, -6.5] | 3.1 | 0.0041 |  | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] |" in text
+  assert "is 40.0% (style)." in text and "| sft | dpo_tiny | `loss.name=sft`; `num_steps=167` |" in text
+  # dpo_beta500 has the runs of dpo, so a difference says nothing.
+  assert "| dpo_beta500 | style 70 % | 3 | 61.0%" in text and "| dpo_beta500 | dpo |" not in text
   assert re.search(r"\| spo \| sft \| 3 \| -4\.0 \[-6\.5, -1\.5\] \| 3\.1 \| 0\.02 \| 0\.02 \|", text)
   assert "**4e-05, 500: 60.0% (+0.0)**" in text and "8e-05, 500: 70.0% (-10.0)" in text
   missing = text.partition("## Missing")[2]
@@ -579,7 +582,9 @@ def test_divergences_are_of_variants_that_move(tmp_path):
   tune(tmp_path, moving)
   for run, largest in zip(study_plan.test_runs(moving, tmp_path)[:2], (0.004, 0.02), strict=True):
     write(tmp_path, run, moves=3.0, last_d=0.003, largest_d=largest, accepted_d=0.002)
+  write(tmp_path, study_plan.test_runs(BY_NAME["moving_160"], tmp_path)[0], moves=2.0, last_d=0.003, largest_d=0.1)
   text = report(tmp_path)
+  assert text.index("| moving | 3 | 0.0030") < text.index("## F.") < text.index("| moving_160 | 2 | 0.0030")
   assert "| moving | 3 | 0.0030 | 0.0120 (0.0040 to 0.0200) | 0.0020 |" in text and "| dpo | 3 |" not in text
 
 

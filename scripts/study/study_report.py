@@ -50,6 +50,8 @@ def collect(folder: pathlib.Path) -> dict[str, Any]:
     found = []
     for v in (v for v in study_variants.VARIANTS if v.part == part):
       for other in v.against:
+        if _same_runs(study["runs"][v.name], study["runs"][other]):
+          continue
         if result := compare(study["runs"][v.name], study["runs"][other]):
           found.append({"variant": v.name, "against": other, "part": part} | result)
     if part == "A" and (result := growth(study["runs"])):
@@ -57,6 +59,13 @@ def collect(folder: pathlib.Path) -> dict[str, Any]:
     _correct(found)
     study["comparisons"] += found
   return study
+
+
+def _same_runs(new: Rows, old: Rows) -> bool:
+  """Returns whether the runs of two variants are the same ones, so that their difference says nothing."""
+  told = ("fields", "learning_rate", "beta", "seed", "share")
+  known = [[r.get(key) for key in told] for r in old]
+  return all([r.get(key) for key in told] in known for r in new)
 
 
 def compare(new: Rows, old: Rows) -> dict[str, Any] | None:
@@ -186,9 +195,9 @@ def margins(rows: Rows) -> np.ndarray | None:
   return np.array([np.mean([r[name] for r in rows if name in r]) for name in names])
 
 
-def _moves(runs: Mapping[str, Rows]) -> list[str]:
-  """The table of divergences, of variants whose reference moves."""
-  of_moves = [v for v in study_variants.VARIANTS if any("moves" in r for r in runs[v.name])]
+def _moves(members: Sequence[study_variants.Variant], runs: Mapping[str, Rows]) -> list[str]:
+  """The table of divergences, of those members whose reference moves."""
+  of_moves = [v for v in members if any("moves" in r for r in runs[v.name])]
   rows = []
   for v in of_moves:
     found = [spread(runs[v.name], key, "{:.4f}") for key in ("last_d", "largest_d", "accepted_d")]
@@ -282,8 +291,11 @@ def markdown(study: Mapping[str, Any], instrument: Mapping[str, Any] | None = No
   lines = [_HEAD, "## Numbers", "", _NUMBERS]
   if done:
     error = max(r["error"] for r in done)
+    base = {v.hidden: runs[v.name][0]["base_share"] for v in study_variants.VARIANTS if runs[v.name]}
+    of_base = ", ".join(f"{share:.1%} ({hidden})" for hidden, share in base.items())
     lines += [
-      f"The standard error of a run's share over prompts, against base, is at most {100 * error:.1f} points.",
+      f"The standard error of a run's share over prompts, against base, is at most {100 * error:.1f} points. The "
+      f"base model's share is {of_base}.",
       "",
     ]
   for part, title in study_variants.PARTS.items():
@@ -291,17 +303,20 @@ def markdown(study: Mapping[str, Any], instrument: Mapping[str, Any] | None = No
     if not members:
       continue
     lines += [f"## {part}. {title}", ""]
-    head = (
-      "variant | rater | seeds | share (base) | deviation | captions | win rate | updates | UNet evaluations | minutes"
-    )
+    head = "variant | rater | seeds | share | deviation | captions | win rate | updates | UNet evaluations | minutes"
     lines += _table(head, [_row(v, runs[v.name]) for v in members])
     if found := [f for f in study["comparisons"] if f["part"] == part]:
-      head = "variant | against | seeds | share, points [95 %] | finds | p | p by Holm | captions | win rate"
+      head = "variant | against | seeds | share, points [95 %] | detectable | p | p by Holm | captions | win rate"
       lines += _table(head, [_comparison(f) for f in found])
-    lines += (
-      _moves(runs) if part == "C" else _margins(runs) if part == "D" else _deviations(runs) if part == "F" else []
-    )
+    lines += _moves(members, runs)
+    lines += _margins(runs) if part == "D" else _deviations(runs) if part == "F" else []
   lines += _instrument(instrument) if instrument else []
+  lines += [
+    "## Variants",
+    "",
+    _VARIANTS,
+    *_table("variant | recipe | changed in it | learning rate | beta", _legend(runs)),
+  ]
   lines += ["## Tuning", "", *_table("variant | learning rate, beta: share (captions, points)", _tuning(study))]
   failed = [
     f"{r['variant']} seed {r['seed']}: {r['failed']}" for rows in study["runs"].values() for r in rows if "failed" in r
@@ -314,7 +329,8 @@ def _missing(study: Mapping[str, Any]) -> list[str]:
   """Returns a line for each variant that lacks runs."""
   counts = collections.Counter(path.partition("/")[0] for path in study["missing"])
   untuned = {path.partition("/")[0] for path in study["missing"] if path.endswith("not tuned yet")}
-  return [f"{name}: not tuned yet" if name in untuned else f"{name}: {n} runs" for name, n in counts.items()]
+  left = lambda n: f"{n} run{'' if n == 1 else 's'}"
+  return [f"{name}: not tuned yet" if name in untuned else f"{name}: {left(n)}" for name, n in counts.items()]
 
 
 def _row(v: study_variants.Variant, rows: Rows) -> list[str]:
@@ -323,7 +339,7 @@ def _row(v: study_variants.Variant, rows: Rows) -> list[str]:
     v.name,
     f"{v.hidden} {v.agreement} %",
     str(len(rows)),
-    f"{spread(rows, 'share')} ({spread(rows, 'base_share')})",
+    spread(rows, "share"),
     deviation,
     spread(rows, "captions", "{:+.1%}"),
     spread(rows, "win_rate"),
@@ -363,6 +379,28 @@ def _tuning(study: Mapping[str, Any]) -> list[list[str]]:
   return rows
 
 
+def _legend(runs: Mapping[str, Rows]) -> list[list[str]]:
+  """What each variant with a run is."""
+  rows = []
+  for v in (v for v in study_variants.VARIANTS if runs[v.name]):
+    fields = "; ".join(f"`{name}={_value(value)}`" for name, value in v.overrides.items())
+    judge = f"preference model: {v.judged_by}" if v.online and v.judged_by != "step_aware" else ""
+    first = runs[v.name][0]
+    changed = "; ".join(filter(None, (fields, judge)))
+    rows.append([v.name, v.recipe, changed, f"{first['learning_rate']:g}", f"{first['beta']:g}"])
+  return rows
+
+
+def _value(value: Any) -> Any:
+  return "none" if value == study_variants.NO_GATE else value
+
+
+_VARIANTS = """A rater is named by the preference, and by the share of pairs that it labels as the hidden score does.
+A run takes 125 steps of `dpo_tiny` or `tdpo_tiny`, 25 of `spo_tiny`, 30 of `lpo_tiny`. With `reference.delta=none`
+there is no gate.
+"""
+
+
 _HEAD = """# What the papers claim, on tiny-sd
 
 Made by `python scripts/study/study.py`; what it asks, and how it was to be answered, was written down before it ran:
@@ -373,8 +411,8 @@ Made by `python scripts/study/study.py`; what it asks, and how it was to be answ
 _NUMBERS = """Means over seeds (lowest to highest). Deviation: the standard deviation of share between seeds, in points.
 Captions: change of caption accuracy against base. Minutes are those of training alone, by the median step, on one core.
 UNet evaluations are those of one sample in training. Comparisons are by seed; those in bold are the main ones, which
-are not corrected for their number. Finds: the difference in points that a comparison of so many seeds, with the spread
-that they have, would find with 80 % probability.
+are not corrected for their number. Detectable: the difference in points that a comparison of so many seeds, with the
+spread that they have, would find with 80 % probability. [Variants](#variants) says what each variant changes.
 """
 
 

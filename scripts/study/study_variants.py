@@ -129,9 +129,9 @@ VARIANTS = (
   _moving("spo_moving", "spo_tiny", "E", reference={"tau": 5}, against=("spo",), tuned_as="spo"),
   _moving("lpo_moving", "lpo_tiny", "E", reference={"tau": 5}, against=("lpo",), tuned_as="lpo", judged_by="latent"),
   # F. Is it the reference, or a small beta? Diffusion-DPO at the moving reference's rate, and both at other betas.
-  Variant("dpo_slow", "F", "dpo_tiny", tuned_as="dpo", beta=50.0, learning_rate=2e-5),
+  Variant("dpo_slow", "F", "dpo_tiny", against=("spo",), tuned_as="dpo", beta=50.0, learning_rate=2e-5),
   Variant("dpo_slow160", "F", "dpo_tiny", tuned_as="dpo", beta=160.0, learning_rate=2e-5),
-  Variant("dpo_160", "F", "dpo_tiny", tuned_as="dpo", beta=160.0),
+  Variant("dpo_160", "F", "dpo_tiny", against=("spo",), tuned_as="dpo", beta=160.0),
   _moving(
     "moving_160", part="F", reference={"tau": 16}, against=("dpo_slow160", "dpo_160"), tuned_as="moving", beta=160.0
   ),
