@@ -563,10 +563,15 @@ def test_the_page_of_findings_is_what_the_tables_say():
 
 def test_findings_are_broken_into_lines():
   long = "word " * 40
-  found = study_report.findings({"runs": {}}, f"# A\n\n{long}\n\n1. {long}\n2. b\n   c\n\nend\n")
+  table = f"| {long} |\n|---|\n| b |"
+  found = study_report.findings(
+    {"runs": {}}, f"# A\n\n{long}\n\n1. {long}\n2. b\n   c\n\n- d\n- {long}\n\n{table}\n\nend\n"
+  )
+  assert "\n2. b c\n- d\n- word" in found and "word\n  word" in found and f"\n\n{table}\n\nend\n" in found
+  found = found.replace(table + "\n\n", "")
   lines = found.splitlines()
   assert max(map(len, lines)) <= 118
-  assert found.startswith("# A\n\nword word") and found.endswith("word\n2. b c\n\nend\n") and "\n   word" in found
+  assert found.startswith("# A\n\nword word") and found.endswith("word\n\nend\n") and "\n   word" in found
 
 
 def test_margins_are_means_over_seeds_by_time():

@@ -163,15 +163,16 @@ def findings(study: Mapping[str, Any], template: str) -> str:
 
 
 def _filled(text: str) -> str:
-  """Returns text with paragraphs and numbered items broken at 118 characters."""
-  blocks = re.split(r"\n(?=\d+\. )|\n\n", text.strip("\n"))
-  filled = [
-    textwrap.fill(
-      " ".join(b.split()), 118, subsequent_indent="   " if re.match(r"\d+\. ", b) else "", break_on_hyphens=False
-    )
-    for b in blocks
-  ]
-  items = [bool(re.match(r"\d+\. ", b)) for b in blocks]
+  """Returns text with paragraphs and the items of lists broken at 118 characters; tables stay as they are."""
+  item = r"(?:\d+\.|-) "
+  blocks = re.split(rf"\n(?={item})|\n\n", text.strip("\n"))
+  filled = []
+  for b in blocks:
+    if not b.startswith("|"):
+      indent = " " * len(found[0]) if (found := re.match(item, b)) else ""
+      b = textwrap.fill(" ".join(b.split()), 118, subsequent_indent=indent, break_on_hyphens=False)
+    filled.append(b)
+  items = [bool(re.match(item, b)) for b in blocks]
   gaps = ["\n" if a and b else "\n\n" for a, b in itertools.pairwise(items)]
   return "".join(part + gap for part, gap in zip(filled, [*gaps, "\n"], strict=True))
 
