@@ -18,10 +18,12 @@ scores.jsonl and labels.json. See docs/data.md.
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import io
 import json
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -184,13 +186,22 @@ def check(args: argparse.Namespace) -> Asked | None:
   elif args.label is None:
     raise ValueError("--prompts is missing; name what to draw, or give --label to label what --out holds.")
   elif not (args.out / PICTURES).is_file():
-    raise ValueError(
-      f"--out={args.out} has no {PICTURES}, so its pictures are not complete; finish them with the command that drew "
-      "them, with --prompts and the other settings."
-    )
+    raise ValueError(_without_pictures(args.out))
   if args.label is not None:
     scorers.check(args.label, given=f"--label={args.label!r}", preferred_style=args.preferred_style)
   return asked
+
+
+def _without_pictures(folder: pathlib.Path) -> str:
+  """Returns a sentence on a folder that cannot be labelled."""
+  if not folder.exists():
+    return f"--out={folder} does not exist; name a folder of pairs, or add --prompts to draw them."
+  if begun := rounds.numbers(folder):
+    return f"--out={folder} holds rounds of pairs; add --round={begun[-1]} or another number, to label that one."
+  return (
+    f"--out={folder} has no {PICTURES}, so its pictures are not complete; finish them with the command that drew them, "
+    "with --prompts and the other settings."
+  )
 
 
 def _check_drawing(args: argparse.Namespace) -> Asked:
@@ -260,13 +271,17 @@ def _enter_round(args: argparse.Namespace) -> None:
   given = str(args.round)
   if given == "next" and jax.process_count() > 1:
     raise ValueError("--round=next is for one process; name the number of the round, the same for all processes.")
-  if given != "next" and not (given.isascii() and given.isdigit() and int(given) < MAX_ROUNDS):
+  if given == "next" and args.prompts is None:
+    raise ValueError("--round=next is for drawing, which needs --prompts; name the number of the round to label.")
+  if given != "next" and not (re.fullmatch("[0-9]{1,9}", given) and int(given) < MAX_ROUNDS):
     raise ValueError(f"--round={given}; expected next, or a number from 0 to {MAX_ROUNDS - 1}.")
   if (args.out / SETTINGS).is_file():
     raise ValueError(f"--out={args.out} holds pairs that are no round; keep rounds in another folder.")
   number = rounds.next_number(args.out) if given == "next" else int(given)
-  if (begun := len(rounds.numbers(args.out))) < number:
-    raise ValueError(f"--round={number}: {args.out} has {begun} rounds; the next one is {begun}.")
+  begun = rounds.numbers(args.out)
+  following = begun[-1] + 1 if begun else 0  # one may have been removed
+  if number > following:
+    raise ValueError(f"--round={number}: {args.out} has {len(begun)} rounds; the next one is {following}.")
   args.out = rounds.folder_of(args.out, number)
   args.seed = args.seed + ROUND_SEED * number
   if args.prompts is not None:
@@ -285,11 +300,13 @@ def _newest(model: str) -> str:
 def _ending(args: argparse.Namespace) -> str:
   if args.label is None and not (args.out / LABELS).is_file():
     return f"{args.out}: no labels yet; python -m jaxpref.pairs --out={args.out} --label=REWARD"
-  found = json.loads((args.out / LABELS).read_text(encoding="utf-8"))
-  return (
-    f"{args.out}: {found['pairs']} pairs, {found['ties']} of them ties, by {found['reward']}; train with "
-    f"--config.data.source=pairs_file --config.data.path={args.out}"
-  )
+  file = args.out / LABELS
+  try:
+    found = json.loads(file.read_text(encoding="utf-8"))
+    told = f"{found['pairs']} pairs, {found['ties']} of them ties, by {found['reward']}"
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{file} cannot be read ({error!r}); delete it, and --label makes it again.") from error
+  return f"{args.out}: {told}; train with --config.data.source=pairs_file --config.data.path={args.out}"
 
 
 # ---- Pictures ----------------------------------------------------------------------------------------------------
@@ -336,7 +353,9 @@ def draw(args: argparse.Namespace, asked: Asked, mesh: Mesh, held: lease.Held) -
   if first:
     pictures = _pictures(args, asked)
     _write_rows(folder / PICTURES, map(dataclasses.asdict, pictures))
-    if not (folder / PAIRS_NAME).is_file():  # which may have labels already
+    # Those that are there may have labels. Those that are to be labelled come with their labels: until then a round is
+    # not complete, and --round=next goes on with it.
+    if args.label is None and not (folder / PAIRS_NAME).is_file():
       write_pairs(folder, pictures, all_pairs(folder, pictures).reshape(-1, 2))
   distributed.barrier("pairs: the list of pictures is there")
 
@@ -430,11 +449,9 @@ def _write_rows(file: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _read_rows(file: pathlib.Path) -> list[dict[str, Any]]:
-  try:
-    rows = [json.loads(line) for line in paths.lines(file.read_text(encoding="utf-8")) if line.strip()]
-    return [dict(row) for row in rows]
-  except (ValueError, TypeError) as error:
-    raise ValueError(f"{file} cannot be read ({error}); draw into a new folder.") from error
+  """Reads a file of JSON objects, one a line; raises ValueError or TypeError if it is something else."""
+  rows = [json.loads(line) for line in paths.lines(file.read_text(encoding="utf-8")) if line.strip()]
+  return [dict(row) for row in rows]
 
 
 def read_pictures(folder: pathlib.Path) -> list[Picture]:
@@ -446,9 +463,15 @@ def read_pictures(folder: pathlib.Path) -> list[Picture]:
   """
   file = folder / PICTURES
   try:
-    return [Picture(**row) for row in _read_rows(file)]
-  except TypeError as error:
+    pictures = [Picture(**row) for row in _read_rows(file)]
+    for n, picture in enumerate(pictures):
+      texts = (picture.image, picture.caption, picture.model)
+      numbers = (picture.prompt, picture.seed, picture.number)
+      if not all(isinstance(v, str) for v in texts) or not all(isinstance(v, int) for v in numbers):
+        raise ValueError(f"picture {n} is {dataclasses.asdict(picture)}")
+  except (ValueError, TypeError) as error:
     raise ValueError(f"{file} cannot be read ({error}); draw into a new folder.") from error
+  return pictures
 
 
 def all_pairs(folder: pathlib.Path, pictures: Sequence[Picture]) -> np.ndarray:
@@ -558,7 +581,13 @@ def label(args: argparse.Namespace, mesh: Mesh, held: lease.Held) -> None:
       models=models,
     )
     found = _score_missing(folder, pictures, scorer, scores, held)
-    total += weight * logits * found.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+      total += weight * logits * found.astype(np.float64)
+    if not np.isfinite(total).all():
+      raise ValueError(
+        f"--label={args.label!r}: with the weight {weight:g} of {spec} the sum is not finite for every picture; "
+        f"choose a smaller weight, or delete {folder / SCORES} if scores in it are not finite."
+      )
     described.append({"name": scorer.name, "version": scorer.version, "scale": scorer.scale, "logits": logits})
   chosen = labels.widest(pairs, total) if args.pairing == "best_worst" else pairs
   chosen = chosen.reshape(-1, 2)
@@ -576,8 +605,17 @@ def label(args: argparse.Namespace, mesh: Mesh, held: lease.Held) -> None:
 
 def _drawn_by(folder: pathlib.Path) -> list[str]:
   """Returns the models that drew a folder; a step-aware model may share their tokenizers."""
-  described = json.loads((folder / SETTINGS).read_text(encoding="utf-8")).get("models", {})
-  return [settings.model_folder(str(entry.get("model"))) for entry in described.values()]
+  file = folder / SETTINGS
+  try:
+    described = json.loads(file.read_text(encoding="utf-8"))["models"]
+    names = [str(entry["model"]) for entry in described.values()]
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(f"{file} cannot be read ({error!r}); draw into a new folder.") from error
+  found = []
+  for name in names:
+    with contextlib.suppress(ValueError):  # a run whose export was removed since
+      found.append(settings.model_folder(name))
+  return found
 
 
 def _score_missing(

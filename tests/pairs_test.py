@@ -224,6 +224,39 @@ def test_rounds_are_kept_apart(prompts, tmp_path, monkeypatch, capsys):
     pairs.main([prompts, f"--out={taste}", "--round=4"])
 
 
+def test_a_round_goes_on_after_its_labelling_was_interrupted(prompts, tmp_path, monkeypatch):
+  """The pictures are drawn, the labels are not there yet: the same command labels them, and begins no other round."""
+
+  def draw(args, asked, place, mesh):
+    for p in range(len(asked.prompts)):
+      for i in range(args.seeds):
+        file = pairs.evaluation_folder.image_file(args.out, "model", p, i)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 4, 3), 20 * p + i, np.uint8)).save(file)
+
+  monkeypatch.setattr(pairs, "_draw_missing", draw)
+  command = [prompts, *FEW, f"--out={tmp_path / 'taste'}", "--round=next"]
+  with pytest.raises(SystemExit, match="raised KeyError"):
+    pairs.main([*command, f"--label={BROKEN}"])
+  pairs.main([*command, f"--label={TENTH}"])
+  assert [path.name for path in (tmp_path / "taste").iterdir()] == ["round_0"]
+  assert rows(tmp_path / "taste" / "round_0")[0]["label_0"] == 0
+  pairs.main(command)
+  assert "label_0" not in rows(tmp_path / "taste" / "round_1")[0]
+
+
+def test_a_round_that_was_removed_is_no_reason_to_refuse_the_next(prompts, tmp_path, monkeypatch):
+  asked = []
+  monkeypatch.setattr(pairs, "draw", lambda args, *_: asked.append(args.out.name))
+  for number in (0, 2):
+    (tmp_path / f"round_{number}").mkdir()
+    (tmp_path / f"round_{number}" / "pairs.jsonl").touch()
+  pairs.main([prompts, f"--out={tmp_path}", "--round=next"])
+  assert asked == ["round_3"]
+  with pytest.raises(SystemExit, match="--round=5: .* has 2 rounds; the next one is 3"):
+    pairs.main([prompts, f"--out={tmp_path}", "--round=5"])
+
+
 def test_a_folder_of_pairs_is_no_folder_of_rounds(by_hand, prompts):
   with pytest.raises(SystemExit, match="holds pairs that are no round; keep rounds in another folder"):
     pairs.main([prompts, f"--out={by_hand}", "--round=next"])
@@ -431,13 +464,59 @@ def test_shipped_rewards_give_the_scores_they_give_in_training(drawn, tmp_path):
     ("tests.pairs_test:nothing", "has no function 'nothing'"),
     ("preference_model", "preference_model needs its model, a folder or hub name"),
     ("judge,judge=x", "judge occurs twice"),
+    ("preference_model=tiny-judge", "model_type 'judge' is not supported"),
+    (f"{TENTH}:1e308", f"with the weight 1e+308 of {TENTH} the sum is not finite for every picture"),
   ],
 )
 def test_rewards_that_cannot_be_asked(by_hand, reward, sentence):
   before = tree(by_hand)
   with pytest.raises(SystemExit, match=re.escape(sentence)):
     label(by_hand, reward)
+  (by_hand / "scores.jsonl").unlink(missing_ok=True)  # which may be kept
   assert tree(by_hand) == before
+
+
+def test_a_reward_of_another_kind_is_refused_before_anything_is_drawn(prompts, tmp_path):
+  with pytest.raises(SystemExit, match="model_type 'judge' is not supported"):
+    pairs.main([prompts, f"--out={tmp_path / 'out'}", "--label=preference_model=tiny-judge"])
+  assert not (tmp_path / "out").exists()
+
+
+def test_kept_scores_of_the_judge_are_of_the_same_style(by_hand, monkeypatch):
+  def load(spec, *, preferred_style, **_):
+    sign = 1.0 if preferred_style == "noto" else -1.0
+    score = lambda images, prompts: np.float32([sign * image.mean() for image in images])
+    return published.Scorer("judge", "v1", f"log-probability of {preferred_style}", score)
+
+  monkeypatch.setattr(published, "load", load)
+  found = {style: label(by_hand, "judge", f"--preferred_style={style}") for style in ("openmoji", "noto")}
+  assert [row["label_0"] for row in found["openmoji"]] == [1, 0] and [row["label_0"] for row in found["noto"]] == [0, 1]
+
+
+def test_a_run_whose_export_was_removed_does_not_keep_its_pictures_from_being_labelled(by_hand, tmp_path):
+  (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+  (tmp_path / "run" / "config.json").write_text("{}")
+  told = json.loads((by_hand / "settings.json").read_text())
+  told["models"]["model"]["model"] = str(tmp_path / "run")
+  (by_hand / "settings.json").write_text(json.dumps(told))
+  assert len(label(by_hand, TENTH)) == 2
+
+
+def test_folders_without_pictures_say_what_to_name_instead(by_hand, tmp_path):
+  with pytest.raises(SystemExit, match="nowhere does not exist; name a folder of pairs"):
+    label(tmp_path / "nowhere", TENTH)
+  (tmp_path / "taste").mkdir()
+  by_hand.rename(tmp_path / "taste" / "round_0")
+  with pytest.raises(SystemExit, match="holds rounds of pairs; add --round=0"):
+    label(tmp_path / "taste", TENTH)
+  with pytest.raises(SystemExit, match="--round=next is for drawing"):
+    label(tmp_path / "taste", TENTH, "--round=next")
+  with pytest.raises(SystemExit, match="9; expected next, or a number from 0 to 9999"):
+    label(tmp_path / "taste", TENTH, f"--round={'9' * 5000}")
+
+
+_PICTURE = '{"image": 5, "caption": "a", "prompt": 0, "model": "m", "seed": 7, "number": 0}'
+_SETTINGS = '{"settings": {"num_prompts": 2, "seeds": 3, "models": ["model"], "noise": "different"}, "models": %s}'
 
 
 @pytest.mark.parametrize(
@@ -445,6 +524,10 @@ def test_rewards_that_cannot_be_asked(by_hand, reward, sentence):
   [
     ("pictures.jsonl", "{", "pictures.jsonl cannot be read"),
     ("pictures.jsonl", '{"image": "a.png"}', "pictures.jsonl cannot be read"),
+    ("pictures.jsonl", _PICTURE, "pictures.jsonl cannot be read .picture 0 is"),
+    ("settings.json", _SETTINGS % '["tiny-sd"]', "settings.json cannot be read .*draw into a new folder"),
+    ("settings.json", _SETTINGS % '{"model": "tiny-sd"}', "settings.json cannot be read .*draw into a new folder"),
+    ("scores.jsonl", "half", r"scores.jsonl cannot be read \((?!.*draw into).*; delete it"),
     ("pictures.jsonl", "", "pictures.jsonl has 0 pictures, .*settings.json says otherwise"),
     ("settings.json", "{}", "settings.json cannot be read"),
     ("scores.jsonl", '{"image": "a.png"}', "scores.jsonl cannot be read .*; delete it"),
@@ -455,6 +538,13 @@ def test_folders_that_were_damaged(by_hand, name, content, sentence):
   (by_hand / name).write_text(content)
   with pytest.raises(SystemExit, match=sentence):
     label(by_hand, TENTH)
+
+
+def test_a_description_of_labels_that_was_damaged(by_hand, prompts, monkeypatch):
+  (by_hand / "labels.json").write_text('{"pairs": 2}')
+  monkeypatch.setattr(pairs, "draw", lambda *_: None)
+  with pytest.raises(SystemExit, match=r"labels.json cannot be read \(KeyError.*; delete it"):
+    pairs.main([prompts, f"--out={by_hand}"])
 
 
 def test_a_noisy_rater_agrees_as_often_as_stated():

@@ -304,7 +304,9 @@ def look_for_scorer(name: str) -> None:
     FileNotFoundError, ValueError: see `load_scorer`.
   """
   if loading.preset_of(name) is None:
-    weight_files(read_config(loading.folder_of(name))[0])
+    folder, config_dict = read_config(loading.folder_of(name))
+    StepAwareCLIPConfig.from_dict(config_dict)
+    weight_files(folder)
 
 
 def look_for_judge(name: str | None, *, style: str) -> None:

@@ -3,6 +3,7 @@
 `terms` loads the same sums for training, where the networks run in the graph of a step.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxpref.models.vae import to_float
 from jaxpref.recipes import places
 from jaxpref.recipes.rewards import PREFERENCE_MODEL, is_function, terms_of
 from jaxpref.rewards import networks, published
-from jaxpref.rewards.loading import load_scorer, scorer_fingerprint
+from jaxpref.rewards.loading import load_scorer, look_for_scorer, scorer_fingerprint
 from jaxpref.rewards.step_aware import embed_prompts, score_images
 
 
@@ -42,7 +43,7 @@ def check(text: str, *, given: str, preferred_style: str = "openmoji") -> dict[s
     if name == PREFERENCE_MODEL:
       if not place:
         raise ValueError(f"{given}: {name} needs its model, a folder or hub name; such as {name}=tiny-spm.")
-      scorer_fingerprint(places.expand(place))
+      look_for_scorer(places.expand(place))
     elif not is_function(spec) and name not in published.PUBLISHED:
       names = ", ".join((f"{PREFERENCE_MODEL}=FOLDER", *published.PUBLISHED))
       raise ValueError(
@@ -80,6 +81,8 @@ def load(
   scorer = published.load(spec, batch_size=batch_size, mesh=mesh, preferred_style=preferred_style)
   if is_function(spec):
     return scorer, 1.0
+  if name == "judge":  # whose numbers depend on the style too, so that kept ones of another are not taken for them
+    scorer = dataclasses.replace(scorer, version=f"{scorer.version} {preferred_style}")
   return scorer, published.PUBLISHED[name].logits
 
 
