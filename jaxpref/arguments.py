@@ -85,7 +85,11 @@ def place(text: str) -> str:
 
 
 def path(text: str) -> pathlib.Path:
-  """Reads an option that is a local path, for `type`."""
+  """Reads an option that is a local path, for `type`; a Path of gs://bucket would be a folder here, named gs:."""
+  if not text:
+    raise argparse.ArgumentTypeError("it is empty; expected a path, here perhaps of a variable that is not set")
+  if "://" in text:
+    raise argparse.ArgumentTypeError(f"{text} is no path on this machine's disks; expected one, and copy it from there")
   return pathlib.Path(place(text))
 
 

@@ -34,6 +34,22 @@ def test_the_same_value_twice_is_no_contradiction_and_a_parser_forgets(capsys):
   assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+  ("given", "sentence"),
+  [
+    ("gs://bucket/out", "gs://bucket/out is no path on this machine's disks"),  # not the folder gs:/bucket/out
+    ("", "it is empty; expected a path"),
+  ],
+)
+def test_a_local_path_is_one(given, sentence, capsys):
+  of_path = arguments.Parser()
+  of_path.add_argument("--out", type=arguments.path)
+  assert str(of_path.parse_args(["--out=a/b"]).out) == "a/b"
+  with pytest.raises(SystemExit):
+    of_path.parse_args([f"--out={given}"])
+  assert f"argument --out: {sentence}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["--config.num_steps", "--workdir"])
 def test_of_a_repeated_field_of_a_recipe_the_last_counts_and_that_is_said(name, capsys):
   arguments._check_arguments(["main", "--config=configs/spo_tiny.py", f"{name}=1", f"{name}=2"])
