@@ -344,6 +344,12 @@ TABLE = [
   ("pairs", [*DRAW, "--label=judge,judge=x"], "judge occurs twice"),
   ("pairs", [*DRAW, "--label=nothing:score"], "scorer nothing:score: the module nothing cannot be imported"),
   ("pairs", [*DRAW, "--process_id=-1", "--num_processes=2", "--coordinator_address=a:1"], "--process_id=-1"),
+  ("pairs", ["--prompts=prompts.txt", "--out=gs://x/y"], "--out: gs://x/y is no path on this machine's disks"),
+  ("pairs", ["--prompts=", "--out=o"], "the name of the file of prompts is empty"),
+  ("pairs", ["--prompts=half.json", "--out=o"], "entry 1: prompt = 'a \\ud83d' has half of a character"),
+  ("pairs", [*DRAW, "--label=preference_model=tiny-judge"], "model_type 'judge' is not supported"),
+  ("pairs", ["--out=empty", "--label=judge", "--round=next"], "--round=next is for drawing, which needs --prompts"),
+  ("pairs", ["--out=nothing", "--label=judge"], "--out=nothing does not exist; name a folder of pairs"),
   ("pairs", [*DRAW, "--round=first"], "--round=first; expected next, or a number from 0 to 9999"),
   ("pairs", [*DRAW, "--round=1"], "--round=1: o has 0 rounds; the next one is 0"),
   ("pairs", [*DRAW, "--round=next", "--model=full"], "full holds no finished run, which has export/"),
@@ -463,6 +469,7 @@ def prepare(place):
     (place / name).write_text("x")
   (place / "prompts.txt").write_text("red apple\nvolcano\n")
   (place / "empty.txt").write_text("\n")
+  (place / "half.json").write_text(json.dumps(["a \ud83d"]))
   (place / "broken.json").write_text("{")
   ranking = {"prompt": "cat", "image_path": ["a.png", "b.png"], "human_preference": [1, 0]}
   (place / "rankings.json").write_text(json.dumps([ranking]))

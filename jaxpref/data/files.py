@@ -298,6 +298,8 @@ class _Table:
           caption = row["caption"]
           if not isinstance(caption, str) or not caption.strip():
             row.refuse(f"caption = {caption!r}", "expected a text that is not empty")
+          if not paths.is_whole_text(caption):
+            row.refuse(f"caption = {caption!r} has half of a character", "expected text that is UTF-8")
           self.captions.append(self._same.setdefault(caption, caption))
           self._ids.append(str(row["id"]) if "id" in row else None)
           self._lines.append(row.line)
@@ -563,6 +565,8 @@ def _ranking(file: Any, number: int, entry: Any) -> tuple[str, list[str], list[f
   caption = entry.get("prompt")
   if not isinstance(caption, str) or not caption.strip():
     refuse(f"prompt = {caption!r}", "expected a text that is not empty")
+  if not paths.is_whole_text(caption):
+    refuse(f"prompt = {caption!r} has half of a character", "expected text that is UTF-8")
   names = entry.get("image_path", entry.get("file_path"))
   if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) for name in names):
     refuse(f"image_path = {names!r}", "expected a list of at least two file names")

@@ -107,6 +107,15 @@ def lines(text: str) -> list[str]:
   return [line.rstrip("\n") for line in io.StringIO(text, newline=None)]
 
 
+def is_whole_text(text: str) -> bool:
+  r"""Returns whether a text can be written as UTF-8: JSON's "\ud83d" alone is half of a character.
+
+  >>> is_whole_text("caf\u00e9"), is_whole_text("\ud83d")
+  (True, False)
+  """
+  return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def names(folder: Any) -> set[str]:
   """Returns the names of everything in a folder; empty if the folder does not exist."""
   try:

@@ -149,6 +149,8 @@ def _read(path: Path, kind: str | None) -> tuple[list[Prompt], str]:
   """Returns the prompts and their kind."""
   if kind is not None and kind not in KINDS:
     raise ValueError(f"kind={kind!r} of prompts; expected one of {', '.join(KINDS)}.")
+  if not os.fspath(path):
+    raise ValueError(f"the name of the file of prompts is empty; expected one of the kinds {', '.join(KINDS)}.")
   place = paths.open_path(path)
   if place.is_dir():
     if kind not in (None, "hpdv2"):
@@ -223,6 +225,8 @@ def _prompt(fields: Mapping[str, Any], where: str, number: int, columns: Sequenc
   text = fields[column]
   if not isinstance(text, str) or not text.strip():
     raise ValueError(f"{where} {number}: {column} = {text!r}; expected a text that is not empty.")
+  if not paths.is_whole_text(text):
+    raise ValueError(f"{where} {number}: {column} = {text!r} has half of a character; expected text that is UTF-8.")
   known = {key: names[key] for key in ("category", "id") if key in names}
   given = {key: str(fields[name]) for key, name in known.items() if fields[name] is not None}
   extra = {name: value for name, value in fields.items() if name not in (column, *known.values())}

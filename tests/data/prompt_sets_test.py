@@ -223,6 +223,8 @@ def test_a_word_that_names_a_file_is_no_prompt(tmp_path, monkeypatch):
     ("a.json", '["a', r"is not JSON .*; expected a list of prompts"),
     ("photo.json", '[{"prompt": "a"}]', r"entry 1: .*expected HPDv2's list of strings"),
     ("a.jsonl", '{"caption": "a"}\n\n{"caption": " "}', r"line 3: caption = ' '; expected a text that is not empty"),
+    ("a.jsonl", r'{"caption": "a \ud83d"}', r"line 1: caption = 'a .ud83d' has half of a character; expected text"),
+    ("a.json", r'["a \ud83d b"]', "entry 1: prompt = 'a .ud83d b' has half of a character"),
     ("a.jsonl", '{"caption": "a"}\n{"caption": ', r"line 2: not JSON .*; expected one object per line"),
     ("a.jsonl", '["a"]\n', r"line 1: found \['a'\]; expected one object per line"),
     ("a.jsonl", lines([*GENEVAL, {"tag": "colors", "prompt": "x"}]), r"line 3: no include; expected tag, include, p"),
@@ -241,6 +243,11 @@ def test_a_file_of_the_wrong_form_is_refused_in_one_sentence(tmp_path, name, con
   with pytest.raises(ValueError, match=message) as caught:
     prompt_sets.read(file)
   assert str(file) in str(caught.value) and "\n" not in str(caught.value).strip()
+
+
+def test_an_empty_name_is_no_folder():
+  with pytest.raises(ValueError, match="the name of the file of prompts is empty"):
+    prompt_sets.read("")
 
 
 def test_the_kind_that_is_asked_for_is_expected(tmp_path):
