@@ -186,19 +186,40 @@ class Payload:
     return print, ("code from a pickle was run",)
 
 
+def projections(visual, logit_scale=2.5):
+  return {"visual_projection": {"weight": visual}, "logit_scale": logit_scale}
+
+
 @pytest.mark.parametrize(
   ("state", "sentence"),
   [
     ({"visual_projection": Payload()}, "is not a torch file of nothing but tensors and numbers"),
     ({"visual_projection": {"bias": torch.zeros(3)}}, r"\(found visual_projection.bias\); expected logit_scale"),
+    (b"hello", r"numbers \(KeyError: 101\); take the one"),
+    (b"", r"numbers \(EOFError\); take the one"),
+    ({"a": Payload()}, r"numbers \(UnpicklingError: Weights only load failed\); take the one"),  # without advice
     (torch.zeros(3), r"\(found none\); expected logit_scale, text_projection.weight, visual_projection.weight"),
+    (projections(torch.zeros(())), "visual_projection.weight is not a matrix of finite numbers"),
+    (projections(torch.full((3, 4), float("nan"))), "visual_projection.weight is not a matrix of finite numbers"),
+    (projections(torch.zeros(3, 4, dtype=torch.complex64)), "visual_projection.weight is not a matrix of finite nu"),
+    (projections(torch.zeros(3, 4).to_sparse()), "visual_projection.weight is not a matrix of finite numbers"),
+    (projections(torch.zeros(3, 4), torch.inf), "logit_scale is not a finite number"),
   ],
 )
 def test_other_pickles_are_refused_and_run_nothing(state, sentence, tmp_path):
-  torch.save(state, tmp_path / "state_dict.pt")
+  if isinstance(state, bytes):
+    (tmp_path / "state_dict.pt").write_bytes(state)
+  else:
+    torch.save(state, tmp_path / "state_dict.pt")
   with pytest.raises(ValueError, match=sentence):
     convert_lrm.read_projections(tmp_path / "state_dict.pt", tmp_path / "arrays")
   assert not (tmp_path / "arrays").exists()
+
+
+@pytest.mark.parametrize("given", [float("nan"), float("inf"), -1.0])
+def test_a_guidance_scale_that_is_none_is_refused(tmp_path, given):
+  with pytest.raises(ValueError, match=f"--guidance_scale={given}; expected a number of at least 0"):
+    convert_lrm.convert(tmp_path, tmp_path / "out", guidance_scale=given)
 
 
 def test_the_command_says_what_is_missing(tmp_path):

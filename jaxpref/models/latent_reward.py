@@ -1,7 +1,8 @@
 """The latent reward model of LPO (arXiv 2502.01051): scores a denoiser's own features against the prompt."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import jax
@@ -11,12 +12,23 @@ from flax import linen as nn
 from jaxpref.models.base import is_guided
 from jaxpref.models.clip import CLIPTextConfig, CLIPTextModel, init_std, normalize
 from jaxpref.models.unet import UNetConfig, UNetEncoder
-from jaxpref.recipes.sizes import Size, sides
+from jaxpref.recipes.sizes import Size, is_size, sides
 
 Array = jax.Array
 MODEL_TYPE = "latent_reward_model"  # model_type in config.json
 VISUAL_STD = 0.02  # initial deviation of the projection of features
 Rows = dict[str, Array]
+_is_number = lambda value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+_CONFIG = ("the config of a network", lambda value: isinstance(value, Mapping))
+_ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what config.json may say
+  "unet": _CONFIG,
+  "text_encoder": _CONFIG,
+  "text_encoder_2": _CONFIG,
+  "projection_dim": ("a number of channels", lambda value: isinstance(value, int) and value >= 1),
+  "image_size": ("a side in pixels, or height and width", is_size),
+  "guidance_scale": ("a number of at least 0", lambda value: _is_number(value) and value >= 0),
+  "logit_scale_init_value": ("a number", _is_number),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +59,7 @@ class LatentRewardConfig:
     Raises:
       ValueError: it describes another model.
     """
-    missing = {"unet", "text_encoder"} - config.keys()
+    missing = {name for name in ("unet", "text_encoder") if config.get(name) is None}
     if config.get("model_type") != MODEL_TYPE or missing:
       without = f" and it has no {' and no '.join(sorted(missing))}" if missing else ""
       raise ValueError(
@@ -56,8 +68,16 @@ class LatentRewardConfig:
         "scripts/assets/convert_lrm.py wrote."
       )
     second = config.get("text_encoder_2")
-    plain = {f.name for f in dataclasses.fields(cls)} - {"unet", "text_encoder", "text_encoder_2"}
-    given = {k: v for k, v in config.items() if k in plain and v is not None}
+    networks = ("unet", "text_encoder", "text_encoder_2")
+    given = {f.name: config[f.name] for f in dataclasses.fields(cls) if config.get(f.name) is not None}
+    for name, value in given.items():
+      expected, allowed = _ALLOWED[name]
+      if not allowed(value):
+        raise ValueError(
+          f"{name} is {value!r}, expected {expected}; point to a folder that a run of configs/lrm_sd15.py exported, or "
+          "that scripts/assets/convert_lrm.py wrote."
+        )
+    given = {name: value for name, value in given.items() if name not in networks}
     own: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     return cls(
       unet=UNetConfig.from_dict(config["unet"]),

@@ -24,6 +24,7 @@ The guidance scale is in none of the files: it is that of all published ones, or
 
 import argparse
 import dataclasses
+import math
 import pathlib
 import subprocess
 import sys
@@ -37,30 +38,40 @@ def read_projections(pickled: pathlib.Path, arrays: pathlib.Path) -> None:
   Raises:
     ValueError: it holds something else.
   """
-  import pickle
-
   import torch
   from safetensors.numpy import save_file
 
   try:
     state = torch.load(pickled, map_location="cpu", weights_only=True)
-  except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
+  except OSError:
+    raise
+  except Exception as error:  # the bytes of another file may raise anything
+    # Without PyTorch's advice to load it all the same.
+    reason = ": ".join([type(error).__name__, *str(error).strip().partition(". ")[0].splitlines()])
     raise ValueError(
-      f"{pickled} is not a torch file of nothing but tensors and numbers ({reason[0]}); take the one that is published."
+      f"{pickled} is not a torch file of nothing but tensors and numbers ({reason}); take the one that is published."
     ) from error
   found: dict[str, Any] = {}
   for name, value in state.items() if isinstance(state, dict) else ():
     inner = value.items() if isinstance(value, dict) else [("", value)]
     found |= {f"{name}.{key}".rstrip("."): part for key, part in inner}
   known = {"visual_projection.weight", "text_projection.weight", "logit_scale"}
-  numbers = all(isinstance(v, torch.Tensor | float) for v in found.values())
+  numbers = all(isinstance(v, torch.Tensor | float | int) for v in found.values())
   if not numbers or not known - {"text_projection.weight"} <= found.keys() <= known:
     raise ValueError(
       f"{pickled} does not hold the projections of a latent reward model (found {', '.join(found) or 'none'}); "
       f"expected {', '.join(sorted(known))}, of SDXL without the text's."
     )
-  save_file({k: torch.as_tensor(v).detach().float().contiguous().numpy() for k, v in found.items()}, str(arrays))
+  for name, value in found.items():
+    tensor, axes = torch.as_tensor(value).detach(), 0 if name == "logit_scale" else 2
+    whole = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_complex()
+    if not whole or tensor.dim() != axes or not torch.isfinite(tensor).all():
+      raise ValueError(
+        f"{pickled}: {name} is not {'a finite number' if axes == 0 else 'a matrix of finite numbers'} (found "
+        f"{tensor.dtype}{list(tensor.shape)}); take the one that is published."
+      )
+    found[name] = tensor.float().contiguous().numpy()
+  save_file(found, str(arrays))
 
 
 def convert(source: pathlib.Path, folder: pathlib.Path, *, guidance_scale: float = 7.5) -> pathlib.Path:
@@ -87,6 +98,8 @@ def convert(source: pathlib.Path, folder: pathlib.Path, *, guidance_scale: float
   from jaxpref.models.unet import UNet2DConditionModel, UNetConfig, encoder_params
   from jaxpref.rewards.loading import save_latent_reward
 
+  if not 0.0 <= guidance_scale < math.inf:
+    raise ValueError(f"--guidance_scale={guidance_scale}; expected a number of at least 0, 7.5 for the published ones.")
   second = (source / "text_encoder_2").is_dir()
   for name in ("unet/config.json", "text_encoder/config.json", "state_dict.pt"):
     if not (source / name).is_file():

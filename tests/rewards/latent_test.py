@@ -85,6 +85,23 @@ def test_the_work_folder_of_a_run_is_refused_and_its_model_named(tmp_path):
       read(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    *[("guidance_scale", value) for value in ("7.5", float("nan"), -1, [7.5])],
+    *[("projection_dim", value) for value in ("a", 0)],
+    *[("image_size", value) for value in ("a", [1, 2, 3])],
+    ("logit_scale_init_value", "a"),
+    *[(name, "a") for name in ("unet", "text_encoder", "text_encoder_2")],
+  ],
+)
+def test_a_config_that_was_damaged_is_refused_by_field(name, value):
+  config = LatentRewardModel(presets.latent_reward_config(presets.get_preset("one-level"))).config.to_dict()
+  assert LatentRewardConfig.from_dict(config)
+  with pytest.raises(ValueError, match=f"^{name} is .*, expected .*; point to a folder"):
+    LatentRewardConfig.from_dict(config | {name: value})
+
+
 def test_one_of_another_model_is_refused():
   c = config.default()
   c.update(objective="spo", model="zeros:one-level", preference_model="zeros:sdxl-miniature", reward="latent")
