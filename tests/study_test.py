@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from jaxpref import config as config_lib
 from jaxpref.data import emoji
 from jaxpref.objectives import spo
-from scripts.study import ground, instrument, measure, study, study_plan, study_report, study_rows, study_variants
+from scripts.study import ground, instrument, study, study_plan, study_report, study_rows, study_variants
 from scripts.study.study_variants import BY_NAME, Run
 
 # Stands in for `python -m jaxpref.main` and for scripts/study/measure.py: writes what they leave behind.
@@ -127,6 +127,56 @@ def test_accuracy_by_time_counts_pairs_that_are_ranked_as_the_score_ranks_them(t
   scores[3, :32, :, :] = [1.0, 0.0]
   scores = scores.reshape(10, 128 * 8, 2)
   assert instrument.by_bin(scores, tmp_path, "style").tolist() == [1.0] * 3 + [0.75] + [1.0] * 6
+
+
+def test_files_of_the_ground_are_whole_or_not_there(tmp_path, monkeypatch):
+  """A process that ends while it writes leaves nothing that the next one takes for finished."""
+
+  def killed(file, **arrays):
+    pathlib.Path(file).write_bytes(b"half")
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(ground, "read_images", lambda *_: None)
+  monkeypatch.setattr(ground, "hidden_scores", lambda *_: {"style": np.zeros(3)})
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(np, "savez", killed)
+    ground.scores(tmp_path, "validation")
+  assert ground.scores(tmp_path, "validation")["style"].tolist() == [0, 0, 0]
+
+
+def test_the_study_waits_for_all_labels(tmp_path, capsys):
+  for hidden in ground.HIDDEN:
+    for agreement in ground.AGREEMENTS:
+      assert ground.missing_labels(tmp_path) == ground.labels_file(tmp_path, hidden, agreement)
+      with pytest.raises(SystemExit):
+        study.main(["--runs", str(tmp_path / "runs"), "--only", "A dpo$"])
+      ground.labels_file(tmp_path, hidden, agreement).parent.mkdir(exist_ok=True)
+      ground.labels_file(tmp_path, hidden, agreement).touch()
+  assert ground.missing_labels(tmp_path) is None and "style_60.jsonl; make it by" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("arguments", "sentence"),
+  [
+    (["accuracy"], "is for accuracy, which needs it"),
+    (["report", "style_a=x"], "is for accuracy, which needs it"),
+    (["accuracy", "style_a"], "style_a: expected NAME=FOLDER"),
+    (["accuracy", "mine=tiny-spm"], "mine=tiny-spm: expected NAME=FOLDER, whose NAME is style_... or legible_..."),
+    (["accuracy", "style_../a=tiny-spm"], "expected NAME=FOLDER"),
+    (["accuracy", "style_a=nowhere"], "nowhere/config.json is missing"),
+  ],
+)
+def test_models_to_measure_are_checked_before_any_is_asked(tmp_path, capsys, arguments, sentence):
+  with pytest.raises((SystemExit, ValueError, FileNotFoundError)) as error:
+    instrument.main([*arguments, f"--ground={tmp_path}", f"--docs={tmp_path}"])
+  assert sentence in str(error.value) + capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", ["25:99", "soon"])
+def test_a_time_to_stop_at_has_hours_and_minutes(tmp_path, capsys, given):
+  with pytest.raises(SystemExit):
+    study.main(["--until", given, "--runs", str(tmp_path)])
+  assert f"--until={given}: " in capsys.readouterr().err
 
 
 def test_times_of_validation_pairs_fall_into_ten_ranges():
@@ -293,9 +343,9 @@ def fake(tmp_path, monkeypatch):
     study_variants, "measure_command", lambda place, split: [sys.executable, "-S", "-c", FAKE, str(place), "measure"]
   )
   monkeypatch.setattr(study, "measure_base", lambda *_: None)
-  labels = ground.labels_file(tmp_path / "ground", "style", 70)
-  labels.parent.mkdir(parents=True)
-  labels.touch()
+  while labels := ground.missing_labels(tmp_path / "ground"):
+    labels.parent.mkdir(parents=True, exist_ok=True)
+    labels.touch()
   return lambda: (tmp_path / "calls.txt").read_text().split()
 
 
@@ -358,9 +408,9 @@ def test_a_run_in_time_is_stopped(tmp_path, monkeypatch):
 def test_sigterm_ends_the_runs_and_then_the_study(tmp_path):
   """Both that are going on, with a report of what there is."""
   run = [sys.executable, "-S", "-c", "import time; print('begun', flush=True); time.sleep(60)"]
-  labels = ground.labels_file(tmp_path / "ground", "style", 70)
-  labels.parent.mkdir(parents=True)
-  labels.touch()
+  while labels := ground.missing_labels(tmp_path / "ground"):
+    labels.parent.mkdir(parents=True, exist_ok=True)
+    labels.touch()
   program = f"from scripts.study import study, study_variants; study_variants.Run.command = lambda *_: {run!r};"
   program += "study.measure_base = lambda *_: None;"
   program += f"study.main('--only sft --workers 2 --runs {tmp_path} --docs {tmp_path}'.split())"
@@ -400,9 +450,9 @@ def run_folder(folder, run, *, metrics, share=0.5):
     node[last] = given
   (place / "config.json").write_text(json.dumps(config))
   (place / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics) + '{"step": 3')
-  measure.save(place / f"{run.split}.npz", scores(share))
+  ground.save(place / f"{run.split}.npz", scores(share))
   study_rows.base_folder(folder).mkdir(exist_ok=True)
-  measure.save(study_rows.base_folder(folder) / f"{run.split}.npz", scores(0.25))
+  ground.save(study_rows.base_folder(folder) / f"{run.split}.npz", scores(0.25))
 
 
 def test_numbers_of_a_run(tmp_path):
@@ -457,6 +507,18 @@ def test_a_folder_of_another_config_is_refused(tmp_path):
   config["sample"]["every"] = 200
   (tmp_path / run.path / "config.json").write_text(json.dumps(config))
   with pytest.raises(ValueError, match=r"made with config\.sample\.every=200, expected 0"):
+    study_rows.read_run(run, tmp_path)
+
+
+def test_a_failed_run_of_another_config_is_refused(tmp_path):
+  run = Run(DPO, 2e-5, 500.0, 0, "test")
+  run_folder(tmp_path, run, metrics=[])
+  (tmp_path / run.path / "failed.txt").write_text("not finite\n")
+  assert study_rows.read_run(run, tmp_path)["failed"] == "not finite"
+  config = json.loads((tmp_path / run.path / "config.json").read_text())
+  config["num_steps"] = 7
+  (tmp_path / run.path / "config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match=r"made with config\.num_steps=7, expected 125"):
     study_rows.read_run(run, tmp_path)
 
 
@@ -635,6 +697,11 @@ def test_a_report_is_gone_on_from(tmp_path):
   changed["runs"]["dpo"][0]["fields"]["num_steps"] = 7
   file.write_text(json.dumps(changed))
   with pytest.raises(ValueError, match="with other fields than it has now"):
+    study_rows.restore(file, tmp_path / "third")
+  assert not (tmp_path / "third").exists()
+  del changed["runs"]["dpo"][0]["fields"]
+  file.write_text(json.dumps(changed))
+  with pytest.raises(ValueError, match=r"'fields'.*expected a papers\.json"):
     study_rows.restore(file, tmp_path / "third")
   file.write_text("{}")
   with pytest.raises(ValueError, match=r"expected a papers\.json"):

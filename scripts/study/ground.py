@@ -31,7 +31,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
   sys.path.insert(0, str(ROOT))
 from jaxpref import pairs  # noqa: E402
-from jaxpref.data import emoji, labels  # noqa: E402
+from jaxpref.data import emoji, labels, paths  # noqa: E402
 from jaxpref.evaluation import folder as evaluation_folder  # noqa: E402
 from jaxpref.evaluation import judging  # noqa: E402
 from jaxpref.rewards.loading import load_judge  # noqa: E402
@@ -62,7 +62,7 @@ def prompts_file(ground: pathlib.Path, name: str) -> pathlib.Path:
   """Writes the captions of a split, one a line, and returns the file."""
   file = ground / f"{name}.txt"
   file.parent.mkdir(parents=True, exist_ok=True)
-  file.write_text("".join(f"{e.caption}\n" for e in split(name)))
+  paths.write(file, "".join(f"{e.caption}\n" for e in split(name)).encode())
   return file
 
 
@@ -113,12 +113,19 @@ def read_images(ground: pathlib.Path, name: str) -> np.ndarray:
   return np.stack([np.stack([read(file(p, i)) for i in range(PICTURES)]) for p in range(len(split(name)))])
 
 
+def save(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes an .npz so that the file is whole or not there."""
+  part = file.with_suffix(".part.npz")
+  np.savez(part, **arrays)  # type: ignore[arg-type]
+  part.replace(file)
+
+
 def scores(ground: pathlib.Path, name: str) -> dict[str, np.ndarray]:
   """Returns `hidden_scores` of the pictures of a split, computed once."""
   file = ground / f"{name}_scores.npz"
   if not file.is_file():
     found = hidden_scores(read_images(ground, name), np.asarray([e.class_id for e in split(name)]))
-    np.savez(file, **found)  # type: ignore[arg-type]
+    save(file, found)
   with np.load(file) as stored:
     return dict(stored)
 
@@ -169,7 +176,13 @@ def write_labels(ground: pathlib.Path) -> None:
         }
         for (i, j), l in zip(numbers, said, strict=True)
       ]
-      labels_file(ground, hidden, agreement).write_text("".join(json.dumps(row) + "\n" for row in rows))
+      paths.write(labels_file(ground, hidden, agreement), "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def missing_labels(ground: pathlib.Path) -> pathlib.Path | None:
+  """Returns the first file that `write_labels` has not written yet; None if all are there."""
+  files = (labels_file(ground, hidden, agreement) for hidden in HIDDEN for agreement in AGREEMENTS)
+  return next((file for file in files if not file.is_file()), None)
 
 
 def describe(ground: pathlib.Path) -> dict[str, object]:

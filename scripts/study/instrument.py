@@ -36,6 +36,8 @@ if __name__ == "__main__":
 from jaxpref.data import emoji  # noqa: E402
 from jaxpref.devices import sharding  # noqa: E402
 from jaxpref.evaluation import judging, settings  # noqa: E402
+from jaxpref.files.folders import read_json  # noqa: E402
+from jaxpref.models.latent_reward import MODEL_TYPE as LATENT_REWARD  # noqa: E402
 from jaxpref.models.preference import Judge, JudgeBlock, TimestepEmbedder  # noqa: E402
 from jaxpref.models.vae import to_uint8  # noqa: E402
 from jaxpref.objectives import noising  # noqa: E402
@@ -122,7 +124,7 @@ def predictions(ground: pathlib.Path, name: str) -> tuple[np.ndarray, np.ndarray
       made.append(np.concatenate(parts))
       decoder.cache_clear()
       print(f"{name}: draw {number + 1} of {len(times)}, {time.time() - started:.0f} s", file=sys.stderr)
-    np.savez(file, images=np.stack(made), times=times)
+    ground_lib.save(file, {"images": np.stack(made), "times": times})
   with np.load(file) as stored:
     return stored["images"], stored["times"]
 
@@ -315,6 +317,21 @@ def report(ground: pathlib.Path) -> dict[str, Any]:
   return {"command": "python scripts/study/instrument.py report", "models": models, "ceiling": ceiling}
 
 
+def named_model(spec: str) -> tuple[str, str, bool]:
+  """Returns the name and the folder of NAME=FOLDER, and whether it is a latent reward model.
+
+  Raises:
+    ValueError: it has another form, or no hidden preference in its name.
+    FileNotFoundError: the folder is not one of a model.
+  """
+  name, _, folder = spec.partition("=")
+  if not folder or name.partition("_")[0] not in ground_lib.HIDDEN or pathlib.PurePath(name).name != name:
+    kinds = " or ".join(f"{hidden}_..." for hidden in ground_lib.HIDDEN)
+    raise ValueError(f"{spec}: expected NAME=FOLDER, whose NAME is {kinds}: what the model was trained on.")
+  config = read_json(pathlib.Path(folder) / "config.json")
+  return name, folder, config.get("model_type") == LATENT_REWARD
+
+
 def main(arguments: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("what", choices=("predictions", "ceiling", "accuracy", "report"))
@@ -324,6 +341,8 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument("--ground", type=pathlib.Path, default=ROOT / "runs" / "study" / "ground")
   parser.add_argument("--docs", type=pathlib.Path, default=ROOT / "docs" / "results", help="for report")
   args = parser.parse_args(arguments)
+  if (args.what == "accuracy") != bool(args.models):
+    parser.error("NAME=FOLDER of one or more models is for accuracy, which needs it.")
   ground = args.ground.resolve()
   if args.what == "report":
     (args.docs / "papers_instrument.json").write_text(json.dumps(report(ground), indent=1) + "\n")
@@ -334,10 +353,9 @@ def main(arguments: list[str] | None = None) -> None:
     for width in (0, 2) if args.width is None else (args.width,):
       (ground / f"ceiling_{width}.json").write_text(json.dumps(train_ceiling(ground, width), indent=1) + "\n")
   else:
-    for spec in args.models:
-      name, _, folder = spec.partition("=")
-      config = json.loads((pathlib.Path(folder) / "config.json").read_text())
-      if "latent" in str(config.get("model_type")):
+    named = [named_model(spec) for spec in args.models]  # all of them, before the first is asked
+    for name, folder, is_latent in named:
+      if is_latent:
         found = score_latent(ground, folder)
       else:
         found = score_step_aware(ground, folder, told_time=not name.endswith("clean"))

@@ -67,20 +67,13 @@ def main(arguments: list[str] | None = None) -> None:
   args = parser.parse_args(arguments)
   args.folder.mkdir(parents=True, exist_ok=True)
   found = measure(args.model or str(args.folder), args.split, sampler=args.sampler, num_inference_steps=args.steps)
-  save(args.folder / f"{args.split}.npz", found)
+  ground.save(args.folder / f"{args.split}.npz", found)
   print(", ".join(f"{name} {values.mean():.3f}" for name, values in found.items()))
-
-
-def save(file: pathlib.Path, scores: dict[str, np.ndarray]) -> None:
-  """Writes scores so that the file is whole or not there."""
-  part = file.with_suffix(".part.npz")
-  np.savez(part, **scores)  # type: ignore[arg-type]
-  part.rename(file)
 
 
 @functools.cache
 def read(file: pathlib.Path) -> dict[str, np.ndarray]:
-  """Returns the scores in a file of `save`."""
+  """Returns the scores in a file of `ground.save`."""
   with np.load(file) as stored:
     return dict(stored)
 

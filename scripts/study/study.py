@@ -212,6 +212,12 @@ def main(arguments: list[str] | None = None) -> None:
   if args.workers < 1:
     parser.error(f"--workers={args.workers}: expected at least 1.")
   folder, deadline = args.runs.resolve(), float("inf")
+  if args.until:
+    try:
+      hour = datetime.datetime.strptime(args.until, "%H:%M").time()
+    except ValueError:
+      parser.error(f"--until={args.until}: expected HH:MM, such as 18:30.")
+    deadline = datetime.datetime.combine(datetime.date.today(), hour).timestamp()
   try:
     variants = [v for v in study_variants.VARIANTS if re.search(args.only, f"{v.part} {v.name}")]
   except re.error as error:
@@ -223,14 +229,11 @@ def main(arguments: list[str] | None = None) -> None:
   if args.list:
     print(study_plan.plan(variants, folder, args.workers))
     return
-  if args.until:
-    hour = datetime.datetime.strptime(args.until, "%H:%M").time()
-    deadline = datetime.datetime.combine(datetime.date.today(), hour).timestamp()
   if not args.report:
     if threading.current_thread() is threading.main_thread():
       signal.signal(signal.SIGTERM, lambda *_: stop())
-    if not ground.labels_file(folder / "ground", "style", 70).is_file():
-      parser.error(f"{folder / 'ground'} has no labels; make it by python scripts/study/ground.py.")
+    if missing := ground.missing_labels(folder / "ground"):
+      parser.error(f"there is no {missing}; make it by python scripts/study/ground.py.")
     measure_base(folder, deadline)
     if args.models:
       for model in dict.fromkeys(filter(None, map(study_variants.model_of, variants))):

@@ -40,16 +40,18 @@ def read_run(run: Run, folder: pathlib.Path) -> dict[str, Any] | None:
     file = folder / dataclasses.replace(run, variant=other).path / "row.json"
     if file.is_file():
       return json.loads(file.read_text()) | told
-  if (place / "failed.txt").is_file():
-    return told | {"failed": (place / "failed.txt").read_text().strip()}
-  base = base_folder(folder) / f"{run.split}.npz"
-  if not (place / f"{run.split}.npz").is_file() or not base.is_file():
+  failed, base = place / "failed.txt", base_folder(folder) / f"{run.split}.npz"
+  if not failed.is_file() and not ((place / f"{run.split}.npz").is_file() and base.is_file()):
     return None
+  if failed.is_file() and not (place / "config.json").is_file():
+    return told | {"failed": failed.read_text().strip()}
   config = json.loads((place / "config.json").read_text())
   of_config = lambda name: functools.reduce(lambda node, key: node.get(key, {}), name.split("."), config)
   for name, value in run.fields(folder).items():
     if of_config(name) != value:
       raise ValueError(f"{place} was made with config.{name}={of_config(name)!r}, expected {value!r}; move it away.")
+  if failed.is_file():
+    return told | {"failed": failed.read_text().strip()}
   metrics = [json.loads(m) for m in (place / "metrics.jsonl").read_text().split("\n") if m.endswith("}")]
   row = told | numbers(measure.read(place / f"{run.split}.npz"), measure.read(base), run.variant.hidden)
   row |= cost(run, metrics)
@@ -125,12 +127,14 @@ def restore(file: pathlib.Path, folder: pathlib.Path) -> int:
     study = json.loads(file.read_text())
     rows = [*itertools.chain(*study["runs"].values(), *study["tuning"].values())]
     runs = [Run(BY_NAME[r["variant"]], r["learning_rate"], r["beta"], r["seed"], r["split"]) for r in rows]
+    of_rows = [dict(r["fields"]) for r in rows]
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f"{file} cannot be read ({error!r}); expected a papers.json of scripts/study/study.py.") from error
   count = 0
-  for run, row in zip(runs, rows, strict=True):
-    if row["fields"] != changes(run.variant):
+  for run, fields in zip(runs, of_rows, strict=True):
+    if fields != changes(run.variant):
       raise ValueError(f"{file} has {run.path} with other fields than it has now; remove that row.")
+  for run, row in zip(runs, rows, strict=True):
     if not (folder / run.path / "row.json").is_file():
       (folder / run.path).mkdir(parents=True, exist_ok=True)
       _write_row(folder / run.path / "row.json", row)
