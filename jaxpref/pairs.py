@@ -304,6 +304,8 @@ def _ending(args: argparse.Namespace) -> str:
   try:
     found = json.loads(file.read_text(encoding="utf-8"))
     told = f"{found['pairs']} pairs, {found['ties']} of them ties, by {found['reward']}"
+    if found["ties"] == found["pairs"]:
+      told += ": dpo can learn nothing from them, so lower --min_gap or choose another reward"
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{file} cannot be read ({error!r}); delete it, and --label makes it again.") from error
   return f"{args.out}: {told}; train with --config.data.source=pairs_file --config.data.path={args.out}"

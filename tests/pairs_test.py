@@ -413,6 +413,13 @@ def test_sums_are_in_logits_and_scores_are_kept(by_hand, monkeypatch):
   np.testing.assert_allclose([row["score_1"] for row in found], [-10, -20, -20, -30, -28, -28], rtol=1e-5)
 
 
+def test_pairs_that_are_all_ties_say_so(by_hand, capsys):
+  label(by_hand, TENTH, "--min_gap=0.8")
+  assert f"2 pairs, 2 of them ties, by {TENTH}: dpo can learn nothing from them" in capsys.readouterr().out
+  label(by_hand, TENTH, "--min_gap=0.7")
+  assert "dpo can learn nothing" not in capsys.readouterr().out
+
+
 def test_scoring_goes_on_where_it_was_interrupted(by_hand, monkeypatch):
   finished = shutil.copytree(by_hand, by_hand.parent / "finished")
   label(finished, TENTH)

@@ -257,6 +257,11 @@ def _check_sizes(what: str, num_records: int, batch_size: int, process_index: in
       f"batch_size {batch_size} cannot be shared by {process_count} processes; choose a positive "
       f"multiple of {process_count}."
     )
+  if not num_records:
+    raise ValueError(
+      f"the {what} has no usable records: all are ties, or left out by other fields of config.data; use other data, or "
+      "leave out less."
+    )
   if num_records < batch_size:
     raise ValueError(
       f"the {what} has {num_records} usable records, fewer than the batch_size of {batch_size}; "

@@ -168,6 +168,10 @@ def open_pairs_file(file: Path, *, labelled: bool = True) -> FilePairs:
   place = paths.open_path(file)
   if place.suffix not in (".jsonl", ".csv") and (place / PAIRS_NAME).is_file():
     place = place / PAIRS_NAME
+  elif place.suffix not in (".jsonl", ".csv") and place.is_dir():
+    raise FileNotFoundError(
+      f"the folder {place} has no {PAIRS_NAME}; finish it by the command that began it, or name a .jsonl or .csv file."
+    )
   table = _Table(place, PAIR_COLUMNS, required=("caption", "image_0", "image_1"))
   labels, published = array.array("f"), array.array("i")
   scores: tuple[array.array, array.array] = array.array("f"), array.array("f")
@@ -269,7 +273,8 @@ class _Table:
     self.file = paths.open_path(file)
     size = paths.size(self.file)
     if (size is not None or self.file.is_dir()) and self.file.suffix not in (".jsonl", ".csv"):
-      raise ValueError(f"{self.file} is not a .jsonl or .csv file; rename or convert it.")
+      remedy = "it is a folder: name the file in it" if self.file.is_dir() else "rename or convert it"
+      raise ValueError(f"{self.file} is not a .jsonl or .csv file; {remedy}.")
     if size is None or self.file.is_dir():
       raise FileNotFoundError(f"there is no file {self.file}; expected .jsonl or .csv with {', '.join(required)}.")
     self._size = size

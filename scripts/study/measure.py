@@ -65,8 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument("--sampler", choices=drawing.SAMPLERS, default=DRAW["sampler"])
   parser.add_argument("--steps", type=int, default=DRAW["num_inference_steps"])
   args = parser.parse_args(arguments)
-  args.folder.mkdir(parents=True, exist_ok=True)
   found = measure(args.model or str(args.folder), args.split, sampler=args.sampler, num_inference_steps=args.steps)
+  args.folder.mkdir(parents=True, exist_ok=True)
   ground.save(args.folder / f"{args.split}.npz", found)
   print(", ".join(f"{name} {values.mean():.3f}" for name, values in found.items()))
 

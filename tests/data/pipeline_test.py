@@ -375,6 +375,8 @@ def test_missing_fields_and_sizes_that_do_not_fit_are_errors():
     open_pairs(pairs(3))
   with pytest.raises(ValueError, match="without its ties has 2 usable records, fewer"):
     open_pairs(pairs(4, labels=(0.5, 1.0)), drop_ties=True)
+  with pytest.raises(ValueError, match="without its ties has no usable records: all are ties, or left out by"):
+    open_pairs(pairs(4, labels=(0.5,)), drop_ties=True)
   with pytest.raises(ValueError, match="batch_size 4 cannot be shared by 3 processes; choose"):
     open_pairs(pairs(8), process_count=3)
   with pytest.raises(ValueError, match="process_index is 2; expected 0 to 1"):

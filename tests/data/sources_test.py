@@ -194,8 +194,10 @@ def test_a_folder_stands_for_its_pairs(images):
   file = write(images, [pair(label_0=1)])
   assert sources.detect_kind(file.parent) == "pairs_file"
   assert sources.open_source("pairs_file", file.parent)[0] == sources.open_pairs_file(file)[0]
-  with pytest.raises(ValueError, match="images is not a .jsonl or .csv file"):
+  with pytest.raises(FileNotFoundError, match="images has no pairs.jsonl; finish it by the command that began it"):
     sources.open_pairs_file(images)
+  with pytest.raises(ValueError, match="images is not a .jsonl or .csv file; it is a folder: name the file in it"):
+    sources.open_source("unpaired_file", images)
 
 
 def test_missing_images_are_answered_by_file_and_line(images):
