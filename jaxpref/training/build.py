@@ -410,6 +410,11 @@ def _latent_reward_model(
   of_levels = remat[0] if len(remat) == 1 else remat
   if start and continued:
     scorer, params = load_latent_reward(start, dtype=config.dtype, seed=config.seed, sharding=sharding)
+    if (own := scorer.config.guidance_scale) != config.lrm.guidance_scale:
+      raise ValueError(
+        f"config.lrm.guidance_scale={config.lrm.guidance_scale}, but the latent reward model {start} has {own}; "
+        f"expected the same, so set it to {own}."
+      )
     scorer = scorer.clone(remat=of_levels)
     scorer.config.check_fits(str(start), channels=model.latent_shape[-1], tokens=tokenize([""]).shape[1])
   else:

@@ -85,6 +85,15 @@ def test_the_work_folder_of_a_run_is_refused_and_its_model_named(tmp_path):
       read(str(tmp_path))
 
 
+def test_one_that_is_trained_further_keeps_its_guidance():
+  c = config.default()
+  c.update(objective="lrm", model="zeros:one-level", preference_model="zeros:one-level")
+  assert build.build(c).params["lrm"]
+  c.lrm.guidance_scale = 3.0
+  with pytest.raises(ValueError, match="guidance_scale=3.0, but the latent reward model zeros:one-level has 7.5"):
+    build.build(c)
+
+
 @pytest.mark.parametrize(
   ("name", "value"),
   [
