@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 
+from jaxpref.files import folders
 from jaxpref.models import latent_reward
 from jaxpref.rewards import latent
 from jaxpref.rewards.loading import load_latent_reward, load_preference_model, open_latent_reward, save_latent_reward
@@ -220,6 +221,21 @@ def test_other_pickles_are_refused_and_run_nothing(state, sentence, tmp_path):
 def test_a_guidance_scale_that_is_none_is_refused(tmp_path, given):
   with pytest.raises(ValueError, match=f"--guidance_scale={given}; expected a number of at least 0"):
     convert_lrm.convert(tmp_path, tmp_path / "out", guidance_scale=given)
+
+
+def test_what_cannot_be_written_or_read_is_said_before_weights_are_read(published, tmp_path, monkeypatch):
+  _, folder, _ = published
+  monkeypatch.setattr(folders, "load_network", None)
+  (tmp_path / "thesis").mkdir()
+  (tmp_path / "thesis" / "a.tex").touch()
+  with pytest.raises(FileExistsError, match="thesis exists and is not a model folder"):
+    convert_lrm.convert(folder, tmp_path / "thesis")
+  with pytest.raises(ValueError, match="unet is a folder of the published model; choose a new one"):
+    convert_lrm.convert(folder, folder / "unet")
+  refused = lambda *_: (_ for _ in ()).throw(ValueError("no projections"))
+  monkeypatch.setattr(convert_lrm, "_read_in_process", refused)
+  with pytest.raises(ValueError, match="no projections"):
+    convert_lrm.convert(folder, tmp_path / "new" / "out")
 
 
 def test_the_command_says_what_is_missing(tmp_path):

@@ -122,12 +122,8 @@ def save_network(folder: pathlib.Path, stem: str, config: Mapping[str, Any], par
     save_tree(folder / f"{stem}.safetensors", params, dtype=dtype)
 
 
-@contextlib.contextmanager
-def replacing(folder: Path, marker: str, known: Sequence[str]) -> Iterator[pathlib.Path]:
-  """Yields a temporary folder that replaces `folder` if the block succeeds.
-
-  An existing `folder` must be empty, have `marker`, or hold only entries of `known`.
-  """
+def check_replaceable(folder: Path, marker: str, known: Sequence[str]) -> None:
+  """Raises FileExistsError for a folder that `replacing` would not replace."""
   folder = pathlib.Path(folder)
   if folder.exists():
     entries = {p.name for p in folder.iterdir()} if folder.is_dir() else {""}
@@ -136,6 +132,16 @@ def replacing(folder: Path, marker: str, known: Sequence[str]) -> Iterator[pathl
         f"{folder} exists and is not a model folder (no {marker} in it), so it is not "
         "overwritten; choose a new folder or delete it."
       )
+
+
+@contextlib.contextmanager
+def replacing(folder: Path, marker: str, known: Sequence[str]) -> Iterator[pathlib.Path]:
+  """Yields a temporary folder that replaces `folder` if the block succeeds.
+
+  An existing `folder` must be empty, have `marker`, or hold only entries of `known`.
+  """
+  check_replaceable(folder, marker, known)
+  folder = pathlib.Path(folder)
   folder.parent.mkdir(parents=True, exist_ok=True)
   temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
   try:

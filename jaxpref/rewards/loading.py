@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxpref.files import loading, tensors
-from jaxpref.files.folders import load_network, read_json, replacing, resolve_folder, save_network
+from jaxpref.files.folders import check_replaceable, load_network, read_json, replacing, resolve_folder, save_network
 from jaxpref.files.tensors import Path, Sharding, Tree, load_tree, weight_files
 from jaxpref.models import open_clip, presets
 from jaxpref.models.clip import CLIPModel
@@ -188,8 +188,16 @@ def save_judge(folder: Path, module: Judge, params: Tree, *, dtype: Any = jnp.fl
   return _save_single(folder, "Judge", module, params, dtype)
 
 
+_SINGLE = ("config.json", ("config.json", "model.safetensors"))  # what marks such a folder, and what it holds
+
+
+def check_out(folder: Path) -> None:
+  """Raises FileExistsError for a folder that the functions that save here would not replace."""
+  check_replaceable(folder, *_SINGLE)
+
+
 def _save_single(folder: Path, architecture: str, module: nn.Module, params: Tree, dtype: Any) -> pathlib.Path:
-  with replacing(folder, "config.json", ("config.json", "model.safetensors")) as target:
+  with replacing(folder, *_SINGLE) as target:
     config = {"architectures": [architecture], **module.config.to_dict()}
     save_network(target, "model", config, params, dtype)
   return pathlib.Path(folder)

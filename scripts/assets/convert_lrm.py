@@ -96,7 +96,7 @@ def convert(source: pathlib.Path, folder: pathlib.Path, *, guidance_scale: float
   from jaxpref.models import latent_reward, presets
   from jaxpref.models.clip import CLIPTextConfig, CLIPTextModel
   from jaxpref.models.unet import UNet2DConditionModel, UNetConfig, encoder_params
-  from jaxpref.rewards.loading import save_latent_reward
+  from jaxpref.rewards.loading import check_out, save_latent_reward
 
   if not 0.0 <= guidance_scale < math.inf:
     raise ValueError(f"--guidance_scale={guidance_scale}; expected a number of at least 0, 7.5 for the published ones.")
@@ -104,6 +104,9 @@ def convert(source: pathlib.Path, folder: pathlib.Path, *, guidance_scale: float
   for name in ("unet/config.json", "text_encoder/config.json", "state_dict.pt"):
     if not (source / name).is_file():
       raise FileNotFoundError(f"there is no file {source / name}; give the folder of a latent reward model.")
+  check_out(folder)
+  if folder.resolve() in {(source / name).resolve() for name in ("", "unet", "text_encoder", "text_encoder_2")}:
+    raise ValueError(f"{folder} is a folder of the published model; choose a new one.")
   module = UNet2DConditionModel(UNetConfig.from_dict(read_json(source / "unet" / "config.json")))
   networks: dict[str, Any] = {"unet": module}
   for name in ("text_encoder", "text_encoder_2") if second else ("text_encoder",):
@@ -112,11 +115,6 @@ def convert(source: pathlib.Path, folder: pathlib.Path, *, guidance_scale: float
   unet = module.config
   if not isinstance(unet.sample_size, int):
     raise ValueError(f"{source / 'unet' / 'config.json'}: sample_size={unet.sample_size!r}, expected one number.")
-  params = {
-    name: load_network(network, tensors.weight_files(source / name), presets.abstract_params(network), "float32", None)
-    for name, network in networks.items()
-  }
-  params["unet"] = encoder_params(params["unet"])
   config = latent_reward.of_networks(
     unet,
     networks["text_encoder"].config,
@@ -127,7 +125,7 @@ def convert(source: pathlib.Path, folder: pathlib.Path, *, guidance_scale: float
   folder.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(prefix=".convert_lrm.", dir=folder.parent) as scratch:
     arrays = pathlib.Path(scratch) / "arrays.safetensors"
-    _read_in_process(source / "state_dict.pt", arrays)
+    _read_in_process(source / "state_dict.pt", arrays)  # which may fail, before gigabytes are read
     if not second:  # its config.json does not have to say it
       width = load_file(arrays)["visual_projection.weight"].shape[0]
       config = dataclasses.replace(config, projection_dim=width)
@@ -135,9 +133,13 @@ def convert(source: pathlib.Path, folder: pathlib.Path, *, guidance_scale: float
     shapes = presets.abstract_params(scorer)
     own = {name: shapes[name] for name in shapes if name not in networks}
     try:
-      params |= tensors.load_tree(arrays, own)
+      params = tensors.load_tree(arrays, own)
     except ValueError as error:
       raise ValueError(str(error).replace(str(arrays), str(source / "state_dict.pt"))) from None
+  for name, network in networks.items():
+    files, whole = tensors.weight_files(source / name), presets.abstract_params(network)
+    params[name] = load_network(network, files, whole, "float32", None)
+  params["unet"] = encoder_params(params["unet"])
   return save_latent_reward(folder, scorer, params)
 
 

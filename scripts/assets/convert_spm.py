@@ -101,10 +101,11 @@ def convert(checkpoint: pathlib.Path, folder: pathlib.Path, clip: pathlib.Path |
   from jaxpref.files import tensors
   from jaxpref.models import presets
   from jaxpref.models.preference import StepAwareCLIPConfig, StepAwareCLIPModel
-  from jaxpref.rewards.loading import save_preference_model
+  from jaxpref.rewards.loading import check_out, save_preference_model
 
   if not checkpoint.is_file():
     raise FileNotFoundError(f"there is no file {checkpoint}; give the .bin of a step-aware preference model.")
+  check_out(folder)
   module = StepAwareCLIPModel(StepAwareCLIPConfig.from_dict(clip_config(clip)))
   folder.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(prefix=".convert_spm.", dir=folder.parent) as scratch:
