@@ -188,6 +188,7 @@ def check(args: argparse.Namespace) -> Asked | None:
   elif not (args.out / PICTURES).is_file():
     raise ValueError(_without_pictures(args.out))
   if args.label is not None:
+    _refuse_own_labels(args.out)
     scorers.check(args.label, given=f"--label={args.label!r}", preferred_style=args.preferred_style)
   return asked
 
@@ -202,6 +203,20 @@ def _without_pictures(folder: pathlib.Path) -> str:
     f"--out={folder} has no {PICTURES}, so its pictures are not complete; finish them with the command that drew them, "
     "with --prompts and the other settings."
   )
+
+
+def _refuse_own_labels(folder: pathlib.Path) -> None:
+  """Raises ValueError if pairs.jsonl says `preferred`, as a person writes it and `write_pairs` does not."""
+  file = folder / PAIRS_NAME
+  try:
+    own = any("preferred" in row for row in _read_rows(file)) if file.is_file() else False
+  except (ValueError, TypeError):  # not whole: it is written again
+    own = False
+  if own:
+    raise ValueError(
+      f"{file} has labels that are no reward's (preferred), which --label would replace; move the file to another name "
+      "first, or train on it as it is."
+    )
 
 
 def _check_drawing(args: argparse.Namespace) -> Asked:

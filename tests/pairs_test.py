@@ -509,6 +509,18 @@ def test_a_run_whose_export_was_removed_does_not_keep_its_pictures_from_being_la
   assert len(label(by_hand, TENTH)) == 2
 
 
+def test_labels_of_people_are_not_replaced(by_hand):
+  file, drawn = by_hand / "pairs.jsonl", rows(by_hand)
+  write = lambda found: file.write_text("".join(json.dumps(row) + "\n" for row in found))
+  write([row | {"preferred": 1} for row in drawn])
+  before = tree(by_hand)
+  with pytest.raises(SystemExit, match="pairs.jsonl has labels that are no reward's .preferred.*; move the file"):
+    label(by_hand, TENTH)
+  assert tree(by_hand) == before
+  write([row | {"caption": "preferred"} for row in drawn])
+  assert label(by_hand, TENTH)[0]["label_0"] == 0
+
+
 def test_folders_without_pictures_say_what_to_name_instead(by_hand, tmp_path):
   with pytest.raises(SystemExit, match="nowhere does not exist; name a folder of pairs"):
     label(tmp_path / "nowhere", TENTH)
