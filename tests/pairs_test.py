@@ -382,7 +382,8 @@ def test_hard_labels_of_the_best_and_the_worst(by_hand):
   ("arguments", "expected"),
   [
     ([], HARD),
-    (["--min_gap=0.1"], [0, 0, 0, 0.5, 0.5, 0.5]),  # tanh(0.2 / 2) = 0.0997
+    (["--min_gap=0.0996"], HARD),  # tanh(0.2 / 2) = 0.0997
+    (["--min_gap=0.1"], [0, 0, 0, 0.5, 0.5, 0.5]),
     (["--min_gap=0.47"], [0.5, 0, 0.5, 0.5, 0.5, 0.5]),  # tanh(1 / 2) = 0.462, tanh(2 / 2) = 0.762
     (["--label_kind=soft"], SOFT),
     (["--label_kind=soft", "--min_gap=0.1"], [*SOFT[:3], 0.5, 0.5, 0.5]),

@@ -142,6 +142,8 @@ def test_files_of_the_ground_are_whole_or_not_there(tmp_path, monkeypatch):
     patch.setattr(np, "savez", killed)
     ground.scores(tmp_path, "validation")
   assert ground.scores(tmp_path, "validation")["style"].tolist() == [0, 0, 0]
+  ground.save(tmp_path / "one.npy", np.arange(3))
+  assert np.load(tmp_path / "one.npy").tolist() == [0, 1, 2] and not list(tmp_path.glob("one.part*"))
 
 
 def test_the_study_waits_for_all_labels(tmp_path, capsys):

@@ -113,10 +113,13 @@ def read_images(ground: pathlib.Path, name: str) -> np.ndarray:
   return np.stack([np.stack([read(file(p, i)) for i in range(PICTURES)]) for p in range(len(split(name)))])
 
 
-def save(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-  """Writes an .npz so that the file is whole or not there."""
-  part = file.with_suffix(".part.npz")
-  np.savez(part, **arrays)  # type: ignore[arg-type]
+def save(file: pathlib.Path, arrays: np.ndarray | Mapping[str, np.ndarray]) -> None:
+  """Writes an .npz of arrays by name, or an .npy of one, so that the file is whole or not there."""
+  part = file.with_suffix(f".part{file.suffix}")
+  if isinstance(arrays, np.ndarray):
+    np.save(part, arrays, allow_pickle=False)
+  else:
+    np.savez(part, **arrays)  # type: ignore[arg-type]
   part.replace(file)
 
 

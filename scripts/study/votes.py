@@ -174,7 +174,7 @@ def embedded(place: pathlib.Path) -> np.ndarray:
     embed = published.image_embedder("tiny-clip", batch_size=64)
     images = flat_images(place)
     found = np.concatenate([embed(list(images[i : i + 1024])) for i in range(0, len(images), 1024)])
-    np.save(file, found, allow_pickle=False)
+    ground.save(file, found)
   return np.load(file, allow_pickle=False)
 
 
@@ -191,7 +191,7 @@ def rewarded(place: pathlib.Path) -> np.ndarray:
     captions = [e.caption for e in ground.split("train") for _ in range(ground.PICTURES)]
     parts = [slice(i, i + 1024) for i in range(0, len(images), 1024)]
     found = np.concatenate([scorer.score(list(images[part]), captions[part]) for part in parts])
-    np.save(file, logits * found.astype(np.float64), allow_pickle=False)
+    ground.save(file, logits * found.astype(np.float64))
   return np.load(file, allow_pickle=False)
 
 
