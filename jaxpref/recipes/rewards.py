@@ -37,6 +37,8 @@ def terms_of(text: str, given: str) -> dict[str, float]:
         f"{given}: {spec!r} is neither NAME:WEIGHT with a number as its weight nor package.module:function; expected "
         "such terms separated by commas, e.g. pickscore:1,aesthetic:0.1."
       )
+    if spec.endswith("="):
+      raise ValueError(f"{given}: {spec!r} names no folder; expected NAME, or NAME=FOLDER for weights elsewhere.")
     if not spec or spec in found or not math.isfinite(weight) or not weight:
       raise ValueError(
         f"{given}: {term.strip()!r}; expected NAME:WEIGHT separated by commas, such as pickscore:1,aesthetic:0.1, each "

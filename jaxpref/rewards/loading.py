@@ -265,6 +265,22 @@ def with_text_projection(params: Tree, name: str) -> Tree:
   return dict(params) | {"text_projection": {"kernel": given}}
 
 
+def look_for_text_projection(name: str) -> None:
+  """Checks that what `with_text_projection` loads exists, fetching it if it has a hub name; reads no weights.
+
+  Raises:
+    FileNotFoundError, ValueError: it does not exist, or is no plain CLIP.
+  """
+  folder, config_dict = read_config(loading.folder_of(name))
+  if config_dict.get("model_type") == "step_aware_clip":
+    raise ValueError(
+      f"config.preference_model={name} is a step-aware preference model; expected a latent reward model, or the CLIP "
+      "of config.model's text encoder."
+    )
+  StepAwareCLIPConfig.from_dict(config_dict)
+  weight_files(folder)
+
+
 def look_for_latent_reward(name: str) -> None:
   """Checks that what `load_latent_reward` loads exists, fetching it if it has a hub name; reads no weights.
 

@@ -39,6 +39,7 @@ from jaxpref.rewards.loading import (
   look_for_judge,
   look_for_latent_reward,
   look_for_scorer,
+  look_for_text_projection,
   save_judge,
   save_latent_reward,
   save_preference_model,
@@ -111,7 +112,7 @@ def look_for(config: Config) -> None:
     if is_latent_reward(start):
       look_for_latent_reward(start)
     else:
-      look_for_scorer(start)
+      look_for_text_projection(start)
   elif facts.trains == "denoiser":
     look_for_judge(config.judge, style=config.data.preferred_style)
     if facts.scorer:

@@ -238,6 +238,8 @@ def test_what_cannot_be_a_reward_is_refused(fields, sentence):
     ("tests.rewards.base_test:nothing", "has no function 'nothing'"),
     ("aesthetic=/nowhere:1", "scorer aesthetic has no weights: there is no folder /nowhere"),
     ("tiny-clip:1,tiny-clip=/x:1", "occurs twice"),
+    ("latent=", "'latent=' names no folder; expected NAME, or NAME=FOLDER"),
+    ("tiny-clip=:2", "'tiny-clip=' names no folder"),
     ("judge:1", "the judge of the evaluation, config.judge=tiny-judge, cannot also be trained on"),
   ],
 )

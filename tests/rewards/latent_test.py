@@ -111,6 +111,15 @@ def test_a_config_that_was_damaged_is_refused_by_field(name, value):
     LatentRewardConfig.from_dict(config | {name: value})
 
 
+def test_what_it_starts_from_is_looked_at_before_weights_are_read():
+  c = config.default()
+  c.update(objective="lrm", model="zeros:one-level", preference_model="tiny-clip")
+  build.look_for(config.typed(c))
+  c.preference_model = "tiny-spm"
+  with pytest.raises(ValueError, match="preference_model=tiny-spm is a step-aware preference model; expected a latent"):
+    build.look_for(config.typed(c))
+
+
 def test_one_of_another_model_is_refused():
   c = config.default()
   c.update(objective="spo", model="zeros:one-level", preference_model="zeros:sdxl-miniature", reward="latent")
