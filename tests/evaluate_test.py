@@ -202,7 +202,7 @@ def test_the_shipped_models_with_the_shipped_scorers(tmp_path, capsys):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (["--scorers", "judge", "--preferred_style=notto"], "not config.data.preferred_style='notto'"),
+    (["--scorers", "judge", "--preferred_style=notto"], "not 'notto'; choose one of them as preferred_style"),
     (["--scorers", "judge", f"judge={loading.folder_of('tiny-judge')}"], "--scorers names judge twice"),
     (["--scorers", "judge", "--diversity=judge"], "--diversity=judge; expected one of "),
   ],

@@ -387,6 +387,6 @@ def check_style(name: str, config: JudgeConfig, style: str) -> None:
   """Raises ValueError if a judge does not know the preferred style."""
   if style not in config.styles:
     raise ValueError(
-      f"judge {name} knows the styles {listed(config.styles) or '(none)'}, not config.data.preferred_style={style!r}; "
-      "choose one of them or another judge."
+      f"judge {name} knows the styles {listed(config.styles) or '(none)'}, not {style!r}; choose one of them "
+      "as preferred_style (config.data.preferred_style or --preferred_style), or another judge."
     )
