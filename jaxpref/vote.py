@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 
 from jaxpref import arguments, blind, pairs
 from jaxpref.data import lease, paths, sources
+from jaxpref.data.files import PAIRS_NAME
 from jaxpref.devices import endings
 from jaxpref.rewards import published
 from jaxpref.voting import active, blind_folder, catalog, export, judgements, rounds, schedule, server, store
@@ -190,7 +191,7 @@ def opened(
 
 
 def _draw_demo(folder: pathlib.Path) -> None:
-  if rounds.drawn(folder) or (folder / pairs.PICTURES).is_file():
+  if rounds.drawn(folder) or (folder / PAIRS_NAME).is_file():  # which is written last
     return
   print(f"drawing 24 pairs with tiny-sd into {folder}; this takes about a minute on a CPU", file=sys.stderr)
   parser = pairs.make_parser()

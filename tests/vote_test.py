@@ -132,6 +132,8 @@ def test_demo_draws_once_and_serves(tmp_path, monkeypatch, served):
 
   monkeypatch.setattr(pairs, "make_pairs", draw)
   monkeypatch.chdir(tmp_path)
+  (tmp_path / vote.DEMO).mkdir()
+  (tmp_path / vote.DEMO / pairs.PICTURES).write_text("")  # drawing was stopped before the last file
   for _ in range(2):
     vote.main(["--demo", f"--port={free_port()}"])
   assert calls == [(vote.pathlib.Path(vote.DEMO), "tiny-sd", 24, True)] and len(served) == 2
