@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from jaxpref.models.attention import attention
 from jaxpref.models.clip import layer_norm
-from jaxpref.models.config import without_nulls
+from jaxpref.models.config import check_types, without_nulls
 from jaxpref.models.preference import CLIP_MEAN, CLIP_STD
 from jaxpref.models.resnet import dense
 
@@ -90,6 +90,7 @@ class ImageRewardConfig:
     def fields(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
       known = {f.name for f in dataclasses.fields(kind)}
       given = without_nulls(kind, values).items()
+      check_types(kind, dict(given))
       return {k: tuple(v) if isinstance(v, list) else v for k, v in given if k in known}
 
     towers = {

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxpref.models.attention import attention
+from jaxpref.models.config import check_types
 from jaxpref.models.resnet import dense
 
 Array = jax.Array
@@ -41,7 +42,9 @@ def _read_config(cls: type, config: Mapping[str, Any], model_types: tuple[str, .
       "set it to 0.0 in config.json."
     )
   known = {f.name for f in dataclasses.fields(cls)}
-  return {k: v for k, v in config.items() if k in known and v is not None}
+  given = {k: v for k, v in config.items() if k in known and v is not None}
+  check_types(cls, given)
+  return given
 
 
 def _check_tower(config: Any) -> None:

@@ -1,6 +1,8 @@
 """Reads and writes the config.json of a diffusers model as a frozen dataclass."""
 
 import dataclasses
+import math
+import types
 import typing
 import warnings
 from collections.abc import Collection, Mapping
@@ -27,6 +29,56 @@ def without_nulls(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
   """
   own = {f.name for f in dataclasses.fields(kind) if type(None) in typing.get_args(f.type)}
   return {key: value for key, value in config.items() if value is not None or key in own}
+
+
+def check_types(kind: type, given: Mapping[str, Any]) -> None:
+  """Raises a one-sentence ValueError if a value of a config.json is not of the type of its field.
+
+  Args:
+    kind: a dataclass. Fields of other types than numbers, texts, booleans, null and lists of them are not checked.
+    given: values by field.
+  """
+  hints = typing.get_type_hints(kind)
+  for key, value in given.items():
+    if key in hints and not _fits(value, hints[key]):
+      name = getattr(kind, "CLASS_NAME", "") or kind.__name__
+      raise ValueError(
+        f"{name} config: {key}={value!r}, expected {_named(hints[key])}; look at the model's config.json."
+      )
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+  """Returns the types of a union, or the one type."""
+  return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+  if len(parts := _parts(hint)) > 1:
+    return any(_fits(value, part) for part in parts)
+  if typing.get_origin(hint) is tuple:
+    if not isinstance(value, list | tuple):
+      return False
+    of = typing.get_args(hint)
+    kinds = of[:1] * len(value) if of[-1] is Ellipsis else of
+    return len(kinds) == len(value) and all(map(_fits, value, kinds))
+  if hint in (int, float):
+    numbers = int | float if hint is float else int
+    return isinstance(value, numbers) and not isinstance(value, bool) and math.isfinite(value)
+  return not isinstance(hint, type) or hint not in _NAMES or isinstance(value, hint)
+
+
+_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
+
+
+def _named(hint: Any) -> str:
+  """Returns how a sentence calls a type."""
+  if len(parts := _parts(hint)) > 1:
+    return " or ".join(map(_named, parts))
+  if typing.get_origin(hint) is tuple:
+    *_, number = of = typing.get_args(hint)
+    return f"a list of {'' if number is Ellipsis else f'{len(of)} '}{_NAMES[of[0]]}s"
+  article = {int: "an ", float: "a ", str: "a "}.get(hint, "")
+  return f"{article}{_NAMES[hint]}"
 
 
 def _thaw(value: Any) -> Any:
@@ -79,6 +131,7 @@ class ModelConfig:
         f"{cls.CLASS_NAME} config: ignored {', '.join(ignored)}, which do not change the network.", stacklevel=3
       )
     kwargs = {k: _freeze(v) for k, v in given.items() if k in fields}
+    check_types(cls, kwargs)
     return cls(**kwargs)
 
   def to_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxpref.models.clip import CLIPConfig, CLIPModel, normalize
-from jaxpref.models.config import without_nulls
+from jaxpref.models.config import check_types, without_nulls
 from jaxpref.models.resnet import GroupNorm, conv3x3
 
 Array = jax.Array
@@ -130,6 +130,7 @@ class StepAwareCLIPConfig(CLIPConfig):
     twice = {k: config[f"{k}_dict"] for k in towers if config.get(f"{k}_dict") is not None}
     known = super().from_dict({**config, **twice})
     config = without_nulls(cls, config)
+    check_types(cls, config)
     extra: dict[str, Any] = {k: tuple(config[k]) for k in ("image_mean", "image_std") if k in config}
     if "frequency_embedding_size" in config:
       extra["frequency_embedding_size"] = config["frequency_embedding_size"]
@@ -269,6 +270,7 @@ class JudgeConfig:
       )
     known = {f.name for f in dataclasses.fields(cls)}
     given = without_nulls(cls, config).items()
+    check_types(cls, dict(given))
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given if k in known}
     return cls(**fields)
 

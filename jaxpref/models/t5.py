@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpref.models.attention import attention
+from jaxpref.models.config import check_types
 from jaxpref.models.resnet import dense
 from jaxpref.models.stacks import stack_name
 
@@ -70,7 +71,9 @@ class T5Config:
       if config.get(key) not in (None, value):
         raise ValueError(f"T5Config: {key}={config[key]!r} is not implemented, expected {value!r}.")
     known = {field.name for field in dataclasses.fields(cls)}
-    return cls(**{key: value for key, value in config.items() if key in known and value is not None})
+    given = {key: value for key, value in config.items() if key in known and value is not None}
+    check_types(cls, given)
+    return cls(**given)
 
   def to_dict(self) -> dict[str, Any]:
     """Returns the dict for config.json; the caller adds `architectures`."""

@@ -3,8 +3,10 @@
 import dataclasses
 
 import pytest
+from jaxpref.models.sd3.transformer import SD3TransformerConfig
 
 from jaxpref.models import blip, clip, open_clip, preference
+from jaxpref.models.t5 import T5Config
 from jaxpref.models.unet import UNetConfig
 from jaxpref.models.vae import VAEConfig
 
@@ -18,6 +20,7 @@ KINDS = {
   "judge": (preference.JudgeConfig, {"model_type": "judge"}),
   "imagereward": (blip.ImageRewardConfig, {"model_type": "imagereward"}),
 }
+OF_SD3 = {"t5": (T5Config, {}), "sd3": (SD3TransformerConfig, {})}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,3 +72,37 @@ def test_all_that_is_unknown_or_not_implemented_is_one_sentence():
   said = str(error.value)
   assert "unknown keys new_feature=1, other=[2], expected" in said and "decay" not in said
   assert "dropout=0.1 is not implemented, expected 0; time_cond_proj_dim=256 is not implemented" in said
+
+
+@pytest.mark.parametrize(
+  ("kind", "key", "value", "expected"),
+  [
+    ("unet", "block_out_channels", "x", "expected a list of integers;"),
+    ("unet", "block_out_channels", [320, "640"], "expected a list of integers;"),
+    ("unet", "cross_attention_dim", 768.5, "integer"),
+    ("unet", "layers_per_block", True, "integer"),
+    ("unet", "norm_eps", float("nan"), "expected a number;"),
+    ("vae", "use_quant_conv", "false", "expected true or false;"),
+    ("vae", "sample_size", [512], "expected an integer or a list of 2 integers;"),
+    ("text encoder", "hidden_size", "768", "expected an integer;"),
+    ("vision", "layer_norm_eps", [], "expected a number;"),
+    ("clip", "logit_scale_init_value", "2.6", "expected a number;"),
+    ("step-aware", "image_mean", 0.5, "expected a list of numbers;"),
+    ("judge", "styles", {"a": 1}, "expected a list of texts;"),
+    ("imagereward", "reward_mean", None, None),
+    ("imagereward", "reward_mean", "0.1", "expected a number;"),
+    ("t5", "d_model", 4096.0, "expected an integer;"),
+    ("sd3", "num_layers", "24", "expected an integer;"),
+  ],
+)
+def test_a_value_of_another_type_is_one_sentence(kind, key, value, expected):
+  cls, others = (KINDS | OF_SD3)[kind]
+  if expected is None:
+    assert cls.from_dict(others | {key: value}) == cls.from_dict(others)
+  else:
+    with pytest.raises(ValueError, match=rf"config: {key}=.*{expected}"):
+      cls.from_dict(others | {key: value})
+
+
+def test_whole_numbers_pass_for_numbers():
+  assert VAEConfig.from_dict({"scaling_factor": 1}).scaling_factor == 1
