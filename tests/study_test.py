@@ -614,6 +614,13 @@ def test_findings_take_their_numbers_from_the_runs():
     fill("{sharee spo}")
   with pytest.raises(ValueError, match=r"no run of grpo"):
     fill("{share grpo}")
+  study["runs"]["sft"] = [{f"margin_bin_{i:02}": 1.0 + (i == 3) for i in range(10)}]
+  study["comparisons"] = [{"variant": "spo", "against": "lpo", "share": {"p_holm": 0.0123}}]
+  assert fill("{largest sft}, {p_holm spo - lpo}") == "18 %, 0.012"
+  with pytest.raises(ValueError, match=r"\{largest spo\} .* no margins"):
+    fill("{largest spo}")
+  with pytest.raises(ValueError, match=r"\{p_holm lpo - spo\} .* does not compare them"):
+    fill("{p_holm lpo - spo}")
   with pytest.raises(ValueError, match=r"\{growth\} .* share no seed"):
     study_report.findings({"runs": {n: [] for n in ("spo_60", "dpo_60", "spo_100", "dpo_100")}}, "{growth}")
 

@@ -9,6 +9,8 @@ findings.md is written by hand in scripts/study/findings.md, but for its numbers
   {evaluations spo}    UNet evaluations of its training, "24,100"; {minutes spo}: minutes of it on one core
   {spo - dpo}          their difference of share by seed, "+10.8 points [+5.6, +16.1]"
   {captions spo - dpo} the same of captions, {win_rate spo - dpo} of win rates
+  {largest dpo}        the largest margin of implicit rewards, of ten ranges of t, as a share of their sum, "27 %"
+  {p_holm spo - sft}   p of their difference of share, by Holm's method among those of its part, "0.0042"
   {growth}             how much larger spo - dpo is with the noisiest rater than without noise
 """
 
@@ -141,25 +143,48 @@ def findings(study: Mapping[str, Any], template: str) -> str:
 
   def number(match: re.Match[str]) -> str:
     key, new, old = match[1] or "share", match[2], match[3]
-    if key not in _FORMS:
-      raise ValueError(f"{match[0]} in findings.md: {key} is unknown; expected one of {', '.join(_FORMS)}.")
-    if missing := [name for name in (new, old) if name and not runs.get(name)]:
-      raise ValueError(f"{match[0]} in findings.md: there is no run of {', '.join(missing)}.")
-    if old:
-      found = compare(runs[new], runs[old])
-      if not found:
-        raise ValueError(f"{match[0]} in findings.md: the two share no seed.")
-      return _points(found[key]).replace(" [", " points [") + ("" if "interval" in found[key] else " points")
-    values = [r[key] if key in r else r["share"] for r in runs[new]]
-    return _FORMS[key](
-      len(values) if key == "seeds" else np.std(values, ddof=1) if key == "deviation" else np.mean(values)
-    )
+    try:
+      if key not in _FORMS:
+        raise ValueError(f"{key} is unknown; expected one of {', '.join(_FORMS)}.")
+      if missing := [name for name in (new, old) if name and not runs.get(name)]:
+        raise ValueError(f"there is no run of {', '.join(missing)}.")
+      if not old:
+        return _FORMS[key](_number(runs[new], key))
+      return _p_holm(study, new, old) if key == "p_holm" else _difference(runs[new], runs[old], key)
+    except ValueError as error:
+      raise ValueError(f"{match[0]} in findings.md: {error}") from error
 
   if "{growth}" in template:
     if not (found := growth(runs)):
       raise ValueError("{growth} in findings.md: the noisiest rater and that without noise share no seed.")
     template = template.replace("{growth}", _points(found["share"]).replace(" [", " points ["))
   return _filled(re.sub(r"\{(?:(\w+) )?(\w+)(?: - (\w+))?\}", number, template))
+
+
+def _number(rows: Rows, key: str) -> float:
+  """Returns what `key` of `_FORMS` is for the runs of a variant."""
+  if key == "seeds":
+    return len(rows)
+  if key == "largest":
+    if (of_times := margins(rows)) is None:
+      raise ValueError("its runs have no margins by time.")
+    return float(of_times.max() / of_times.sum())
+  if key == "deviation":
+    return float(np.std([r["share"] for r in rows], ddof=1))
+  return float(np.mean([r[key] for r in rows]))
+
+
+def _difference(new: Rows, old: Rows, key: str) -> str:
+  if not (found := compare(new, old)):
+    raise ValueError("the two share no seed.")
+  return _points(found[key]).replace(" [", " points [") + ("" if "interval" in found[key] else " points")
+
+
+def _p_holm(study: Mapping[str, Any], new: str, old: str) -> str:
+  for f in study["comparisons"]:
+    if (f["variant"], f["against"]) == (new, old) and "p_holm" in f["share"]:
+      return f"{f['share']['p_holm']:.2g}"
+  raise ValueError("the report does not compare them, or corrects no p.")
 
 
 def _filled(text: str) -> str:
@@ -182,6 +207,8 @@ _FORMS: dict[str, Callable[[float], str]] = {
   "win_rate": lambda v: f"{100 * v:.1f} %",
   "captions": lambda v: f"{100 * v:+.1f} points",
   "seeds": str,
+  "largest": lambda v: f"{100 * v:.0f} %",
+  "p_holm": str,
   "deviation": lambda v: f"{100 * v:.1f} points",
   "minutes": lambda v: f"{v:.1f}",
   "evaluations": lambda v: f"{round(v, -2):,.0f}",

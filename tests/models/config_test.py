@@ -3,9 +3,9 @@
 import dataclasses
 
 import pytest
-from jaxpref.models.sd3.transformer import SD3TransformerConfig
 
 from jaxpref.models import blip, clip, open_clip, preference
+from jaxpref.models.sd3.transformer import SD3TransformerConfig
 from jaxpref.models.t5 import T5Config
 from jaxpref.models.unet import UNetConfig
 from jaxpref.models.vae import VAEConfig
