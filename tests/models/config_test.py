@@ -1,6 +1,7 @@
 """What a config.json may leave open, whichever network it is of."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from jaxpref.models.t5 import T5Config
 from jaxpref.models.unet import UNetConfig
 from jaxpref.models.vae import VAEConfig
 
-KINDS = {
+KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
   "unet": (UNetConfig, {}),
   "vae": (VAEConfig, {}),
   "text encoder": (clip.CLIPTextConfig, {"model_type": None, "attention_dropout": None}),
@@ -20,7 +21,7 @@ KINDS = {
   "judge": (preference.JudgeConfig, {"model_type": "judge"}),
   "imagereward": (blip.ImageRewardConfig, {"model_type": "imagereward"}),
 }
-OF_SD3 = {"t5": (T5Config, {}), "sd3": (SD3TransformerConfig, {})}
+OF_SD3: dict[str, tuple[Any, dict[str, Any]]] = {"t5": (T5Config, {}), "sd3": (SD3TransformerConfig, {})}
 
 
 @pytest.mark.parametrize("kind", KINDS)
