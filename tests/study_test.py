@@ -617,6 +617,10 @@ def test_findings_take_their_numbers_from_the_runs():
   study["runs"]["sft"] = [{f"margin_bin_{i:02}": 1.0 + (i == 3) for i in range(10)}]
   study["comparisons"] = [{"variant": "spo", "against": "lpo", "share": {"p_holm": 0.0123}}]
   assert fill("{largest sft}, {p_holm spo - lpo}") == "18 %, 0.012"
+  measured = {"models": {"a": {"mean": 0.902}}, "ceiling": {"style": {"mean": 0.9}}}
+  assert study_report.findings(study, "{accuracy a}, {ceiling style}", measured) == "90.2 %, 90.0 %\n"
+  with pytest.raises(ValueError, match=r"\{accuracy b\} .* has no b in its models"):
+    study_report.findings(study, "{accuracy b}", measured)
   with pytest.raises(ValueError, match=r"\{largest spo\} .* no margins"):
     fill("{largest spo}")
   with pytest.raises(ValueError, match=r"\{p_holm lpo - spo\} .* does not compare them"):
@@ -629,7 +633,8 @@ def test_the_page_of_findings_is_what_the_tables_say():
   results = study_variants.ROOT / "docs" / "results"
   study = json.loads((results / "papers.json").read_text())
   template = (study_variants.ROOT / study_report.FINDINGS).read_text()
-  assert (results / "findings.md").read_text() == study_report.findings(study, template)
+  measured = json.loads((results / "papers_instrument.json").read_text())
+  assert (results / "findings.md").read_text() == study_report.findings(study, template, measured)
 
 
 def test_findings_are_broken_into_lines():

@@ -10,6 +10,8 @@ findings.md is written by hand in scripts/study/findings.md, but for its numbers
   {spo - dpo}          their difference of share by seed, "+10.8 points [+5.6, +16.1]"
   {captions spo - dpo} the same of captions, {win_rate spo - dpo} of win rates
   {largest dpo}        the largest margin of implicit rewards, of ten ranges of t, as a share of their sum, "27 %"
+  {accuracy style_70_step_aware}  of a preference model in papers_instrument.json, on the pairs that matter, "90.2 %"
+  {ceiling style}      the same of the ceiling of a hidden preference
   {p_holm spo - sft}   p of their difference of share, by Holm's method among those of its part, "0.0042"
   {growth}             how much larger spo - dpo is with the noisiest rater than without noise
 """
@@ -133,8 +135,13 @@ def _table(head: str, rows: Sequence[Sequence[Any]]) -> list[str]:
   return [f"| {head} |", *lines, ""]
 
 
-def findings(study: Mapping[str, Any], template: str) -> str:
+def findings(study: Mapping[str, Any], template: str, instrument: Mapping[str, Any] | None = None) -> str:
   """Returns the page of findings: the template with the study's numbers in the place of what stands in braces.
+
+  Args:
+    study: `collect`.
+    template: scripts/study/findings.md.
+    instrument: docs/results/papers_instrument.json.
 
   Raises:
     ValueError: runs that it speaks of are missing.
@@ -146,6 +153,8 @@ def findings(study: Mapping[str, Any], template: str) -> str:
     try:
       if key not in _FORMS:
         raise ValueError(f"{key} is unknown; expected one of {', '.join(_FORMS)}.")
+      if key in _MEASURED:
+        return _FORMS[key](_accuracy(instrument or {}, key, new))
       if missing := [name for name in (new, old) if name and not runs.get(name)]:
         raise ValueError(f"there is no run of {', '.join(missing)}.")
       if not old:
@@ -172,6 +181,13 @@ def _number(rows: Rows, key: str) -> float:
   if key == "deviation":
     return float(np.std([r["share"] for r in rows], ddof=1))
   return float(np.mean([r[key] for r in rows]))
+
+
+def _accuracy(instrument: Mapping[str, Any], key: str, name: str) -> float:
+  of = instrument.get(_MEASURED[key], {})
+  if name not in of:
+    raise ValueError(f"papers_instrument.json has no {name} in its {_MEASURED[key]}.")
+  return float(of[name]["mean"])
 
 
 def _difference(new: Rows, old: Rows, key: str) -> str:
@@ -202,6 +218,7 @@ def _filled(text: str) -> str:
   return "".join(part + gap for part, gap in zip(filled, [*gaps, "\n"], strict=True))
 
 
+_MEASURED = {"accuracy": "models", "ceiling": "ceiling"}  # what of papers_instrument.json they are
 _FORMS: dict[str, Callable[[float], str]] = {
   "share": lambda v: f"{100 * v:.1f} %",
   "win_rate": lambda v: f"{100 * v:.1f} %",
@@ -209,6 +226,8 @@ _FORMS: dict[str, Callable[[float], str]] = {
   "seeds": str,
   "largest": lambda v: f"{100 * v:.0f} %",
   "p_holm": str,
+  "accuracy": lambda v: f"{100 * v:.1f} %",
+  "ceiling": lambda v: f"{100 * v:.1f} %",
   "deviation": lambda v: f"{100 * v:.1f} points",
   "minutes": lambda v: f"{v:.1f}",
   "evaluations": lambda v: f"{round(v, -2):,.0f}",
@@ -531,11 +550,12 @@ def write(folder: pathlib.Path, docs: pathlib.Path) -> None:
   plot_budget(study, docs)
   plot_frontier(study, docs)
   file = docs / "papers_instrument.json"
-  (docs / "papers.md").write_text(markdown(study, json.loads(file.read_text()) if file.is_file() else None))
+  instrument = json.loads(file.read_text()) if file.is_file() else None
+  (docs / "papers.md").write_text(markdown(study, instrument))
   (docs / "papers.json").write_text(json.dumps(study, indent=1) + "\n")
   template = study_variants.ROOT / FINDINGS
   try:
     if template.is_file():
-      (docs / "findings.md").write_text(findings(study, template.read_text()))
+      (docs / "findings.md").write_text(findings(study, template.read_text(), instrument))
   except ValueError as error:
     print(f"findings.md is not written: {error}", file=sys.stderr)
