@@ -147,6 +147,8 @@ VARIANTS = (
   ),
   # SPO with as many updates as the others: its gaps are small after noisy labels, and few pass the recipe's threshold.
   Variant("spo_more", "F", "spo_tiny", {"spo.threshold": 0.03}, against=("spo", "dpo", "moving_500")),
+  # A preference model that is better at noisy times: does it see what the step-aware one does not?
+  Variant("lpo_legible", "F", "lpo_tiny", hidden="legible", against=("dpo_legible", "spo_legible"), judged_by="latent"),
   # Where did SPO's deviation between seeds come from? The settings of the study before this one.
   Variant(
     "spo_before",
