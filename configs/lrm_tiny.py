@@ -7,7 +7,7 @@ It scores noisy latents; `configs/lpo_tiny.py` trains with it.
 Source: our own numbers; the pairs are the embedded emoji.
 Differs: no filter of the pairs; 400 steps of 32 pairs.
 Hardware: any CPU.
-Expect: no result is recorded; nothing was tuned.
+Expect: nothing was tuned. On noisy pairs LPO learns from it what docs/results/papers.md says.
 """
 
 from jaxpref.config import default

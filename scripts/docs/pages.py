@@ -71,14 +71,17 @@ METHODS = {
   for row in (
     Row(
       "dpo", "Diffusion-DPO", ("implicit_reward", "dpo_loss"), ("2311.12908",), "dpo_tiny", "", "dpo", ("dpo",),
-      ("dpo", "dpo_slow"),
+      ("dpo", "dpo_250", "dpo_160", "dpo_slow"),
     ),
     Row(
       "tdpo", "Timestep-aware DPO", ("dpo_loss", "update"), ("2505.18736",), "tdpo_tiny", "", "tdpo",
       ("timesteps_freeze_tau16", "timesteps_rate_of_dpo", "freeze_tau16"),
-      ("moving", "dpo_slow", "moving_tau16", "moving_tau32", "moving_tau64", "timesteps", "timesteps_moving"),
+      ("moving", "moving_500", "moving_tau64", "sampling", "scale", "timesteps", "timesteps_moving", "dpo_250"),
     ),
-    Row("spo", "SPO", ("select_pair", "clipped_log_ratio"), ("2406.04314",), "spo_tiny", "", "spo", ("spo",), ("spo",)),
+    Row(
+      "spo", "SPO", ("select_pair", "clipped_log_ratio"), ("2406.04314",), "spo_tiny", "", "spo", ("spo",),
+      ("spo", "spo_more"),
+    ),
     Row("spm", "Step-aware preference model", ("preference_loss",), ("2406.04314",), "spm_tiny"),
     Row(
       "lpo",
@@ -339,7 +342,8 @@ def noisy_results() -> str:
     "sft": "SFT on winners",
     "dpo": "Diffusion-DPO",
     "spo": "SPO",
-    "dpo_slow": "Diffusion-DPO, a tenth of beta, tried later",
+    "lpo": "LPO",
+    "dpo_250": "Diffusion-DPO, half the beta, tried later",
   }
   for variant, title in titles.items():
     if len(study[variant]) >= 4:
