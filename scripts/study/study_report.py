@@ -323,6 +323,7 @@ def _instrument(found: Mapping[str, Any]) -> list[str]:
 
 _INSTRUMENT = """Held-out pairs that matter and are ranked as the hidden score ranks them, in %, by range of t,
 each named by where it begins. Made by `python scripts/study/instrument.py`, whose first lines say what the ceiling is.
+It is what the judge's own network reached on predicted pictures; a model that looks at latents may lie above it.
 """
 
 
