@@ -303,8 +303,6 @@ class _Table:
           caption = row["caption"]
           if not isinstance(caption, str) or not caption.strip():
             row.refuse(f"caption = {caption!r}", "expected a text that is not empty")
-          if not paths.is_whole_text(caption):
-            row.refuse(f"caption = {caption!r} has half of a character", "expected text that is UTF-8")
           self.captions.append(self._same.setdefault(caption, caption))
           self._ids.append(str(row["id"]) if "id" in row else None)
           self._lines.append(row.line)

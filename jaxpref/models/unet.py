@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -28,6 +28,7 @@ class UNetConfig(ModelConfig):
   """
 
   CLASS_NAME: ClassVar[str] = "UNet2DConditionModel"
+  CHECKED: ClassVar[Collection[str]] = ("sample_size",)
   FIXED: ClassVar[Mapping[str, Any]] = {
     "act_fn": ("silu", "swish"),
     "addition_embed_type_num_heads": (64,),  # of an unsupported embedding type
