@@ -43,7 +43,7 @@ def check_types(kind: type, given: Mapping[str, Any]) -> None:
     if key in hints and not _fits(value, hints[key]):
       name = getattr(kind, "CLASS_NAME", "") or kind.__name__
       raise ValueError(
-        f"{name} config: {key}={value!r}, expected {_named(hints[key])}; look at the model's config.json."
+        f"{name} config: {key}={value!r}, expected {_named(hints[key])}; correct it in the model's config.json."
       )
 
 

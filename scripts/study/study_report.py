@@ -4,6 +4,7 @@ findings.md is written by hand in scripts/study/findings.md, but for its numbers
 
   {share spo}          mean share of a variant's runs, "74.3 %"
   {captions spo}       mean change of its captions, "-4.2 points"
+  {base_share spo}     the same of the base model; {valid_pairs spo}: the share of SPO's pairs above the threshold
   {seeds spo}          number of its runs, "8"
   {deviation spo}      standard deviation of share between its seeds, "1.4 points"
   {evaluations spo}    UNet evaluations of its training, "24,100"; {minutes spo}: minutes of it on one core
@@ -223,6 +224,8 @@ _FORMS: dict[str, Callable[[float], str]] = {
   "share": lambda v: f"{100 * v:.1f} %",
   "win_rate": lambda v: f"{100 * v:.1f} %",
   "captions": lambda v: f"{100 * v:+.1f} points",
+  "base_share": lambda v: f"{100 * v:.1f} %",
+  "valid_pairs": lambda v: f"{100 * v:.0f} %",
   "seeds": str,
   "largest": lambda v: f"{100 * v:.0f} %",
   "p_holm": str,
